@@ -1,0 +1,82 @@
+"""Counter-based randomness: a coin is a pure function of its name.
+
+Every random number of a run is keyed by (seed, stream, step, sample uid, position), so it is the same
+for every TP, PP and DP layout, micro-batch size, resume and replay, and no generator state has to
+be saved in a checkpoint.  The mixer is SplitMix64 (Steele, Lea & Flood, OOPSLA 2014).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+class Stream(IntEnum):
+    """What a random number is used for.  Streams never share a number."""
+
+    GATE = 1
+    SAMPLING = 2
+    SHUFFLE = 3
+    GUIDANCE = 4
+    EVALUATION = 5
+
+
+def sample_uid(prompt_uid: int, sample_index: int) -> int:
+    """One integer that names a sample of a prompt; at most 2**20 samples a prompt."""
+    if not 0 <= sample_index < 1 << 20:
+        raise ValueError(f"sample_index {sample_index} is not in [0, 2**20)")
+    return (prompt_uid << 20) | sample_index
+
+
+def _mix(x: int) -> int:
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK64
+    return x ^ (x >> 31)
+
+
+def key(seed: int, stream: Stream, step: int) -> int:
+    """64-bit key of one stream of one step."""
+    state = seed & _MASK64
+    for word in (int(stream), step):
+        state = _mix((state + _GOLDEN * (word + 1)) & _MASK64)
+    return state
+
+
+def _signed(x: int) -> int:
+    """The int64 with the same bits."""
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift of int64 bit patterns (torch only has the arithmetic one)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix_tensor(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def uniform(stream_key: int, sample_uids: Tensor, positions: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1), float64, one per (sample uid, position).
+
+    ``sample_uids`` and ``positions`` are int64 and broadcast against each other.  Integer
+    arithmetic wraps, so the bits are the same on every device.
+    """
+    golden = _signed(_GOLDEN)
+    state = _mix_tensor((sample_uids.long() + 1) * golden + _signed(stream_key))
+    state = _mix_tensor((positions.long() + 1) * golden + state)
+    return (_shift_right(state, 11).double() + 0.5) * 2.0**-53
+
+
+def permutation(stream_key: int, n: int) -> list[int]:
+    """A permutation of range(n), the same on every machine."""
+    index = torch.arange(n, dtype=torch.int64)
+    draws = uniform(stream_key, index, torch.zeros_like(index))
+    return torch.argsort(draws, stable=True).tolist()
