@@ -162,3 +162,36 @@ class LossOutput:
 
     token_loss_T: Tensor  # carries grad; exactly 0 where the objective reads nothing
     metrics: dict[str, Metric] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One training step, as it is shown, logged and plotted: one JSON line."""
+
+    step: int
+    """Number of optimizer updates done, this one included (the first step is 1)."""
+    weight_version: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: dict[str, int]
+    """Response tokens of the global batch by region, lower case: ``guidance``, ``on_policy``."""
+    metrics: dict[str, float]
+    """Means over the global batch, keyed ``group/name``."""
+    seconds: dict[str, float]
+    """Wall seconds of rank 0 by phase: generate, score, train, push, save."""
+    verdict: Literal["stepped", "skipped"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalReport:
+    """Accuracy of the student on held-out prompts with one way of decoding."""
+
+    step: int
+    decoding: str
+    """``greedy``, ``top_p_0.7``, ``temperature_1``."""
+    accuracy: float
+    num_prompts: int
+    mean_response_len: float
+    finished: float
+    """Share of responses that ended with a stop token."""

@@ -1,0 +1,135 @@
+"""Real torch.distributed ranks for tests, started once per world size and reused.
+
+Importing Megatron costs seconds, so every test that needs n ranks shares the same n processes:
+
+    def _body(tp, value):            # module level, so that it can be pickled
+        ...
+        return result
+
+    def test_it(ranks):
+        assert ranks(4).run(_body, 2, value) == [...]     # one result per rank
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing as mp
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+CALL_TIMEOUT_S = 240.0
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    faulthandler.enable()
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+    )
+    from megatron_tropd.parallel import platform
+
+    platform.install()
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=CALL_TIMEOUT_S / 2))
+    while (call := pipe.recv()) is not None:
+        function, args, kwargs = call
+        try:
+            pipe.send((True, function(*args, **kwargs)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class RankPool:
+    """``world_size`` living processes in one gloo group."""
+
+    def __init__(self, world_size: int) -> None:
+        context = mp.get_context("spawn")
+        port = free_port()
+        self.world_size = world_size
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=False)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Call ``function`` on every rank; the results in rank order, or an error with the tracebacks."""
+        for pipe in self._pipes:
+            pipe.send((function, args, kwargs))
+        answers: dict[int, tuple[bool, Any]] = {}
+        while len(answers) < self.world_size:
+            open_pipes = [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
+            ready = wait(open_pipes, timeout=CALL_TIMEOUT_S)
+            if not ready:
+                self.kill()
+                raise TimeoutError(f"ranks {sorted(set(range(self.world_size)) - set(answers))} did not answer")
+            for pipe in ready:
+                rank = self._pipes.index(pipe)
+                try:
+                    answers[rank] = pipe.recv()
+                except EOFError:
+                    answers[rank] = (False, f"rank {rank} died")
+        failures = [f"--- rank {rank}\n{text}" for rank, (good, text) in sorted(answers.items()) if not good]
+        if failures:
+            self.kill()  # a failed rank may have left a collective half done
+            raise AssertionError("\n".join(failures))
+        return [answers[rank][1] for rank in range(self.world_size)]
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+    def close(self) -> None:
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            if process.is_alive():
+                try:
+                    pipe.send(None)
+                except OSError:
+                    process.kill()
+        for process in self._processes:
+            process.join(20)
+            if process.is_alive():
+                print(f"killing test rank {process.pid}", file=sys.stderr)
+                process.kill()
+
+
+class RankPools:
+    """``ranks(4)`` gives the pool of four, made at the first call and again after a failure."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, RankPool] = {}
+
+    def __call__(self, world_size: int) -> RankPool:
+        pool = self._pools.get(world_size)
+        if pool is None or not pool.alive:
+            pool = self._pools[world_size] = RankPool(world_size)
+        return pool
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
