@@ -1,0 +1,230 @@
+"""Where the run happens: CUDA, or a machine without one.  The only file that patches anything.
+
+Megatron-core asks ``torch.cuda`` questions and writes ``device="cuda"`` without a switch.
+:func:`install` answers them on a machine without CUDA, so that the REAL Megatron-core runs there on
+gloo; where CUDA is present it changes nothing.  Call it before the first ``import megatron``.
+
+Every name that is replaced is listed in ``REPLACED`` and has a test (tests/test_platform.py) that
+fails when an upgrade of torch or megatron-core moves it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+import sys
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+REPLACED: dict[str, tuple[str, ...]] = {
+    "torch": ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like"),
+    "torch.Tensor": ("cuda", "to", "type"),
+    "torch.cuda": (
+        "current_device", "device_count", "synchronize", "empty_cache", "set_device", "Stream", "Event",
+        "current_stream", "default_stream", "stream", "get_rng_state", "set_rng_state", "manual_seed",
+    ),
+    "megatron.core.tensor_parallel.random": ("_get_cuda_rng_state", "_set_cuda_rng_state"),
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer": ("_set_main_param_and_optimizer_states",),
+    "megatron.core.transformer.torch_norm.WrappedTorchNorm": ("__new__",),
+}  # fmt: skip
+
+
+def is_cuda() -> bool:
+    """Whether this process computes on a GPU."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device this rank computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if is_cuda() else CPU
+
+
+def backend() -> str:
+    """The ``init_process_group`` backend: gloo carries CPU tensors, NCCL carries CUDA tensors."""
+    return "cpu:gloo,cuda:nccl" if is_cuda() else "gloo"
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine layers can be used (they need CUDA)."""
+    return is_cuda() and importlib.util.find_spec("transformer_engine") is not None
+
+
+_installed = False
+
+
+def install() -> None:
+    """Let Megatron-core run here.  Idempotent; does nothing where CUDA is present."""
+    global _installed
+    if _installed or is_cuda():
+        return
+    _installed = True
+    # megatron-core's jit_fuser is torch.compile, bound at its import: compiling costs 12 s on a CPU
+    # and gains nothing at the sizes that run there.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    _answer_torch_cuda()
+    _redirect_device_literals()
+    _patch_megatron()
+
+
+def _is_cuda_device(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.startswith("cuda")
+    return getattr(value, "type", None) == "cuda"
+
+
+def _on_cpu(factory: Any) -> Any:
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda_device(kwargs.get("device")):
+            kwargs["device"] = CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+def _redirect_device_literals() -> None:
+    """``device="cuda"``, ``.cuda()``, ``.to("cuda")`` mean the CPU.
+
+    Not a TorchFunctionMode: torch runs backward with modes popped, so activation recomputation
+    would meet "cuda" again.
+    """
+    from torch.utils._device import _device_constructors
+
+    # torch.device("meta") finds factories by identity in a cached set: fill the cache with the
+    # originals first, or transformers' from_pretrained silently computes garbage buffers.
+    _device_constructors()
+    for name in REPLACED["torch"]:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+    original_to, original_type = torch.Tensor.to, torch.Tensor.type
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda_device(args[0]):
+            args = (CPU, *args[1:])
+        if _is_cuda_device(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return original_to(self, *args, **kwargs)
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original_type(self, *args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if not args and not kwargs and caller.startswith("megatron.core.optimizer"):
+            return answer.replace("torch.", "torch.cuda.", 1)  # it asserts "torch.cuda.FloatTensor"
+        return answer
+
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.to = to  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
+
+
+class _NullStream:
+    """Stands for torch.cuda.Stream and Event; a class, because annotations say ``Stream | None``."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record_event(self, *_: Any) -> _NullStream:
+        return self
+
+    def query(self) -> bool:
+        return True
+
+    def _nothing(self, *_: Any) -> None:
+        pass
+
+    wait_stream = synchronize = wait_event = record = wait = _nothing
+
+
+def _answer_torch_cuda() -> None:
+    cuda: Any = torch.cuda
+    null = _NullStream()
+    cuda.current_device = lambda: CPU
+    cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    for name in ("synchronize", "empty_cache", "set_device"):
+        setattr(cuda, name, lambda *_, **__: None)
+    cuda.Stream = cuda.Event = _NullStream
+    cuda.current_stream = cuda.default_stream = lambda *_, **__: null
+    cuda.stream = lambda *_: contextlib.nullcontext()
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+
+
+def _patch_megatron() -> None:
+    _patch_rng()
+    _patch_distributed_optimizer_load()
+    _patch_norm_sequence_parallel()
+
+
+def _patch_rng() -> None:
+    import megatron.core.tensor_parallel.random as random
+
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    # fork() warns whenever the CPU generator moved; here it is the generator in use.
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _patch_distributed_optimizer_load() -> None:
+    """megatron-core 0.16.1 forgets that torch's AdamW keeps a ``step`` beside its moments."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+
+    def set_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group]["params"][order]
+        with torch.no_grad():
+            for name, target in {"param": main_param, **self.optimizer.state[main_param]}.items():
+                if name != "step":
+                    target.copy_(tensors[name])
+
+    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def _patch_norm_sequence_parallel() -> None:
+    """WrappedTorchNorm refuses sequence parallelism; mark its weights instead, as TE's norm does, so
+    that ``finalize_model_grads`` adds their gradients over the tensor-parallel group."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    original = WrappedTorchNorm.__new__
+
+    def new(cls: type, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
+        if not config.sequence_parallel:
+            return original(cls, config=config, hidden_size=hidden_size, eps=eps, **kwargs)
+        config.sequence_parallel = False
+        try:
+            norm = original(cls, config=config, hidden_size=hidden_size, eps=eps, **kwargs)
+        finally:
+            config.sequence_parallel = True
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = True
+        return norm
+
+    WrappedTorchNorm.__new__ = new
+
+
+def prime_adam_state(megatron_optimizer: Any) -> None:
+    """Give a torch AdamW that has not stepped yet its (zero) state, so that a checkpoint can be
+    loaded into it.  Needed only without TE and apex, whose Adam Megatron primes itself."""
+    for part in getattr(megatron_optimizer, "chained_optimizers", [megatron_optimizer]):
+        adam = part.optimizer
+        if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+            continue
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                if not adam.state[parameter]:
+                    adam.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
