@@ -1,0 +1,159 @@
+"""A GPTModel from an architecture and a layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_tropd.models.architecture import Architecture, RopeScaling
+from megatron_tropd.models.attention import PackedSdpaAttention
+from megatron_tropd.parallel import platform
+from megatron_tropd.parallel.groups import ModelGroups
+from megatron_tropd.types import Microbatch
+
+
+class HiddenStateGPT(GPTModel):
+    """A GPTModel whose last stage returns hidden states: logits are made, chunk by chunk, by
+    ``ops/vocab_parallel.py`` and nowhere else."""
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """[T, 1, H] ([T / tp, 1, H] under sequence parallelism)."""
+        return hidden_states
+
+    def lm_head_weight(self) -> Tensor:
+        """This rank's rows of the output table [V_padded / tp, H]; the embedding's where tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def transformer_config(
+    arch: Architecture, groups: ModelGroups, params_dtype: torch.dtype, overrides: Mapping[str, Any]
+) -> TransformerConfig:
+    """Megatron's config for ``arch`` cut as ``groups`` says."""
+    cuda, te = platform.is_cuda(), platform.has_transformer_engine()
+    values: dict[str, Any] = {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_query_groups,
+        "kv_channels": arch.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": arch.norm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": arch.qkv_bias,
+        "qk_layernorm": arch.qk_norm,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "attention_softmax_in_fp32": True,
+        "tensor_model_parallel_size": groups.layout.tp,
+        "pipeline_model_parallel_size": groups.layout.pp,
+        "params_dtype": params_dtype,
+        "pipeline_dtype": params_dtype,
+        "bf16": params_dtype == torch.bfloat16,
+        "fp16": params_dtype == torch.float16,
+        # Weights always come from a checkpoint.  The flags below name what needs TE, apex or CUDA.
+        "perform_initialization": True,
+        "use_cpu_initialization": not cuda,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": cuda,
+        "bias_dropout_fusion": cuda,
+        "apply_rope_fusion": te,
+        "persist_layer_norm": False,
+    }
+    return TransformerConfig(**{**values, **overrides})
+
+
+def _layer_spec(config: TransformerConfig) -> Any:
+    """Transformer Engine's layers where it is installed, else Megatron's own with packed attention."""
+    if platform.has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    spec.submodules.self_attention.submodules.core_attention = PackedSdpaAttention
+    return spec
+
+
+def _llama3_frequencies(inverse: Tensor, scaling: RopeScaling) -> Tensor:
+    """RoPE frequencies of Llama 3.1: long wavelengths divided by ``factor``, short ones kept, a linear
+    blend between.  Megatron's own version fixes three of the four numbers."""
+    wavelength = 2 * math.pi / inverse
+    original = scaling.original_max_position_embeddings
+    blend = (original / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blended = (1 - blend) * inverse / scaling.factor + blend * inverse
+    scaled = torch.where(wavelength > original / scaling.low_freq_factor, inverse / scaling.factor, blended)
+    return torch.where(wavelength < original / scaling.high_freq_factor, inverse, scaled)
+
+
+def build_gpt_model(
+    arch: Architecture,
+    groups: ModelGroups,
+    *,
+    params_dtype: torch.dtype = torch.float32,
+    make_vocab_size_divisible_by: int = 128,
+    config_overrides: Mapping[str, Any] | None = None,
+) -> HiddenStateGPT:
+    """This rank's part of the model, on this rank's device, with arbitrary weights.
+
+    ``config_overrides`` are TransformerConfig fields (``sequence_parallel``, ``recompute_granularity``).
+
+    Raises:
+        ValueError: the layout does not divide the architecture; the message names the flag.
+    """
+    if errors := arch.check_layout(groups.layout.tp, groups.layout.pp):
+        raise ValueError("; ".join(errors))
+    config = transformer_config(arch, groups, params_dtype, config_overrides or {})
+    model = HiddenStateGPT(
+        config=config,
+        transformer_layer_spec=_layer_spec(config),
+        vocab_size=groups.layout.padded_vocab_size(arch.vocab_size, make_vocab_size_divisible_by),
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=groups.is_first_stage,
+        post_process=groups.is_last_stage,
+        share_embeddings_and_output_weights=arch.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,  # type: ignore[arg-type]  # Megatron annotates int and divides
+        seq_len_interpolation_factor=arch.rope_linear_factor,
+        pg_collection=groups.pg_collection,
+    )
+    if arch.rope_llama3 is not None:
+        rope = model.rotary_pos_emb
+        rope.inv_freq = _llama3_frequencies(rope.inv_freq, arch.rope_llama3)
+    # The local spec makes fp32 norms whatever params_dtype says; TE's follow it.  One dtype for all.
+    return model.to(device=platform.device(), dtype=params_dtype)
+
+
+def packed_seq_params(batch: Microbatch) -> PackedSeqParams:
+    """Sequence boundaries in Megatron's terms."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
+
+
+def forward_hidden(model: torch.nn.Module, batch: Microbatch) -> Tensor:
+    """Run this stage over one packed micro-batch; ``model`` may be wrapped in Float16Module or DDP."""
+    return model(
+        input_ids=batch.token_T[None],
+        position_ids=batch.position_T[None],
+        attention_mask=None,
+        packed_seq_params=packed_seq_params(batch),
+    )

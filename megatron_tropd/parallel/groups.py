@@ -1,0 +1,129 @@
+"""Process groups of the student and of the teacher.
+
+Megatron's ``parallel_state`` is one set of globals and can hold one layout: the student's, because
+DDP and the optimizer ask it.  Every other model is handed a ``ProcessGroupCollection`` of its own.
+Only this room reads ``parallel_state``; everybody else receives a :class:`ModelGroups`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_tropd.parallel import platform
+from megatron_tropd.parallel.layout import ParallelLayout, RankCoords
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelGroups:
+    """One model's place in the world: its layout, this rank's coordinates, its process groups."""
+
+    layout: ParallelLayout
+    coords: RankCoords
+    pg_collection: Any
+    """megatron.core ``ProcessGroupCollection``."""
+
+    @property
+    def world(self) -> dist.ProcessGroup:
+        """All ranks of the layout (today: all ranks of the job)."""
+        return dist.group.WORLD
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.coords.pp == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the LM head."""
+        return self.coords.pp == self.layout.pp - 1
+
+
+def init_distributed(timeout_s: float = 600.0) -> tuple[int, int]:
+    """Join the job torchrun started; without torchrun, a job of one rank.  Returns (rank, world size).
+
+    Every collective fails after ``timeout_s`` seconds, so that a lost rank cannot hang the others.
+    """
+    if not dist.is_initialized():
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
+            os.environ.setdefault(name, value)
+        if platform.is_cuda():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        timeout = timedelta(seconds=timeout_s)
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(platform.backend(), timeout=timeout)
+        else:
+            dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def shutdown() -> None:
+    """Leave the job."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def student_groups(layout: ParallelLayout, *, seed: int = 1234) -> ModelGroups:
+    """Make ``layout`` Megatron's global layout.  Collective over the world."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return ModelGroups(
+        layout=layout,
+        coords=layout.coords(dist.get_rank()),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def _enumerate(layout: ParallelLayout, varying: str) -> list[list[int]]:
+    """Rank lists of the groups in which exactly the coordinates named in ``varying`` differ."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(layout.world_size):
+        coords = layout.coords(rank)
+        fixed = tuple(getattr(coords, axis) for axis in ("tp", "dp", "pp") if axis not in varying.split())
+        groups.setdefault(fixed, []).append(rank)
+    return list(groups.values())
+
+
+def _new_groups(rank_lists: list[list[int]]) -> dist.ProcessGroup:
+    """Create every group on every rank (new_group is collective over the world); return this rank's."""
+    mine = None
+    for ranks in rank_lists:
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            mine = group
+    if mine is None:
+        raise ValueError(f"rank {dist.get_rank()} is in none of the groups {rank_lists}")
+    return mine
+
+
+def teacher_groups(layout: ParallelLayout) -> ModelGroups:
+    """Groups of a second model on the same ranks, in a layout of its own.  Collective over the world.
+
+    Built without ``parallel_state``; there is no group for tied embeddings, because a frozen model
+    has no embedding gradients to add.
+    """
+    if layout.world_size != dist.get_world_size():
+        raise ValueError(f"the teacher's layout has {layout.world_size} ranks, the job has {dist.get_world_size()}")
+    single = _new_groups([[rank] for rank in range(layout.world_size)])
+    tp, pp, dp = (_new_groups(_enumerate(layout, axis)) for axis in ("tp", "pp", "dp"))
+    mp = _new_groups(_enumerate(layout, "tp pp"))
+    tp_dp = _new_groups(_enumerate(layout, "tp dp"))
+    collection = ProcessGroupCollection(
+        tp=tp, pp=pp, mp=mp, embd=None, pos_embd=None, cp=single, tp_cp=tp, ep=single, expt_tp=tp, tp_ep=tp,
+        tp_ep_pp=mp, tp_dp_cp=tp_dp, dp=dp, dp_cp=dp, expt_dp=dp, intra_dp_cp=dp, intra_expt_dp=dp,
+    )  # fmt: skip
+    return ModelGroups(layout=layout, coords=layout.coords(dist.get_rank()), pg_collection=collection)
