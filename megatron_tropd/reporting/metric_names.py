@@ -1,0 +1,67 @@
+"""Every metric name of this project, with its unit and its meaning.
+
+``docs/metrics.md`` holds the table made by :func:`markdown_table`; a test keeps the two equal.  A metric
+that is not in the table is still written and sent to the sinks: the table is a promise, not a filter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PHASES = ("generate", "score", "train", "push", "save", "eval")
+"""Phases of a step in the order in which they happen, which is the order of tables and stacks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricInfo:
+    """Unit and meaning of one metric."""
+
+    unit: str
+    meaning: str
+
+
+def _info(unit: str, meaning: str) -> MetricInfo:
+    return MetricInfo(unit=unit, meaning=meaning)
+
+
+METRICS: dict[str, MetricInfo] = {
+    "train/loss": _info("nats", "Sum of token losses divided by the global token count of the step."),
+    "train/grad_norm": _info("norm", "Global L2 norm of the gradient, before clipping."),
+    "train/learning_rate": _info("1", "Learning rate of the update."),
+    "tropd/trusted_frac": _info("share", "On-policy tokens that the gate trusts (K1 reverse KL)."),
+    "tropd/outlier_frac": _info("share", "On-policy tokens that the gate rejects (top-k forward KL)."),
+    "tropd/k1_trusted": _info("nats", "Mean of log p - log q over trusted tokens (p student, q teacher)."),
+    "tropd/k1_rejected": _info("nats", "Mean of log p - log q over rejected tokens."),
+    "tropd/forward_kl_topk": _info("nats", "Mean forward KL on the teacher's top-k over the tokens that use it."),
+    "tropd/teacher_topk_mass": _info("share", "Teacher probability inside its own top-k."),
+    "tropd/student_topk_mass": _info("share", "Student probability inside the teacher's top-k."),
+    "tropd/reward_mean": _info("nats", "Mean detached reward of the policy-gradient tokens."),
+    "tropd/guidance_nll": _info("nats", "Mean negative log-likelihood of guidance tokens under the student."),
+    "guidance/alpha": _info("share", "Annealed share of a teacher response that is given as guidance."),
+    "guidance/frac": _info("share", "Response tokens that are guidance."),
+    "guidance/len_mean": _info("tokens", "Mean guidance length of a rollout."),
+    "rollout/len_mean": _info("tokens", "Mean number of tokens the student wrote in a rollout."),
+    "rollout/truncated_frac": _info("share", "Rollouts that ended at the length limit."),
+    "rollout/accuracy": _info("share", "Rollouts with the right answer, where answers are known."),
+    "student/entropy": _info("nats", "Mean entropy of the student over on-policy tokens."),
+    "parity/logprob_abs_diff_mean": _info("nats", "Mean |log p| difference, rollout engine against trainer."),
+    "parity/logprob_abs_diff_max": _info("nats", "Largest such difference in the step."),
+    "throughput/tokens_per_second": _info("tokens/s", "Response tokens of the step by wall seconds of the step."),
+    "memory/peak_bytes": _info("bytes", "Peak memory of rank 0: of its GPU, or resident where it has none."),
+    "time/generate": _info("s", "Wall seconds of rank 0 in generation."),
+    "time/score": _info("s", "Wall seconds in teacher scoring."),
+    "time/train": _info("s", "Wall seconds in forward, backward and the update."),
+    "time/push": _info("s", "Wall seconds in pushing weights to the engines."),
+    "time/save": _info("s", "Wall seconds in checkpoints and reports."),
+    "time/eval": _info("s", "Wall seconds in evaluation."),
+}
+
+
+def markdown_table() -> str:
+    """The table that ``docs/metrics.md`` holds."""
+    rows = [f"| `{name}` | {info.unit} | {_escape_pipes(info.meaning)} |" for name, info in METRICS.items()]
+    return "\n".join(["| metric | unit | meaning |", "|---|---|---|", *rows])
+
+
+def _escape_pipes(text: str) -> str:
+    return text.replace("|", "\\|")

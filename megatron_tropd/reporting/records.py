@@ -1,0 +1,140 @@
+"""Reports as JSON lines and back.
+
+A record is what one line of ``metrics.jsonl`` parses to.  JSON has no NaN: such a number is written as
+null, with a note under ``nonfinite`` that says which it was, and comes back as itself.
+
+Example:
+    {"kind": "step", "step": 3, "loss": null, ..., "nonfinite": {"loss": "nan"}}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_tropd.types import EvalReport, StepReport
+
+Record = dict[str, Any]
+
+
+def step_record(report: StepReport) -> Record:
+    """The record of one training step."""
+    return {"kind": "step", **asdict(report)}
+
+
+def eval_record(report: EvalReport) -> Record:
+    """The record of one evaluation."""
+    return {"kind": "eval", **asdict(report)}
+
+
+def encode(record: Mapping[str, Any]) -> str:
+    """One line of valid JSON, without its newline."""
+    notes: dict[str, str] = {}
+    clean = _without_nonfinite(record, "", notes)
+    if notes:
+        clean["nonfinite"] = notes
+    return json.dumps(clean, allow_nan=False, separators=(", ", ": "))
+
+
+def decode(line: str) -> Record:
+    """The record of one line; ``ValueError`` where the line is not a JSON object."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"a line of metrics holds a {type(record).__name__}, expected an object")
+    for path, text in record.pop("nonfinite", {}).items():
+        # Only the first separator splits: metric names may hold dots of their own.
+        group, _, name = path.partition(".")
+        target = record.get(group) if name else record
+        if isinstance(target, dict):
+            target[name or group] = float(text)
+    return record
+
+
+def _without_nonfinite(value: Any, path: str, notes: dict[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nonfinite(item, f"{path}.{key}" if path else key, notes) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nonfinite(item, f"{path}.{index}", notes) for index, item in enumerate(value)]
+    if value is None or isinstance(value, str | int):
+        return value
+    number = float(value)  # a float, or a number of numpy or torch
+    if math.isfinite(number):
+        return number
+    notes[path] = str(number)
+    return None
+
+
+def read_records(path: Path) -> list[Record]:
+    """All whole records of a metrics file, in order, each step and evaluation once (the last one counts).
+
+    A line that does not parse is what a crash leaves behind; it is left out.
+    """
+    if not path.exists():
+        return []
+    unique: dict[tuple[Any, ...], Record] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = decode(line)
+        except ValueError:
+            continue
+        key = (record.get("kind"), record.get("step"), record.get("decoding"))
+        unique.pop(key, None)
+        unique[key] = record
+    return list(unique.values())
+
+
+def drop_after(path: Path, step: int | None) -> int:
+    """Keep the whole lines up to ``step`` (all whole lines for None), atomically; how many were dropped."""
+    if not path.exists():
+        return 0
+    before = path.read_bytes()
+    # Without its newline the last line is whole only if it parses, which the filter finds out.
+    lines = before.decode("utf-8", errors="replace").removesuffix("\n").split("\n") if before else []
+    kept = [line for line in lines if _keeps(line, step)]
+    after = "".join(f"{line}\n" for line in kept)
+    if after.encode() != before:
+        write_atomic(path, after)
+    return len(lines) - len(kept)
+
+
+def _keeps(line: str, step: int | None) -> bool:
+    try:
+        record = decode(line)
+    except ValueError:
+        return False
+    return step is None or int(record.get("step", 0)) <= step
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a whole file, or leave the old one: a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Model text may hold lone surrogates, which UTF-8 cannot carry.
+    with temporary.open("wb") as stream:
+        stream.write(text.encode("utf-8", errors="replace"))
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def step_scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """A step record as flat ``group/name`` numbers (``docs/metrics.md``)."""
+    scalars = {f"train/{name}": float(record[name]) for name in ("loss", "grad_norm", "learning_rate")}
+    scalars |= {f"tokens/{region}": float(count) for region, count in record["tokens"].items()}
+    scalars |= {f"time/{phase}": float(seconds) for phase, seconds in record["seconds"].items()}
+    return scalars | {name: float(value) for name, value in record["metrics"].items()}
+
+
+def eval_scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """An evaluation record as flat numbers: ``eval/<decoding>/accuracy`` and so on."""
+    names = ("accuracy", "mean_response_len", "finished")
+    return {f"eval/{record['decoding']}/{name}": float(record[name]) for name in names}
+
+
+def of_kind(records: Iterable[Record], kind: str) -> list[Record]:
+    """The records of one kind, by step."""
+    return sorted((record for record in records if record.get("kind") == kind), key=lambda record: record["step"])

@@ -1,0 +1,173 @@
+"""The directory of one run, written by rank 0.
+
+Files::
+
+    config.yaml              resolved configuration, keys are flag names (secrets hidden)
+    env.json                 code, versions, machine, command line; changed flags; earlier launches
+    metrics.jsonl            one line for each step and each evaluation
+    rollouts/step_*.jsonl    a few rollouts as text
+    plots/  report.html      made from the files above (``python -m megatron_tropd.reporting.report RUN_DIR``)
+    run.lock                 host and process of the job that writes here; empty when there is none
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from megatron_tropd.reporting.environment import describe_environment
+from megatron_tropd.reporting.lock import RunLock
+from megatron_tropd.reporting.records import Record, drop_after, encode, eval_record, step_record, write_atomic
+from megatron_tropd.reporting.redaction import redact_mapping
+from megatron_tropd.reporting.rollout_samples import RolloutSample, write_samples
+from megatron_tropd.types import EvalReport, StepReport
+
+
+class RunDirectory:
+    """Files of a run that this process holds the lock of; a context manager that gives it back.
+
+    Example:
+        with RunDirectory.create("runs/a", config={"lr": 1e-6}, resume=True) as run:
+            run.rewind(start_step)
+            run.step(report)
+    """
+
+    def __init__(self, path: Path, lock: RunLock) -> None:
+        self.path = path
+        self._lock = lock
+        self._metrics: TextIO | None = None
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        config: Mapping[str, object],
+        resume: bool,
+        defaults: Mapping[str, object] | None = None,
+    ) -> RunDirectory:
+        """Take the directory and write ``config.yaml`` and ``env.json``.
+
+        ``resume`` allows a directory that already holds a run; the caller then says with :meth:`rewind`
+        from which step it goes on.  With ``defaults`` the report can show what differs from them.
+        """
+        path = Path(path)
+        for folder in (path / "rollouts", path / "plots"):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(path / "run.lock")
+        try:
+            if not resume and (path / "metrics.jsonl").exists():
+                raise ValueError(
+                    f"run directory {path} already holds a run: choose another directory, or resume that run"
+                )
+            drop_after(path / "metrics.jsonl", None)
+            _write_config(path, plain(redact_mapping(config)))
+            _write_environment(path, _changed(config, defaults))
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, lock)
+
+    def rewind(self, step: int) -> int:
+        """Forget everything after ``step``, so that no curve has a point twice; how many lines were dropped."""
+        self._close_metrics()
+        dropped = drop_after(self.path / "metrics.jsonl", step)
+        for samples in (self.path / "rollouts").glob("step_*.jsonl"):
+            if step_of(samples) > step:
+                samples.unlink()
+        return dropped
+
+    def step(self, report: StepReport) -> Record:
+        """Append one training step; the record that was written."""
+        return self._append(step_record(report))
+
+    def evaluation(self, report: EvalReport) -> Record:
+        """Append one evaluation; the record that was written."""
+        return self._append(eval_record(report))
+
+    def rollouts(self, step: int, samples: Sequence[RolloutSample]) -> Path:
+        """Write the rollouts of ``step`` that are kept for reading."""
+        path = self.path / "rollouts" / f"step_{step:07d}.jsonl"
+        write_samples(path, samples)
+        return path
+
+    def close(self) -> None:
+        """Close the files and give the lock back."""
+        self._close_metrics()
+        self._lock.release()
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def _append(self, record: Record) -> Record:
+        if self._metrics is None:
+            self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics.write(f"{encode(record)}\n")
+        self._metrics.flush()
+        return record
+
+    def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+
+def step_of(samples: Path) -> int:
+    """The step of a rollout file, from its name."""
+    return int(samples.stem.removeprefix("step_"))
+
+
+def plain(value: Any) -> Any:
+    """The same value in what YAML and JSON can hold without tags."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, Enum):
+        return value.name.lower()
+    if value is None or isinstance(value, bool):
+        return value
+    # Subclasses too (numpy's float64 is a float), which the safe YAML writer would refuse.
+    kind = next((kind for kind in (int, float, str) if isinstance(value, kind)), str)
+    return kind(value)
+
+
+def _write_config(path: Path, config: dict[str, Any]) -> None:
+    target = path / "config.yaml"
+    text = yaml.safe_dump(config, sort_keys=False, width=100)
+    if target.exists() and (before := target.read_text(encoding="utf-8")) != text:
+        # A run may go on with other flags; what its first part ran with must not be lost.
+        number = 1 + len(list(path.glob("config.before_*.yaml")))
+        write_atomic(path / f"config.before_{number}.yaml", before)
+    write_atomic(target, text)
+
+
+def _changed(config: Mapping[str, object], defaults: Mapping[str, object] | None) -> dict[str, Any] | None:
+    if defaults is None:
+        return None
+    differs = {name: value for name, value in config.items() if name not in defaults or defaults[name] != value}
+    return {name: _finite(value) for name, value in plain(redact_mapping(differs)).items()}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity; in this list, which is only read by people, its name will do."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_environment(path: Path, changed: dict[str, Any] | None) -> None:
+    target = path / "env.json"
+    environment = describe_environment() | {"changed_flags": changed, "earlier_launches": []}
+    if target.exists():
+        before = json.loads(target.read_text(encoding="utf-8"))
+        brief = {name: before.get(name) for name in ("started", "host", "command", "git")}
+        environment["earlier_launches"] = [*before.get("earlier_launches", []), brief]
+    write_atomic(target, json.dumps(environment, indent=1, allow_nan=False, default=str) + "\n")
