@@ -1,0 +1,107 @@
+"""What every rollout engine promises, and the checks that are the same for all of them.
+
+An engine FAILS CLOSED: it generates only with a whole set of weights, delivered by
+``begin_update`` .. ``update`` .. ``end_update`` without one tensor missing, unknown, repeated or of
+another shape.  Everything else is an :class:`EngineError`, never tokens of unknown origin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from megatron_tropd.rng import Stream
+from megatron_tropd.types import GenerationRequest, Rollout
+
+
+class EngineError(RuntimeError):
+    """The engine cannot generate, or was handed something it refuses."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to draw tokens.  The random number of a token is named by (seed, stream, step, prompt uid,
+    sample index, position in the response), so it does not depend on batches, engines or ranks."""
+
+    temperature: float = 1.0
+    """0 is greedy decoding."""
+    top_p: float = 1.0
+    seed: int
+    stream: Stream = Stream.SAMPLING
+    step: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature is {self.temperature}; expected a finite number >= 0 (0 is greedy)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; expected a number in (0, 1]")
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Writes continuations with the student's weights.
+
+    An update is ``begin_update(v)``, any number of ``update(...)`` calls that together deliver every
+    tensor of the HF checkpoint once, ``end_update(v)``.  After a failure anywhere in it the engine
+    refuses to generate until a later update, begun afresh, succeeds as a whole.
+    """
+
+    @property
+    def weight_version(self) -> int | None:
+        """Version of the weights it generates with; None while it has no whole set."""
+
+    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Rollout]:
+        """One rollout for each request, in the same order.
+
+        Raises:
+            EngineError: no whole set of weights is loaded, or the engine failed.
+            ValueError: a request is malformed.
+        """
+
+    def begin_update(self, version: int) -> None:
+        """Stop serving the old weights and expect those of ``version``."""
+
+    def update(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take (HF name, tensor) pairs; raises EngineError on the first that does not belong."""
+
+    def end_update(self, version: int) -> None:
+        """Serve ``version`` from now on; raises EngineError if a tensor is missing."""
+
+    def health(self) -> None:
+        """Raise EngineError, saying why, if ``generate`` would be refused now."""
+
+    def close(self) -> None:
+        """Free what the engine holds.  It cannot be used afterwards."""
+
+
+def check_requests(requests: Sequence[GenerationRequest], *, vocab_size: int, max_positions: int) -> None:
+    """Refuse requests that would index outside the model or share a random number.
+
+    Raises:
+        ValueError: naming the prompt and what is wrong with it.
+    """
+    seen: set[tuple[int, int]] = set()
+    for request in requests:
+        name = f"request of prompt {request.prompt_uid}, sample {request.sample_index}"
+        if (request.prompt_uid, request.sample_index) in seen:
+            raise ValueError(f"{name} is given twice; both would be the same rollout")
+        seen.add((request.prompt_uid, request.sample_index))
+        length = len(request.token_ids)
+        if request.prompt_len < 1 or request.guidance_len < 0 or request.prompt_len + request.guidance_len != length:
+            raise ValueError(
+                f"{name}: prompt_len {request.prompt_len} + guidance_len {request.guidance_len} "
+                f"is not its {length} tokens"
+            )
+        if not (min(request.token_ids) >= 0 and max(request.token_ids) < vocab_size):
+            raise ValueError(f"{name}: a token id is outside [0, {vocab_size}); use the student's own tokenizer")
+        if request.max_new_tokens < 0:
+            raise ValueError(f"{name}: max_new_tokens {request.max_new_tokens} is negative")
+        if length + request.max_new_tokens > max_positions:
+            raise ValueError(
+                f"{name}: {length} given + {request.max_new_tokens} new tokens exceed the model's "
+                f"max_position_embeddings {max_positions}; lower --max-prompt-length or --max-response-length"
+            )
