@@ -76,10 +76,11 @@ def save_hf_checkpoint(
 
 
 def read_tensors(directory: str | Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint directory."""
+    """Every tensor of a checkpoint directory, in memory (load_file's own are views of the file)."""
     from safetensors.torch import load_file
 
-    return {name: t for path in sorted(Path(directory).glob("*.safetensors")) for name, t in load_file(path).items()}
+    paths = sorted(Path(directory).glob("*.safetensors"))
+    return {name: tensor.clone() for path in paths for name, tensor in load_file(path).items()}
 
 
 def write_tensors(directory: str | Path, tensors: dict[str, torch.Tensor], file: str = "model.safetensors") -> Path:

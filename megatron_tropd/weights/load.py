@@ -1,0 +1,73 @@
+"""Filling a rank's GPTModel from an HF checkpoint, reading only the ranges this rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.weights.boxes import DEFAULT_VOCAB_DIVISOR, EMBED_TOKENS, ParamBoxes, rank_boxes
+from megatron_tropd.weights.files import HfCheckpoint
+
+
+class WeightMismatch(ValueError):
+    """A module's parameters are not those the architecture and layout call for."""
+
+
+def local_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by GPTModel name, whether or not ``model`` is wrapped in Float16Module or DDP."""
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    return dict(model.named_parameters())
+
+
+def match_parameters(
+    params: Mapping[str, Tensor], boxes: Iterable[ParamBoxes]
+) -> list[tuple[Tensor, ParamBoxes]]:
+    """Pair every parameter with its boxes, by any of its names.
+
+    Raises:
+        WeightMismatch: a parameter is missing, unknown or of another shape; all of them in one message.
+    """
+    problems, pairs, used = [], [], set()
+    for wanted in boxes:
+        found = [name for name in wanted.names if name in params]
+        if len(found) != 1:
+            problems.append(f"the module has {'both' if found else 'none'} of {' / '.join(wanted.names)}")
+            continue
+        used.add(found[0])
+        tensor = params[found[0]]
+        if tuple(tensor.shape) != wanted.shape:
+            problems.append(f"{found[0]} has local shape {list(tensor.shape)}, expected {list(wanted.shape)}")
+        pairs.append((tensor, wanted))
+    problems += [f"the module has an unknown parameter {name}" for name in sorted(params.keys() - used)]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise WeightMismatch(f"the module does not fit its architecture and layout: {shown}")
+    return pairs
+
+
+@torch.no_grad()
+def load_hf_into(
+    model: nn.Module, checkpoint: HfCheckpoint, arch: Architecture, layout: ParallelLayout, rank: int,
+    *, make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR,
+) -> None:  # fmt: skip
+    """Copy this rank's part of ``checkpoint`` into ``model``; vocabulary padding becomes zero.  Not collective.
+
+    Values are cast to the parameter's dtype (exact where it is at least as wide as the file's).
+
+    Raises:
+        WeightMismatch: the module is not ``arch`` cut by ``layout``; nothing has been copied then.
+        HfCheckpointError: a stored copy of tied embeddings differs from them.
+    """
+    boxes = rank_boxes(arch, layout, rank, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
+    for parameter, wanted in match_parameters(local_parameters(model), boxes):
+        if sum(box.numel for box in wanted.boxes) < parameter.numel():
+            parameter.zero_()  # only a vocabulary table has rows without a box
+        for box in wanted.boxes:
+            parameter[box.local_slices].copy_(checkpoint.read(box.hf_name, box.start, box.size))
+            if box.hf_name == EMBED_TOKENS:
+                checkpoint.check_tied_copy(box.start, box.size)

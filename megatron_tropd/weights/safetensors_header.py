@@ -1,0 +1,149 @@
+"""The header of a safetensors file: read and checked without touching the data, or made anew.
+
+A file is: 8 bytes little-endian header length, the header (JSON, padded with spaces), the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""The dtypes a dense checkpoint has.  Quantized ones need their scales and are refused."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class HfCheckpointError(ValueError):
+    """An HF checkpoint directory is incomplete, damaged or of another model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """Where one tensor lies."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the FILE."""
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileHeader:
+    """One safetensors file, without its data."""
+
+    text: str
+    """The header exactly as it stands in the file, padding included: writing it again gives the same bytes."""
+    tensors: dict[str, TensorInfo]
+    data_bytes: int
+
+    @property
+    def prefix(self) -> bytes:
+        """The bytes before the data."""
+        encoded = self.text.encode()
+        return len(encoded).to_bytes(LENGTH_BYTES, "little") + encoded
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the whole file."""
+        return len(self.prefix) + self.data_bytes
+
+
+def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise HfCheckpointError(f"the header names {key!r} twice")
+        found[key] = value
+    return found
+
+
+def _tensor_info(file: str, name: str, entry: Mapping[str, Any], data_start: int) -> TensorInfo:
+    kind = entry["dtype"]
+    if kind not in DTYPES:
+        raise HfCheckpointError(
+            f"{name} has dtype {kind}; supported are {', '.join(DTYPES)} (dequantize the checkpoint first)"
+        )
+    begin, end = entry["data_offsets"]
+    shape = tuple(int(extent) for extent in entry["shape"])
+    info = TensorInfo(file=file, dtype=DTYPES[kind], shape=shape, offset=data_start + begin, nbytes=end - begin)
+    if info.nbytes != math.prod(shape) * info.dtype.itemsize:
+        raise HfCheckpointError(f"{name} of shape {list(shape)} and dtype {kind} cannot take {info.nbytes} bytes")
+    return info
+
+
+def parse_header(text: str, file: str) -> FileHeader:
+    """Parse and check header ``text`` of the file called ``file``.
+
+    Raises:
+        HfCheckpointError: not JSON, a name twice, an unsupported dtype, or tensors that overlap or leave holes.
+    """
+    data_start = LENGTH_BYTES + len(text.encode())
+    try:
+        entries = json.loads(text, object_pairs_hook=_no_duplicates)
+        entries.pop("__metadata__", None)
+        tensors = {name: _tensor_info(file, name, entry, data_start) for name, entry in entries.items()}
+    except HfCheckpointError as error:
+        raise HfCheckpointError(f"{file}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HfCheckpointError(f"{file}: the safetensors header is damaged: {error!r}") from error
+    position = data_start
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.offset != position:
+            raise HfCheckpointError(f"{file}: {name} starts at byte {info.offset}, expected {position}")
+        position += info.nbytes
+    return FileHeader(text=text, tensors=tensors, data_bytes=position - data_start)
+
+
+def read_header(path: Path) -> FileHeader:
+    """Header of the file at ``path``.
+
+    Raises:
+        HfCheckpointError: as :func:`parse_header`, or the file is shorter or longer than its header says.
+    """
+    actual = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+        if actual < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, actual - LENGTH_BYTES):
+            raise HfCheckpointError(
+                f"{path} is not a complete safetensors file: it has {actual} bytes and says its header alone "
+                f"takes {length}; download it again"
+            )
+        raw = stream.read(length)
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise HfCheckpointError(f"{path}: the safetensors header is not UTF-8: {error}") from error
+    header = parse_header(text, path.name)
+    if header.file_bytes != actual:
+        raise HfCheckpointError(
+            f"{path} is truncated or has trailing bytes: its header says {header.file_bytes} bytes, "
+            f"the file has {actual}; download it again"
+        )
+    return header
+
+
+def make_header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, file: str) -> FileHeader:
+    """The header the safetensors library writes for tensors of one dtype with metadata ``{"format": "pt"}``."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name in sorted(shapes):
+        nbytes = math.prod(shapes[name]) * dtype.itemsize
+        entries[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shapes[name]),
+            "data_offsets": [position, position + nbytes],
+        }
+        position += nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
+    padding = -len(text.encode()) % LENGTH_BYTES
+    return parse_header(text + " " * padding, file)
