@@ -6,7 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from megatron_tropd.rng import Stream
 from megatron_tropd.rollout.embedded import EmbeddedEngine
@@ -67,3 +77,17 @@ def requests_of(lengths: Sequence[int], *, max_new: int = 12, guidance: int = 0)
 
 def params(**changes) -> SamplingParams:
     return SamplingParams(**{"seed": 3, "stream": Stream.SAMPLING, "step": 5, **changes})
+
+
+def word_tokenizer(
+    directory: Path, words: Sequence[str] | None = None, **special: str | None
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, saved to ``directory``; by default ``w0`` .. with <pad>, <eos> at 0, 1."""
+    words = words if words is not None else ["<pad>", "<eos>", *(f"w{i}" for i in range(2, VOCAB))]
+    model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="w2"))
+    model.pre_tokenizer = WhitespaceSplit()
+    named = {"eos_token": "<eos>", "pad_token": "<pad>", **special}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, **{k: v for k, v in named.items() if v})
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(directory)
+    return tokenizer

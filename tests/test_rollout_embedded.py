@@ -267,6 +267,17 @@ def test_stop_tokens_are_checked(tmp_path, stop):
         EmbeddedEngine(tmp_path, stop_token_ids=stop)
 
 
+def test_ids_beyond_the_shared_vocabulary_are_never_written(tmp_path):
+    model = tiny_model(tmp_path)
+    engine = EmbeddedEngine(tmp_path, stop_token_ids=(1,), vocab_size=10)
+    push(engine, model)
+    requests = [dataclasses.replace(r, token_ids=(2, 3, 4)) for r in requests_of([3] * 8)]
+    for rollout in engine.generate(requests, params()):
+        assert max(rollout.token_ids) < 10
+    with pytest.raises(ValueError, match="the model has 60 rows"):
+        EmbeddedEngine(tmp_path, stop_token_ids=(1,), vocab_size=61)
+
+
 def test_bfloat16_engine_agrees_with_a_bfloat16_model(tmp_path):
     engine, model = tiny_engine(tmp_path, stop=NEVER, dtype=torch.bfloat16)
     rollout = engine.generate(requests_of([6]), params())[0]
@@ -291,4 +302,4 @@ def test_quickstart_sized_generation_is_fast(tmp_path):
         engine.generate(requests, params())
         seconds.append(time.perf_counter() - start)
     print("generate seconds", [f"{s:.3f}" for s in seconds])
-    assert min(seconds) < 1.0  # 0.05 s on an idle core; the slack is for a shared machine
+    assert min(seconds) < 1.0  # 0.05 to 0.1 s were measured; the slack is for a shared machine

@@ -45,12 +45,14 @@ class EmbeddedEngine:
         stop_token_ids: a rollout ends with any of them (union of student's and teacher's).
         dtype: of weights and KV cache; tensors of another dtype are rounded to it on arrival.
         device: where the weights live.
+        vocab_size: only the first so many ids can be written (the vocabulary shared with the teacher);
+            by default all rows of the model.
         max_batch_size: at most so many sequences decode at once; results do not depend on it beyond
             rounding of the logits.
 
     Raises:
         FileNotFoundError, UnsupportedArchitecture: from reading the config.
-        ValueError: no stop token, or one outside the vocabulary.
+        ValueError: no stop token, one outside the vocabulary, or a vocabulary larger than the model's.
     """
 
     def __init__(
@@ -58,12 +60,13 @@ class EmbeddedEngine:
         hf_config_dir: str | Path,
         *,
         stop_token_ids: Collection[int],
+        vocab_size: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         max_batch_size: int = 256,
     ) -> None:
         architecture = architecture_from_hf_config(load_hf_config(hf_config_dir))
-        self._vocab_size = architecture.vocab_size
+        self._vocab_size = architecture.vocab_size if vocab_size is None else vocab_size
         self._max_positions = architecture.max_position_embeddings
         self._stop_token_ids = frozenset(stop_token_ids)
         self._max_batch_size = max_batch_size
@@ -71,6 +74,8 @@ class EmbeddedEngine:
             raise ValueError(
                 f"stop_token_ids {sorted(self._stop_token_ids)}: expected at least one id in [0, {self._vocab_size})"
             )
+        if not 1 <= self._vocab_size <= architecture.vocab_size:
+            raise ValueError(f"vocab_size is {vocab_size}; the model has {architecture.vocab_size} rows")
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size is {max_batch_size}; expected at least 1")
         model = _build(Path(hf_config_dir), dtype, torch.device(device))

@@ -1,0 +1,153 @@
+"""Evaluate a Hugging Face checkpoint: ``python -m megatron_tropd.evaluate --hf-checkpoint DIR --eval-data FILE``.
+
+Runs in one process on the embedded engine.  Exit code 2 and one message for anything a user can mend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_tropd.data.prompts import PromptFormat, load_prompts
+from megatron_tropd.data.tokenizer import eos_token_ids, load_tokenizer
+from megatron_tropd.evaluation import DECODINGS, evaluate
+from megatron_tropd.rollout.embedded import EmbeddedEngine
+from megatron_tropd.rollout.engine import EngineError
+from megatron_tropd.types import EvalReport
+from megatron_tropd.weights.files import HfCheckpoint
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    flags = argparse.ArgumentParser(
+        prog="python -m megatron_tropd.evaluate", description="Accuracy of a Hugging Face checkpoint on prompts."
+    )
+    flags.add_argument("--hf-checkpoint", required=True, type=Path, help="directory with config, tokenizer, weights")
+    flags.add_argument("--eval-data", required=True, nargs="+", help=".jsonl or .parquet with prompts and answers")
+    flags.add_argument("--prompt-key", default="prompt")
+    flags.add_argument("--answer-key", default="answer")
+    flags.add_argument("--apply-chat-template", action="store_true")
+    flags.add_argument(
+        "--answer-pattern",
+        default=r"(?s)(.*)",
+        help="regular expression; group 1 of its first match in the response is the answer (default: all of it)",
+    )
+    flags.add_argument("--max-prompt-length", type=int, default=2048, help="tokens; a longer prompt is an error")
+    flags.add_argument("--max-response-length", type=int, default=1024, help="tokens; a longer response is wrong")
+    flags.add_argument("--decodings", nargs="+", choices=list(DECODINGS), default=list(DECODINGS))
+    flags.add_argument("--num-samples", type=int, default=1, help="responses per prompt where tokens are drawn")
+    flags.add_argument("--num-prompts", type=int, help="only the first N prompts")
+    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--teacher-hf-checkpoint", type=Path, help="stop on this model's stop tokens too, as training")
+    flags.add_argument("--max-batch-size", type=int, default=256, help="sequences decoded at once")
+    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flags.add_argument("--dtype", choices=list(_DTYPES), help="default: float32 on a CPU, the checkpoint's elsewhere")
+    flags.add_argument("--output", type=Path, help="write the reports here as JSON")
+    return flags
+
+
+def _problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags themselves, all of it."""
+    problems = [
+        f"--{name} {value}: expected at least 1"
+        for name in ("max-prompt-length", "max-response-length", "num-samples", "num-prompts", "max-batch-size")
+        if (value := getattr(args, name.replace("-", "_"))) is not None and value < 1
+    ]
+    try:
+        re.compile(args.answer_pattern)
+    except re.error as error:
+        problems.append(f"--answer-pattern {args.answer_pattern!r} is not a regular expression: {error}")
+    if args.output is not None and not args.output.parent.is_dir():
+        problems.append(f"--output {args.output}: {args.output.parent} is not a directory")
+    return problems
+
+
+def _load_engine(args: argparse.Namespace) -> EmbeddedEngine:
+    checkpoint = HfCheckpoint.open(args.hf_checkpoint)
+    on_cpu = torch.device(args.device).type == "cpu"
+    dtype = _DTYPES[args.dtype] if args.dtype else torch.float32 if on_cpu else checkpoint.widest_dtype
+    directories = (args.hf_checkpoint, args.teacher_hf_checkpoint)
+    engine = EmbeddedEngine(
+        args.hf_checkpoint,
+        stop_token_ids=set(itertools.chain.from_iterable(eos_token_ids(path) for path in directories if path)),
+        dtype=dtype,
+        device=args.device,
+        max_batch_size=args.max_batch_size,
+    )
+    engine.begin_update(0)
+    engine.update((name, checkpoint.read(name)) for name in checkpoint.tensors)
+    engine.end_update(0)
+    return engine
+
+
+def run(args: argparse.Namespace) -> list[EvalReport]:
+    """Load, generate, count.
+
+    Raises:
+        OSError, ValueError, EngineError: with the flag to change.
+    """
+    if problems := _problems(args):
+        raise ValueError("\n".join(problems))
+    fmt = PromptFormat(
+        prompt_key=args.prompt_key,
+        response_key="",  # responses in the file are not read here, so nothing about them is an error
+        answer_key=args.answer_key,
+        chat_template=args.apply_chat_template,
+        max_prompt_length=args.max_prompt_length,
+        max_response_length=args.max_response_length,
+    )
+    tokenizer = load_tokenizer(args.hf_checkpoint)
+    prompts = load_prompts(args.eval_data, tokenizer, fmt).prompts[: args.num_prompts]
+    return evaluate(
+        _load_engine(args),
+        prompts,
+        tokenizer,
+        [DECODINGS[name] for name in args.decodings],
+        answer_pattern=args.answer_pattern,
+        max_response_length=args.max_response_length,
+        seed=args.seed,
+        step=0,
+        num_samples=args.num_samples,
+    )
+
+
+def table(reports: Sequence[EvalReport]) -> str:
+    """The reports for a terminal."""
+    lines = [f"{'decoding':<16}{'accuracy':>10}{'finished':>10}{'mean length':>13}{'prompts':>9}"]
+    lines += [
+        f"{report.decoding:<16}{report.accuracy:>10.2%}{report.finished:>10.2%}"
+        f"{report.mean_response_len:>13.1f}{report.num_prompts:>9}"
+        for report in reports
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    args = parser().parse_args(argv)
+    try:
+        reports = run(args)
+    except (OSError, ValueError, EngineError) as error:
+        # The prompt reader serves training too and names its flag.
+        print(f"error: {str(error).replace('--prompt-data', '--eval-data')}", file=sys.stderr)
+        return 2
+    document = json.dumps([dataclasses.asdict(report) for report in reports], indent=2)
+    print(table(reports))
+    print(document)
+    if args.output is not None:
+        args.output.write_text(document + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Accuracy of the student on prompts with known answers, for several ways of decoding."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_tropd.rng import Stream
+from megatron_tropd.rollout.engine import RolloutEngine, SamplingParams
+from megatron_tropd.types import EvalReport, GenerationRequest, Prompt, Rollout
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedTokenizerBase
+
+Gather = Callable[[Any], Sequence[Any]]
+"""Hands one rank's object to all ranks and returns everybody's, in rank order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """One way of drawing tokens."""
+
+    name: str
+    temperature: float
+    top_p: float
+
+
+GREEDY = Decoding(name="greedy", temperature=0.0, top_p=1.0)
+TOP_P_07 = Decoding(name="top_p_0.7", temperature=1.0, top_p=0.7)
+TEMPERATURE_1 = Decoding(name="temperature_1", temperature=1.0, top_p=1.0)
+DECODINGS = {decoding.name: decoding for decoding in (GREEDY, TOP_P_07, TEMPERATURE_1)}
+
+
+def extract_answer(text: str, pattern: re.Pattern[str]) -> str | None:
+    """Group 1 of the first match of ``pattern`` with runs of whitespace made one space; None without
+    a match (or where group 1 takes no part in it)."""
+    match = pattern.search(text)
+    return None if match is None or match.group(1) is None else " ".join(match.group(1).split())
+
+
+def exact_match(rollout_text: str, finished: bool, answer: str, pattern: re.Pattern[str]) -> bool:
+    """Whether a response that ended by itself gives exactly ``answer``.
+
+    A truncated response is wrong even if the answer stands in it: the student did not come to an end.
+    """
+    return finished and extract_answer(rollout_text, pattern) == " ".join(answer.split())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tally:
+    """Sums over one shard; added over ranks, divided once."""
+
+    responses: int
+    correct: int
+    finished: int
+    tokens: int
+
+
+def _check(prompts: Sequence[Prompt], pattern: re.Pattern[str]) -> None:
+    if not prompts:
+        raise ValueError("no prompts to evaluate; check --eval-data")
+    if pattern.groups < 1:
+        raise ValueError(
+            f"--answer-pattern {pattern.pattern!r} has no group; put the answer in parentheses, as in '= *(.+)$'"
+        )
+    if without := [prompt.uid for prompt in prompts if prompt.answer is None]:
+        raise ValueError(
+            f"{len(without)} of {len(prompts)} evaluation prompts have no answer (first: uid {without[0]}); "
+            "check --eval-data and --answer-key"
+        )
+
+
+def _tally(
+    rollouts: Sequence[Rollout], answers: dict[int, str], tokenizer: PreTrainedTokenizerBase, pattern: re.Pattern[str]
+) -> _Tally:
+    correct = 0
+    for rollout in rollouts:
+        text = tokenizer.decode(list(rollout.token_ids[rollout.prompt_len :]), skip_special_tokens=True)
+        correct += exact_match(str(text), rollout.finish == "stop", answers[rollout.prompt_uid], pattern)
+    return _Tally(
+        responses=len(rollouts),
+        correct=correct,
+        finished=sum(rollout.finish == "stop" for rollout in rollouts),
+        tokens=sum(rollout.response_len for rollout in rollouts),
+    )
+
+
+def _requests(prompts: Sequence[Prompt], num_samples: int, max_new_tokens: int) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(
+            prompt_uid=prompt.uid,
+            sample_index=sample,
+            token_ids=prompt.token_ids,
+            prompt_len=len(prompt.token_ids),
+            guidance_len=0,
+            max_new_tokens=max_new_tokens,
+        )
+        for prompt in prompts
+        for sample in range(num_samples)
+    ]
+
+
+def evaluate(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    decodings: Sequence[Decoding],
+    *,
+    answer_pattern: str | re.Pattern[str],
+    max_response_length: int,
+    seed: int,
+    step: int,
+    num_samples: int = 1,
+    shard: tuple[int, int] = (0, 1),
+    gather: Gather | None = None,
+) -> list[EvalReport]:
+    """One report per decoding, the same on every rank.
+
+    Args:
+        engine: holds the student's weights.
+        prompts: all prompts, on every rank; each with an answer.
+        tokenizer: turns responses into text; special tokens are left out.
+        decodings: e.g. ``DECODINGS.values()``.
+        answer_pattern: regular expression whose group 1 is the answer.
+        max_response_length: tokens; a response cut there counts as wrong.
+        seed: with ``step`` names the random numbers; they differ from those of training.
+        step: number of updates done; goes into the reports.
+        num_samples: responses per prompt, averaged (greedy decoding always writes one).
+        shard: (rank, world): this rank answers ``prompts[rank::world]``.
+        gather: required when world > 1; e.g. ``all_gather_object`` over the data-parallel group.
+
+    Raises:
+        ValueError: no prompts, a prompt without answer, or a pattern without a group.
+        EngineError: the engine cannot generate.
+    """
+    pattern = re.compile(answer_pattern)
+    _check(prompts, pattern)
+    rank, world = shard
+    if world > 1 and gather is None:
+        raise ValueError(f"shard {shard} evaluates a part of the prompts; a gather function is needed to add it up")
+    mine = prompts[rank::world]
+    answers = {prompt.uid: prompt.answer for prompt in mine if prompt.answer is not None}
+    tallies = []
+    for decoding in decodings:
+        params = SamplingParams(
+            temperature=decoding.temperature, top_p=decoding.top_p, seed=seed, stream=Stream.EVALUATION, step=step
+        )
+        requests = _requests(mine, num_samples if decoding.temperature > 0 else 1, max_response_length)
+        tallies.append(_tally(engine.generate(requests, params), answers, tokenizer, pattern))
+    everybody = [tallies] if gather is None else gather(tallies)
+    return [
+        _report(decoding, [of_rank[i] for of_rank in everybody], step=step, num_prompts=len(prompts))
+        for i, decoding in enumerate(decodings)
+    ]
+
+
+def _report(decoding: Decoding, tallies: Sequence[_Tally], *, step: int, num_prompts: int) -> EvalReport:
+    responses = sum(tally.responses for tally in tallies)
+    return EvalReport(
+        step=step,
+        decoding=decoding.name,
+        accuracy=sum(tally.correct for tally in tallies) / responses,
+        num_prompts=num_prompts,
+        mean_response_len=sum(tally.tokens for tally in tallies) / responses,
+        finished=sum(tally.finished for tally in tallies) / responses,
+    )

@@ -1,0 +1,187 @@
+"""Evaluation: what counts as right, sharding, and the command with a real checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from megatron_tropd.evaluate import main
+from megatron_tropd.evaluation import DECODINGS, GREEDY, TEMPERATURE_1, evaluate, exact_match, extract_answer
+from megatron_tropd.rng import Stream
+from megatron_tropd.types import Prompt
+from tests.rollout_helpers import params, requests_of, tiny_engine, tiny_model, word_tokenizer
+
+STOPS = tuple(range(0, 12))
+ALL = r"(?s)(.*)"
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "answer"),
+    [
+        ("so # 1 2 3", r"#\s*(.*)$", "1 2 3"),
+        ("#  4\t2 \n", r"#\s*(.*)$", "4 2"),
+        (r"\boxed{7} then \boxed{8}", r"\\boxed\{(.*?)\}", "7"),
+        ("no answer", r"#\s*(.*)$", None),
+        ("a", r"a|(b)", None),
+    ],
+)
+def test_extract_answer(text, pattern, answer):
+    assert extract_answer(text, re.compile(pattern)) == answer
+
+
+def test_exact_match_needs_an_ended_response_and_the_whole_answer():
+    pattern = re.compile(r"#\s*(.*)$")
+    assert exact_match("x # 1 2", True, " 1  2", pattern)
+    assert not exact_match("x # 1 2", False, "1 2", pattern)
+    assert not exact_match("x # 1 2", True, "1", pattern)
+    assert not exact_match("x 1 2", True, "1 2", pattern)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(engine, tokenizer, prompts): the answer of every even uid is what greedy decoding writes."""
+    directory = tmp_path_factory.mktemp("student")
+    tokenizer = word_tokenizer(directory)
+    engine, _ = tiny_engine(directory, stop=STOPS)
+    requests = [
+        dataclasses.replace(request, prompt_uid=i, sample_index=0)
+        for i, request in enumerate(requests_of([3 + i % 4 for i in range(21)], max_new=10))
+    ]
+    prompts = []
+    for rollout in engine.generate(requests, params(temperature=0.0)):
+        written = tokenizer.decode(list(rollout.token_ids[rollout.prompt_len :]), skip_special_tokens=True)
+        prompts.append(
+            Prompt(
+                uid=rollout.prompt_uid,
+                token_ids=rollout.token_ids[: rollout.prompt_len],
+                answer=written if rollout.prompt_uid % 2 == 0 else "something else",
+            )
+        )
+    return engine, tokenizer, prompts
+
+
+def run(made, decodings, **changes):
+    engine, tokenizer, prompts = made
+    options = {"answer_pattern": ALL, "max_response_length": 10, "seed": 1, "step": 7, **changes}
+    return evaluate(engine, prompts, tokenizer, decodings, **options)
+
+
+def test_greedy_accuracy_counts_finished_right_answers(made):
+    engine, _, prompts = made
+    greedy = engine.generate(
+        [dataclasses.replace(r, prompt_uid=p.uid, sample_index=0, token_ids=p.token_ids, prompt_len=len(p.token_ids))
+         for r, p in zip(requests_of([3] * len(prompts), max_new=10), prompts, strict=True)],
+        params(temperature=0.0),
+    )  # fmt: skip
+    ended = [rollout.finish == "stop" for rollout in greedy]
+    assert 0 < sum(ended) < len(ended)  # otherwise this test says little
+    (report,) = run(made, [GREEDY])
+    assert report.accuracy == sum(e for e, p in zip(ended, prompts, strict=True) if p.uid % 2 == 0) / len(prompts)
+    assert report.finished == sum(ended) / len(ended)
+    assert report.mean_response_len == sum(rollout.response_len for rollout in greedy) / len(greedy)
+    assert (report.step, report.decoding, report.num_prompts) == (7, "greedy", 21)
+
+
+def test_shards_add_up_to_the_whole(made):
+    whole = run(made, list(DECODINGS.values()), num_samples=2)
+    parts = []
+    world = 4
+
+    def record(tallies):
+        parts.append(tallies)
+        return [tallies]
+
+    for rank in range(world):
+        run(made, list(DECODINGS.values()), num_samples=2, shard=(rank, world), gather=record)
+    for rank in range(world):
+        joined = run(
+            made, list(DECODINGS.values()), num_samples=2, shard=(rank, world), gather=lambda _: parts[:world]
+        )
+        assert joined == whole
+    responses = [[tally.responses for tally in part] for part in parts[:world]]
+    assert responses == [[6, 12, 12], [5, 10, 10], [5, 10, 10], [5, 10, 10]]
+
+
+def test_sampled_evaluation_is_reproducible_and_apart_from_training(made):
+    assert run(made, [TEMPERATURE_1]) == run(made, [TEMPERATURE_1])
+    lengths = {seed: run(made, [TEMPERATURE_1], seed=seed)[0].mean_response_len for seed in range(3)}
+    assert len(set(lengths.values())) > 1
+    assert params().stream is not Stream.EVALUATION
+
+
+def test_a_shard_without_gather_is_refused(made):
+    with pytest.raises(ValueError, match="gather"):
+        run(made, [GREEDY], shard=(0, 2))
+
+
+def test_missing_answers_and_groups_are_refused(made):
+    engine, tokenizer, prompts = made
+    unanswered = [*prompts, Prompt(uid=99, token_ids=(3,))]
+    with pytest.raises(ValueError, match="uid 99"):
+        run((engine, tokenizer, unanswered), [GREEDY])
+    with pytest.raises(ValueError, match="no prompts"):
+        run((engine, tokenizer, []), [GREEDY])
+    with pytest.raises(ValueError, match="parentheses"):
+        run(made, [GREEDY], answer_pattern="abc")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    tiny_model(directory)
+    word_tokenizer(directory)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": list(STOPS)}))
+    data = directory / "eval.jsonl"
+    rows = [{"prompt": f"w{i} w{i + 1} w5", "answer": "w7", "response": ""} for i in range(20, 32)]
+    data.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return directory, data
+
+
+def test_the_command_reports_every_decoding(checkpoint, tmp_path, capsys):
+    directory, data = checkpoint
+    output = tmp_path / "report.json"
+    code = main(
+        ["--hf-checkpoint", str(directory), "--eval-data", str(data), "--max-response-length", "8",
+         "--num-prompts", "10", "--output", str(output), "--device", "cpu"]
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    reports = json.loads(output.read_text())
+    assert [report["decoding"] for report in reports] == list(DECODINGS)
+    assert all(report["num_prompts"] == 10 and 0 <= report["finished"] <= 1 for report in reports)
+    assert all(1 <= report["mean_response_len"] <= 8 for report in reports)
+    assert "top_p_0.7" in printed and json.dumps(reports, indent=2) in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--hf-checkpoint", "nowhere"], "nowhere"),
+        (["--eval-data", "none.jsonl"], "none.jsonl: no such file"),
+        (["--answer-pattern", "("], "--answer-pattern '(' is not a regular expression"),
+        (["--answer-pattern", "x"], "has no group"),
+        (["--answer-key", "solution"], "--answer-key"),
+        (["--prompt-key", "question"], "--prompt-key"),
+        (["--max-response-length", "1000"], "--max-response-length"),
+        (["--max-response-length", "0", "--num-prompts", "0"], "--num-prompts 0: expected at least 1"),
+        (["--output", "missing/dir/x.json"], "is not a directory"),
+    ],
+)
+def test_user_errors_exit_2_with_one_message(checkpoint, flags, message, capsys):
+    directory, data = checkpoint
+    assert main(["--hf-checkpoint", str(directory), "--eval-data", str(data), "--device", "cpu", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and "--prompt-data" not in error
+
+
+def test_a_damaged_checkpoint_is_a_user_error(checkpoint, tmp_path, capsys):
+    directory, data = checkpoint
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["--hf-checkpoint", str(tmp_path), "--eval-data", str(data)]) == 2
+    assert "model.safetensors" in capsys.readouterr().err
