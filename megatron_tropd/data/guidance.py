@@ -1,0 +1,153 @@
+"""Prefix guidance: how much of the teacher's response a student is given before it writes.
+
+The student continues from the first ``guidance_len`` tokens of the teacher's response; the length is
+annealed to zero over ``steps`` (TrOPD, arXiv 2606.01249; the ambiguities of the paper are switches).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, assert_never, get_args
+
+import torch
+
+from megatron_tropd import rng
+from megatron_tropd.types import GenerationRequest, Prompt
+
+Mode = Literal["none", "ratio", "cap", "uniform"]
+Schedule = Literal["half-cosine", "quarter-cosine", "linear"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuidanceConfig:
+    """Length of the teacher prefix over the steps of a run.  L_T: teacher response with its stop token."""
+
+    mode: Mode = "none"
+    """none: no prefix; ratio: floor(alpha L_T); cap: min(L_T, floor(alpha L_max)); uniform: U{0..cap}."""
+    schedule: Schedule = "half-cosine"
+    steps: int = 200
+    """T, the steps over which alpha goes from 1 to 0; 0 from there on."""
+    beta: float = 0.001
+    """Weight of the imitation loss on the prefix; read by the objective."""
+    fresh_budget: bool = False
+    """Let the student write --max-response-length tokens beyond the prefix instead of with it."""
+
+
+def check_guidance(prompts: Sequence[Prompt], config: GuidanceConfig) -> list[str]:
+    """Errors of the configuration, [] if it can be run."""
+    errors = []
+    if config.mode not in get_args(Mode):
+        errors.append(f"--guidance-mode {config.mode!r}: expected one of {', '.join(get_args(Mode))}")
+    if config.schedule not in get_args(Schedule):
+        errors.append(f"--guidance-schedule {config.schedule!r}: expected one of {', '.join(get_args(Schedule))}")
+    if not (math.isfinite(config.beta) and config.beta >= 0):
+        errors.append(f"--guidance-beta {config.beta}: expected a finite number, 0 or more")
+    if config.mode == "none":
+        return errors
+    if config.steps < 1:
+        errors.append(f"--guidance-steps {config.steps}: expected at least 1 (or --guidance-mode none)")
+    if not any(prompt.teacher_response_ids for prompt in prompts):
+        errors.append(
+            f"--guidance-mode {config.mode} needs teacher responses, but none of the {len(prompts)} prompts has one: "
+            "give their key by --response-key, add them to --prompt-data, or use --guidance-mode none"
+        )
+    return errors
+
+
+def alpha(schedule: Schedule, step: int, total: int) -> float:
+    """Share of the prefix left at ``step`` (from 0): 1 at 0, 0 from ``total`` on."""
+    if step >= total:
+        return 0.0
+    match schedule:
+        case "half-cosine":
+            return (1 + math.cos(math.pi * step / total)) / 2
+        case "quarter-cosine":
+            return math.cos(math.pi * step / (2 * total))
+        case "linear":
+            return (total - step) / total
+        case _:
+            assert_never(schedule)
+
+
+def prefix_length(config: GuidanceConfig, step: int, teacher_len: int, max_response_length: int, u: float) -> int:
+    """Tokens of the teacher's response to give at ``step``.
+
+    Args:
+        config: mode and schedule.
+        step: steps done before this one.
+        teacher_len: L_T, the stop token included.
+        max_response_length: L_max.
+        u: a uniform number in [0, 1), read by mode ``uniform`` only.
+
+    Returns:
+        0 <= length <= min(L_T, L_max) - 1: never the stop token, and one token is left to write.
+    """
+    share = alpha(config.schedule, step, config.steps)
+    cap = min(teacher_len, math.floor(share * max_response_length))
+    match config.mode:
+        case "none":
+            length = 0
+        case "ratio":
+            length = math.floor(share * teacher_len)
+        case "cap":
+            length = cap
+        case "uniform":
+            length = min(math.floor(u * (cap + 1)), cap)
+        case _:
+            assert_never(config.mode)
+    return max(0, min(length, teacher_len - 1, max_response_length - 1))
+
+
+def attach(
+    prompts: Sequence[Prompt],
+    step: int,
+    config: GuidanceConfig,
+    *,
+    seed: int,
+    n_samples_per_prompt: int,
+    max_response_length: int,
+) -> list[GenerationRequest]:
+    """The continuations to write in one step, prompt by prompt.
+
+    All samples of a prompt share one prefix.  A prompt that comes twice (a take across the end of an
+    epoch) goes on numbering its samples: every request of a step has a name, a coin and a seed of
+    its own, and the prefix still counts once.
+
+    Raises:
+        ValueError: fewer than one sample or one response token asked for.
+    """
+    if n_samples_per_prompt < 1 or max_response_length < 1:
+        raise ValueError(
+            f"--n-samples-per-prompt {n_samples_per_prompt} and --max-response-length {max_response_length} "
+            "must both be at least 1"
+        )
+    draws = _draws(prompts, rng.key(seed, rng.Stream.GUIDANCE, step))
+    next_sample: Counter[int] = Counter()
+    requests = []
+    for prompt, u in zip(prompts, draws, strict=True):
+        response = prompt.teacher_response_ids or ()
+        length = prefix_length(config, step, len(response), max_response_length, u)
+        first = next_sample[prompt.uid]
+        next_sample[prompt.uid] += n_samples_per_prompt
+        requests += [
+            GenerationRequest(
+                prompt_uid=prompt.uid,
+                sample_index=first + index,
+                token_ids=prompt.token_ids + response[:length],
+                prompt_len=len(prompt.token_ids),
+                guidance_len=length,
+                max_new_tokens=max_response_length - (0 if config.fresh_budget else length),
+            )
+            for index in range(n_samples_per_prompt)
+        ]
+    return requests
+
+
+def _draws(prompts: Sequence[Prompt], stream_key: int) -> list[float]:
+    """One uniform number a prompt, named by (its sample 0, position 0)."""
+    uids = torch.tensor([rng.sample_uid(prompt.uid, 0) for prompt in prompts], dtype=torch.int64)
+    draws: list[float] = rng.uniform(stream_key, uids, torch.zeros_like(uids)).tolist()
+    return draws
