@@ -1,0 +1,242 @@
+"""Rollouts -> micro-batches of one constant shape.
+
+``plan_packs`` says which data-parallel rank trains on which rollout in which micro-batch, from the
+lengths alone, so every rank computes the same plan without talking.  ``pack`` builds the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_tropd import rng
+from megatron_tropd.types import Microbatch, Region, Rollout, ScoreRequest, TeacherScores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackPlan:
+    """Where every rollout of a step goes.  The shape is the same on every rank and in every micro-batch.
+
+    Example:
+        >>> plan = plan_packs([6, 2, 3], data_parallel_size=2, max_tokens=8)
+        >>> plan.microbatches, plan.num_tokens
+        ((((0,),), ((2, 1),)), 6)
+    """
+
+    microbatches: tuple[tuple[tuple[int, ...], ...], ...]
+    """[data-parallel rank][micro-batch] -> indices of rollouts; () is all padding."""
+    owners: tuple[int, ...]
+    """Data-parallel rank of each rollout."""
+    num_tokens: int
+    """T, the packed length of every micro-batch."""
+    fill: float
+    """Share of all packed tokens that is not padding."""
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of each rank, at least 1."""
+        return len(self.microbatches[0])
+
+    def owner(self, index: int) -> int:
+        """Data-parallel rank that trains on rollout ``index``."""
+        return self.owners[index]
+
+
+def plan_packs(
+    lengths: Sequence[int],
+    *,
+    data_parallel_size: int,
+    max_tokens: int,
+    multiple_of: int = 1,
+    prompt_uids: Sequence[int] | None = None,
+) -> PackPlan:
+    """Assign rollouts to ranks and micro-batches.
+
+    Longest first to the least loaded rank.  First-fit-decreasing then finds how few micro-batches each
+    rank needs; all take the largest of these numbers, and each rank spreads its rollouts evenly over
+    that many, which lowers T (with first-fit alone the first micro-batch is full and the last nearly
+    empty, and all pay for the full one).
+
+    Args:
+        lengths: tokens of each rollout, prompt included.
+        data_parallel_size: number of ranks.
+        max_tokens: --max-tokens-per-microbatch, the most rollout tokens in a micro-batch.
+        multiple_of: T is rounded up to it (so T may pass ``max_tokens`` by less than one multiple).
+        prompt_uids: prompt of each rollout, to name it in an error.
+
+    Raises:
+        ValueError: a rollout does not fit ``max_tokens``, or a size is below 1.
+    """
+    if min(data_parallel_size, max_tokens, multiple_of) < 1:
+        raise ValueError(
+            f"data_parallel_size {data_parallel_size}, --max-tokens-per-microbatch {max_tokens} and "
+            f"multiple_of {multiple_of} must all be at least 1"
+        )
+    for index, length in enumerate(lengths):
+        if not 1 <= length <= max_tokens:
+            prompt = f" of prompt {prompt_uids[index]}" if prompt_uids is not None else ""
+            raise ValueError(
+                f"rollout {index}{prompt} has {length} tokens; expected 1 to --max-tokens-per-microbatch {max_tokens}: "
+                "raise it, or lower --max-prompt-length or --max-response-length"
+            )
+    longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    ranks = _spread(longest_first, lengths, data_parallel_size)
+    first_fit = [_first_fit(rank, lengths, max_tokens) for rank in ranks]
+    count = max(1, *(len(packs) for packs in first_fit))
+    microbatches = []
+    for rank, packs in zip(ranks, first_fit, strict=True):
+        even = _spread(rank, lengths, count)
+        fits = all(_load(pack, lengths) <= max_tokens for pack in even)
+        microbatches.append(tuple(map(tuple, even if fits else packs + [[]] * (count - len(packs)))))
+    fullest = max(_load(pack, lengths) for packs in microbatches for pack in packs)
+    num_tokens = max(1, -(-fullest // multiple_of)) * multiple_of
+    owner_of = {index: rank for rank, packs in enumerate(microbatches) for pack in packs for index in pack}
+    return PackPlan(
+        microbatches=tuple(microbatches),
+        owners=tuple(owner_of[index] for index in range(len(lengths))),
+        num_tokens=num_tokens,
+        fill=sum(lengths) / (data_parallel_size * count * num_tokens),
+    )
+
+
+def _load(pack: Sequence[int], lengths: Sequence[int]) -> int:
+    return sum(lengths[index] for index in pack)
+
+
+def _spread(longest_first: Sequence[int], lengths: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Longest first to the least loaded bin, the lowest of equals."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    loads = [0] * num_bins
+    for index in longest_first:
+        lightest = loads.index(min(loads))
+        bins[lightest].append(index)
+        loads[lightest] += lengths[index]
+    return bins
+
+
+def _first_fit(longest_first: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """As few bins of at most ``max_tokens`` as first-fit-decreasing needs."""
+    bins: list[list[int]] = []
+    loads: list[int] = []
+    for index in longest_first:
+        length = lengths[index]
+        place = next((i for i, load in enumerate(loads) if load + length <= max_tokens), len(bins))
+        if place == len(bins):
+            bins.append([])
+            loads.append(0)
+        bins[place].append(index)
+        loads[place] += length
+    return bins
+
+
+def count_regions(rollouts: Sequence[Rollout]) -> dict[str, int]:
+    """Loss tokens of a step by region, from the rollouts alone: the denominators of the loss.
+
+    Equal to the number of GUIDANCE and ON_POLICY labels in the packed micro-batches.  A prefix counts
+    with sample 0 of its prompt only; if that sample is dropped, the prefix is in neither number.
+    """
+    return {
+        "guidance": sum(rollout.guidance_len for rollout in rollouts if rollout.sample_index == 0),
+        "on_policy": sum(len(rollout.logprobs) for rollout in rollouts),
+    }
+
+
+def pack(
+    rollouts: Sequence[Rollout],
+    scores: Sequence[TeacherScores] | None,
+    *,
+    num_tokens: int,
+    want: ScoreRequest = ScoreRequest(),  # noqa: B008  (frozen)
+) -> Microbatch:
+    """One micro-batch of exactly ``num_tokens`` tokens, on the CPU.
+
+    Args:
+        rollouts: the sequences, in packing order; none gives pure padding.
+        scores: the teacher's payload of each rollout; None leaves the teacher's streams blank.
+        num_tokens: T of the plan.
+        want: what the teacher was asked for; it alone decides which optional streams exist and how wide
+            the top-k is, so that a micro-batch of padding has the same fields as the others.
+
+    Raises:
+        ValueError: the rollouts do not fit, or scores do not match ``want`` or their rollout.
+    """
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    if num_tokens < 1 or sum(lengths) > num_tokens:
+        raise ValueError(f"{sum(lengths)} tokens do not fit a micro-batch of {num_tokens}")
+    if scores is not None and len(scores) != len(rollouts):
+        raise ValueError(f"{len(scores)} teacher scores for {len(rollouts)} rollouts")
+    batch = _blank(lengths, num_tokens, want)
+    start = 0
+    for index, rollout in enumerate(rollouts):
+        _write_rollout(batch, start, rollout)
+        if scores is not None:
+            _write_scores(batch, start, rollout, scores[index], want)
+        start += lengths[index]
+    return batch
+
+
+def _blank(lengths: Sequence[int], num_tokens: int, want: ScoreRequest) -> Microbatch:
+    """All padding but for the sequence boundaries; what is left over forms one last sequence."""
+    padding = num_tokens - sum(lengths)
+    sequences = [*lengths, padding] if padding else [*lengths]
+    shape, topk_shape = (num_tokens,), (num_tokens, want.top_k)
+    return Microbatch(
+        token_T=torch.zeros(shape, dtype=torch.int64),
+        label_T=torch.zeros(shape, dtype=torch.int64),
+        position_T=torch.cat([torch.arange(length) for length in sequences]),
+        cu_seqlens=torch.tensor([0, *sequences]).cumsum(0).to(torch.int32),
+        max_seqlen=max(sequences),
+        region_T=torch.full(shape, Region.PAD, dtype=torch.uint8),
+        rollout_logprob_T=torch.zeros(shape),
+        teacher_logprob_T=torch.zeros(shape),
+        teacher_topk_ids_TK=torch.zeros(topk_shape, dtype=torch.int64) if want.top_k else None,
+        teacher_topk_logprob_TK=torch.full(topk_shape, -torch.inf) if want.top_k else None,
+        teacher_entropy_T=torch.zeros(shape) if want.entropy else None,
+        sample_uid_T=torch.full(shape, -1, dtype=torch.int64),
+        label_position_T=torch.zeros(shape, dtype=torch.int64),
+    )
+
+
+def _write_rollout(batch: Microbatch, start: int, rollout: Rollout) -> None:
+    """Tokens, labels and regions of one sequence that begins at packed position ``start``."""
+    length = len(rollout.token_ids)
+    tokens = torch.tensor(rollout.token_ids, dtype=torch.int64)
+    batch.token_T[start : start + length] = tokens
+    batch.sample_uid_T[start : start + length] = rng.sample_uid(rollout.prompt_uid, rollout.sample_index)
+    # Position t labels token t + 1, so everything below ends one early and the last token has no label.
+    last = start + length - 1
+    first_response = start + rollout.prompt_len - 1
+    first_written = first_response + rollout.guidance_len
+    batch.label_T[start:last] = tokens[1:]
+    batch.label_position_T[start:last] = torch.arange(1, length)
+    batch.region_T[start:first_response] = Region.PROMPT
+    batch.region_T[first_response:first_written] = (
+        Region.GUIDANCE if rollout.sample_index == 0 else Region.GUIDANCE_COPY
+    )
+    batch.region_T[first_written:last] = Region.ON_POLICY
+    batch.rollout_logprob_T[first_written:last] = torch.tensor(rollout.logprobs, dtype=torch.float32)
+
+
+def _write_scores(batch: Microbatch, start: int, rollout: Rollout, scores: TeacherScores, want: ScoreRequest) -> None:
+    """The teacher's streams: response token r is the label at position prompt_len - 1 + r."""
+    response = rollout.response_len
+    first = start + rollout.prompt_len - 1
+    topk = (response, want.top_k) if want.top_k else None
+    streams: tuple[tuple[str, Tensor | None, Tensor | None, tuple[int, ...] | None], ...] = (
+        ("logprob", batch.teacher_logprob_T, scores.logprob, (response,)),
+        ("topk_ids", batch.teacher_topk_ids_TK, scores.topk_ids, topk),
+        ("topk_logprobs", batch.teacher_topk_logprob_TK, scores.topk_logprobs, topk),
+        ("entropy", batch.teacher_entropy_T, scores.entropy, (response,) if want.entropy else None),
+    )
+    for name, target, source, expected in streams:
+        shape = None if source is None else tuple(source.shape)
+        if shape != expected:
+            raise ValueError(
+                f"teacher scores of prompt {rollout.prompt_uid} sample {rollout.sample_index}: {name} has shape "
+                f"{shape}, expected {expected} ({response} response tokens, top_k {want.top_k}, entropy {want.entropy})"
+            )
+        if target is not None and source is not None:
+            target[first : first + response] = source.to(target)

@@ -1,0 +1,214 @@
+"""Packing: every token once, labels one ahead, the same shape everywhere."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_tropd import rng
+from megatron_tropd.data.packing import count_regions, pack, plan_packs
+from megatron_tropd.types import Region, Rollout, ScoreRequest, TeacherScores
+
+WANT = ScoreRequest(top_k=2, entropy=True)
+
+
+def make_rollout(prompt_uid=0, sample_index=0, prompt=1, guidance=0, written=1):
+    """Tokens and log-probabilities that name their own rollout and position."""
+    length = prompt + guidance + written
+    base = 1 + 1000 * (prompt_uid * 8 + sample_index)
+    return Rollout(
+        prompt_uid=prompt_uid,
+        sample_index=sample_index,
+        token_ids=tuple(range(base, base + length)),
+        prompt_len=prompt,
+        guidance_len=guidance,
+        logprobs=tuple(-float(base + prompt + guidance + w) for w in range(written)),
+        weight_version=(1, 1),
+        finish="stop",
+    )
+
+
+def make_scores(rollout):
+    tokens = torch.tensor(rollout.token_ids[rollout.prompt_len :], dtype=torch.float32)
+    return TeacherScores(
+        logprob=-tokens / 4,
+        topk_ids=torch.stack([tokens, tokens + 1], dim=-1).int(),
+        topk_logprobs=torch.stack([-tokens / 8, -tokens], dim=-1),
+        entropy=tokens / 2,
+    )
+
+
+rollout_lists = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 4), st.integers(0, 6)), max_size=14).map(
+    lambda sizes: [
+        make_rollout(index // 3, index % 3, prompt, guidance, written)
+        for index, (prompt, guidance, written) in enumerate(sizes)
+    ]
+)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 20), max_size=30),
+    ranks=st.integers(1, 5),
+    max_tokens=st.integers(20, 60),
+    multiple_of=st.sampled_from([1, 4, 8]),
+)
+def test_plan_invariants(lengths, ranks, max_tokens, multiple_of):
+    plan = plan_packs(lengths, data_parallel_size=ranks, max_tokens=max_tokens, multiple_of=multiple_of)
+    assert len(plan.microbatches) == ranks
+    assert {len(packs) for packs in plan.microbatches} == {plan.num_microbatches} and plan.num_microbatches >= 1
+    placed = [index for packs in plan.microbatches for pack_ in packs for index in pack_]
+    assert sorted(placed) == list(range(len(lengths)))
+    for rank, packs in enumerate(plan.microbatches):
+        assert all(plan.owner(index) == rank for pack_ in packs for index in pack_)
+    fills = [sum(lengths[index] for index in pack_) for packs in plan.microbatches for pack_ in packs]
+    assert max(fills) <= max_tokens
+    assert plan.num_tokens == max(1, -(-max(fills) // multiple_of)) * multiple_of
+    assert plan.fill == pytest.approx(sum(lengths) / (plan.num_tokens * len(fills)))
+    loads = [sum(lengths[index] for pack_ in packs for index in pack_) for packs in plan.microbatches]
+    assert not lengths or max(loads) - min(loads) <= max(lengths)
+    again = plan_packs(lengths, data_parallel_size=ranks, max_tokens=max_tokens, multiple_of=multiple_of)
+    assert again == plan
+
+
+def test_plan_evens_out_the_micro_batches():
+    plan = plan_packs([10] * 11, data_parallel_size=1, max_tokens=100)
+    assert plan.num_microbatches == 2 and plan.num_tokens == 60 and plan.fill == pytest.approx(110 / 120)
+    # First-fit fits these into two, an even spread by length would not.
+    tight = plan_packs([6, 5, 4, 3, 2], data_parallel_size=1, max_tokens=10)
+    assert tight.num_microbatches == 2 and tight.num_tokens == 10 and tight.fill == 1
+
+
+def test_plan_without_rollouts_is_one_padded_micro_batch():
+    plan = plan_packs([], data_parallel_size=2, max_tokens=10, multiple_of=4)
+    assert plan.microbatches == (((),), ((),)) and plan.num_tokens == 4 and plan.fill == 0
+
+
+def test_plan_names_the_rollout_that_is_too_long():
+    with pytest.raises(ValueError, match=r"rollout 1 of prompt 77 has 11 tokens.*--max-tokens-per-microbatch 10"):
+        plan_packs([3, 11], data_parallel_size=1, max_tokens=10, prompt_uids=[5, 77])
+    with pytest.raises(ValueError, match=r"rollout 0 has 0 tokens"):
+        plan_packs([0], data_parallel_size=1, max_tokens=10)
+    with pytest.raises(ValueError, match="at least 1"):
+        plan_packs([1], data_parallel_size=0, max_tokens=10)
+
+
+@settings(deadline=None)
+@given(rollouts=rollout_lists, ranks=st.integers(1, 3), max_tokens=st.integers(16, 40))
+def test_packed_step_holds_every_token_and_label_once(rollouts, ranks, max_tokens):
+    scores = [make_scores(rollout) for rollout in rollouts]
+    plan = plan_packs([len(r.token_ids) for r in rollouts], data_parallel_size=ranks, max_tokens=max_tokens)
+    counts = dict.fromkeys(Region, 0)
+    seen = []
+    for packs in plan.microbatches:
+        for indices in packs:
+            chosen = [rollouts[index] for index in indices]
+            batch = pack(chosen, [scores[index] for index in indices], num_tokens=plan.num_tokens, want=WANT)
+            check_microbatch(batch, chosen, plan.num_tokens)
+            seen += batch.token_T[batch.sample_uid_T >= 0].tolist()
+            for region in Region:
+                counts[region] += int((batch.region_T == region).sum())
+    assert sorted(seen) == sorted(token for rollout in rollouts for token in rollout.token_ids)
+    assert count_regions(rollouts) == {"guidance": counts[Region.GUIDANCE], "on_policy": counts[Region.ON_POLICY]}
+    copies = sum(r.guidance_len for r in rollouts if r.sample_index)
+    assert counts[Region.GUIDANCE_COPY] == copies
+    assert counts[Region.PROMPT] == sum(r.prompt_len - 1 for r in rollouts)
+
+
+def check_microbatch(batch, rollouts, num_tokens):
+    """Every stream of one micro-batch, position by position."""
+    bounds = batch.cu_seqlens.tolist()
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    padding = num_tokens - sum(lengths)
+    expected = [*lengths, padding] if padding else lengths
+    assert [b - a for a, b in pairwise(bounds)] == expected and bounds[-1] == num_tokens
+    assert batch.max_seqlen == max(expected)
+    assert batch.position_T.tolist() == [position for length in expected for position in range(length)]
+    for start, rollout in zip(bounds, rollouts, strict=False):
+        for position in range(len(rollout.token_ids)):
+            check_position(batch, start + position, position, rollout)
+    check_padding(batch, slice(num_tokens - padding, num_tokens))
+
+
+def check_position(batch, at, position, rollout):
+    token = rollout.token_ids[position]
+    assert batch.token_T[at] == token
+    assert batch.sample_uid_T[at] == rng.sample_uid(rollout.prompt_uid, rollout.sample_index)
+    label = position + 1
+    if label == len(rollout.token_ids):
+        check_padding(batch, slice(at, at + 1), token=token, uid=int(batch.sample_uid_T[at]))
+        return
+    name = rollout.token_ids[label]
+    assert batch.label_T[at] == name and batch.label_position_T[at] == label
+    if label < rollout.prompt_len:
+        region = Region.PROMPT
+    elif label < rollout.prompt_len + rollout.guidance_len:
+        region = Region.GUIDANCE if rollout.sample_index == 0 else Region.GUIDANCE_COPY
+    else:
+        region = Region.ON_POLICY
+    assert batch.region_T[at] == region
+    assert batch.rollout_logprob_T[at] == (-name if region == Region.ON_POLICY else 0)
+    if region == Region.PROMPT:
+        assert batch.teacher_logprob_T[at] == 0 and torch.isneginf(batch.teacher_topk_logprob_TK[at]).all()
+    else:
+        assert batch.teacher_logprob_T[at] == -name / 4 and batch.teacher_entropy_T[at] == name / 2
+        assert batch.teacher_topk_ids_TK[at].tolist() == [name, name + 1]
+        assert batch.teacher_topk_logprob_TK[at].tolist() == [-name / 8, -name]
+
+
+def check_padding(batch, where, token=0, uid=-1):
+    assert (batch.token_T[where] == token).all() and (batch.sample_uid_T[where] == uid).all()
+    zero = (batch.label_T, batch.region_T, batch.label_position_T, batch.rollout_logprob_T, batch.teacher_logprob_T)
+    assert all((stream[where] == 0).all() for stream in zero)
+    if batch.teacher_topk_ids_TK is not None:
+        assert (batch.teacher_topk_ids_TK[where] == 0).all()
+        assert torch.isneginf(batch.teacher_topk_logprob_TK[where]).all()
+    if batch.teacher_entropy_T is not None:
+        assert (batch.teacher_entropy_T[where] == 0).all()
+
+
+def test_dtypes_and_widths():
+    rollout = make_rollout(prompt=2, guidance=1, written=2)
+    batch = pack([rollout], [make_scores(rollout)], num_tokens=8, want=WANT)
+    for stream in (batch.token_T, batch.label_T, batch.position_T, batch.sample_uid_T, batch.label_position_T):
+        assert stream.dtype == torch.int64 and stream.shape == (8,)
+    assert batch.cu_seqlens.dtype == torch.int32 and batch.region_T.dtype == torch.uint8
+    assert batch.teacher_topk_ids_TK.dtype == torch.int64 and batch.teacher_topk_ids_TK.shape == (8, 2)
+    for stream in (batch.rollout_logprob_T, batch.teacher_logprob_T, batch.teacher_entropy_T):
+        assert stream.dtype == torch.float32
+
+
+def test_micro_batch_of_padding_has_the_fields_of_the_others():
+    batch = pack([], [], num_tokens=5, want=WANT)
+    assert batch.cu_seqlens.tolist() == [0, 5] and batch.max_seqlen == 5
+    assert batch.teacher_topk_ids_TK.shape == (5, 2) and batch.teacher_entropy_T.shape == (5,)
+    check_padding(batch, slice(0, 5))
+    plain = pack([], None, num_tokens=5)
+    assert plain.teacher_topk_ids_TK is None and plain.teacher_topk_logprob_TK is None
+    assert plain.teacher_entropy_T is None
+
+
+def test_packing_without_scores_leaves_the_teacher_blank():
+    batch = pack([make_rollout(prompt=2, written=3)], None, num_tokens=5)
+    assert (batch.teacher_logprob_T == 0).all() and batch.teacher_topk_ids_TK is None
+    assert batch.cu_seqlens.tolist() == [0, 5]
+
+
+def test_scores_must_match():
+    rollout = make_rollout(prompt_uid=9, prompt=2, guidance=1, written=2)
+    scores = make_scores(rollout)
+    with pytest.raises(ValueError, match=r"prompt 9 sample 0: topk_ids has shape \(3, 2\), expected \(3, 4\)"):
+        pack([rollout], [scores], num_tokens=8, want=ScoreRequest(top_k=4, entropy=True))
+    with pytest.raises(ValueError, match="topk_ids has shape"):
+        pack([rollout], [scores], num_tokens=8)
+    with pytest.raises(ValueError, match=r"entropy has shape None, expected \(3,\)"):
+        pack([rollout], [TeacherScores(logprob=torch.zeros(3))], num_tokens=8, want=ScoreRequest(entropy=True))
+    with pytest.raises(ValueError, match=r"logprob has shape \(4,\)"):
+        pack([rollout], [TeacherScores(logprob=torch.zeros(4))], num_tokens=8)
+    with pytest.raises(ValueError, match="2 teacher scores for 1 rollouts"):
+        pack([rollout], [scores, scores], num_tokens=8, want=WANT)
+    with pytest.raises(ValueError, match="5 tokens do not fit a micro-batch of 4"):
+        pack([rollout], None, num_tokens=4)
