@@ -8,28 +8,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 BLUE, RED, GREEN, PINK, ORANGE, SKY, YELLOW = PALETTE
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
-# Two marker values: in the SVG they become the colours of the page.
+# In the SVG these become colours that follow the page, light or dark.
 _INK = "#1a1a1b"
 _FAINT = "#c8c8c9"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "megatron_tropd",  # the same curves give the same file
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": _INK,
@@ -42,14 +41,11 @@ _STYLE = {
     "text.color": _INK,
     "xtick.color": _INK,
     "ytick.color": _INK,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.8,
     "path.simplify_threshold": 0.5,
 }
 _PAGE_COLOURS = (
-    "<style>svg{color:#222;--faint:#d5d5d5}"
-    "@media(prefers-color-scheme:dark){svg{color:#ddd;--faint:#444}}"
+    "<style>svg{color:#222;--faint:#d5d5d5;--blue:#0072b2}"
+    "@media(prefers-color-scheme:dark){svg{color:#ddd;--faint:#444;--blue:#3f9fe3}}"
     'text{font-family:system-ui,"DejaVu Sans",sans-serif}</style>'
 )
 
@@ -57,12 +53,12 @@ Series = tuple[list[float], list[float]]
 """Steps and values."""
 
 
-def new_figure(rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure with axes below each other, without pyplot: nothing global, no window, no thread."""
+def new_figure() -> tuple[Figure, Axes]:
+    """A figure with one pair of axes, without pyplot: nothing global, no window, no thread."""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 3.0 * rows + 0.4), layout="constrained")
+        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0].tolist()
+        axes = figure.subplots()
     return figure, axes
 
 
@@ -78,7 +74,7 @@ def save(figure: Figure, directory: Path, name: str) -> list[Path]:
 
 
 def _with_page_colours(svg: str) -> str:
-    svg = svg.replace(_INK, "currentColor").replace(_FAINT, "var(--faint)")
+    svg = svg.replace(_INK, "currentColor").replace(_FAINT, "var(--faint)").replace(BLUE.lower(), "var(--blue)")
     start = svg.index(">", svg.index("<svg")) + 1
     return svg[:start] + _PAGE_COLOURS + svg[start:]
 
@@ -89,10 +85,10 @@ def draw(axes: Axes, series: Series, label: str, index: int = 0) -> None:
     colour = PALETTE[index % len(PALETTE)]
     marker = MARKERS[index % len(MARKERS)] if len(steps) <= 30 else ""
     if len(steps) <= 60:
-        axes.plot(steps, values, color=colour, marker=marker, markersize=4, label=label)
+        axes.plot(steps, values, color=colour, marker=marker, markersize=4, linewidth=1.8, label=label)
         return
     axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.9)
-    axes.plot(steps, running_mean(values, len(values) // 30), color=colour, label=label)
+    axes.plot(steps, running_mean(values, len(values) // 30), color=colour, linewidth=1.8, label=label)
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
@@ -105,12 +101,16 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
     return means
 
 
-def finish(axes: Axes, title: str, ylabel: str, *, legend: bool = True, last: bool = True) -> None:
+def finish(axes: Axes, title: str, ylabel: str, *, legend: bool = True) -> None:
     """Title, labels and legend."""
-    axes.set_title(title)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_ylabel(ylabel)
-    if last:
-        axes.set_xlabel("step")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    if legend and len(axes.get_legend_handles_labels()[1]) > 0:
-        axes.legend(loc="best")
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 2.5, 5, 10], integer=True))
+    if legend:
+        add_legend(axes, loc="best")
+
+
+def add_legend(axes: Axes, **place: Any) -> None:
+    """A legend in the colours of the page."""
+    axes.legend(frameon=False, fontsize=9, labelcolor=_INK, **place)

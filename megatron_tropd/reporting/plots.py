@@ -20,6 +20,9 @@ from megatron_tropd.reporting.records import Record, of_kind, step_scalars
 
 Records = Sequence[Record]
 
+# Blue and sky would touch in the stack of a step, and are alike on a dark page.
+_PHASE_COLOURS = (style.BLUE, style.RED, style.GREEN, style.PINK, style.ORANGE, style.YELLOW)
+
 
 def series(records: Records, name: str) -> Series:
     """Steps and values of one metric; a value that is not finite leaves a gap."""
@@ -37,7 +40,7 @@ def accuracy(records: Records) -> Figure | None:
     evaluations = of_kind(records, "eval")
     if not evaluations:
         return None
-    figure, (axes,) = style.new_figure()
+    figure, axes = style.new_figure()
     for index, decoding in enumerate(dict.fromkeys(record["decoding"] for record in evaluations)):
         points = [record for record in evaluations if record["decoding"] == decoding]
         steps = [record["step"] for record in points]
@@ -73,7 +76,7 @@ def grad_norm(records: Records) -> Figure | None:
     found = series(records, "train/grad_norm")
     if not found[0]:
         return None
-    figure, (axes,) = style.new_figure()
+    figure, axes = style.new_figure()
     style.draw(axes, found, "gradient norm")
     finite = [value for value in found[1] if value > 0]
     if finite and max(finite) > 100 * min(finite):
@@ -82,24 +85,20 @@ def grad_norm(records: Records) -> Figure | None:
     if skipped:
         # At the foot of the axes: the norm of a skipped step is often not a number.
         foot = [0.03] * len(skipped)
-        marks = {"color": style.RED, "marker": "x", "linestyle": "", "markersize": 7}
-        axes.plot(skipped, foot, transform=axes.get_xaxis_transform(), label="skipped step", **marks)
+        place = axes.get_xaxis_transform()
+        axes.plot(skipped, foot, "x", transform=place, color=style.RED, markersize=7, label="skipped step")
     style.finish(axes, "Gradient norm before clipping", "L2 norm")
     return figure
 
 
-def entropy_and_length(records: Records) -> Figure | None:
-    """Entropy of the student and length of what it writes: the first signs of a collapse."""
-    panels = {"student/entropy": ("Entropy of the student", "nats"), "rollout/len_mean": ("Response length", "tokens")}
-    found = {name: series(records, name) for name in panels}
-    found = {name: values for name, values in found.items() if values[0]}
-    if not found:
-        return None
-    figure, all_axes = style.new_figure(len(found))
-    for index, (axes, (name, values)) in enumerate(zip(all_axes, found.items(), strict=True)):
-        style.draw(axes, values, name, index)
-        style.finish(axes, *panels[name], legend=False, last=index == len(found) - 1)
-    return figure
+def entropy(records: Records) -> Figure | None:
+    """Entropy of the student: it falls to nothing, or rises without end, when training goes wrong."""
+    return _lines(records, {"student/entropy": "entropy"}, "Entropy of the student", "nats per token")
+
+
+def response_length(records: Records) -> Figure | None:
+    """Length of what the student writes; it shows rambling and collapse before the accuracy does."""
+    return _lines(records, {"rollout/len_mean": "length"}, "Response length", "tokens")
 
 
 def parity(records: Records) -> Figure | None:
@@ -115,17 +114,17 @@ def step_time(records: Records) -> Figure | None:
         return None
     phases = ordered_phases(steps)
     groups = _groups(steps, 60)
-    figure, (axes,) = style.new_figure()
+    figure, axes = style.new_figure()
     foot = [0.0] * len(groups)
     places = [(group[0]["step"] + group[-1]["step"]) / 2 for group in groups]
     width = 0.9 * len(groups[0])
     for index, phase in enumerate(phases):
         heights = [sum(record["seconds"].get(phase, 0.0) for record in group) / len(group) for group in groups]
-        colour = style.PALETTE[index % len(style.PALETTE)]
+        colour = _PHASE_COLOURS[index % len(_PHASE_COLOURS)]
         axes.bar(places, heights, width, bottom=foot, label=phase, color=colour, linewidth=0)
         foot = [low + height for low, height in zip(foot, heights, strict=True)]
     style.finish(axes, "Wall time of a step by phase", "seconds", legend=False)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)
+    style.add_legend(axes, loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)
     return figure
 
 
@@ -140,7 +139,8 @@ FIGURES: dict[str, Callable[[Records], Figure | None]] = {
     "loss": loss,
     "trust": trust,
     "grad_norm": grad_norm,
-    "entropy_and_length": entropy_and_length,
+    "entropy": entropy,
+    "response_length": response_length,
     "parity": parity,
     "step_time": step_time,
 }
@@ -163,7 +163,7 @@ def _lines(
     found = {label: values for label, values in found.items() if values[0]}
     if not found:
         return None
-    figure, (axes,) = style.new_figure()
+    figure, axes = style.new_figure()
     for index, (label, values) in enumerate(found.items()):
         style.draw(axes, values, label, index)
     if percent:

@@ -76,7 +76,8 @@ class Progress(NullProgress):
         console: Console | None = None,
     ) -> None:
         super().__init__()
-        self._display = _choose_display(total_steps, start_step, log_interval, stream or sys.stdout, console)
+        self._stream = stream or sys.stdout
+        self._display = _choose_display(total_steps, start_step, log_interval, self._stream, console)
         self._eta = Eta(total_steps)
         self._first_accuracy: dict[str, float] = {}
 
@@ -125,6 +126,15 @@ class Progress(NullProgress):
             event(self._display)
         except OSError:
             self._display = None
+            _silence(self._stream)
+
+
+def _silence(stream: TextIO) -> None:
+    """Point a lost standard output at nothing: the interpreter flushes it at its end, and would exit with 120."""
+    if stream is sys.stdout:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _choose_display(

@@ -1,0 +1,225 @@
+"""Run directory: lines, not-a-numbers, resume, lock, secrets, rollout texts.  Real files, real processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from megatron_tropd.reporting import records as lines
+from megatron_tropd.reporting.environment import git_state
+from megatron_tropd.reporting.lock import RunDirectoryBusyError, describe_this_process, is_stale
+from megatron_tropd.reporting.redaction import HIDDEN, redact_argv, redact_mapping
+from megatron_tropd.reporting.rollout_samples import RolloutSample, TokenMark, mark_tokens, read_samples, sample_of
+from megatron_tropd.reporting.run_directory import RunDirectory
+from megatron_tropd.types import EvalReport, Rollout, StepReport
+
+
+def step_report(step: int, **changes) -> StepReport:
+    fields = {
+        "step": step,
+        "weight_version": step,
+        "loss": 1.0 / step,
+        "grad_norm": 0.5,
+        "learning_rate": 1e-6,
+        "tokens": {"guidance": 10, "on_policy": 90},
+        "metrics": {"tropd/trusted_frac": 0.9},
+        "seconds": {"generate": 1.0, "train": 1.5},
+        "verdict": "stepped",
+    }
+    return StepReport(**(fields | changes))
+
+
+def eval_report(step: int, accuracy: float = 0.5, decoding: str = "greedy") -> EvalReport:
+    return EvalReport(
+        step=step, decoding=decoding, accuracy=accuracy, num_prompts=100, mean_response_len=20.0, finished=0.9
+    )
+
+
+def create(path, *, resume=False, **config) -> RunDirectory:
+    return RunDirectory.create(path, config=config, resume=resume)
+
+
+def steps_in(path) -> list[int]:
+    return [record["step"] for record in lines.read_records(path / "metrics.jsonl")]
+
+
+def test_lines_are_valid_json_and_come_back(tmp_path):
+    with create(tmp_path) as run:
+        written = run.step(step_report(1)), run.evaluation(eval_report(1))
+        # Flushed: another process sees a line as soon as it is written.
+        assert lines.read_records(tmp_path / "metrics.jsonl") == list(written)
+
+
+def test_not_a_number_is_null_with_a_note(tmp_path):
+    report = step_report(3, loss=math.nan, grad_norm=math.inf, metrics={"a/b.c": -math.inf, "a/d": 1.0})
+    with create(tmp_path) as run:
+        run.step(report)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    strict = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert strict["loss"] is None and strict["metrics"] == {"a/b.c": None, "a/d": 1.0}
+    assert strict["nonfinite"] == {"loss": "nan", "grad_norm": "inf", "metrics.a/b.c": "-inf"}
+    (back,) = lines.read_records(tmp_path / "metrics.jsonl")
+    assert math.isnan(back["loss"]) and back["grad_norm"] == math.inf and back["metrics"]["a/b.c"] == -math.inf
+    assert "nonfinite" not in back
+
+
+def test_resume_drops_later_steps_and_a_cut_line(tmp_path):
+    with create(tmp_path) as run:
+        for step in range(1, 6):
+            run.step(step_report(step))
+            run.rollouts(step, [])
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"kind": "step", "step": 6, "lo')
+    with create(tmp_path, resume=True) as run:
+        assert steps_in(tmp_path) == [1, 2, 3, 4, 5]
+        assert run.rewind(3) == 2
+        run.step(step_report(4, loss=9.0))
+    records = lines.read_records(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4] and records[-1]["loss"] == 9.0
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == [
+        f"step_000000{step}.jsonl" for step in (1, 2, 3)
+    ]
+    assert not list(tmp_path.glob(".*tmp"))
+
+
+def test_whole_last_line_without_newline_is_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "step", "step": 1}\n{"kind": "step", "step": 2}')
+    assert lines.drop_after(path, None) == 0
+    assert path.read_text().endswith('"step": 2}\n')
+
+
+def test_a_fresh_run_does_not_overwrite_an_old_one(tmp_path):
+    with create(tmp_path) as run:
+        run.step(step_report(1))
+    with pytest.raises(ValueError, match="already holds a run"):
+        create(tmp_path)
+    create(tmp_path, resume=True).close()  # the refusal gave the lock back
+
+
+def test_second_job_is_refused(tmp_path):
+    with create(tmp_path):
+        code = (
+            "import sys; from pathlib import Path; from megatron_tropd.reporting.lock import RunLock\n"
+            "RunLock(Path(sys.argv[1]))"
+        )
+        done = subprocess.run([sys.executable, "-c", code, tmp_path / "run.lock"], capture_output=True, text=True)
+        assert done.returncode != 0 and f"in use by process {os.getpid()}" in done.stderr
+        with pytest.raises(RunDirectoryBusyError):
+            create(tmp_path, resume=True)
+    assert (tmp_path / "run.lock").read_text() == ""
+    create(tmp_path, resume=True).close()
+
+
+def test_lock_of_a_dead_process_is_stale(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    here = describe_this_process()
+    (tmp_path / "run.lock").write_text(json.dumps(here | {"pid": child.pid}))
+    create(tmp_path).close()
+    assert is_stale(here | {"started": here["started"] - 100})  # the process id was given out again
+    assert not is_stale(here)
+    assert not is_stale(here | {"host": "elsewhere", "pid": child.pid})
+
+
+def test_requeued_slurm_job_takes_its_directory_back(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    before = describe_this_process() | {"host": "elsewhere"}
+    assert not is_stale(before)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert is_stale(before)
+
+
+def test_forked_child_leaves_the_lock_alone(tmp_path):
+    run = create(tmp_path)
+    child = os.fork()
+    if not child:
+        run.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+    run.close()
+
+
+def test_config_and_environment(tmp_path):
+    config = {"lr": 1e-6, "clip-grad": float("inf"), "load": tmp_path, "wandb-api-key": "abc", "seed": 1}
+    defaults = config | {"lr": 1e-5, "clip-grad": 1.0}
+    RunDirectory.create(tmp_path, config=config, resume=False, defaults=defaults).close()
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert written == config | {"load": str(tmp_path), "wandb-api-key": HIDDEN}
+    environment = json.loads((tmp_path / "env.json").read_text())
+    assert environment["changed_flags"] == {"lr": 1e-6, "clip-grad": "inf"}
+    assert environment["packages"]["torch"] and environment["cpu_count"] >= 1
+    create(tmp_path, resume=True, lr=2e-6).close()
+    assert yaml.safe_load((tmp_path / "config.before_1.yaml").read_text()) == written
+    assert len(json.loads((tmp_path / "env.json").read_text())["earlier_launches"]) == 1
+
+
+def test_git_state_is_of_the_code_and_not_of_what_surrounds_it(tmp_path):
+    assert git_state(tmp_path) is None
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    assert git_state(tmp_path) is None  # inside a repository that does not track it
+    (tmp_path / "a").write_text("")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", tmp_path, "add", "a"], check=True)
+    subprocess.run(["git", "-C", tmp_path, *identity, "commit", "-qm", "a"], check=True)
+    state = git_state(tmp_path)
+    assert len(state["sha"]) == 40 and state["dirty"] is False
+
+
+def test_secrets_are_hidden():
+    argv = ["train.py", "--hf-token", "hunter2", "--api-key=x", "--max-tokens-per-batch", "4096", "--lr", "1e-6"]
+    argv += ["WANDB_API_KEY=y", "--tokenizer-model", "a/b", "--input-key", "prompt", "https://me:pw@host/x"]
+    shown = redact_argv(argv)
+    assert not {"hunter2", "--api-key=x", "WANDB_API_KEY=y"} & set(shown) and "pw" not in " ".join(shown)
+    assert {"4096", "1e-6", "a/b", "prompt", "--hf-token", f"--api-key={HIDDEN}"} <= set(shown)
+    assert redact_mapping({"HF_TOKEN": "a", "a": {"password": ["b"]}, "eos_token_id": 2}) == {
+        "HF_TOKEN": HIDDEN,
+        "a": {"password": [HIDDEN]},
+        "eos_token_id": 2,
+    }
+
+
+def test_rollout_texts_come_back(tmp_path):
+    marks = (TokenMark(text=" 4", trusted=True), TokenMark(text="2\ud800", trusted=False))
+    sample = RolloutSample(
+        uid=5, sample_index=1, prompt="p\n", guidance="", response=" 42", finish="stop", correct=True, tokens=marks
+    )
+    with create(tmp_path) as run:
+        path = run.rollouts(10, [sample, sample])
+    assert path.name == "step_0000010.jsonl"
+    assert read_samples(path) == [sample, sample]
+
+
+def test_tokens_that_are_parts_of_characters_are_joined():
+    def decode(ids):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+    written = list("a\u20acb".encode())
+    marks = mark_tokens(written, [True, True, False, True, True], decode)
+    assert [(mark.text, mark.trusted) for mark in marks] == [("a", True), ("\u20ac", False), ("b", True)]
+    rollout = Rollout(
+        prompt_uid=1,
+        sample_index=0,
+        token_ids=(*b"hi", *b"G", *written),
+        prompt_len=2,
+        guidance_len=1,
+        logprobs=(0.0,) * 5,
+        weight_version=(0, 0),
+        finish="length",
+    )
+    sample = sample_of(rollout, decode, trusted=[True] * 5)
+    assert (sample.prompt, sample.guidance, sample.response) == ("hi", "G", "a\u20acb")
+    assert "".join(mark.text for mark in sample.tokens) == sample.response
+    with pytest.raises(ValueError, match="3 trusted flags for 5 tokens"):
+        sample_of(rollout, decode, trusted=[True] * 3)
