@@ -144,10 +144,10 @@ def test_check_guidance():
     assert check_guidance(without, GuidanceConfig()) == []
     assert check_guidance(with_response, GuidanceConfig(mode="cap")) == []
     (error,) = check_guidance(without, GuidanceConfig(mode="cap"))
-    assert "none of the 1 prompts" in error and "--response-key" in error and "--guidance-mode none" in error
+    assert "none of the 1 prompts" in error and "--response-key" in error and "--guidance none" in error
     bad = GuidanceConfig(mode="often", schedule="cubic", steps=0, beta=-1.0)
     assert [error.split()[0] for error in check_guidance(with_response, bad)] == [
-        "--guidance-mode",
+        "--guidance",
         "--guidance-schedule",
         "--guidance-beta",
         "--guidance-steps",

@@ -40,7 +40,7 @@ def check_guidance(prompts: Sequence[Prompt], config: GuidanceConfig) -> list[st
     """Errors of the configuration, [] if it can be run."""
     errors = []
     if config.mode not in get_args(Mode):
-        errors.append(f"--guidance-mode {config.mode!r}: expected one of {', '.join(get_args(Mode))}")
+        errors.append(f"--guidance {config.mode!r}: expected one of {', '.join(get_args(Mode))}")
     if config.schedule not in get_args(Schedule):
         errors.append(f"--guidance-schedule {config.schedule!r}: expected one of {', '.join(get_args(Schedule))}")
     if not (math.isfinite(config.beta) and config.beta >= 0):
@@ -48,11 +48,11 @@ def check_guidance(prompts: Sequence[Prompt], config: GuidanceConfig) -> list[st
     if config.mode == "none":
         return errors
     if config.steps < 1:
-        errors.append(f"--guidance-steps {config.steps}: expected at least 1 (or --guidance-mode none)")
+        errors.append(f"--guidance-steps {config.steps}: expected at least 1 (or --guidance none)")
     if not any(prompt.teacher_response_ids for prompt in prompts):
         errors.append(
-            f"--guidance-mode {config.mode} needs teacher responses, but none of the {len(prompts)} prompts has one: "
-            "give their key by --response-key, add them to --prompt-data, or use --guidance-mode none"
+            f"--guidance {config.mode} needs teacher responses, but none of the {len(prompts)} prompts has one: "
+            "give their key by --response-key, add them to --prompt-data, or use --guidance none"
         )
     return errors
 
