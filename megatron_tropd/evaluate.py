@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_tropd.config import EvaluationConfig
 from megatron_tropd.data.prompts import PromptFormat, load_prompts
 from megatron_tropd.data.tokenizer import eos_token_ids, load_tokenizer
 from megatron_tropd.evaluation import DECODINGS, evaluate
@@ -39,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--apply-chat-template", action="store_true")
     flags.add_argument(
         "--answer-pattern",
-        default=r"(?s)(.*)",
-        help="regular expression; group 1 of its first match in the response is the answer (default: all of it)",
+        default=EvaluationConfig().answer_pattern,
+        help="regular expression; group 1 of its first match in the response is the answer (default: %(default)s)",
     )
     flags.add_argument("--max-prompt-length", type=int, default=2048, help="tokens; a longer prompt is an error")
     flags.add_argument("--max-response-length", type=int, default=1024, help="tokens; a longer response is wrong")

@@ -130,8 +130,7 @@ class EmbeddedEngine:
         back with nothing written, finished by length.
 
         Raises:
-            EngineError: no whole set of weights, or NaN/infinite logits.
-            ValueError: a malformed request.
+            EngineError: no whole set of weights, a malformed request, or NaN/infinite logits.
         """
         model, version = self._require_open(), self._ledger.require_ready()
         check_requests(requests, vocab_size=self._vocab_size, max_positions=self._max_positions)

@@ -55,11 +55,10 @@ class RolloutEngine(Protocol):
         """Version of the weights it generates with; None while it has no whole set."""
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Rollout]:
-        """One rollout for each request, in the same order.
+        """One rollout for each request, in the same order.  A request given twice is written twice alike.
 
         Raises:
-            EngineError: no whole set of weights is loaded, or the engine failed.
-            ValueError: a request is malformed.
+            EngineError: no whole set of weights is loaded, a request is malformed, or the engine failed.
         """
 
     def begin_update(self, version: int) -> None:
@@ -79,29 +78,25 @@ class RolloutEngine(Protocol):
 
 
 def check_requests(requests: Sequence[GenerationRequest], *, vocab_size: int, max_positions: int) -> None:
-    """Refuse requests that would index outside the model or share a random number.
+    """Refuse requests that would index outside the model or its positions.
 
     Raises:
-        ValueError: naming the prompt and what is wrong with it.
+        EngineError: naming the prompt and what is wrong with it.
     """
-    seen: set[tuple[int, int]] = set()
     for request in requests:
         name = f"request of prompt {request.prompt_uid}, sample {request.sample_index}"
-        if (request.prompt_uid, request.sample_index) in seen:
-            raise ValueError(f"{name} is given twice; both would be the same rollout")
-        seen.add((request.prompt_uid, request.sample_index))
         length = len(request.token_ids)
         if request.prompt_len < 1 or request.guidance_len < 0 or request.prompt_len + request.guidance_len != length:
-            raise ValueError(
+            raise EngineError(
                 f"{name}: prompt_len {request.prompt_len} + guidance_len {request.guidance_len} "
                 f"is not its {length} tokens"
             )
         if not (min(request.token_ids) >= 0 and max(request.token_ids) < vocab_size):
-            raise ValueError(f"{name}: a token id is outside [0, {vocab_size}); use the student's own tokenizer")
+            raise EngineError(f"{name}: a token id is outside [0, {vocab_size}); use the student's own tokenizer")
         if request.max_new_tokens < 0:
-            raise ValueError(f"{name}: max_new_tokens {request.max_new_tokens} is negative")
+            raise EngineError(f"{name}: max_new_tokens {request.max_new_tokens} is negative")
         if length + request.max_new_tokens > max_positions:
-            raise ValueError(
+            raise EngineError(
                 f"{name}: {length} given + {request.max_new_tokens} new tokens exceed the model's "
                 f"max_position_embeddings {max_positions}; lower --max-prompt-length or --max-response-length"
             )
