@@ -107,6 +107,16 @@ def test_a_fresh_run_does_not_overwrite_an_old_one(tmp_path):
     create(tmp_path, resume=True).close()  # the refusal gave the lock back
 
 
+def test_a_job_that_was_started_again_before_its_first_checkpoint_starts_over(tmp_path, monkeypatch):
+    with create(tmp_path) as run:
+        run.evaluation(eval_report(0))
+        run.step(step_report(1))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with create(tmp_path) as run:
+        run.rewind(0)
+        assert steps_in(tmp_path) == []
+
+
 def test_second_job_is_refused(tmp_path):
     with create(tmp_path):
         code = (

@@ -97,7 +97,7 @@ def entropy(records: Records) -> Figure | None:
 
 
 def response_length(records: Records) -> Figure | None:
-    """Length of what the student writes; it shows rambling and collapse before the accuracy does."""
+    """Length of the responses, guidance included; it shows rambling and collapse before the accuracy does."""
     return _lines(records, {"rollout/len_mean": "length"}, "Response length", "tokens")
 
 

@@ -14,25 +14,21 @@ from megatron_tropd.reporting.records import Record, of_kind, step_scalars
 from megatron_tropd.reporting.report_page import code, folded, pairs, section, table, text
 
 KEY_FLAGS = (
-    "method",
     "objective",
     "hf-checkpoint",
-    "load",
-    "teacher-load",
-    "teacher",
+    "teacher-hf-checkpoint",
     "prompt-data",
+    "eval-data",
     "train-iters",
-    "global-batch-size",
     "rollout-batch-size",
     "n-samples-per-prompt",
-    "micro-batch-size",
-    "seq-length",
-    "rollout-max-response-len",
-    "rollout-engine",
+    "max-response-length",
+    "guidance-mode",
     "lr",
     "seed",
     "tensor-model-parallel-size",
     "pipeline-model-parallel-size",
+    "rollout-engine",
 )
 """What is shown of a configuration where its defaults are not known."""
 

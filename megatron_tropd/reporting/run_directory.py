@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -27,6 +28,9 @@ from megatron_tropd.reporting.records import Record, drop_after, encode, eval_re
 from megatron_tropd.reporting.redaction import redact_mapping
 from megatron_tropd.reporting.rollout_samples import RolloutSample, write_samples
 from megatron_tropd.types import EvalReport, StepReport
+
+RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+"""Set above 0 by torchrun and Slurm in a job that they started again."""
 
 
 class RunDirectory:
@@ -62,11 +66,7 @@ class RunDirectory:
             folder.mkdir(parents=True, exist_ok=True)
         lock = RunLock(path / "run.lock")
         try:
-            if not resume and (path / "metrics.jsonl").exists():
-                raise ValueError(
-                    f"run directory {path} already holds a run: choose another directory, or resume that run"
-                )
-            drop_after(path / "metrics.jsonl", None)
+            _make_room(path, resume=resume)
             _write_config(path, plain(redact_mapping(config)))
             _write_environment(path, _changed(config, defaults))
         except BaseException:
@@ -119,6 +119,24 @@ class RunDirectory:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+
+
+def _make_room(path: Path, *, resume: bool) -> None:
+    """Drop what a crash cut off; without ``resume``, refuse to mix two runs.
+
+    A job that its launcher started again before the first checkpoint has nothing to resume from, and must
+    not fail for ever on its own lines: it starts the directory over.
+    """
+    metrics = path / "metrics.jsonl"
+    if resume or not metrics.exists():
+        drop_after(metrics, None)
+    elif any(int(os.environ.get(name, "0")) > 0 for name in RESTART_COUNTS):
+        drop_after(metrics, -1)
+    else:
+        raise ValueError(
+            f"run directory {path} already holds a run: choose another directory, resume that run from its "
+            "checkpoint, or delete the directory"
+        )
 
 
 def step_of(samples: Path) -> int:
