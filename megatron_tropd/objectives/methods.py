@@ -41,10 +41,24 @@ def _tropd(s: ObjectiveSettings) -> Objective:
     )
 
 
-METHODS: dict[str, Callable[[ObjectiveSettings], Objective]] = {
-    "opd": _opd,
-    "tropd": _tropd,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A row of the table."""
+
+    make: Callable[[ObjectiveSettings], Objective]
+    guided: bool
+    """Whether the paper's recipe starts the student from teacher prefixes."""
+
+
+METHODS: dict[str, Method] = {
+    "opd": Method(make=_opd, guided=False),
+    "tropd": Method(make=_tropd, guided=True),
 }
+
+
+def is_guided(name: str) -> bool:
+    """Whether ``name`` uses teacher prefixes unless told otherwise."""
+    return name in METHODS and METHODS[name].guided
 
 
 def make_objective(name: str, settings: ObjectiveSettings) -> Objective:
@@ -55,4 +69,4 @@ def make_objective(name: str, settings: ObjectiveSettings) -> Objective:
     """
     if name not in METHODS:
         raise ValueError(f"--objective {name!r} is not known; choose one of {', '.join(METHODS)}")
-    return METHODS[name](settings)
+    return METHODS[name].make(settings)

@@ -15,7 +15,7 @@ and for upstream gradients g_x (label), g_v (the k ids), g_H (entropy)
     dL/dz_j = g_x [j = x] + sum_v g_v [j = v] - (g_x + sum_v g_v) p_j - g_H p_j (log p_j + H)
 
 Backward needs no collective for the logits; the caller's gradient of ``hidden`` is a partial sum that
-Megatron's region operators reduce (see :func:`student_token_stats`).
+Megatron's region operators reduce (see :func:`gather_hidden`).
 """
 
 from __future__ import annotations
@@ -92,10 +92,8 @@ def _gather(logits: Tensor, ids: Tensor, shard: VocabShard) -> Tensor:
 
 
 def _chunk_stats(logits: Tensor, labels: Tensor, ids: Tensor, shard: VocabShard) -> _ChunkStats:
-    if shard.num_valid:
-        maximum = shard.max(logits.amax(1))
-    else:
-        maximum = shard.max(logits.new_full((len(logits),), -torch.inf))
+    nothing = logits.new_full((len(logits),), -torch.inf)  # a shard of padding alone has no maximum
+    maximum = shard.max(logits.amax(1) if shard.num_valid else nothing)
     shifted = logits - maximum[:, None]
     exponentials = shifted.exp()
     partial = [exponentials.sum(1, keepdim=True), (exponentials * shifted).sum(1, keepdim=True)]
@@ -166,10 +164,21 @@ def _chunks(size: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
 
 
-def _response_rows(hidden: Tensor, batch: Microbatch) -> Tensor:
+def _response_rows(batch: Microbatch) -> Tensor:
     """Packed positions whose label some loss may read; prompts and padding never reach the head."""
     region = batch.region_T
     return ((region == Region.GUIDANCE) | (region == Region.ON_POLICY)).nonzero().squeeze(1)
+
+
+def gather_hidden(hidden: Tensor, shard: VocabShard, *, sequence_parallel: bool) -> Tensor:
+    """The last stage's output for all tokens of the micro-batch, [T, 1, H], differentiable.
+
+    The head's gradient of it is this rank's partial sum; backward adds the ranks (all-reduce, or
+    reduce-scatter under sequence parallelism, where ``hidden`` is [T / tp, 1, H]).
+    """
+    if sequence_parallel:
+        return gather_from_sequence_parallel_region(hidden, group=shard.group)
+    return copy_to_tensor_model_parallel_region(hidden, group=shard.group)
 
 
 def student_token_stats(
@@ -181,11 +190,8 @@ def student_token_stats(
         hidden: output of the last stage, [T, 1, H], or [T / tp, 1, H] under sequence parallelism.
         weight: this rank's rows of the output table, [V_padded / tp, H].
     """
-    if sequence_parallel:  # backward: reduce-scatter of the partial gradients
-        hidden = gather_from_sequence_parallel_region(hidden, group=shard.group)
-    else:  # backward: all-reduce
-        hidden = copy_to_tensor_model_parallel_region(hidden, group=shard.group)
-    rows = _response_rows(hidden, batch)
+    hidden = gather_hidden(hidden, shard, sequence_parallel=sequence_parallel)
+    rows = _response_rows(batch)
     ids = batch.teacher_topk_ids_TK
     ids = ids[rows] if ids is not None else batch.label_T.new_zeros(len(rows), 0)
     label, topk, entropy = _TokenStats.apply(hidden.squeeze(1)[rows], weight, batch.label_T[rows], ids, shard)
@@ -234,7 +240,8 @@ def teacher_scores(
 ) -> TeacherScores:
     """Log-probability of ``labels`` [N], exact top-k and full-vocabulary entropy of frozen logits.
 
-    ``hidden`` is [N, H]; the result is the same on every rank of the group.
+    ``hidden`` is [N, H]; the result is the same on every rank of the group.  A label beyond the
+    vocabulary (a row only the student has) has log-probability -inf.
 
     Raises:
         ValueError: ``top_k`` exceeds the vocabulary.
@@ -248,7 +255,9 @@ def teacher_scores(
         ids, values = _exact_topk(logits, top_k, shard) if top_k else (rows_labels[:, None][:, :0],) * 2
         parts.append((stats, ids, values - stats.lse[:, None]))
     return TeacherScores(
-        logprob=torch.cat([stats.label_logprob for stats, _, _ in parts]),
+        logprob=torch.cat([stats.label_logprob for stats, _, _ in parts]).masked_fill(
+            labels >= shard.vocab_size, -torch.inf
+        ),
         topk_ids=torch.cat([ids for _, ids, _ in parts]).int() if top_k else None,
         topk_logprobs=torch.cat([values for _, _, values in parts]) if top_k else None,
         entropy=torch.cat([stats.entropy for stats, _, _ in parts]) if entropy else None,

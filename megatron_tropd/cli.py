@@ -1,0 +1,160 @@
+"""Flags and YAML from the dataclasses of ``config.py``: defaults < YAML < command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_tropd.config import TrainConfig
+
+
+class ConfigError(ValueError):
+    """The user's configuration cannot be used; one message for everything that is wrong."""
+
+    def __init__(self, errors: Sequence[str]) -> None:
+        self.errors = tuple(errors)
+        count = f"{len(errors)} configuration errors" if len(errors) != 1 else "1 configuration error"
+        super().__init__("\n".join([count + ":", *(f"  - {error}" for error in errors)]))
+
+
+class _CollectingParser(argparse.ArgumentParser):
+    """argparse that reports instead of exiting."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError([message])
+
+
+def sections() -> dict[str, type]:
+    """The dataclass of each section, in the order of TrainConfig."""
+    hints = typing.get_type_hints(TrainConfig)
+    return {f.name: hints[f.name] for f in dataclasses.fields(TrainConfig)}
+
+
+def _flags() -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
+    """flag name -> (section, field, type)."""
+    flags = {}
+    for section, cls in sections().items():
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            flags[f.name.replace("_", "-")] = (section, f, hints[f.name])
+    return flags
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of ``megatron_tropd.train``."""
+    parser = _CollectingParser(
+        prog="torchrun ... -m megatron_tropd.train", allow_abbrev=False,
+        description="Trust Region On-Policy Distillation on Megatron-core.",
+    )  # fmt: skip
+    parser.add_argument("--config", metavar="YAML", help="file whose keys are flag names; flags override it")
+    groups = {name: parser.add_argument_group(name, (cls.__doc__ or "").strip()) for name, cls in sections().items()}
+    for name, (section, f, kind) in _flags().items():
+        text = f"{f.metadata['help']} (default: {_default(f)!r})".replace("%", "%%")
+        options: dict[str, Any] = {"dest": f.name, "default": None, "help": text}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is typing.Literal:
+            options["choices"] = typing.get_args(kind)
+        elif kind == list[str]:
+            options.update(nargs="+", metavar="FILE")
+        else:
+            options["type"] = kind
+        groups[section].add_argument(f"--{name}", **options)
+    return parser
+
+
+def _coerce(name: str, value: Any, kind: Any) -> Any:
+    """A YAML value as the type of its field.  YAML reads 5e-6 as a string, so numbers are parsed."""
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ConfigError([f"{name}: {value!r} is not true or false"])
+        return value
+    if typing.get_origin(kind) is typing.Literal:
+        if value not in typing.get_args(kind):
+            choices = ", ".join(map(str, typing.get_args(kind)))
+            raise ConfigError([f"{name}: {value!r} is not one of {choices}"])
+        return value
+    if kind == list[str]:
+        return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    try:
+        if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError):
+        raise ConfigError([f"{name}: {value!r} is not a {kind.__name__}"]) from None
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"--config {path}: {error.strerror}"]) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"--config {path} is not valid YAML: {error}"]) from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError([f"--config {path} holds a {type(document).__name__}, expected a mapping of flag: value"])
+    return {str(key).replace("_", "-"): value for key, value in document.items()}
+
+
+def _unknown(name: str, where: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name.removeprefix("no-"), known, n=1)
+    hint = f"; did you mean {'--' if where == 'flag' else ''}{close[0]}?" if close else ""
+    return f"unknown {where} {'--' if where == 'flag' else ''}{name}{hint}"
+
+
+def parse(argv: Sequence[str]) -> TrainConfig:
+    """The configuration that ``argv`` asks for.
+
+    Raises:
+        ConfigError: unknown flags and keys, and values of a wrong type, all in one message.
+    """
+    flags = _flags()
+    namespace, rest = make_parser().parse_known_args(argv)
+    errors = [
+        _unknown(word.removeprefix("--").split("=")[0], "flag", list(flags)) if word.startswith("--")
+        else f"unexpected argument {word!r}"
+        for word in rest
+    ]  # fmt: skip
+    if rest and rest[0].startswith("--"):  # the words after an unknown flag are its values
+        errors = [error for error in errors if not error.startswith("unexpected argument")]
+    values: dict[str, dict[str, Any]] = {section: {} for section in sections()}
+    for name, value in (_read_yaml(namespace.config) if namespace.config else {}).items():
+        if name not in flags:
+            errors.append(_unknown(name, f"key in {namespace.config}:", list(flags)))
+            continue
+        section, f, kind = flags[name]
+        try:
+            values[section][f.name] = _coerce(name, value, kind)
+        except ConfigError as error:
+            errors.extend(f"{namespace.config}: {line}" for line in error.errors)
+    if errors:
+        raise ConfigError(errors)
+    for section, f, _ in flags.values():
+        given = getattr(namespace, f.name)
+        if given is not None:
+            values[section][f.name] = given
+    return TrainConfig(**{section: cls(**values[section]) for section, cls in sections().items()})
+
+
+def to_flags(config: TrainConfig) -> dict[str, Any]:
+    """The resolved configuration as YAML keys."""
+    return {name: getattr(getattr(config, section), f.name) for name, (section, f, _) in _flags().items()}
+
+
+def changed_flags(config: TrainConfig) -> dict[str, Any]:
+    """The settings that differ from their defaults."""
+    defaults = to_flags(TrainConfig())
+    return {name: value for name, value in to_flags(config).items() if value != defaults[name]}

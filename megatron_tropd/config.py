@@ -1,0 +1,203 @@
+"""Every setting of a run.  A field is a flag: ``train_iters`` is ``--train-iters`` on the command line and
+``train-iters`` in YAML.  Names are Megatron's wherever Megatron has the setting.
+
+``cli.py`` turns these dataclasses into flags; ``validation.py`` checks them against the world.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_tropd.data.guidance import GuidanceConfig
+from megatron_tropd.objectives.base import FklSupport
+from megatron_tropd.objectives.gates import GateKind
+from megatron_tropd.objectives.methods import ObjectiveSettings, is_guided
+
+
+def setting(default: Any, help: str) -> Any:
+    """A field with a default and the sentence ``--help`` prints."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The student."""
+
+    hf_checkpoint: str = setting("", "HF directory of the student: config, tokenizer, and weights to start from")
+    pretrained_checkpoint: str = setting("", "Megatron checkpoint to start from instead of the HF weights")
+    make_vocab_size_divisible_by: int = setting(128, "pad the vocabulary to a multiple of lcm(this, TP)")
+    bf16: bool = setting(False, "train in bfloat16 with fp32 master weights")
+    recompute_granularity: Literal["none", "selective", "full"] = setting("none", "activation recomputation")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How the student is cut; the ranks that are left are data parallel."""
+
+    tensor_model_parallel_size: int = setting(1, "tensor-parallel ranks of the student")
+    pipeline_model_parallel_size: int = setting(1, "pipeline stages of the student")
+    sequence_parallel: bool = setting(False, "split norms and dropout over the tensor-parallel ranks")
+    use_distributed_optimizer: bool = setting(False, "split the optimizer state over the data-parallel ranks")
+    distributed_timeout_minutes: float = setting(10.0, "a collective that takes longer ends the job")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherConfig:
+    """The frozen model that scores tokens, on the student's ranks in a layout of its own."""
+
+    teacher_hf_checkpoint: str = setting("", "HF directory of the teacher: config, tokenizer, weights")
+    teacher_load: str = setting("", "Megatron checkpoint of the teacher instead of the HF weights")
+    teacher_tensor_model_parallel_size: int = setting(1, "tensor-parallel ranks of the teacher")
+    teacher_pipeline_model_parallel_size: int = setting(1, "pipeline stages of the teacher")
+    teacher_offload: bool = setting(False, "keep the teacher in host memory between uses (GPU only)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Prompts to train on."""
+
+    prompt_data: list[str] = setting([], "JSONL or parquet files")
+    prompt_key: str = setting("prompt", "column of the prompt")
+    response_key: str = setting("response", "column of the teacher's response; needed by --guidance")
+    answer_key: str = setting("answer", "column of the reference answer; optional")
+    domain_key: str = setting("domain", "column of the domain; optional")
+    apply_chat_template: bool = setting(False, "render prompts with the tokenizer's chat template")
+    on_bad_row: Literal["error", "skip"] = setting("error", "what to do with a row that cannot be used")
+    max_prompt_length: int = setting(2048, "longest prompt, in tokens")
+    max_response_length: int = setting(8096, "longest response, teacher prefix included, in tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig:
+    """What the student writes every step."""
+
+    rollout_engine: Literal["embedded"] = setting("embedded", "who generates")
+    rollout_batch_size: int = setting(128, "prompts per step")
+    n_samples_per_prompt: int = setting(4, "responses per prompt")
+    rollout_max_batch_size: int = setting(256, "sequences the embedded engine writes at one time")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveConfig:
+    """The loss; defaults are the paper's."""
+
+    objective: str = setting("tropd", "a name of objectives/methods.py")
+    top_k: int = setting(64, "teacher tokens per position for forward KL")
+    gate: GateKind = setting("bernoulli", "how a token is trusted")
+    fkl_support: FklSupport = setting("raw", "form of the top-k forward KL")
+    outlier_coef: float = setting(1.0, "weight of the forward KL on rejected tokens")
+    outlier_threshold: float = setting(-2.0, "nats below which a K1 reward counts as an outlier")
+    guidance: Literal["auto", "none", "ratio", "cap", "uniform"] = setting(
+        "auto", "how long a teacher prefix is; auto: ratio for the methods the paper guides, none for the others"
+    )
+    guidance_schedule: Literal["half-cosine", "quarter-cosine", "linear"] = setting(
+        "half-cosine", "how the prefix is shortened to nothing"
+    )
+    guidance_steps: int = setting(0, "steps until the prefix is gone; 0 for --train-iters")
+    guidance_beta: float = setting(0.001, "weight of the imitation loss on prefix tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig:
+    """Optimizer and length of the run; defaults are the paper's."""
+
+    train_iters: int = setting(200, "optimizer updates, one per rollout batch")
+    max_tokens_per_microbatch: int = setting(16384, "packed tokens per forward pass")
+    logits_chunk_tokens: int = setting(4096, "tokens whose logits exist at one time")
+    lr: float = setting(5e-6, "learning rate")
+    min_lr: float = setting(0.0, "learning rate at the end of a decay")
+    lr_decay_style: Literal["constant", "linear", "cosine"] = setting("constant", "learning-rate schedule")
+    lr_warmup_iters: int = setting(0, "steps of linear warm-up")
+    weight_decay: float = setting(0.1, "decoupled weight decay")
+    adam_beta1: float = setting(0.9, "first moment")
+    adam_beta2: float = setting(0.999, "second moment")
+    adam_eps: float = setting(1e-8, "denominator")
+    clip_grad: float = setting(1.0, "global gradient norm; 0 for none")
+    seed: int = setting(1234, "of every random number of the run")
+    on_nonfinite: Literal["stop", "skip"] = setting("stop", "a NaN or Inf ends the run (exit 17) or skips the step")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    save: str = setting("", "checkpoint directory; default RUN_DIR/checkpoints")
+    load: str = setting("", "directory to resume from; default --save")
+    save_interval: int = setting(0, "steps between checkpoints; the last step is always saved")
+    exit_on_missing_checkpoint: bool = setting(False, "fail when --load has no checkpoint instead of starting fresh")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """Exact match on held-out prompts."""
+
+    eval_data: list[str] = setting([], "JSONL or parquet files with answers")
+    eval_interval: int = setting(0, "steps between evaluations during the run; 0 for only before and after")
+    eval_prompts: int = setting(0, "prompts of an evaluation during the run; 0 for all")
+    answer_pattern: str = setting(r"\\boxed\{([^{}]*)\}", "regular expression whose group 1 is the answer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggingConfig:
+    """What a run leaves behind."""
+
+    run_dir: str = setting("", "where everything is written")
+    log_interval: int = setting(1, "steps between log lines")
+    rollout_log_interval: int = setting(20, "steps between saved samples of rollouts; 0 for none")
+    tensorboard_dir: str = setting("", "also log to tensorboard")
+    wandb_project: str = setting("", "also log to Weights & Biases")
+    wandb_exp_name: str = setting("", "name of the W&B run")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def guidance(self) -> GuidanceConfig:
+        """Settings of the teacher prefix."""
+        mode = self.objective.guidance
+        if mode == "auto":
+            mode = "ratio" if is_guided(self.objective.objective) else "none"
+        return GuidanceConfig(
+            mode=mode,
+            schedule=self.objective.guidance_schedule,
+            steps=self.objective.guidance_steps or self.training.train_iters,
+            beta=self.objective.guidance_beta,
+        )
+
+    @property
+    def objective_settings(self) -> ObjectiveSettings:
+        """Numbers of the objective."""
+        return ObjectiveSettings(
+            top_k=self.objective.top_k,
+            gate=self.objective.gate,
+            fkl_support=self.objective.fkl_support,
+            outlier_coef=self.objective.outlier_coef,
+            outlier_threshold=self.objective.outlier_threshold,
+            guidance_beta=self.objective.guidance_beta if self.guidance.mode != "none" else 0.0,
+        )
+
+    @property
+    def save_dir(self) -> str:
+        """Where checkpoints go."""
+        return self.checkpoint.save or f"{self.logging.run_dir}/checkpoints"
+
+    @property
+    def load_dir(self) -> str:
+        """Where a run resumes from."""
+        return self.checkpoint.load or self.save_dir

@@ -1,0 +1,83 @@
+"""Train a student: ``torchrun --nproc-per-node N -m megatron_tropd.train --config X.yaml [flags]``.
+
+Exit codes: 0 done, 1 failed while running, 2 the configuration cannot be used, 17 a number was not finite.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_tropd.parallel import platform
+
+platform.install()  # before the first import of Megatron
+
+import torch.distributed as dist  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
+
+from megatron_tropd.cli import ConfigError, parse  # noqa: E402
+from megatron_tropd.config import TrainConfig  # noqa: E402
+from megatron_tropd.parallel.groups import init_distributed, shutdown  # noqa: E402
+from megatron_tropd.training.assemble import Assembled, assemble, close  # noqa: E402
+from megatron_tropd.training.blueprint import Blueprint, check  # noqa: E402
+from megatron_tropd.training.finish import write_results  # noqa: E402
+from megatron_tropd.training.guard import EXIT_NONFINITE, NonFiniteStep  # noqa: E402
+from megatron_tropd.training.loop import train  # noqa: E402
+
+EXIT_BAD_CONFIG = 2
+
+
+def _say(text: str) -> None:
+    """To standard error, once for the job."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+def _lost(error: BaseException, config: TrainConfig) -> str:
+    """What a user needs when a rank fails in the middle."""
+    return (
+        f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}\n"
+        "The job ends; no weight of an unfinished step was saved.  Run the same command again: it resumes from the "
+        f"last checkpoint in {config.load_dir} (--save-interval {config.checkpoint.save_interval})."
+    )
+
+
+def _run(blueprint: Blueprint) -> None:
+    init_distributed(timeout_s=blueprint.config.parallel.distributed_timeout_minutes * 60)
+    assembled: Assembled = assemble(blueprint)
+    try:
+        for warning in blueprint.tokens.warnings:
+            assembled.run.progress.message(f"warning: {warning}")
+        with assembled.run.progress:
+            train(assembled.run, assembled.start_step)
+        write_results(assembled, blueprint.student)
+    finally:
+        close(assembled.directory, assembled.sinks)
+        assembled.run.engines.close()
+    dist.barrier()
+    shutdown()
+
+
+@record
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv)
+        blueprint = check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    except ConfigError as error:
+        _say(str(error))
+        return EXIT_BAD_CONFIG
+    try:
+        _run(blueprint)
+    except NonFiniteStep as error:
+        _say(str(error))
+        return EXIT_NONFINITE
+    except Exception as error:
+        print(_lost(error, config), file=sys.stderr, flush=True)
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""From a checked blueprint to the parts of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_tropd.cli import to_flags
+from megatron_tropd.config import TrainConfig
+from megatron_tropd.data.prompts import PromptSource
+from megatron_tropd.models.build import HiddenStateGPT, build_gpt_model
+from megatron_tropd.parallel import platform
+from megatron_tropd.parallel.exchange import gather_objects
+from megatron_tropd.parallel.groups import ModelGroups, student_groups, teacher_groups
+from megatron_tropd.reporting.progress import NullProgress, Progress
+from megatron_tropd.reporting.run_directory import RunDirectory
+from megatron_tropd.reporting.sinks import Sinks, make_sinks
+from megatron_tropd.rollout.embedded import EmbeddedEngine
+from megatron_tropd.rollout.pool import EnginePool
+from megatron_tropd.teacher.megatron import MegatronTeacher
+from megatron_tropd.training.blueprint import Blueprint, ModelSource
+from megatron_tropd.training.checkpoint import load_checkpoint, load_model_state
+from megatron_tropd.training.checkpointing import Checkpoints
+from megatron_tropd.training.evaluations import Evaluations
+from megatron_tropd.training.journal import Journal
+from megatron_tropd.training.loop import Run
+from megatron_tropd.training.student import Student, build_student, params_dtype
+from megatron_tropd.weights.export import HfExporter
+from megatron_tropd.weights.files import HfCheckpoint
+from megatron_tropd.weights.load import load_hf_into
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembled:
+    """A run, where it starts, and what must be closed."""
+
+    run: Run
+    start_step: int
+    directory: RunDirectory | None
+    sinks: Sinks
+
+
+def load_weights(model: HiddenStateGPT, source: ModelSource, groups: ModelGroups, config: TrainConfig) -> None:
+    """Fill ``model`` from its Megatron checkpoint or its HF files; collective over the world."""
+    if source.megatron_dir is not None:
+        wanted = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.pg_collection.dp_cp})}
+        state, _ = load_checkpoint(source.megatron_dir, None, wanted, arch=source.arch)
+        load_model_state(model, state["model"])
+        return
+    load_hf_into(
+        model,
+        HfCheckpoint.open(source.hf_dir, source.arch),
+        source.arch,
+        groups.layout,
+        dist.get_rank(),
+        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+    )
+
+
+def make_student(blueprint: Blueprint) -> Student:
+    """The student with its first weights."""
+    config = blueprint.config
+    groups = student_groups(blueprint.student_layout, seed=config.training.seed)
+    model = build_student(config, blueprint.student.arch, groups)
+    load_weights(model, blueprint.student, groups, config)
+    return Student(model, groups, config, vocab_size=blueprint.tokens.common_vocab_size)
+
+
+def make_teacher(blueprint: Blueprint) -> MegatronTeacher:
+    """The frozen teacher."""
+    config = blueprint.config
+    groups = teacher_groups(blueprint.teacher_layout)
+    model = build_gpt_model(
+        blueprint.teacher.arch,
+        groups,
+        params_dtype=params_dtype(config),
+        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+    )
+    load_weights(model, blueprint.teacher, groups, config)
+    return MegatronTeacher(
+        model,
+        groups,
+        vocab_size=blueprint.tokens.common_vocab_size,
+        max_tokens_per_microbatch=config.training.max_tokens_per_microbatch,
+        logits_chunk_tokens=config.training.logits_chunk_tokens,
+        offload=config.teacher.teacher_offload,
+    )
+
+
+def make_engines(blueprint: Blueprint) -> EnginePool:
+    """One embedded engine on every rank."""
+    engine = EmbeddedEngine(
+        blueprint.student.hf_dir,
+        stop_token_ids=blueprint.tokens.stop_ids,
+        vocab_size=blueprint.tokens.common_vocab_size,
+        dtype=params_dtype(blueprint.config),
+        device=platform.device(),
+        max_batch_size=blueprint.config.rollout.rollout_max_batch_size,
+    )
+    return EnginePool(engine, rank=dist.get_rank(), world_size=dist.get_world_size(), gather=gather_objects)
+
+
+def assemble(blueprint: Blueprint) -> Assembled:
+    """Build everything; collective over the world."""
+    config, arch = blueprint.config, blueprint.student.arch
+    checkpoints = Checkpoints(config, arch, blueprint.student.hf_dir)
+    start_step = checkpoints.resume_step()
+    directory, sinks = _open_directory(config, start_step)
+    try:
+        student = make_student(blueprint)
+        source = PromptSource(blueprint.prompts.prompts, config.training.seed)
+        if start_step is not None:
+            checkpoints.resume(start_step, student, source)
+        progress = _progress(config, start_step or 0)
+        tokenizer: Any = blueprint.tokenizer
+        journal = Journal(
+            directory, sinks, progress, decode=tokenizer.decode,
+            rollout_interval=config.logging.rollout_log_interval, last_step=config.training.train_iters,
+        )  # fmt: skip
+        held_out = blueprint.eval_prompts.prompts if blueprint.eval_prompts else ()
+        run = Run(
+            config=config,
+            source=source,
+            student=student,
+            teacher=make_teacher(blueprint),
+            objective=blueprint.objective,
+            engines=make_engines(blueprint),
+            exporter=HfExporter(
+                arch, student.groups.layout, dist.get_rank(), dtype=params_dtype(config),
+                make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+            ),
+            checkpoints=checkpoints,
+            evaluations=Evaluations(config, held_out, tokenizer, journal, progress),
+            journal=journal,
+            progress=progress,
+        )  # fmt: skip
+    except BaseException:
+        close(directory, sinks)
+        raise
+    return Assembled(run=run, start_step=start_step or 0, directory=directory, sinks=sinks)
+
+
+def _open_directory(config: TrainConfig, start_step: int | None) -> tuple[RunDirectory | None, Sinks]:
+    """Rank 0 takes the run directory; all ranks fail alike when it cannot."""
+    directory, failure = None, ""
+    if dist.get_rank() == 0:
+        try:
+            directory = RunDirectory.create(
+                config.logging.run_dir,
+                config=to_flags(config),
+                resume=start_step is not None,
+                defaults=to_flags(TrainConfig()),
+            )
+            directory.rewind(start_step or 0)
+        except (OSError, ValueError, RuntimeError) as error:
+            failure = str(error)
+    if failure := next(filter(None, gather_objects(failure)), ""):
+        close(directory, Sinks({}))
+        raise RuntimeError(f"--run-dir {config.logging.run_dir}: {failure}")
+    if directory is None:
+        return None, Sinks({})
+    sinks = make_sinks(
+        tensorboard_dir=config.logging.tensorboard_dir, wandb_project=config.logging.wandb_project,
+        wandb_exp_name=config.logging.wandb_exp_name, config=to_flags(config), run_dir=Path(config.logging.run_dir),
+        start_step=start_step or 0,
+    )  # fmt: skip
+    return directory, sinks
+
+
+def _progress(config: TrainConfig, start_step: int) -> NullProgress:
+    if dist.get_rank():
+        return NullProgress()
+    return Progress(config.training.train_iters, start_step, config.logging.log_interval)
+
+
+def close(directory: RunDirectory | None, sinks: Sinks) -> None:
+    """Give back what rank 0 holds."""
+    sinks.close()
+    if directory is not None:
+        directory.close()
+
+

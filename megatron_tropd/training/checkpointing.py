@@ -1,0 +1,58 @@
+"""When a run saves, what it saves, and how it goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_tropd.config import TrainConfig
+from megatron_tropd.data.prompts import PromptSource
+from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.training.checkpoint import latest_iteration, load_checkpoint, save_checkpoint
+from megatron_tropd.training.student import Student
+
+
+class Checkpoints:
+    """Saving on schedule, resuming at start."""
+
+    def __init__(self, config: TrainConfig, arch: Architecture, hf_dir: Path) -> None:
+        self._config, self._arch, self._hf_dir = config, arch, hf_dir
+
+    def save_if_due(self, step: int, student: Student, source: PromptSource) -> None:
+        """Save after every --save-interval updates and after the last one."""
+        interval = self._config.checkpoint.save_interval
+        if step == self._config.training.train_iters or (interval and step % interval == 0):
+            save_checkpoint(
+                self._config.save_dir,
+                step,
+                student.sharded_state_dict(),
+                {"weight_version": student.version, "cursor": dict(source.state_dict())},
+                arch=self._arch,
+                hf_sidecar=self._hf_dir,
+                make_vocab_size_divisible_by=self._config.model.make_vocab_size_divisible_by,
+            )
+
+    def resume_step(self) -> int | None:
+        """The step a run would go on from; None when there is nothing to load.
+
+        Raises:
+            FileNotFoundError: under --exit-on-missing-checkpoint.
+            CheckpointError: the directory is there but cannot be used.
+        """
+        iteration = latest_iteration(self._config.load_dir)
+        if isinstance(iteration, int):
+            return iteration
+        if self._config.checkpoint.exit_on_missing_checkpoint:
+            raise FileNotFoundError(
+                f"--load {self._config.load_dir} holds no checkpoint of a run, and --exit-on-missing-checkpoint is set"
+            )
+        return None
+
+    def resume(self, step: int, student: Student, source: PromptSource) -> None:
+        """Bring student and prompt cursor to where they were after ``step`` updates."""
+        state, common = load_checkpoint(
+            self._config.load_dir, step, student.sharded_state_dict(is_loading=True), arch=self._arch
+        )
+        student.load_state_dict(state, version=int(common["weight_version"]))
+        cursor: Any = common["cursor"]
+        source.load_state_dict(cursor)

@@ -1,0 +1,42 @@
+"""What a finished run leaves: the student as an HF checkpoint, and the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_tropd.reporting.report import write_report
+from megatron_tropd.training.assemble import Assembled
+from megatron_tropd.training.blueprint import ModelSource
+from megatron_tropd.training.student import params_dtype
+from megatron_tropd.weights.files import HfCheckpoint, copy_sidecars
+from megatron_tropd.weights.load import local_parameters
+from megatron_tropd.weights.manifest import MANIFEST_FILE, HfManifest
+from megatron_tropd.weights.writer import write_hf_files
+
+HF_EXPORT = "hf_export"
+
+
+def write_results(assembled: Assembled, source: ModelSource) -> None:
+    """Export to RUN_DIR/hf_export and write RUN_DIR/report.html; collective over the world."""
+    run = assembled.run
+    run_dir = Path(run.config.logging.run_dir)
+    tensors = run.exporter.export(local_parameters(run.student.model), run.student.groups.world)
+    if dist.get_rank():
+        for _ in tensors:  # every rank takes part in the export; one writes
+            pass
+        return
+    manifest = _file_layout(source.hf_dir) or HfManifest.default(source.arch, params_dtype(run.config))
+    write_hf_files(run_dir / HF_EXPORT, manifest, source.arch, tensors, verify=False)
+    copy_sidecars(source.hf_dir, run_dir / HF_EXPORT, skip=[MANIFEST_FILE])
+    report = write_report(run_dir)
+    run.progress.message(f"student: {run_dir / HF_EXPORT}\nreport:  {report}")
+
+
+def _file_layout(hf_dir: Path) -> HfManifest | None:
+    """How the HF files that the student came from are cut and typed."""
+    kept = HfManifest.load(hf_dir)
+    if kept is None and any(hf_dir.glob("*.safetensors")):
+        kept = HfManifest.of(HfCheckpoint.open(hf_dir))
+    return kept.without_digests() if kept is not None else None

@@ -1,0 +1,161 @@
+"""The model that learns: GPTModel, Megatron's DDP, optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from megatron_tropd.config import ParallelConfig, TrainConfig, TrainingConfig
+from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.models.build import HiddenStateGPT, build_gpt_model
+from megatron_tropd.ops.vocab_parallel import VocabShard
+from megatron_tropd.parallel import platform
+from megatron_tropd.parallel.groups import ModelGroups
+from megatron_tropd.training.checkpoint import load_model_state
+
+SHARDED_STATE_METADATA = {
+    # A distributed optimizer saved this way loads into any TP x PP x DP.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def params_dtype(config: TrainConfig) -> torch.dtype:
+    """dtype of the weights; the optimizer's master weights are fp32 either way."""
+    return torch.bfloat16 if config.model.bf16 else torch.float32
+
+
+def build_student(config: TrainConfig, arch: Architecture, groups: ModelGroups) -> HiddenStateGPT:
+    """This rank's part of the student, before its weights are loaded."""
+    overrides: dict[str, Any] = {
+        "sequence_parallel": config.parallel.sequence_parallel and groups.layout.tp > 1,
+        # Read by DDP when it is built: without it, gradients are divided by DP a second time.
+        "calculate_per_token_loss": True,
+    }
+    if config.model.recompute_granularity != "none":
+        overrides["recompute_granularity"] = config.model.recompute_granularity
+    if config.model.recompute_granularity == "full":
+        overrides.update(recompute_method="uniform", recompute_num_layers=1)
+    return build_gpt_model(
+        arch,
+        groups,
+        params_dtype=params_dtype(config),
+        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+        config_overrides=overrides,
+    )
+
+
+class Student:
+    """The student with everything that changes its weights."""
+
+    def __init__(self, model: HiddenStateGPT, groups: ModelGroups, config: TrainConfig, *, vocab_size: int) -> None:
+        self.model = model
+        self.groups = groups
+        self.version = 0
+        """Updates done; names the weights that the engines sample from."""
+        self.shard = VocabShard(
+            vocab_size=vocab_size,
+            rows_per_rank=model.vocab_size // groups.layout.tp,
+            group=groups.pg_collection.tp,
+            chunk_tokens=config.training.logits_chunk_tokens,
+        )
+        self.ddp = _wrap(model, config.parallel)
+        self.optimizer = _optimizer(self.ddp, config.training, config.parallel, bf16=config.model.bf16)
+        self.scheduler = _scheduler(self.optimizer, config.training)
+        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.grad_scale_func = self.optimizer.scale_loss
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the last step."""
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def grad_norm(self) -> float:
+        """Global norm of the finished gradients, before clipping; the same number on every rank."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def step(self) -> None:
+        """Clip, update, advance the schedule and the version."""
+        self.optimizer.step()
+        self.scheduler.step(increment=1)
+        self.version += 1
+
+    def skip(self) -> None:
+        """Leave the weights; the schedule goes on so that a step number means one learning rate."""
+        self.scheduler.step(increment=1)
+
+    def sharded_state_dict(self, *, is_loading: bool = False, with_optimizer: bool = True) -> dict[str, Any]:
+        """Model, optimizer and schedule for ``dist_checkpointing``."""
+        if is_loading and with_optimizer:
+            platform.prime_adam_state(self.optimizer)
+        metadata = {**SHARDED_STATE_METADATA, "dp_cp_group": self.groups.pg_collection.dp_cp}
+        model_state = self.model.sharded_state_dict(metadata=metadata)
+        state: dict[str, Any] = {"model": model_state}
+        if with_optimizer:
+            state["optimizer"] = self.optimizer.sharded_state_dict(model_state, is_loading, metadata=metadata)
+            state["opt_param_scheduler"] = self.scheduler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], *, version: int) -> None:
+        """Continue from a loaded :meth:`sharded_state_dict`."""
+        load_model_state(self.model, state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["opt_param_scheduler"])
+        self.version = version
+
+
+def _wrap(model: HiddenStateGPT, parallel: ParallelConfig) -> DistributedDataParallel:
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=False,
+    )
+    module = Float16Module(model.config, model) if model.config.bf16 else model
+    return DistributedDataParallel(model.config, ddp_config, module)
+
+
+def _optimizer(ddp: DistributedDataParallel, training: TrainingConfig, parallel: ParallelConfig, *, bf16: bool) -> Any:
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=training.lr,
+            min_lr=training.min_lr,
+            weight_decay=training.weight_decay,
+            adam_beta1=training.adam_beta1,
+            adam_beta2=training.adam_beta2,
+            adam_eps=training.adam_eps,
+            clip_grad=training.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+        ),
+        [ddp],
+    )
+
+
+def _scheduler(optimizer: Any, training: TrainingConfig) -> OptimizerParamScheduler:
+    """Counts updates, not samples."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=training.lr,
+        min_lr=training.lr if training.lr_decay_style == "constant" else training.min_lr,
+        lr_warmup_steps=training.lr_warmup_iters,
+        lr_decay_steps=max(training.train_iters, training.lr_warmup_iters + 1),
+        lr_decay_style=training.lr_decay_style,
+        start_wd=training.weight_decay,
+        end_wd=training.weight_decay,
+        wd_incr_steps=training.train_iters,
+        wd_incr_style="constant",
+    )
