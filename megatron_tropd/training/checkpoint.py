@@ -1,0 +1,301 @@
+"""Training checkpoints in Megatron's directory conventions; complete or invisible.
+
+    <save>/latest_checkpointed_iteration.txt     "100" or "release"
+    <save>/iter_0000100/                         torch_dist: loads at any TP x PP x DP
+        checkpoint.json                          architecture, iteration, size and sha256 of every file
+        hf/                                      config, tokenizer and file layout of the HF model it came from
+
+A checkpoint is written under a temporary name, made durable, renamed, and only then does the tracker
+name it.  Every function that is collective raises the same error on every rank.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.training.agree import FailedElsewhere, on_all_ranks, on_rank_zero
+from megatron_tropd.training.checkpoint_metadata import (
+    METADATA_JSON,
+    CheckpointError,
+    CheckpointMetadata,
+    FileRecord,
+    Iteration,
+    check_architecture,
+    parse_metadata,
+    record_file,
+)
+from megatron_tropd.training.checkpoint_safety import check_pickles, check_plain
+from megatron_tropd.weights.boxes import DEFAULT_VOCAB_DIVISOR
+from megatron_tropd.weights.files import HfCheckpoint, copy_sidecars
+from megatron_tropd.weights.manifest import MANIFEST_FILE, HfManifest
+from megatron_tropd.weights.writer import fsync_path, replace_text
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+HF_FOLDER = "hf"
+RELEASE = "release"
+COMMON_KEY = "common"
+_TEMPORARY = re.compile(r"(iter_\d{7,}|release)\.tmp-")
+
+
+def iteration_name(iteration: Iteration) -> str:
+    """Folder of an iteration: ``iter_0000100`` or ``release``."""
+    return RELEASE if iteration == RELEASE else f"iter_{int(iteration):07d}"
+
+
+def latest_iteration(directory: str | Path) -> Iteration | None:
+    """What the tracker names; None where there is no tracker (nothing has been saved yet).
+
+    Raises:
+        CheckpointError: the tracker is empty or unreadable.
+    """
+    tracker = Path(directory) / TRACKER_FILE
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if text == RELEASE:
+        return "release"
+    if not text.isdecimal():
+        found = "empty" if not text else f"{text[:40]!r}"
+        raise CheckpointError(f"{tracker} is {found}; expected an iteration number or 'release'")
+    return int(text)
+
+
+def find_checkpoint(directory: str | Path, iteration: Iteration | None = None) -> Path:
+    """Folder of ``iteration``, by default the one the tracker names.  Not collective.
+
+    Raises:
+        CheckpointError: there is no such checkpoint; the message lists those that exist.
+    """
+    directory = Path(directory)
+    wanted = latest_iteration(directory) if iteration is None else iteration
+    existing = sorted(p.name for p in directory.glob("*") if re.fullmatch(r"iter_\d{7,}|release", p.name))
+    listed = f"; the directory has {', '.join(existing) or 'no checkpoint'}"
+    if wanted is None:
+        raise CheckpointError(f"{directory} has no {TRACKER_FILE}{listed}; check --load")
+    path = directory / iteration_name(wanted)
+    if not path.is_dir():
+        origin = f"{TRACKER_FILE} names" if iteration is None else "asked for"
+        raise CheckpointError(f"{origin} iteration {wanted}, but {path} does not exist{listed}")
+    return path
+
+
+def read_metadata(directory: str | Path, iteration: Iteration | None = None) -> CheckpointMetadata:
+    """What a checkpoint is, without loading it.  Not collective.
+
+    Raises:
+        CheckpointError: no such checkpoint, or not one of this package.
+    """
+    path = find_checkpoint(directory, iteration) / METADATA_JSON
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete or was not written by megatron_tropd")
+    return parse_metadata(path)
+
+
+def hf_directory(directory: str | Path, iteration: Iteration | None = None) -> Path:
+    """The HF config, tokenizer and manifest that a checkpoint carries.  Not collective.
+
+    Raises:
+        CheckpointError: no such checkpoint, or it carries none.
+    """
+    path = find_checkpoint(directory, iteration) / HF_FOLDER
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} has no config.json: the checkpoint was saved without its Hugging Face files")
+    return path
+
+
+def _share_of_files(folder: Path) -> list[Path]:
+    """The files this rank reads for the others' sake: every world-size-th."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != METADATA_JSON)
+    return files[dist.get_rank() :: dist.get_world_size()]
+
+
+def _record_and_sync(folder: Path) -> dict[str, FileRecord]:
+    """Size and digest of every file, each made durable by the rank that reads it.  Collective."""
+
+    def mine() -> dict[str, FileRecord]:
+        records = {}
+        for path in _share_of_files(folder):
+            fsync_path(path)
+            records[path.relative_to(folder).as_posix()] = record_file(path)
+        return records
+
+    parts: list[dict[str, FileRecord]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, on_all_ranks(mine, CheckpointError))
+    return {name: record for part in parts for name, record in sorted(part.items())}
+
+
+def _carry_hf(sidecar: Path, manifest: HfManifest | None, target: Path) -> None:
+    """Copy config and tokenizer; keep how the HF files were laid out."""
+    copy_sidecars(sidecar, target, skip=[MANIFEST_FILE])
+    if manifest is None:
+        kept = HfManifest.load(sidecar)
+        if kept is None and any(sidecar.glob("*.safetensors")):
+            kept = HfManifest.of(HfCheckpoint.open(sidecar))
+        manifest = kept.without_digests() if kept is not None else None  # training changed the weights
+    if manifest is not None:
+        replace_text(target / MANIFEST_FILE, manifest.to_json())
+
+
+def _prepare(save_dir: Path, iteration: Iteration) -> Path:
+    """An empty temporary folder for this save, and none left of earlier ones."""
+    save_dir.mkdir(parents=True, exist_ok=True)
+    for stale in save_dir.iterdir():
+        if _TEMPORARY.match(stale.name):
+            shutil.rmtree(stale)
+    temporary = save_dir / f"{iteration_name(iteration)}.tmp-{secrets.token_hex(4)}"
+    temporary.mkdir()
+    return temporary
+
+
+def _write(state: dict[str, Any], folder: Path) -> None:
+    """Megatron's save.  Its failure reaches every rank, its reason only rank 0."""
+    try:
+        dist_checkpointing.save(state, str(folder))
+    except CheckpointException as error:
+        if not error.failures:
+            raise FailedElsewhere from error
+        reasons = "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items())
+        raise CheckpointError(f"cannot write {folder}: {reasons}") from error
+
+
+def _publish(save_dir: Path, temporary: Path, iteration: Iteration, metadata: CheckpointMetadata) -> Path:
+    """Give the finished folder its name, then let the tracker name it."""
+    replace_text(temporary / METADATA_JSON, metadata.to_json())
+    for folder in (temporary / HF_FOLDER, temporary):
+        if folder.is_dir():
+            fsync_path(folder)
+    final = save_dir / iteration_name(iteration)
+    if final.exists():  # saved before a restart; out of the way first, a folder cannot be replaced
+        os.rename(final, final.with_name(f"{temporary.name}-old"))
+    os.rename(temporary, final)
+    fsync_path(save_dir)
+    replace_text(save_dir / TRACKER_FILE, f"{iteration}\n")
+    for old in save_dir.glob(f"{temporary.name}-old"):
+        shutil.rmtree(old)
+    return final
+
+
+def save_checkpoint(
+    save_dir: str | Path, iteration: Iteration, sharded_state_dict: Mapping[str, Any], common: Mapping[str, Any],
+    *, arch: Architecture, hf_sidecar: str | Path | None, manifest: HfManifest | None = None,
+    make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR,
+) -> Path:  # fmt: skip
+    """Write one checkpoint and make it the latest.  Collective; returns its folder.
+
+    Args:
+        save_dir: Made if missing; on a file system all ranks share.
+        iteration: Number of optimizer steps done, or ``"release"``.
+        sharded_state_dict: Megatron ShardedTensors of model and optimizer, under keys of the caller's choice.
+        common: Small plain values, equal on all ranks: numbers, strings, lists, dicts, tensors.
+        arch: Stored, so that a reader knows the model before it builds one.
+        hf_sidecar: Folder with the HF config and tokenizer: the HF model or another checkpoint's ``hf/``.
+        manifest: How to write HF files again; by default that of ``hf_sidecar`` without its digests.
+        make_vocab_size_divisible_by: Stored for the reader.
+
+    Raises:
+        CheckpointError: on every rank; the tracker still names the checkpoint before.
+    """
+    save_dir = Path(save_dir)
+    temporary = on_rank_zero(lambda: _prepare(save_dir, iteration), CheckpointError)
+    state = {**without_extra_state(sharded_state_dict), COMMON_KEY: dict(common)}
+
+    on_all_ranks(lambda: check_plain(state), CheckpointError)
+    on_all_ranks(lambda: _write(state, temporary), CheckpointError)
+    if hf_sidecar is not None:
+        on_rank_zero(lambda: _carry_hf(Path(hf_sidecar), manifest, temporary / HF_FOLDER), CheckpointError)
+    metadata = CheckpointMetadata(
+        iteration=iteration,
+        architecture=arch,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+        files=_record_and_sync(temporary),
+    )
+    return on_rank_zero(lambda: _publish(save_dir, temporary, iteration, metadata), CheckpointError)
+
+
+def _verify(folder: Path, metadata: CheckpointMetadata, *, digests: bool) -> None:
+    """Every recorded file is there with its size; this rank's share has its digest."""
+    for name, record in metadata.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; the checkpoint is incomplete")
+        if path.stat().st_size != record.bytes:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, {record.bytes} were saved; it is damaged")
+    for path in _share_of_files(folder) if digests else ():
+        saved = metadata.files.get(path.relative_to(folder).as_posix())
+        if saved is not None and (found := record_file(path).sha256) != saved.sha256:
+            raise CheckpointError(f"{path} is damaged: its sha256 is {found}, {saved.sha256} was saved")
+
+
+def load_checkpoint(
+    load_dir: str | Path, iteration: Iteration | None, sharded_state_dict: Mapping[str, Any],
+    *, arch: Architecture | None = None, verify_digests: bool = True,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """Read the parts that ``sharded_state_dict`` asks for, whatever layout saved them.  Collective.
+
+    Args:
+        load_dir: Folder with the tracker.
+        iteration: None for the one the tracker names.
+        sharded_state_dict: ShardedTensors of the receiving model (and optimizer).
+        arch: If given, the checkpoint must be of this architecture.
+        verify_digests: Read every file once more, shared out over the ranks, and compare its sha256.
+
+    Returns:
+        The state dict (to be loaded by :func:`load_model_state`, ``optimizer.load_state_dict``), and ``common``.
+
+    Raises:
+        CheckpointError: on every rank, before any tensor of the caller is touched where it can be known.
+    """
+
+    def look() -> tuple[Path, CheckpointMetadata]:
+        metadata = read_metadata(load_dir, iteration)
+        folder = find_checkpoint(load_dir, iteration)
+        if arch is not None:
+            check_architecture(metadata, arch, folder)
+        _verify(folder, metadata, digests=False)
+        check_pickles(folder)
+        return folder, metadata
+
+    folder, metadata = on_rank_zero(look, CheckpointError)
+    on_all_ranks(lambda: _verify(folder, metadata, digests=verify_digests), CheckpointError)
+    state = on_all_ranks(
+        lambda: dist_checkpointing.load(
+            without_extra_state(sharded_state_dict), str(folder), strict=StrictHandling.RAISE_UNEXPECTED
+        ),
+        CheckpointError,
+    )
+    return state, state.pop(COMMON_KEY, {})
+
+
+def without_extra_state(state: Any) -> Any:
+    """A copy of a state dict without Transformer Engine's ``_extra_state``.
+
+    It is empty except under FP8, and without it local and TE layers exchange checkpoints.
+    """
+    if not isinstance(state, Mapping):
+        return state
+    return {name: without_extra_state(value) for name, value in state.items() if not str(name).endswith("_extra_state")}
+
+
+def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Put a loaded model state into the model; every parameter must get a value.
+
+    Raises:
+        CheckpointError: names the missing and the unexpected parameters.
+    """
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    if missing or unexpected:
+        raise CheckpointError(f"the model has no value for {missing[:5]} and no place for {list(unexpected)[:5]}")

@@ -1,0 +1,89 @@
+"""``checkpoint.json``: what a checkpoint is and what its files must be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_tropd.models.architecture import Architecture, RopeScaling
+
+METADATA_JSON = "checkpoint.json"
+FORMAT = 1
+Iteration = int | Literal["release"]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or read; the message says which file and what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """One file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+def record_file(path: Path) -> FileRecord:
+    """Read a file once."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+        return FileRecord(bytes=stream.tell(), sha256=digest.hexdigest())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointMetadata:
+    """Everything known about a checkpoint without loading it."""
+
+    iteration: Iteration
+    architecture: Architecture
+    make_vocab_size_divisible_by: int
+    files: dict[str, FileRecord]
+    """By path inside the checkpoint's folder, ``checkpoint.json`` itself excepted."""
+
+    def to_json(self) -> str:
+        """Text of ``checkpoint.json``."""
+        value = {
+            "format": FORMAT,
+            "iteration": self.iteration,
+            "architecture": asdict(self.architecture),
+            "make_vocab_size_divisible_by": self.make_vocab_size_divisible_by,
+            "files": {name: asdict(record) for name, record in self.files.items()},
+        }
+        return json.dumps(value, indent=1) + "\n"
+
+
+def _architecture(value: dict) -> Architecture:
+    llama3 = value["rope_llama3"]
+    return Architecture(**{**value, "rope_llama3": RopeScaling(**llama3) if llama3 else None})
+
+
+def parse_metadata(path: Path) -> CheckpointMetadata:
+    """Read ``checkpoint.json``.
+
+    Raises:
+        CheckpointError: not JSON, or of another format.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if value["format"] != FORMAT:
+            raise ValueError(f"format {value['format']}, this version reads {FORMAT}")
+        return CheckpointMetadata(
+            iteration=value["iteration"],
+            architecture=_architecture(value["architecture"]),
+            make_vocab_size_divisible_by=int(value["make_vocab_size_divisible_by"]),
+            files={name: FileRecord(**record) for name, record in value["files"].items()},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+
+
+def check_architecture(metadata: CheckpointMetadata, architecture: Architecture, folder: Path) -> None:
+    """Raise CheckpointError unless the checkpoint is of ``architecture``; the message lists what differs."""
+    saved, wanted = asdict(metadata.architecture), asdict(architecture)
+    differing = [f"{name} {saved[name]!r} (not {value!r})" for name, value in wanted.items() if value != saved[name]]
+    if differing:
+        raise CheckpointError(f"{folder} is a checkpoint of another architecture: it has {', '.join(differing)}")

@@ -1,0 +1,107 @@
+"""What a checkpoint may make this process do: nothing but read numbers.
+
+torch.distributed.checkpoint unpickles ``.metadata`` and every non-tensor object without restriction.
+Both are read here first, with an allow-list, so that a checkpoint from elsewhere cannot run code.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
+
+METADATA_FILE = ".metadata"
+COMMON_FILE = "common.pt"
+
+_DCP = "torch.distributed.checkpoint."
+_METADATA_CLASSES = (
+    "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+    "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+)  # fmt: skip
+ALLOWED = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    (_DCP + "filesystem", "_StorageInfo"),
+    *((_DCP + "metadata", name) for name in _METADATA_CLASSES),
+    *((_DCP + "planner", name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
+}
+
+
+class UnsafeCheckpoint(ValueError):
+    """A checkpoint file names something that plain numbers do not need."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in ALLOWED:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise UnsafeCheckpoint(f"{METADATA_FILE} refers to {module}.{name}, which a checkpoint has no need of")
+
+
+def read_dcp_metadata(directory: Path) -> Any:
+    """The ``.metadata`` of a torch_dist checkpoint (a torch.distributed.checkpoint ``Metadata``).
+
+    Raises:
+        UnsafeCheckpoint: it refers to anything outside the allow-list.
+        ValueError: missing or damaged.
+    """
+    path = directory / METADATA_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; the checkpoint is incomplete")
+    try:
+        return _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+    except UnsafeCheckpoint as error:
+        raise UnsafeCheckpoint(f"{path}: {error}") from None
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+
+
+def _load_plain(stream: io.BytesIO | Path, what: str) -> Any:
+    try:
+        return torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types
+        raise UnsafeCheckpoint(f"{what} is damaged or holds more than plain data: {error}") from error
+
+
+def check_pickles(directory: Path) -> None:
+    """Prove that loading ``directory`` unpickles only plain data.
+
+    Raises:
+        UnsafeCheckpoint, ValueError: a file is missing, damaged or refers to other code.
+    """
+    metadata = read_dcp_metadata(directory)
+    common = directory / COMMON_FILE
+    if not common.is_file():
+        raise ValueError(f"{common} is missing; the checkpoint is incomplete")
+    _load_plain(common, str(common))
+    for index, place in (metadata.storage_data or {}).items():
+        if hasattr(metadata.state_dict_metadata.get(index.fqn), "chunks"):
+            continue  # a tensor: torch itself reads it with weights_only
+        with (directory / place.relative_path).open("rb") as stream:
+            stream.seek(place.offset)
+            _load_plain(io.BytesIO(stream.read(place.length)), f"{directory}: object {index.fqn}")
+
+
+def check_plain(state_dict: Any) -> None:
+    """Refuse to save what :func:`check_pickles` would refuse to load.
+
+    Raises:
+        UnsafeCheckpoint: a non-tensor value is not plain data; the message names its type.
+    """
+    sharded, common = extract_matching_values(state_dict, lambda value: isinstance(value, ShardedBase))
+    _, common = extract_matching_values(common, lambda value: isinstance(value, LocalNonpersistentObject))  # not saved
+    values = [("the common state", common)]
+    values += [(f"object {o.key}", o.data) for o in nested_values(sharded) if isinstance(o, ShardedObject)]
+    for what, value in values:
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        buffer.seek(0)
+        _load_plain(buffer, what)
