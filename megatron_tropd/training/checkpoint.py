@@ -12,7 +12,6 @@ name it.  Every function that is collective raises the same error on every rank.
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -27,6 +26,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.training.agree import FailedElsewhere, on_all_ranks, on_rank_zero
+from megatron_tropd.training.checkpoint_directory import (
+    HF_FOLDER,
+    RELEASE,
+    TRACKER_FILE,
+    find_checkpoint,
+    hf_directory,
+    is_temporary,
+    iteration_name,
+    latest_iteration,
+    read_metadata,
+)
 from megatron_tropd.training.checkpoint_metadata import (
     METADATA_JSON,
     CheckpointError,
@@ -34,7 +44,6 @@ from megatron_tropd.training.checkpoint_metadata import (
     FileRecord,
     Iteration,
     check_architecture,
-    parse_metadata,
     record_file,
 )
 from megatron_tropd.training.checkpoint_safety import check_pickles, check_plain
@@ -43,77 +52,11 @@ from megatron_tropd.weights.files import HfCheckpoint, copy_sidecars
 from megatron_tropd.weights.manifest import MANIFEST_FILE, HfManifest
 from megatron_tropd.weights.writer import fsync_path, replace_text
 
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
-HF_FOLDER = "hf"
-RELEASE = "release"
 COMMON_KEY = "common"
-_TEMPORARY = re.compile(r"(iter_\d{7,}|release)\.tmp-")
-
-
-def iteration_name(iteration: Iteration) -> str:
-    """Folder of an iteration: ``iter_0000100`` or ``release``."""
-    return RELEASE if iteration == RELEASE else f"iter_{int(iteration):07d}"
-
-
-def latest_iteration(directory: str | Path) -> Iteration | None:
-    """What the tracker names; None where there is no tracker (nothing has been saved yet).
-
-    Raises:
-        CheckpointError: the tracker is empty or unreadable.
-    """
-    tracker = Path(directory) / TRACKER_FILE
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if text == RELEASE:
-        return "release"
-    if not text.isdecimal():
-        found = "empty" if not text else f"{text[:40]!r}"
-        raise CheckpointError(f"{tracker} is {found}; expected an iteration number or 'release'")
-    return int(text)
-
-
-def find_checkpoint(directory: str | Path, iteration: Iteration | None = None) -> Path:
-    """Folder of ``iteration``, by default the one the tracker names.  Not collective.
-
-    Raises:
-        CheckpointError: there is no such checkpoint; the message lists those that exist.
-    """
-    directory = Path(directory)
-    wanted = latest_iteration(directory) if iteration is None else iteration
-    existing = sorted(p.name for p in directory.glob("*") if re.fullmatch(r"iter_\d{7,}|release", p.name))
-    listed = f"; the directory has {', '.join(existing) or 'no checkpoint'}"
-    if wanted is None:
-        raise CheckpointError(f"{directory} has no {TRACKER_FILE}{listed}; check --load")
-    path = directory / iteration_name(wanted)
-    if not path.is_dir():
-        origin = f"{TRACKER_FILE} names" if iteration is None else "asked for"
-        raise CheckpointError(f"{origin} iteration {wanted}, but {path} does not exist{listed}")
-    return path
-
-
-def read_metadata(directory: str | Path, iteration: Iteration | None = None) -> CheckpointMetadata:
-    """What a checkpoint is, without loading it.  Not collective.
-
-    Raises:
-        CheckpointError: no such checkpoint, or not one of this package.
-    """
-    path = find_checkpoint(directory, iteration) / METADATA_JSON
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete or was not written by megatron_tropd")
-    return parse_metadata(path)
-
-
-def hf_directory(directory: str | Path, iteration: Iteration | None = None) -> Path:
-    """The HF config, tokenizer and manifest that a checkpoint carries.  Not collective.
-
-    Raises:
-        CheckpointError: no such checkpoint, or it carries none.
-    """
-    path = find_checkpoint(directory, iteration) / HF_FOLDER
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} has no config.json: the checkpoint was saved without its Hugging Face files")
-    return path
+__all__ = [
+    "RELEASE", "CheckpointError", "find_checkpoint", "hf_directory", "latest_iteration", "load_checkpoint",
+    "load_model_state", "read_metadata", "save_checkpoint",
+]  # fmt: skip
 
 
 def _share_of_files(folder: Path) -> list[Path]:
@@ -153,7 +96,7 @@ def _prepare(save_dir: Path, iteration: Iteration) -> Path:
     """An empty temporary folder for this save, and none left of earlier ones."""
     save_dir.mkdir(parents=True, exist_ok=True)
     for stale in save_dir.iterdir():
-        if _TEMPORARY.match(stale.name):
+        if is_temporary(stale.name):
             shutil.rmtree(stale)
     temporary = save_dir / f"{iteration_name(iteration)}.tmp-{secrets.token_hex(4)}"
     temporary.mkdir()

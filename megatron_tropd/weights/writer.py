@@ -111,3 +111,12 @@ def _publish(directory: Path, manifest: HfManifest, paths: dict[str, Path]) -> N
     fsync_path(directory)
     if manifest.index_text is not None:
         replace_text(directory / INDEX_FILE, manifest.index_text)
+
+
+def remove_other_weights(directory: str | Path, manifest: HfManifest) -> None:
+    """Delete safetensors files (and an index) of an earlier model that ``manifest`` does not list."""
+    for path in Path(directory).glob("*.safetensors"):
+        if path.name not in manifest.headers:
+            path.unlink()
+    if manifest.index_text is None:
+        (Path(directory) / INDEX_FILE).unlink(missing_ok=True)
