@@ -88,7 +88,7 @@ def write_tensors(directory: str | Path, tensors: dict[str, torch.Tensor], file:
     from safetensors.torch import save_file
 
     path = Path(directory) / file
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     return path
 
 

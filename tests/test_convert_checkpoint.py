@@ -22,6 +22,7 @@ from megatron_tropd.training.checkpoint import (
     save_checkpoint,
 )
 from megatron_tropd.weights.files import HfCheckpoint
+from tests.fresh_groups import forget_groups
 from tests.hf_models import read_tensors, save_hf_checkpoint
 
 # Run on every rank -------------------------------------------------------------------------------
@@ -32,6 +33,7 @@ def _model(hf, layout, *, weights: bool):
     from megatron_tropd.parallel.groups import student_groups
     from megatron_tropd.weights.load import load_hf_into
 
+    forget_groups()
     checkpoint = HfCheckpoint.open(hf)
     model = build_gpt_model(checkpoint.arch, student_groups(layout), params_dtype=torch.float32)
     if weights:

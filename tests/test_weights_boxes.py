@@ -85,14 +85,18 @@ def test_replicas_hold_the_same_boxes(case):
         assert rank_boxes(arch, layout, rank) == rank_boxes(arch, layout, first)
 
 
+def _numbered(shape: tuple[int, ...], hf_name: str) -> np.ndarray:
+    """A tensor whose elements tell which they are, and of which tensor."""
+    base = {"q": 1, "k": 2, "v": 3, "gate": 4, "up": 5}.get(hf_name.split(".")[-2].removesuffix("_proj"), 0)
+    return 100_000 * base + np.arange(np.prod(shape)).reshape(shape)
+
+
 def _fill(arch: Architecture, layout: ParallelLayout, rank: int) -> dict[str, np.ndarray]:
-    """Local parameters made from HF tensors whose element i is i (a second implementation checks them)."""
     params = {}
     for param in rank_boxes(arch, layout, rank):
         local = np.full(param.shape, -1)
         for box in param.boxes:
-            shape = hf_shapes(arch)[box.hf_name]
-            local[box.local_slices] = np.arange(np.prod(shape)).reshape(shape)[box.hf_slices]
+            local[box.local_slices] = _numbered(hf_shapes(arch)[box.hf_name], box.hf_name)[box.hf_slices]
         params[param.names[0]] = local
     return params
 
@@ -100,18 +104,25 @@ def _fill(arch: Architecture, layout: ParallelLayout, rank: int) -> dict[str, np
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_qkv_and_gate_up_are_in_megatron_order(tp):
     """Against reshapes of whole tensors, which share no code with the boxes."""
-    arch = make_arch()
-    groups, repeat, dim, hidden = 4, 2, arch.head_dim, arch.hidden_size
-    q = np.arange(groups * repeat * dim * hidden).reshape(groups, repeat * dim, hidden)
-    kv = np.arange(groups * dim * hidden).reshape(groups, dim, hidden)
-    qkv = np.concatenate([q, kv, kv], axis=1).reshape(-1, hidden)
-    gate = np.arange(arch.ffn_hidden_size * hidden).reshape(-1, hidden)
+    arch = make_arch("qwen2")
+    groups, hidden = arch.num_query_groups, arch.hidden_size
+    shapes = hf_shapes(arch)
+
+    def whole(name):
+        return _numbered(shapes["model.layers.1." + name], name)
+
+    for kind, rest in (("weight", (hidden,)), ("bias", ())):
+        parts = [whole(f"self_attn.{x}_proj.{kind}").reshape(groups, -1, *rest) for x in "qkv"]
+        qkv = np.split(np.concatenate(parts, axis=1).reshape(-1, *rest), tp)
+        for rank in range(tp):
+            params = _fill(arch, ParallelLayout(tp=tp), rank)
+            assert (params[f"decoder.layers.1.self_attention.linear_qkv.{kind}"] == qkv[rank]).all()
     for rank in range(tp):
+        shards = [np.split(whole(f"mlp.{x}_proj.weight"), tp)[rank] for x in ("gate", "up")]
         params = _fill(arch, ParallelLayout(tp=tp), rank)
-        name = "decoder.layers.1.self_attention.linear_qkv.weight"
-        assert (params[name] == np.split(qkv, tp)[rank]).all()
-        shard = np.split(gate, tp)[rank]
-        assert (params["decoder.layers.1.mlp.linear_fc1.weight"] == np.concatenate([shard, shard])).all()
+        assert (params["decoder.layers.1.mlp.linear_fc1.weight"] == np.concatenate(shards)).all()
+        down = np.split(whole("mlp.down_proj.weight"), tp, axis=1)[rank]
+        assert (params["decoder.layers.1.mlp.linear_fc2.weight"] == down).all()
 
 
 def test_tied_output_is_a_replica_of_the_embedding_on_the_last_stage_only():
