@@ -15,15 +15,17 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing as mp
 import os
+import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-CALL_TIMEOUT_S = 240.0
+CALL_TIMEOUT_S = float(os.environ.get("TEST_CALL_TIMEOUT_S", "240"))
 
 
 def free_port() -> int:
@@ -35,6 +37,7 @@ def free_port() -> int:
 
 def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # prints the stacks; sent to ranks that do not answer
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
@@ -47,13 +50,20 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=CALL_TIMEOUT_S / 2))
-    while (call := pipe.recv()) is not None:
+    while (call := _next_call(pipe)) is not None:
         function, args, kwargs = call
         try:
             pipe.send((True, function(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
     dist.destroy_process_group()
+
+
+def _next_call(pipe: Connection) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
+    try:
+        return pipe.recv()
+    except EOFError:  # pytest itself was killed
+        os._exit(1)
 
 
 class RankPool:
@@ -86,6 +96,9 @@ class RankPool:
             open_pipes = [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
             ready = wait(open_pipes, timeout=CALL_TIMEOUT_S)
             if not ready:
+                for rank in set(range(self.world_size)) - set(answers):
+                    os.kill(self._processes[rank].pid or 0, signal.SIGUSR1)
+                time.sleep(1)
                 self.kill()
                 raise TimeoutError(f"ranks {sorted(set(range(self.world_size)) - set(answers))} did not answer")
             for pipe in ready:

@@ -15,7 +15,9 @@ import functools
 import importlib.util
 import logging
 import os
+import queue
 import sys
+import threading
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ REPLACED: dict[str, tuple[str, ...]] = {
     "megatron.core.tensor_parallel.random": ("_get_cuda_rng_state", "_set_cuda_rng_state"),
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer": ("_set_main_param_and_optimizer_states",),
     "megatron.core.transformer.torch_norm.WrappedTorchNorm": ("__new__",),
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": ("mp",),
 }  # fmt: skip
 
 
@@ -162,6 +165,7 @@ def _patch_megatron() -> None:
     _patch_rng()
     _patch_distributed_optimizer_load()
     _patch_norm_sequence_parallel()
+    _patch_checkpoint_writers()
 
 
 def _patch_rng() -> None:
@@ -213,13 +217,34 @@ def _patch_norm_sequence_parallel() -> None:
     WrappedTorchNorm.__new__ = new
 
 
+class _ThreadContext:
+    """The part of a multiprocessing context that Megatron's checkpoint writer uses, on threads."""
+
+    Queue = JoinableQueue = staticmethod(queue.Queue)
+
+    @staticmethod
+    def Process(*, target: Any, kwargs: dict[str, Any]) -> threading.Thread:
+        return threading.Thread(target=target, kwargs=kwargs)
+
+    def Manager(self) -> _ThreadContext:
+        return self
+
+    def get_context(self, _method: str) -> _ThreadContext:
+        return self
+
+
+def _patch_checkpoint_writers() -> None:
+    """The writer forks a process with gloo and OpenMP threads in it, which was seen to hang, and starts a
+    manager process, which costs seconds.  A synchronous save on a CPU needs neither."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async.mp = _ThreadContext()
+
+
 def prime_adam_state(megatron_optimizer: Any) -> None:
     """Give a torch AdamW that has not stepped yet its (zero) state, so that a checkpoint can be
     loaded into it.  Needed only without TE and apex, whose Adam Megatron primes itself."""
-    for part in getattr(megatron_optimizer, "chained_optimizers", [megatron_optimizer]):
-        adam = part.optimizer
-        if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
-            continue
+    for adam in _torch_adams(megatron_optimizer):
         for group in adam.param_groups:
             for parameter in group["params"]:
                 if not adam.state[parameter]:
@@ -228,3 +253,19 @@ def prime_adam_state(megatron_optimizer: Any) -> None:
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
+
+
+def separate_adam_steps(megatron_optimizer: Any) -> None:
+    """Give every parameter a step counter of its own after a load.
+
+    megatron-core 0.16.1's distributed optimizer loads ONE tensor as the counter of all parameters of a
+    torch AdamW, which each of them then increments: from the second step on the bias correction is wrong.
+    """
+    for adam in _torch_adams(megatron_optimizer):
+        for state in adam.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _torch_adams(megatron_optimizer: Any) -> list[torch.optim.Optimizer]:
+    parts = getattr(megatron_optimizer, "chained_optimizers", [megatron_optimizer])
+    return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)]

@@ -111,6 +111,7 @@ class Student:
         """Continue from a loaded :meth:`sharded_state_dict`."""
         load_model_state(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        platform.separate_adam_steps(self.optimizer)
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
         self.version = version
 

@@ -1,0 +1,124 @@
+"""Every name the platform file replaces exists where it is expected, and does what it is for."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_tropd.parallel import platform
+
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced where CUDA is present")
+NAMES = [(owner, name) for owner, names in platform.REPLACED.items() for name in names]
+
+
+def _resolve(owner):
+    """A module, or a class inside one."""
+    try:
+        return importlib.import_module(owner)
+    except ModuleNotFoundError:
+        module, _, attribute = owner.rpartition(".")
+        return getattr(_resolve(module), attribute)
+
+
+def test_every_replaced_name_still_exists_upstream():
+    """Asked of an unpatched interpreter: an upgrade that moves a name fails here, loudly."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from tests.test_platform import NAMES, _resolve\n"
+        "gone = [f'{owner}.{name}' for owner, name in NAMES if not hasattr(_resolve(owner), name)]\n"
+        "sys.exit(f'gone: {gone}' if gone else 0)"
+    )
+    root = os.path.dirname(os.path.dirname(__file__))
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, root], check=True, timeout=200)
+
+
+@without_cuda
+@pytest.mark.parametrize(("owner", "name"), NAMES, ids=[f"{o}.{n}" for o, n in NAMES])
+def test_the_name_is_replaced_by_ours(owner, name):
+    value = getattr(_resolve(owner), name)
+    home = getattr(value, "__module__", None) or type(value).__module__
+    wrapped = inspect.unwrap(value) is not value if callable(value) else False
+    assert home == platform.__name__ or wrapped or type(value).__module__ == platform.__name__, value
+
+
+@without_cuda
+def test_device_literals_mean_the_cpu():
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.ones(2).cuda().device.type == "cpu"
+    assert torch.ones(2).to("cuda", torch.float64).dtype == torch.float64
+    assert torch.ones_like(torch.ones(2), device=torch.device("cuda", 0)).device.type == "cpu"
+    assert torch.empty(2, pin_memory=True).device.type == "cpu"
+    assert torch.cuda.current_device() == torch.device("cpu")
+
+
+@without_cuda
+def test_meta_device_contexts_still_work():
+    """Replacing factories must not break ``torch.device("meta")``, which transformers loads through."""
+    with torch.device("meta"):
+        assert torch.empty(2).device.type == "meta"
+        assert torch.arange(3).device.type == "meta"
+
+
+@without_cuda
+def test_only_the_optimizer_is_told_that_tensors_are_on_cuda():
+    assert torch.ones(1).type() == "torch.FloatTensor"
+    module = type(sys)("megatron.core.optimizer.probe")
+    exec(compile("def ask(t):\n    return t.type()", "probe", "exec"), module.__dict__)
+    assert module.ask(torch.ones(1)) == "torch.cuda.FloatTensor"
+
+
+@without_cuda
+def test_the_cuda_random_state_is_the_cpu_generator():
+    from megatron.core.tensor_parallel import random
+
+    state = random._get_cuda_rng_state()
+    first = torch.rand(3)
+    random._set_cuda_rng_state(state)
+    assert torch.equal(torch.rand(3), first)
+
+
+@without_cuda
+def test_norm_under_sequence_parallelism_is_marked():
+    from types import SimpleNamespace
+
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    config = SimpleNamespace(
+        sequence_parallel=True, layernorm_zero_centered_gamma=False, persist_layer_norm=False,
+        memory_efficient_layer_norm=False, normalization="RMSNorm",
+    )  # fmt: skip
+    norm = WrappedTorchNorm(config=config, hidden_size=4)
+    assert isinstance(norm, torch.nn.RMSNorm) and norm.weight.sequence_parallel
+    assert config.sequence_parallel
+
+
+@without_cuda
+def test_checkpoint_writers_are_threads():
+    import threading
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    done = []
+    process = filesystem_async.mp.get_context("fork").Process(target=done.append, kwargs={})
+    assert isinstance(process, threading.Thread)
+    results = filesystem_async.mp.get_context("spawn").Manager().Queue()
+    results.put(1)
+    assert results.get() == 1
+
+
+def test_install_changes_nothing_where_cuda_is_present():
+    code = (
+        "import torch\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "before = (torch.empty, torch.Tensor.to, torch.cuda.synchronize)\n"
+        "from megatron_tropd.parallel import platform\n"
+        "platform.install()\n"
+        "assert before == (torch.empty, torch.Tensor.to, torch.cuda.synchronize)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

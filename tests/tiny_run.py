@@ -1,0 +1,98 @@
+"""A whole run in miniature: two random models, a few prompts, and the flags to train on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.hf_models import read_tensors, save_hf_checkpoint, write_tensors
+
+
+def make_world(root: Path, *, student: str = "qwen3", teacher: str = "llama") -> Path:
+    """``student/``, ``teacher/`` (two families, one tokenizer), ``train.jsonl`` and ``eval.jsonl``."""
+    save_hf_checkpoint(root / "student", student, seed=1, num_hidden_layers=2, num_key_value_heads=2)
+    save_hf_checkpoint(root / "teacher", teacher, seed=2, num_hidden_layers=4)
+    for name in ("student", "teacher"):
+        _sharpen(root / name)
+    rows = [
+        {
+            "prompt": " ".join(f"w{3 + (7 * i + j) % 100}" for j in range(2 + i % 4)),
+            "response": " ".join(f"w{5 + (3 * i + j) % 90}" for j in range(3 + i % 5)),
+            "answer": f"w{i % 9 + 3}",
+        }
+        for i in range(24)
+    ]
+    for name, part in (("train", rows), ("eval", rows[:6])):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return root
+
+
+def _sharpen(directory: Path) -> None:
+    """Larger output weights: distributions that differ.  Nearly uniform ones agree, the loss is then a
+    sum that cancels, and a relative comparison of it says nothing."""
+    tensors = read_tensors(directory)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        if name in tensors:
+            tensors[name] *= 6
+    write_tensors(directory, tensors)
+
+
+def flags(world: Path, run_dir: Path, **changes: Any) -> list[str]:
+    """Command-line flags of a run in ``world``; keyword arguments are flags with underscores."""
+    settings: dict[str, Any] = {
+        "hf_checkpoint": world / "student",
+        "teacher_hf_checkpoint": world / "teacher",
+        "prompt_data": world / "train.jsonl",
+        "run_dir": run_dir,
+        "train_iters": 4,
+        "rollout_batch_size": 4,
+        "n_samples_per_prompt": 2,
+        "max_prompt_length": 8,
+        "max_response_length": 12,
+        "max_tokens_per_microbatch": 48,
+        "top_k": 5,
+        "lr": 1e-3,
+        "guidance_beta": 0.5,
+        "seed": 7,
+        "log_interval": 1,
+        "answer_pattern": "(w3)",
+    }
+    settings.update(changes)
+    argv: list[str] = []
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            argv.append(flag)
+        elif value is not None and value is not False:
+            argv += [flag, str(value)]
+    return argv
+
+
+def train_here(argv: list[str], stop_after: int | None = None) -> list[tuple[float, float]]:
+    """Train on this rank of a test pool; (loss, gradient norm) of every step.
+
+    Everything is what the command does, but for the process group, which the pool owns.
+    ``stop_after`` ends the run (after its checkpoint) as an interruption would.
+    """
+    import torch.distributed as dist
+
+    from megatron_tropd.cli import parse
+    from megatron_tropd.training.assemble import assemble, close
+    from megatron_tropd.training.blueprint import check
+    from megatron_tropd.training.loop import push_weights, train_step
+
+    assembled = assemble(check(parse(argv), dist.get_world_size()))
+    run, curve = assembled.run, []
+    try:
+        push_weights(run)
+        for step in range(assembled.start_step, run.config.training.train_iters):
+            report, _ = train_step(run, step)
+            curve.append((report.loss, report.grad_norm))
+            run.checkpoints.save_if_due(report.step, run.student, run.source)
+            if report.step == stop_after:
+                break
+    finally:
+        close(assembled.directory, assembled.sinks)
+        run.engines.close()
+    return curve
