@@ -1,0 +1,102 @@
+"""The main job on real input, from nothing, in one command (``make quickstart``).
+
+Makes the small world, converts both models to Megatron checkpoints, trains with TrOPD on two ranks
+(student TP 2; teacher PP 2), and compares the student before and after.  Exits with 1 if greedy and
+top-p accuracy did not both rise by --min-points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from megatron_tropd.reporting.records import of_kind, read_records  # noqa: E402
+
+JUDGED = ("greedy", "top_p_0.7")
+BAR_WIDTH = 40
+
+
+def run(title: str, *command: str | Path) -> None:
+    """Run one part of the job, loudly; end the quickstart when it fails."""
+    words = [str(word) for word in command]
+    print(f"\n=== {title}\n$ {' '.join(words)}", flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    code = subprocess.run(words, cwd=ROOT, env=environment, check=False).returncode
+    if code:
+        sys.exit(f"quickstart: {title!r} failed with exit code {code}; what went wrong stands above")
+
+
+def accuracies(records: list[dict[str, Any]], decoding: str) -> dict[int, float]:
+    """Accuracy by step."""
+    return {r["step"]: r["accuracy"] for r in of_kind(records, "eval") if r["decoding"] == decoding}
+
+
+def print_curve(curve: dict[int, float]) -> None:
+    """The learning curve, as text."""
+    for step, accuracy in sorted(curve.items()):
+        print(f"  step {step:4d} | {'#' * round(accuracy * BAR_WIDTH):<{BAR_WIDTH}} | {accuracy:6.1%}")
+
+
+def judge(run_dir: Path, min_points: float) -> bool:
+    """Print what came out; whether it is what the README promises."""
+    records = read_records(run_dir / "metrics.jsonl")
+    print("\n=== Learning curve: greedy accuracy (whole set at the ends, its first prompts between)")
+    print_curve(accuracies(records, "greedy"))
+    print("\n=== Exact match on held-out prompts\n  decoding       before   after   points")
+    good = True
+    for decoding in (*JUDGED, "temperature_1"):
+        curve = accuracies(records, decoding)
+        before, after = curve[min(curve)], curve[max(curve)]
+        points = 100 * (after - before)
+        judged = decoding in JUDGED
+        good &= not judged or points >= min_points
+        print(f"  {decoding:14} {before:6.1%}  {after:6.1%}   {points:+5.1f}{'' if judged else '   (not judged)'}")
+    print(f"\n  expected: {' and '.join(JUDGED)} rise by at least {min_points:g} points: {'yes' if good else 'NO'}")
+    print(f"  report:   {run_dir / 'report.html'}\n  student:  {run_dir / 'hf_export'}")
+    return good
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    flags = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    flags.add_argument("--directory", type=Path, default=Path("runs"), help="where everything goes (default: runs)")
+    flags.add_argument("--seed", type=int, default=0, help="of the world and of the run")
+    flags.add_argument("--min-points", type=float, default=15.0, help="rise in accuracy that must be reached")
+    flags.add_argument("train_flags", nargs="*", help="after --: flags of megatron_tropd.train")
+    args = flags.parse_args()
+    started = time.monotonic()
+    world = args.directory / f"small_world_{args.seed}"
+    job = args.directory / "quickstart"
+    python = sys.executable
+    if not (ROOT / world / "world.json").is_file():
+        run("Make the small world", python, "tools/make_small_world.py", "--save", world, "--seed", str(args.seed))
+    shutil.rmtree(ROOT / job, ignore_errors=True)
+    for model, tp, pp in (("student", 2, 1), ("teacher", 1, 2)):
+        run(
+            f"Convert the {model} to Megatron", python, "checkpoint_convert/hf_to_megatron.py",
+            "--hf-checkpoint", world / model, "--save", job / "megatron" / model,
+            "--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp),
+        )  # fmt: skip
+    run(
+        "Train with TrOPD on two ranks", python, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        "-m", "megatron_tropd.train", "--config", "examples/quickstart.yaml", "--run-dir", job,
+        "--pretrained-checkpoint", job / "megatron/student", "--teacher-load", job / "megatron/teacher",
+        "--prompt-data", world / "train.jsonl", "--eval-data", world / "eval.jsonl",
+        "--seed", str(args.seed), *args.train_flags,
+    )  # fmt: skip
+    good = judge(ROOT / job, args.min_points)
+    print(f"  time:     {time.monotonic() - started:.0f} s")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
