@@ -15,11 +15,34 @@ if __name__ == "__main__" and not __package__:  # run as a file: this folder's i
     os.environ["PYTHONSAFEPATH"] = "1"  # the same for helper processes
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from checkpoint_convert import common
 from megatron_tropd.parallel import platform
+
+platform.install()  # before the first import of Megatron
+
+import torch.distributed as dist  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from megatron_tropd.models.build import build_gpt_model  # noqa: E402
+from megatron_tropd.parallel.groups import init_distributed, student_groups  # noqa: E402
+from megatron_tropd.training.agree import on_all_ranks  # noqa: E402
+from megatron_tropd.training.checkpoint import (  # noqa: E402
+    RELEASE,
+    hf_directory,
+    load_checkpoint,
+    load_model_state,
+    read_metadata,
+)
+from megatron_tropd.training.checkpoint_directory import model_dtype  # noqa: E402
+from megatron_tropd.training.checkpoint_metadata import CheckpointMetadata  # noqa: E402
+from megatron_tropd.weights.export import HfExporter  # noqa: E402
+from megatron_tropd.weights.files import copy_sidecars  # noqa: E402
+from megatron_tropd.weights.load import local_parameters  # noqa: E402
+from megatron_tropd.weights.manifest import MANIFEST_FILE, HfManifest  # noqa: E402
+from megatron_tropd.weights.writer import remove_other_weights, write_hf_files  # noqa: E402
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -34,42 +57,40 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def write_stream(stream: Iterator[tuple[str, Tensor]], args: argparse.Namespace, checkpoint: CheckpointMetadata) -> int:
+    """On rank 0 write the exported tensors and the files carried along; elsewhere only take part."""
+    try:
+        if dist.get_rank():
+            return 0
+        carried = hf_directory(args.load, checkpoint.iteration)
+        dtype = model_dtype(args.load, checkpoint.iteration)
+        manifest = HfManifest.load(carried) or HfManifest.default(checkpoint.architecture, dtype)
+        unchanged = checkpoint.iteration == RELEASE  # written by hf_to_megatron: the digests must hold
+        count = write_hf_files(args.save, manifest, checkpoint.architecture, stream, verify=unchanged)
+    finally:
+        for _ in stream:  # every rank takes part in the export, also after an error
+            pass
+    remove_other_weights(args.save, manifest)
+    copy_sidecars(carried, args.save, skip=[MANIFEST_FILE])
+    return count
+
+
 def convert(argv: Sequence[str] | None = None) -> None:
     """Run the command.  Collective where torchrun started several ranks."""
     args = parse(argv)
-    platform.install()
-    from megatron_tropd.models.build import build_gpt_model
-    from megatron_tropd.parallel.groups import init_distributed, student_groups
-    from megatron_tropd.training.agree import on_all_ranks
-    from megatron_tropd.training.checkpoint import (
-        RELEASE,
-        hf_directory,
-        load_checkpoint,
-        load_model_state,
-        read_metadata,
-    )
-    from megatron_tropd.training.checkpoint_directory import model_dtype
-    from megatron_tropd.weights.export import HfExporter
-    from megatron_tropd.weights.files import copy_sidecars
-    from megatron_tropd.weights.load import local_parameters
-    from megatron_tropd.weights.manifest import MANIFEST_FILE, HfManifest
-    from megatron_tropd.weights.writer import remove_other_weights, write_hf_files
-
     rank, world_size = init_distributed()
 
     def check() -> tuple:
         iteration = common.iteration(args.iteration)
         layout = common.conversion_layout(args, world_size)
         metadata = read_metadata(args.load, iteration)
-        errors = metadata.architecture.check_layout(
-            args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-        )
+        errors = metadata.architecture.check_layout(args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
         if errors:
             raise ValueError("; ".join(errors))
         common.check_output(args.save, overwrite=args.overwrite, sources=[args.load])
-        return metadata, layout, hf_directory(args.load, iteration), model_dtype(args.load, iteration)
+        return metadata, layout, model_dtype(args.load, iteration)
 
-    metadata, layout, carried, dtype = on_all_ranks(check, ValueError)
+    metadata, layout, dtype = on_all_ranks(check, ValueError)
     arch, divisor = metadata.architecture, metadata.make_vocab_size_divisible_by
     groups = student_groups(layout)
     model = build_gpt_model(arch, groups, params_dtype=dtype, make_vocab_size_divisible_by=divisor)
@@ -78,22 +99,7 @@ def convert(argv: Sequence[str] | None = None) -> None:
     exporter = HfExporter(arch, layout, rank, dtype=dtype, make_vocab_size_divisible_by=divisor)
     stream = exporter.export(local_parameters(model), groups.world)
 
-    def write() -> int:
-        if rank:
-            for _ in stream:  # rank 0 writes; the others only send
-                pass
-            return 0
-        manifest = HfManifest.load(carried) or HfManifest.default(arch, dtype)
-        try:
-            count = write_hf_files(args.save, manifest, arch, stream, verify=metadata.iteration == RELEASE)
-        finally:
-            for _ in stream:  # after an error: the others are still sending
-                pass
-        remove_other_weights(args.save, manifest)
-        copy_sidecars(carried, args.save, skip=[MANIFEST_FILE])
-        return count
-
-    written = on_all_ranks(write, ValueError)
+    written = on_all_ranks(lambda: write_stream(stream, args, metadata), ValueError)
     if rank == 0:
         same = ", identical to the source" if metadata.iteration == RELEASE else ""
         print(f"{args.save}: {arch.family}, iteration {metadata.iteration}, {common.gigabytes(written)}{same}")

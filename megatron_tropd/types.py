@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -132,7 +132,7 @@ class Microbatch:
 
     def to(self, device: torch.device) -> Microbatch:
         """The same micro-batch with every tensor on ``device``."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device) if isinstance(value := getattr(self, name), Tensor) else value
             for name in self.__dataclass_fields__
         }

@@ -39,8 +39,13 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # prints the stacks; sent to ranks that do not answer
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
     )
     from megatron_tropd.parallel import platform
 

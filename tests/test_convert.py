@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_convert import common, hf_to_megatron, inspect, megatron_to_hf
+from megatron_tropd.parallel.groups import release_groups
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.weights.files import HfCheckpoint
-from tests.fresh_groups import forget_groups
 from tests.hf_models import VARIANTS, read_tensors, save_hf_checkpoint, write_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -30,12 +30,12 @@ def _flags(tp, pp):
 
 
 def _to_megatron(source, save, tp=1, pp=1, *more):
-    forget_groups()
+    release_groups()
     hf_to_megatron.convert(["--hf-checkpoint", str(source), "--save", str(save), *_flags(tp, pp), *more])
 
 
 def _to_hf(load, save, tp=1, pp=1, *more):
-    forget_groups()
+    release_groups()
     megatron_to_hf.convert(["--load", str(load), "--save", str(save), *_flags(tp, pp), *more])
 
 
@@ -57,7 +57,7 @@ def _train_and_save(hf, save_dir, tp, pp):
     from megatron_tropd.weights.export import export_hf
     from megatron_tropd.weights.load import load_hf_into, local_parameters
 
-    forget_groups()
+    release_groups()
     checkpoint, layout = HfCheckpoint.open(hf), ParallelLayout(tp=tp, pp=pp)
     groups = student_groups(layout)
     model = build_gpt_model(checkpoint.arch, groups, params_dtype=torch.bfloat16)
@@ -93,7 +93,7 @@ def _save_swapped_keys_and_values(hf, save_dir):
     from megatron_tropd.weights.load import load_hf_into
     from megatron_tropd.weights.manifest import HfManifest, hash_tensors
 
-    forget_groups()
+    release_groups()
     checkpoint = HfCheckpoint.open(hf)
     arch = checkpoint.arch
     model = build_gpt_model(arch, student_groups(ParallelLayout()), params_dtype=torch.float32)
@@ -161,9 +161,7 @@ def test_any_layout_in_any_layout_out(ranks, sources, tmp_path, tp, pp):
 
 @pytest.mark.parametrize("divisor", ["1", "64", "131"])
 def test_any_vocabulary_padding(ranks, sources, tmp_path, divisor):
-    ranks(2).run(
-        _to_megatron, sources["qwen3"], tmp_path / "megatron", 2, 1, "--make-vocab-size-divisible-by", divisor
-    )
+    ranks(2).run(_to_megatron, sources["qwen3"], tmp_path / "megatron", 2, 1, "--make-vocab-size-divisible-by", divisor)
     ranks(2).run(_to_hf, tmp_path / "megatron", tmp_path / "hf", 1, 2)
     assert same_files(sources["qwen3"], tmp_path / "hf")
 

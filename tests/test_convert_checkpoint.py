@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.models.architecture import architecture_from_hf_config, load_hf_config
+from megatron_tropd.parallel.groups import release_groups
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.training.checkpoint import (
     CheckpointError,
@@ -22,7 +23,6 @@ from megatron_tropd.training.checkpoint import (
     save_checkpoint,
 )
 from megatron_tropd.weights.files import HfCheckpoint
-from tests.fresh_groups import forget_groups
 from tests.hf_models import read_tensors, save_hf_checkpoint
 
 # Run on every rank -------------------------------------------------------------------------------
@@ -33,7 +33,7 @@ def _model(hf, layout, *, weights: bool):
     from megatron_tropd.parallel.groups import student_groups
     from megatron_tropd.weights.load import load_hf_into
 
-    forget_groups()
+    release_groups()
     checkpoint = HfCheckpoint.open(hf)
     model = build_gpt_model(checkpoint.arch, student_groups(layout), params_dtype=torch.float32)
     if weights:
@@ -44,9 +44,7 @@ def _model(hf, layout, *, weights: bool):
 def _save(hf, layout, save_dir, iteration, common=None):
     arch, model = _model(hf, layout, weights=True)
     common = common or {"cursor": {"epoch": 1}, "seed": 2**40}
-    save_checkpoint(
-        save_dir, iteration, {"model": model.sharded_state_dict()}, common, arch=arch, hf_sidecar=hf
-    )
+    save_checkpoint(save_dir, iteration, {"model": model.sharded_state_dict()}, common, arch=arch, hf_sidecar=hf)
     return sorted(p.name for p in Path(save_dir).iterdir())
 
 

@@ -97,9 +97,7 @@ def test_shards_add_up_to_the_whole(made):
     for rank in range(world):
         run(made, list(DECODINGS.values()), num_samples=2, shard=(rank, world), gather=record)
     for rank in range(world):
-        joined = run(
-            made, list(DECODINGS.values()), num_samples=2, shard=(rank, world), gather=lambda _: parts[:world]
-        )
+        joined = run(made, list(DECODINGS.values()), num_samples=2, shard=(rank, world), gather=lambda _: parts[:world])
         assert joined == whole
     responses = [[tally.responses for tally in part] for part in parts[:world]]
     assert responses == [[6, 12, 12], [5, 10, 10], [5, 10, 10], [5, 10, 10]]

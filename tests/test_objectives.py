@@ -29,7 +29,9 @@ def _evaluate(method, settings, cases, uniform, regions=None):
     logits = torch.tensor([c["student_logits"] for c in cases], dtype=torch.float64, requires_grad=True)
     log_q = torch.tensor([c["teacher_logits"] for c in cases], dtype=torch.float64).log_softmax(-1)
     label = torch.tensor([c["meta"]["sampled"] for c in cases])
-    batch, _ = make_batch(num_tokens=len(cases), vocab_size=5, top_k=2, regions=regions or [Region.ON_POLICY] * len(cases))
+    batch, _ = make_batch(
+        num_tokens=len(cases), vocab_size=5, top_k=2, regions=regions or [Region.ON_POLICY] * len(cases)
+    )
     values, ids = log_q.topk(2, -1)
     streams = {
         "label_T": label,
@@ -60,7 +62,9 @@ def test_value_and_gradient_equal_golden(name, case):
     # trust weights are fp32 by design: the expected gate multiplies by one
     tolerance = 1e-6 if settings.get("gate") == "expected" else 1e-10
     assert out.token_loss_T.item() == pytest.approx(expected["loss"], abs=tolerance, rel=tolerance)
-    torch.testing.assert_close(grad[0], torch.tensor(expected["grad"], dtype=torch.float64), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        grad[0], torch.tensor(expected["grad"], dtype=torch.float64), atol=tolerance, rtol=tolerance
+    )
 
 
 def test_batch_sum_with_a_prefix_token_equals_golden():

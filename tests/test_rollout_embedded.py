@@ -103,9 +103,7 @@ def test_rollouts_stop_on_any_stop_token_and_include_it(tmp_path):
 
 def test_every_request_has_its_own_length_limit(made):
     engine = made[0]
-    requests = [
-        dataclasses.replace(request, max_new_tokens=i) for i, request in enumerate(requests_of([5] * 6))
-    ]
+    requests = [dataclasses.replace(request, max_new_tokens=i) for i, request in enumerate(requests_of([5] * 6))]
     rollouts = engine.generate(requests, params())
     assert [len(rollout.logprobs) for rollout in rollouts] == [0, 1, 2, 3, 4, 5]
     assert rollouts[0].finish == "length"

@@ -128,7 +128,7 @@ def test_teacher_scores_equal_dense_topk_with_ties_by_id(ranks, tp, ties):
         weight = weight[torch.arange(vocab) % 5]
     logits = (hidden @ weight.t()).double()
     log_q = logits.log_softmax(-1)
-    values, ids = torch.sort(logits.float(), dim=-1, descending=True, stable=True)  # stable: ties by id
+    _, ids = torch.sort(logits.float(), dim=-1, descending=True, stable=True)  # stable: ties by id
     for logprob, topk_ids, topk_logprobs, entropy in ranks(tp).run(_teacher, tp, vocab, top_k, ties):
         torch.testing.assert_close(logprob.double(), log_q.gather(1, (torch.arange(30) % vocab)[:, None])[:, 0],
                                    atol=2e-6, rtol=1e-6)  # fmt: skip

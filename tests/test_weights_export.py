@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_tropd.parallel.groups import release_groups
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.weights.boxes import hf_shapes, rank_boxes
 from megatron_tropd.weights.export import HfExporter, export_hf
 from megatron_tropd.weights.files import HfCheckpoint
 from megatron_tropd.weights.load import WeightMismatch, load_hf_into, local_parameters
-from tests.fresh_groups import forget_groups
 from tests.hf_models import read_tensors, save_hf_checkpoint
 from tests.test_weights_boxes import make_arch
 
@@ -60,7 +60,7 @@ def _build(arch, layout, dtype):
     from megatron_tropd.models.build import build_gpt_model
     from megatron_tropd.parallel.groups import student_groups
 
-    forget_groups()
+    release_groups()
     return build_gpt_model(arch, student_groups(layout), params_dtype=dtype)
 
 

@@ -38,13 +38,13 @@ def _sharpen(directory: Path) -> None:
     write_tensors(directory, tensors)
 
 
-def flags(world: Path, run_dir: Path, **changes: Any) -> list[str]:
+def flags(world: Path, directory: Path, /, **changes: Any) -> list[str]:
     """Command-line flags of a run in ``world``; keyword arguments are flags with underscores."""
     settings: dict[str, Any] = {
         "hf_checkpoint": world / "student",
         "teacher_hf_checkpoint": world / "teacher",
         "prompt_data": world / "train.jsonl",
-        "run_dir": run_dir,
+        "run_dir": directory,
         "train_iters": 4,
         "rollout_batch_size": 4,
         "n_samples_per_prompt": 2,

@@ -76,9 +76,7 @@ FINAL_NORM_RULE = WeightRule(
     megatron=("decoder.final_layernorm.weight",), hf=("model.norm.weight",), split=Split.REPLICATED
 )
 OUTPUT_RULE = WeightRule(megatron=("output_layer.weight",), hf=("lm_head.weight",), split=Split.VOCAB)
-TIED_OUTPUT_RULE = WeightRule(
-    megatron=("output_layer.weight",), hf=("model.embed_tokens.weight",), split=Split.VOCAB
-)
+TIED_OUTPUT_RULE = WeightRule(megatron=("output_layer.weight",), hf=("model.embed_tokens.weight",), split=Split.VOCAB)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,11 +141,7 @@ class Architecture:
 
     def layer_rules(self) -> tuple[WeightRule, ...]:
         """Weight table of one decoder layer."""
-        return (
-            LAYER_RULES
-            + ((QKV_BIAS_RULE,) if self.qkv_bias else ())
-            + (QK_NORM_RULES if self.qk_norm else ())
-        )
+        return LAYER_RULES + ((QKV_BIAS_RULE,) if self.qkv_bias else ()) + (QK_NORM_RULES if self.qk_norm else ())
 
     def check_layout(self, tp: int, pp: int, *, owner: str = "") -> list[str]:
         """Why the model cannot be cut this way; empty when it can."""
@@ -178,11 +172,15 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, float | None, RopeScaling |
     if kind == "linear":
         return theta, float(scaling["factor"]), None
     if kind == "llama3":
-        return theta, None, RopeScaling(
-            factor=float(scaling["factor"]),
-            low_freq_factor=float(scaling["low_freq_factor"]),
-            high_freq_factor=float(scaling["high_freq_factor"]),
-            original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
+        return (
+            theta,
+            None,
+            RopeScaling(
+                factor=float(scaling["factor"]),
+                low_freq_factor=float(scaling["low_freq_factor"]),
+                high_freq_factor=float(scaling["high_freq_factor"]),
+                original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
+            ),
         )
     raise UnsupportedArchitecture(f"RoPE scaling {kind!r} is not supported; known are default, linear, llama3")
 

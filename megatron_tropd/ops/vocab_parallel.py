@@ -138,9 +138,7 @@ class _TokenStats(torch.autograd.Function):
         for rows, x, v, rows_lse, rows_entropy, g_x, g_v, g_h in chunks:
             logprob = _logits(rows, weight, shard) - rows_lse[:, None]
             all_ids, all_grads = torch.cat([x[:, None], v], 1), torch.cat([g_x[:, None], g_v], 1)
-            grad = logprob.exp() * (
-                -all_grads.sum(1, keepdim=True) - g_h[:, None] * (logprob + rows_entropy[:, None])
-            )
+            grad = logprob.exp() * (-all_grads.sum(1, keepdim=True) - g_h[:, None] * (logprob + rows_entropy[:, None]))
             _scatter_add(grad, all_ids, all_grads, shard)
             grad = grad.to(hidden.dtype)
             grad_hidden[start : start + len(rows)] = grad @ valid

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed import distributed_c10d
 
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.layout import ParallelLayout, RankCoords
@@ -65,18 +66,26 @@ def init_distributed(timeout_s: float = 600.0) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def shutdown() -> None:
-    """Leave the job."""
+def release_groups() -> None:
+    """Give back every group but the world.  Megatron's destroy_model_parallel only forgets its groups,
+    and each of gloo's keeps its threads."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
+def shutdown() -> None:
+    """Leave the job."""
     if dist.is_initialized():
+        release_groups()
         dist.destroy_process_group()
 
 
 def student_groups(layout: ParallelLayout, *, seed: int = 1234) -> ModelGroups:
-    """Make ``layout`` Megatron's global layout.  Collective over the world."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    """Make ``layout`` Megatron's global layout, and the only one.  Collective over the world."""
+    release_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp
     )

@@ -145,7 +145,5 @@ def _continuations(
     written = []
     for tokens, logprobs, count in zip(tokens_BN.tolist(), logprobs_BN.tolist(), count_B.tolist(), strict=True):
         finish: Finish = "stop" if tokens[count - 1] in stop_token_ids else "length"
-        written.append(
-            Continuation(token_ids=tuple(tokens[:count]), logprobs=tuple(logprobs[:count]), finish=finish)
-        )
+        written.append(Continuation(token_ids=tuple(tokens[:count]), logprobs=tuple(logprobs[:count]), finish=finish))
     return written

@@ -150,9 +150,7 @@ class EmbeddedEngine:
         self, model: PreTrainedModel, requests: list[GenerationRequest], params: SamplingParams
     ) -> list[Continuation]:
         try:
-            return decode(
-                model, requests, params, stop_token_ids=self._stop_token_ids, vocab_size=self._vocab_size
-            )
+            return decode(model, requests, params, stop_token_ids=self._stop_token_ids, vocab_size=self._vocab_size)
         except ValueError as error:
             uids = sorted({request.prompt_uid for request in requests})
             raise EngineError(

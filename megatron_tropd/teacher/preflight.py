@@ -78,9 +78,7 @@ def _load(flag: str, directory: str | Path) -> _Side:
     except (OSError, ValueError) as error:
         raise PreflightError(f"{flag} {path}: {error}") from error
     pieces = {index: piece for piece, index in tokenizer.get_vocab().items()}
-    return _Side(
-        flag=flag, directory=path, tokenizer=tokenizer, pieces=pieces, vocab_size=rows, stop_ids=stop_ids
-    )
+    return _Side(flag=flag, directory=path, tokenizer=tokenizer, pieces=pieces, vocab_size=rows, stop_ids=stop_ids)
 
 
 def _show(side: _Side, index: int) -> str:

@@ -181,5 +181,3 @@ def close(directory: RunDirectory | None, sinks: Sinks) -> None:
     sinks.close()
     if directory is not None:
         directory.close()
-
-

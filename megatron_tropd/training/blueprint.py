@@ -19,7 +19,7 @@ from megatron_tropd.objectives.methods import make_objective
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.reporting.sinks import check_sinks
 from megatron_tropd.teacher.preflight import TokenizerReport, check_same_tokens
-from megatron_tropd.training.checkpoint import HF_FOLDER, find_checkpoint, read_metadata
+from megatron_tropd.training.checkpoint_directory import find_checkpoint, hf_directory, read_metadata
 from megatron_tropd.training.checkpoint_metadata import check_architecture
 from megatron_tropd.weights.files import HfCheckpoint
 
@@ -134,7 +134,7 @@ def _source(hf_checkpoint: str, megatron: str, flags: _Flags) -> ModelSource:
     if not hf_checkpoint and not megatron:
         raise ValueError(f"the {flags.who} is missing: give {flags.hf} DIR or {flags.megatron} DIR")
     try:
-        hf_dir = Path(hf_checkpoint) if hf_checkpoint else find_checkpoint(megatron) / HF_FOLDER
+        hf_dir = Path(hf_checkpoint) if hf_checkpoint else hf_directory(megatron)
         arch = architecture_from_hf_config(load_hf_config(hf_dir))
         if megatron:
             check_architecture(read_metadata(megatron), arch, find_checkpoint(megatron))

@@ -120,9 +120,7 @@ def model_dtype(directory: str | Path, iteration: Iteration | None = None) -> to
         CheckpointError: the checkpoint holds no model.
     """
     dtypes = {
-        dtype
-        for name, (_, dtype) in stored_tensors(directory, iteration).items()
-        if name.startswith(_MODEL_PREFIXES)
+        dtype for name, (_, dtype) in stored_tensors(directory, iteration).items() if name.startswith(_MODEL_PREFIXES)
     }
     if not dtypes:
         raise CheckpointError(f"{find_checkpoint(directory, iteration)} holds no model weights")

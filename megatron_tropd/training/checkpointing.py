@@ -8,7 +8,8 @@ from typing import Any
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.prompts import PromptSource
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.training.checkpoint import latest_iteration, load_checkpoint, save_checkpoint
+from megatron_tropd.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_tropd.training.checkpoint_directory import latest_iteration
 from megatron_tropd.training.student import Student
 
 

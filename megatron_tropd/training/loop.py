@@ -86,9 +86,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, list[Rollout]]:
             student, run.objective, rollouts, scores, plan, seed=config.training.seed, step=step
         )  # fmt: skip
         grad_norm, learning_rate = student.grad_norm(), student.learning_rate
-        verdict = guard.judge(
-            step=step + 1, loss=result.loss, grad_norm=grad_norm, policy=config.training.on_nonfinite
-        )
+        verdict = guard.judge(step=step + 1, loss=result.loss, grad_norm=grad_norm, policy=config.training.on_nonfinite)
         if verdict == "stepped":
             student.step()
         else:
@@ -128,5 +126,3 @@ def _batch_metrics(run: Run, step: int, rollouts: Sequence[Rollout]) -> dict[str
         "rollout/len_mean": sum(r.response_len for r in rollouts) / count,
         "rollout/truncated_frac": sum(r.finish == "length" for r in rollouts) / count,
     }
-
-

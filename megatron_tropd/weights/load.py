@@ -24,9 +24,7 @@ def local_parameters(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-def match_parameters(
-    params: Mapping[str, Tensor], boxes: Iterable[ParamBoxes]
-) -> list[tuple[Tensor, ParamBoxes]]:
+def match_parameters(params: Mapping[str, Tensor], boxes: Iterable[ParamBoxes]) -> list[tuple[Tensor, ParamBoxes]]:
     """Pair every parameter with its boxes, by any of its names.
 
     Raises:

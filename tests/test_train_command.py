@@ -1,0 +1,244 @@
+"""The command as a user meets it: every mistake is one clear message before any model is built."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_tropd.cli import ConfigError, changed_flags, make_parser, parse, to_flags
+from megatron_tropd.config import TrainConfig
+from megatron_tropd.training.blueprint import check
+from tests.hf_models import edit_config, save_hf_checkpoint
+from tests.tiny_run import flags, make_world
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def _complaint(argv, world_size=1):
+    with pytest.raises(ConfigError) as caught:
+        check(parse(argv), world_size)
+    return str(caught.value)
+
+
+def test_a_good_configuration_passes(world, tmp_path):
+    blueprint = check(parse(flags(world, tmp_path / "run")), 2)
+    assert blueprint.student_layout.dp == 2 and len(blueprint.prompts.prompts) == 24
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "expected"),
+    [
+        ({"tensor_model_parallel_size": 3}, 3, r"--tensor-model-parallel-size 3 does not divide the model's 8 attention heads"),
+        ({"pipeline_model_parallel_size": 3}, 3, r"--pipeline-model-parallel-size 3 does not divide the model's 2 layers"),
+        ({"tensor_model_parallel_size": 2}, 3, r"does not divide the 3 ranks torchrun started"),
+        ({"teacher_tensor_model_parallel_size": 8}, 8, r"teacher: --teacher-tensor-model-parallel-size 8 does not divide the model's 4 key/value heads"),
+        ({"top_k": 500}, 1, r"--top-k 500 is larger than the common vocabulary of 131"),
+        ({"objective": "trpo"}, 1, r"--objective 'trpo' is not known; choose one of opd, tropd"),
+        ({"max_response_length": 900}, 1, r"do not fit --max-tokens-per-microbatch 48"),
+        ({"max_response_length": 400, "max_tokens_per_microbatch": 999}, 1, r"exceed the student's max_position_embeddings 256"),
+        ({"max_prompt_length": 2}, 1, r"train\.jsonl:2: .*3 tokens.*--max-prompt-length"),
+        ({"lr": -1.0}, 1, r"--lr -1.0 must be positive"),
+        ({"run_dir": None}, 1, r"--run-dir is missing"),
+        ({"hf_checkpoint": None}, 1, r"the student is missing: give --hf-checkpoint DIR or --pretrained-checkpoint DIR"),
+        ({"hf_checkpoint": "/nowhere"}, 1, r"student \(--hf-checkpoint\): /nowhere/config.json does not exist"),
+        ({"prompt_data": "/nowhere.jsonl"}, 1, r"/nowhere\.jsonl"),
+        ({"answer_pattern": "(("}, 1, r"--answer-pattern '\(\(' is not a regular expression"),
+        ({"answer_pattern": "abc"}, 1, r"--answer-pattern needs a group"),
+        ({"response_key": "nothing"}, 1, r"--guidance ratio needs teacher responses"),
+        ({"wandb_project": "p"}, 1, r"--wandb-project p needs the package wandb"),
+    ],
+)  # fmt: skip
+def test_each_mistake_has_a_message(world, tmp_path, changes, world_size, expected):
+    assert re.search(expected, _complaint(flags(world, tmp_path / "run", **changes), world_size), re.DOTALL)
+
+
+def test_all_mistakes_come_in_one_message(world, tmp_path):
+    text = _complaint(flags(world, tmp_path / "run", lr=0, top_k=0, objective="x", tensor_model_parallel_size=5), 5)
+    for flag in ("--lr", "--top-k 0", "--objective", "--tensor-model-parallel-size 5"):
+        assert flag in text
+    assert text.startswith("5 configuration errors:") or re.match(r"\d+ configuration errors:", text)
+
+
+def test_unknown_flags_and_keys_suggest_the_right_one(world, tmp_path):
+    with pytest.raises(ConfigError, match=r"unknown flag --train-iter; did you mean --train-iters\?"):
+        parse([*flags(world, tmp_path / "run"), "--train-iter", "3"])
+    config = tmp_path / "c.yaml"
+    config.write_text("learning_rate: 1\ntop_kk: 4\nlr: fast\nbf16: maybe\n")
+    with pytest.raises(ConfigError) as caught:
+        parse(["--config", str(config)])
+    text = str(caught.value)
+    assert "learning-rate" in text and "did you mean top-k?" in text
+    assert "lr: 'fast' is not a float" in text and "bf16: 'maybe' is not true or false" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("[1, 2]", "expected a mapping"), ("a: [", "not valid YAML"), (None, "No such file")],
+)
+def test_unreadable_config_files(tmp_path, content, expected):
+    path = tmp_path / "c.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=expected):
+        parse(["--config", str(path)])
+
+
+def test_flags_override_yaml_and_numbers_are_numbers(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("lr: 5e-6\ntrain-iters: 7\ntop_k: 3\nsequence-parallel: true\nprompt-data: [a.jsonl, b.jsonl]\n")
+    config = parse(["--config", str(path), "--train-iters", "9", "--no-sequence-parallel"])
+    assert (config.training.lr, config.training.train_iters, config.objective.top_k) == (5e-6, 9, 3)
+    assert config.parallel.sequence_parallel is False and config.data.prompt_data == ["a.jsonl", "b.jsonl"]
+    assert changed_flags(config) == {"train-iters": 9, "top-k": 3, "prompt-data": ["a.jsonl", "b.jsonl"]}
+
+
+def test_the_resolved_configuration_reads_back(tmp_path, world):
+    import yaml
+
+    config = parse(flags(world, tmp_path / "run"))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_flags(config)))
+    assert parse(["--config", str(tmp_path / "c.yaml")]) == config
+
+
+def test_every_flag_is_listed_with_its_default():
+    text = make_parser().format_help()
+    for name in to_flags(TrainConfig()):
+        assert f"--{name}" in text
+
+
+def _corrupt(world, tmp_path, change):
+    copy = tmp_path / "world"
+    shutil.copytree(world, copy)
+    change(copy)
+    return copy
+
+
+def test_empty_prompt_file(world, tmp_path):
+    broken = _corrupt(world, tmp_path, lambda w: (w / "train.jsonl").write_text(""))
+    assert re.search(
+        r"train\.jsonl.*no prompts|no prompts.*train\.jsonl|empty", _complaint(flags(broken, tmp_path / "r"))
+    )
+
+
+def test_broken_json_line_is_named(world, tmp_path):
+    def change(w):
+        lines = (w / "train.jsonl").read_text().splitlines()
+        lines[4] = lines[4][:-3]
+        (w / "train.jsonl").write_text("\n".join(lines) + "\n")
+
+    assert "train.jsonl:5:" in _complaint(flags(_corrupt(world, tmp_path, change), tmp_path / "r"))
+
+
+def test_teacher_with_another_tokenizer(world, tmp_path):
+    def change(w):
+        path = w / "teacher" / "tokenizer.json"
+        path.write_text(path.read_text().replace('"w10"', '"other"'))
+
+    text = _complaint(flags(_corrupt(world, tmp_path, change), tmp_path / "r"))
+    assert "other" in text and "w10" in text and "--teacher-hf-checkpoint" in text
+
+
+def test_missing_and_truncated_safetensors(world, tmp_path):
+    def truncate(w):
+        path = w / "student" / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+
+    truncated = _corrupt(world, tmp_path / "a", truncate)
+    text = _complaint(flags(truncated, tmp_path / "r"))
+    assert "model.safetensors" in text and "bytes" in text
+    missing = _corrupt(world, tmp_path / "b", lambda w: (w / "teacher" / "model.safetensors").unlink())
+    assert "teacher (--teacher-hf-checkpoint)" in _complaint(flags(missing, tmp_path / "r"))
+
+
+def test_an_architecture_we_cannot_build(world, tmp_path):
+    broken = _corrupt(world, tmp_path, lambda w: edit_config(w / "teacher", model_type="mamba"))
+    assert "model_type 'mamba'; supported are llama, qwen2, qwen3" in _complaint(flags(broken, tmp_path / "r"))
+
+
+def test_a_checkpoint_of_another_architecture(ranks, world, tmp_path):
+    from tests.test_training_resume import _train
+
+    ranks(1).run(_train, flags(world, tmp_path / "run", train_iters=1))
+    other = save_hf_checkpoint(tmp_path / "other", "qwen3", num_hidden_layers=2, intermediate_size=64)
+    argv = flags(world, tmp_path / "r2", hf_checkpoint=other, pretrained_checkpoint=tmp_path / "run/checkpoints")
+    assert "another architecture" in _complaint(argv)
+
+
+def _command(argv, nproc=2):
+    return [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(nproc),
+            "--master-port", "0", "-m", "megatron_tropd.train", *argv]  # fmt: skip
+
+
+def _environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def test_bad_input_ends_the_job_with_one_message(world, tmp_path):
+    argv = flags(world, tmp_path / "run", tensor_model_parallel_size=2, top_k=0, lr=-1)
+    done = subprocess.run(
+        _command(argv), cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("configuration errors:") == 1
+    assert "--top-k 0 must be at least 1" in done.stderr and "--lr -1.0 must be positive" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_killing_a_rank_ends_the_job_and_the_same_command_resumes(world, tmp_path):
+    """SIGKILL of one rank in the middle of a step: all end within a minute, the run goes on afterwards."""
+    run_dir = tmp_path / "run"
+    argv = flags(world, run_dir, train_iters=60, tensor_model_parallel_size=2, save_interval=5)
+    log = (tmp_path / "log").open("w+")
+    job = subprocess.Popen(_command(argv), cwd=tmp_path, env=_environment(), stdout=log, stderr=log)
+    try:
+        steps = _wait_for_steps(run_dir / "metrics.jsonl", 8, job)
+        victim = _rank_process(job.pid)
+        os.kill(victim, signal.SIGKILL)
+        killed = time.monotonic()
+        assert job.wait(timeout=60) != 0
+        assert time.monotonic() - killed < 60
+    finally:
+        job.kill()
+    log.seek(0)
+    text = log.read()
+    assert "Run the same command again: it resumes from the last checkpoint" in text or "SIGKILL" in text
+    again = subprocess.run(
+        _command(argv), cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert again.returncode == 0, again.stderr[-3000:]
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    numbers = [r["step"] for r in records if r["kind"] == "step"]
+    assert numbers == list(range(1, 61)), "steps are missing or twice"
+    assert steps >= 8 and (run_dir / "report.html").is_file()
+    assert (run_dir / "hf_export" / "model.safetensors").is_file()
+
+
+def _wait_for_steps(metrics, count, job):
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and job.poll() is None:
+        if metrics.is_file() and (found := metrics.read_text().count('"learning_rate"')) >= count:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"the job did not reach step {count} (exit code {job.poll()})")
+
+
+def _rank_process(launcher):
+    """One training process under torchrun."""
+    import psutil
+
+    children = psutil.Process(launcher).children(recursive=True)
+    return next(p.pid for p in children if "megatron_tropd.train" in p.cmdline())
