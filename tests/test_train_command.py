@@ -180,7 +180,7 @@ def test_a_checkpoint_of_another_architecture(ranks, world, tmp_path):
 
 def _command(argv, nproc=2):
     return [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(nproc),
-            "--master-port", "0", "-m", "megatron_tropd.train", *argv]  # fmt: skip
+            "--standalone", "-m", "megatron_tropd.train", *argv]  # fmt: skip
 
 
 def _environment():

@@ -87,7 +87,7 @@ def main() -> int:
             "--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp),
         )  # fmt: skip
     run(
-        "Train with TrOPD on two ranks", python, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        "Train with TrOPD on two ranks", python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "-m", "megatron_tropd.train", "--config", "examples/quickstart.yaml", "--run-dir", job,
         "--pretrained-checkpoint", job / "megatron/student", "--teacher-load", job / "megatron/teacher",
         "--prompt-data", world / "train.jsonl", "--eval-data", world / "eval.jsonl",
