@@ -15,6 +15,8 @@ platform.install()
 
 from tests.ranks import RankPools  # noqa: E402  (torch must be patched before Megatron is imported)
 
+_MEASURED: dict[str, tuple[float, float]] = {}
+
 
 @pytest.fixture(scope="session")
 def ranks():
@@ -22,3 +24,25 @@ def ranks():
     pools = RankPools()
     yield pools
     pools.close()
+
+
+@pytest.fixture
+def measured():
+    """``measured(claim, error, limit)``: fail above the limit, and print the worst error of each claim at
+    the end of the run (``make verify``; docs/verification.md)."""
+
+    def note(claim: str, error: float, limit: float) -> None:
+        worst, _ = _MEASURED.get(claim, (0.0, limit))
+        _MEASURED[claim] = (max(worst, error), limit)
+        assert error <= limit, f"{claim}: {error:.2e} is above {limit:.0e}"
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not _MEASURED:
+        return
+    terminalreporter.section("measured errors")
+    terminalreporter.write_line("| claim | measured | limit |\n|---|---|---|")
+    for claim, (error, limit) in _MEASURED.items():
+        terminalreporter.write_line(f"| {claim} | {error:.1e} | {limit:.0e} |")

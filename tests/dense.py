@@ -33,20 +33,20 @@ def make_batch(
     ), teacher  # fmt: skip
 
 
-def tropd_loss(logits: Tensor, batch: Microbatch, uniform: Tensor, *, beta: float, gate: str = "bernoulli") -> Tensor:
-    """Sum over tokens of TrOPD (gate bernoulli) or OPD (gate none), by its definition, float64."""
-    total = logits.new_zeros(())
+def tropd_losses(logits: Tensor, batch: Microbatch, uniform: Tensor, *, beta: float, gate: str = "bernoulli") -> Tensor:
+    """TrOPD (gate bernoulli) or OPD (gate none) of every token that has a loss, by definition, float64."""
+    losses = [logits.new_zeros(())]
     log_p = logits.log_softmax(-1)
     for t in range(len(logits)):
         own = log_p[t, batch.label_T[t]]
         if batch.region_T[t] == Region.GUIDANCE:
-            total = total + beta * (batch.teacher_logprob_T[t].double() - own)
+            losses.append(beta * (batch.teacher_logprob_T[t].double() - own))
         if batch.region_T[t] != Region.ON_POLICY:
             continue
         ratio = batch.teacher_logprob_T[t].double() - own.detach()
         if gate == "none" or float(uniform[t]) < float(ratio.exp().clamp(max=1.0)):
-            total = total - ratio * (own - own.detach()).exp()
+            losses.append(-ratio * (own - own.detach()).exp())
             continue
         log_q = batch.teacher_topk_logprob_TK[t].double()
-        total = total + (log_q.exp() * (log_q - log_p[t, batch.teacher_topk_ids_TK[t]])).sum()
-    return total
+        losses.append((log_q.exp() * (log_q - log_p[t, batch.teacher_topk_ids_TK[t]])).sum())
+    return torch.stack(losses)

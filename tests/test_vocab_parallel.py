@@ -7,7 +7,7 @@ import torch
 
 from megatron_tropd.objectives.methods import ObjectiveSettings, make_objective
 from megatron_tropd.parallel.layout import ParallelLayout
-from tests.dense import make_batch, tropd_loss
+from tests.dense import make_batch, tropd_losses
 
 HIDDEN = 16
 
@@ -60,7 +60,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_loss_and_gradients_equal_dense_autograd(ranks, tp):
+def test_loss_and_gradients_equal_dense_autograd(ranks, tp, measured):
     calls = [
         (method, *case, sequence_parallel)
         for method in ("opd", "tropd")
@@ -69,17 +69,19 @@ def test_loss_and_gradients_equal_dense_autograd(ranks, tp):
     ]
     by_rank = ranks(tp).run(_heads, tp, calls)
     for index, call in enumerate(calls):
-        _check([results[index] for results in by_rank], *call)
+        error = _error([results[index] for results in by_rank], *call)
+        measured(
+            f"{call[0]}: loss and per-shard gradients equal dense float64 autograd, TP {tp} (relative)", error, 2e-6
+        )
 
 
-def _check(results, method, vocab, tokens, top_k, chunk, scale, sequence_parallel):
+def _error(results, method, vocab, tokens, top_k, chunk, scale, sequence_parallel):
     hidden, weight, uniform = _inputs(vocab, tokens, scale, seed=vocab + tokens)
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     batch, _ = make_batch(num_tokens=tokens, vocab_size=vocab, top_k=top_k, seed=3)
-    expected = tropd_loss(
-        hidden @ weight.t(), batch, uniform, beta=0.3, gate="none" if method == "opd" else "bernoulli"
-    )
-    expected.backward()
+    gate = "none" if method == "opd" else "bernoulli"
+    losses = tropd_losses(hidden @ weight.t(), batch, uniform, beta=0.3, gate=gate)
+    losses.sum().backward()
     grad_weight = torch.cat([r[2] for r in results])
     if sequence_parallel:
         grad_hidden = torch.cat([r[1] for r in results])
@@ -87,11 +89,11 @@ def _check(results, method, vocab, tokens, top_k, chunk, scale, sequence_paralle
         grad_hidden = results[0][1]
         assert all(torch.equal(grad_hidden, r[1]) for r in results)
     assert torch.count_nonzero(grad_weight[vocab:]) == 0, "padding rows received a gradient"
-    for rank_loss, _, _ in results:
-        assert rank_loss == pytest.approx(expected.item(), rel=2e-6, abs=1e-5)
+    # Relative to the terms of the sum: K1 rewards have both signs and cancel.
+    errors = [abs(loss - losses.sum().item()) / losses.abs().sum().item() for loss, _, _ in results]
     for ours, oracle in ((grad_hidden, hidden.grad), (grad_weight[:vocab], weight.grad)):
-        error = (ours.double() - oracle).norm() / oracle.norm().clamp(min=1e-12)
-        assert error <= 2e-6, f"relative gradient error {error:.2e} at vocab {vocab}, {method}"
+        errors.append(float((ours.double() - oracle).norm() / oracle.norm().clamp(min=1e-12)))
+    return max(errors)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
