@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from megatron_tropd.training.blueprint import Blueprint, ModelSource
 from megatron_tropd.training.checkpoint import load_checkpoint, load_model_state
 from megatron_tropd.training.checkpointing import Checkpoints
 from megatron_tropd.training.evaluations import Evaluations
-from megatron_tropd.training.journal import Journal
+from megatron_tropd.training.journal import Journal, Reader
 from megatron_tropd.training.loop import Run
 from megatron_tropd.training.student import Student, build_student, params_dtype
 from megatron_tropd.weights.export import HfExporter
@@ -116,10 +118,19 @@ def assemble(blueprint: Blueprint) -> Assembled:
             checkpoints.resume(start_step, student, source)
         progress = _progress(config, start_step or 0)
         tokenizer: Any = blueprint.tokenizer
+        reader = Reader(
+            decode=partial(tokenizer.decode, skip_special_tokens=True),
+            answers={p.uid: p.answer for p in blueprint.prompts.prompts if p.answer is not None},
+            pattern=re.compile(config.evaluation.answer_pattern),
+        )
         journal = Journal(
-            directory, sinks, progress, decode=tokenizer.decode,
-            rollout_interval=config.logging.rollout_log_interval, last_step=config.training.train_iters,
-        )  # fmt: skip
+            directory,
+            sinks,
+            progress,
+            reader,
+            rollout_interval=config.logging.rollout_log_interval,
+            last_step=config.training.train_iters,
+        )
         held_out = blueprint.eval_prompts.prompts if blueprint.eval_prompts else ()
         run = Run(
             config=config,
