@@ -8,7 +8,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.module import Float16Module
 
 from megatron_tropd.config import ParallelConfig, TrainConfig, TrainingConfig
 from megatron_tropd.models.architecture import Architecture
@@ -23,6 +22,9 @@ SHARDED_STATE_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
 }
+
+_SET_BY_FLAGS = ("max_lr", "min_lr", "betas", "eps")
+"""Of an optimizer's parameter group; the schedule sets ``lr`` and ``weight_decay`` from its own flags."""
 
 
 def params_dtype(config: TrainConfig) -> torch.dtype:
@@ -108,10 +110,14 @@ class Student:
         return state
 
     def load_state_dict(self, state: dict[str, Any], *, version: int) -> None:
-        """Continue from a loaded :meth:`sharded_state_dict`."""
+        """Continue from a loaded :meth:`sharded_state_dict`.  Numbers a flag sets (learning rate, betas, length of
+        the decay) are those of this launch, not those of the checkpoint."""
         load_model_state(self.model, state["model"])
+        settings = [{name: group[name] for name in _SET_BY_FLAGS} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         platform.separate_adam_steps(self.optimizer)
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(setting)
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
         self.version = version
 
@@ -122,8 +128,9 @@ def _wrap(model: HiddenStateGPT, parallel: ParallelConfig) -> DistributedDataPar
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=False,
     )
-    module = Float16Module(model.config, model) if model.config.bf16 else model
-    return DistributedDataParallel(model.config, ddp_config, module)
+    # Not inside a Float16Module: the model is bf16 already, and that wrapper would turn the last stage's
+    # hidden states, which still meet bf16 weights in the vocabulary head, into fp32.
+    return DistributedDataParallel(model.config, ddp_config, model)
 
 
 def _optimizer(ddp: DistributedDataParallel, training: TrainingConfig, parallel: ParallelConfig, *, bf16: bool) -> Any:
@@ -159,4 +166,6 @@ def _scheduler(optimizer: Any, training: TrainingConfig) -> OptimizerParamSchedu
         end_wd=training.weight_decay,
         wd_incr_steps=training.train_iters,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
