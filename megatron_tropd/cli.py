@@ -65,17 +65,18 @@ def make_parser() -> argparse.ArgumentParser:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is typing.Literal:
-            options["choices"] = typing.get_args(kind)
+            options["metavar"] = "{" + ",".join(map(str, typing.get_args(kind))) + "}"
         elif kind == list[str]:
             options.update(nargs="+", metavar="FILE")
-        else:
-            options["type"] = kind
         groups[section].add_argument(f"--{name}", **options)
     return parser
 
 
 def _coerce(name: str, value: Any, kind: Any) -> Any:
-    """A YAML value as the type of its field.  YAML reads 5e-6 as a string, so numbers are parsed."""
+    """A value from YAML or the command line as the type of its field.  YAML reads 5e-6 as a string, so numbers
+    are parsed in both."""
+    if value is None:
+        raise ConfigError([f"{name}: has no value; give one or leave the line out"])
     if kind is bool:
         if not isinstance(value, bool):
             raise ConfigError([f"{name}: {value!r} is not true or false"])
@@ -140,12 +141,16 @@ def parse(argv: Sequence[str]) -> TrainConfig:
             values[section][f.name] = _coerce(name, value, kind)
         except ConfigError as error:
             errors.extend(f"{namespace.config}: {line}" for line in error.errors)
+    for name, (section, f, kind) in flags.items():
+        given = getattr(namespace, f.name)
+        if given is None:
+            continue
+        try:
+            values[section][f.name] = _coerce(f"--{name}", given, kind)
+        except ConfigError as error:
+            errors.extend(error.errors)
     if errors:
         raise ConfigError(errors)
-    for section, f, _ in flags.values():
-        given = getattr(namespace, f.name)
-        if given is not None:
-            values[section][f.name] = given
     return TrainConfig(**{section: cls(**values[section]) for section, cls in sections().items()})
 
 

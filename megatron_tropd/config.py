@@ -1,7 +1,7 @@
 """Every setting of a run.  A field is a flag: ``train_iters`` is ``--train-iters`` on the command line and
 ``train-iters`` in YAML.  Names are Megatron's wherever Megatron has the setting.
 
-``cli.py`` turns these dataclasses into flags; ``validation.py`` checks them against the world.
+``cli.py`` turns these dataclasses into flags; ``training/blueprint.py`` checks them against the world.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ class ParallelConfig:
     sequence_parallel: bool = setting(False, "split norms and dropout over the tensor-parallel ranks")
     use_distributed_optimizer: bool = setting(False, "split the optimizer state over the data-parallel ranks")
     distributed_timeout_minutes: float = setting(10.0, "a collective that takes longer ends the job")
+
+    @property
+    def distributed_timeout_s(self) -> float:
+        """The same in seconds."""
+        return self.distributed_timeout_minutes * 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

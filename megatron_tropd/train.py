@@ -29,8 +29,8 @@ EXIT_BAD_CONFIG = 2
 
 
 def _say(text: str) -> None:
-    """To standard error, once for the job."""
-    if os.environ.get("RANK", "0") == "0":
+    """To standard error, once for each node: a path may be missing on one of them only."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
 
 
@@ -44,7 +44,7 @@ def _lost(error: BaseException, config: TrainConfig) -> str:
 
 
 def _run(blueprint: Blueprint) -> None:
-    init_distributed(timeout_s=blueprint.config.parallel.distributed_timeout_minutes * 60)
+    init_distributed(timeout_s=blueprint.config.parallel.distributed_timeout_s)
     assembled: Assembled = assemble(blueprint)
     try:
         for warning in blueprint.tokens.warnings:

@@ -59,6 +59,8 @@ def test_a_good_configuration_passes(world, tmp_path):
         ({"answer_pattern": "(("}, 1, r"--answer-pattern '\(\(' is not a regular expression"),
         ({"answer_pattern": "abc"}, 1, r"--answer-pattern needs a group"),
         ({"response_key": "nothing"}, 1, r"--guidance ratio needs teacher responses"),
+        ({"eval_data": "/nowhere.jsonl"}, 1, r"/nowhere\.jsonl: no such file.*see --eval-data"),
+        ({"distributed_timeout_minutes": 0}, 1, r"--distributed-timeout-minutes 0.0 must be positive"),
         ({"wandb_project": "p"}, 1, r"--wandb-project p needs the package wandb"),
     ],
 )  # fmt: skip
@@ -71,6 +73,20 @@ def test_all_mistakes_come_in_one_message(world, tmp_path):
     for flag in ("--lr", "--top-k 0", "--objective", "--tensor-model-parallel-size 5"):
         assert flag in text
     assert text.startswith("5 configuration errors:") or re.match(r"\d+ configuration errors:", text)
+
+
+def test_all_values_of_a_wrong_type_come_in_one_message(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("save:\nprompt-data:\ntop-k: many\n")
+    with pytest.raises(ConfigError) as caught:
+        parse(["--config", str(config), "--lr", "fast", "--gate", "maybe", "--train-iters", "1.5", "--nonsense", "1"])
+    text = str(caught.value)
+    assert text.startswith("7 configuration errors:")
+    for complaint in (
+        "save: has no value", "prompt-data: has no value", "top-k: 'many' is not a int", "--lr: 'fast' is not a float",
+        "--gate: 'maybe' is not one of bernoulli", "--train-iters: '1.5' is not a int", "unknown flag --nonsense",
+    ):  # fmt: skip
+        assert complaint in text
 
 
 def test_unknown_flags_and_keys_suggest_the_right_one(world, tmp_path):
@@ -174,8 +190,15 @@ def test_a_checkpoint_of_another_architecture(ranks, world, tmp_path):
 
     ranks(1).run(_train, flags(world, tmp_path / "run", train_iters=1))
     other = save_hf_checkpoint(tmp_path / "other", "qwen3", num_hidden_layers=2, intermediate_size=64)
-    argv = flags(world, tmp_path / "r2", hf_checkpoint=other, pretrained_checkpoint=tmp_path / "run/checkpoints")
-    assert "another architecture" in _complaint(argv)
+    for flag in ("pretrained_checkpoint", "load"):
+        argv = flags(world, tmp_path / "r2", hf_checkpoint=other, **{flag: tmp_path / "run/checkpoints"})
+        assert "another architecture" in _complaint(argv)
+
+
+def test_converted_weights_are_not_a_run_to_go_on_with(world, tmp_path):
+    """They would be left aside in silence, and the run start from --hf-checkpoint."""
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release\n")
+    assert "--pretrained-checkpoint" in _complaint(flags(world, tmp_path / "r", load=tmp_path))
 
 
 def _command(argv, nproc=2):

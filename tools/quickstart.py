@@ -30,6 +30,7 @@ def run(title: str, *command: str | Path) -> None:
     words = [str(word) for word in command]
     print(f"\n=== {title}\n$ {' '.join(words)}", flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # two ranks would need two GPUs, and models this small need none
     code = subprocess.run(words, cwd=ROOT, env=environment, check=False).returncode
     if code:
         sys.exit(f"quickstart: {title!r} failed with exit code {code}; what went wrong stands above")

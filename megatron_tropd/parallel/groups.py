@@ -48,16 +48,29 @@ class ModelGroups:
         return self.coords.pp == self.layout.pp - 1
 
 
-def init_distributed(timeout_s: float = 600.0) -> tuple[int, int]:
+DEFAULT_TIMEOUT_S = 600.0
+
+
+def init_distributed(timeout_s: float = DEFAULT_TIMEOUT_S) -> tuple[int, int]:
     """Join the job torchrun started; without torchrun, a job of one rank.  Returns (rank, world size).
 
-    Every collective fails after ``timeout_s`` seconds, so that a lost rank cannot hang the others.
+    A collective of all ranks fails after ``timeout_s`` seconds, so that a lost rank cannot hang the others.
+    Groups made later are told their timeout again: torch does not hand it down.
+
+    Raises:
+        ValueError: more ranks on this machine than GPUs.
     """
     if not dist.is_initialized():
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
             os.environ.setdefault(name, value)
         if platform.is_cuda():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local_rank >= num_gpus:
+                raise ValueError(
+                    f"local rank {local_rank} has no GPU: torch sees {num_gpus} on this machine; start at most so many "
+                    "ranks with --nproc-per-node, or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
+                )
+            torch.cuda.set_device(local_rank)
         timeout = timedelta(seconds=timeout_s)
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group(platform.backend(), timeout=timeout)
@@ -83,11 +96,13 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def student_groups(layout: ParallelLayout, *, seed: int = 1234) -> ModelGroups:
+def student_groups(layout: ParallelLayout, *, seed: int = 1234, timeout_s: float = DEFAULT_TIMEOUT_S) -> ModelGroups:
     """Make ``layout`` Megatron's global layout, and the only one.  Collective over the world."""
     release_groups()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type]  # Megatron annotates int
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return ModelGroups(
@@ -107,11 +122,11 @@ def _enumerate(layout: ParallelLayout, varying: str) -> list[list[int]]:
     return list(groups.values())
 
 
-def _new_groups(rank_lists: list[list[int]]) -> dist.ProcessGroup:
+def _new_groups(rank_lists: list[list[int]], timeout_s: float) -> dist.ProcessGroup:
     """Create every group on every rank (new_group is collective over the world); return this rank's."""
     mine = None
     for ranks in rank_lists:
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s))
         if dist.get_rank() in ranks:
             mine = group
     if mine is None:
@@ -119,7 +134,7 @@ def _new_groups(rank_lists: list[list[int]]) -> dist.ProcessGroup:
     return mine
 
 
-def teacher_groups(layout: ParallelLayout) -> ModelGroups:
+def teacher_groups(layout: ParallelLayout, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ModelGroups:
     """Groups of a second model on the same ranks, in a layout of its own.  Collective over the world.
 
     Built without ``parallel_state``; there is no group for tied embeddings, because a frozen model
@@ -127,10 +142,10 @@ def teacher_groups(layout: ParallelLayout) -> ModelGroups:
     """
     if layout.world_size != dist.get_world_size():
         raise ValueError(f"the teacher's layout has {layout.world_size} ranks, the job has {dist.get_world_size()}")
-    single = _new_groups([[rank] for rank in range(layout.world_size)])
-    tp, pp, dp = (_new_groups(_enumerate(layout, axis)) for axis in ("tp", "pp", "dp"))
-    mp = _new_groups(_enumerate(layout, "tp pp"))
-    tp_dp = _new_groups(_enumerate(layout, "tp dp"))
+    single = _new_groups([[rank] for rank in range(layout.world_size)], timeout_s)
+    tp, pp, dp = (_new_groups(_enumerate(layout, axis), timeout_s) for axis in ("tp", "pp", "dp"))
+    mp = _new_groups(_enumerate(layout, "tp pp"), timeout_s)
+    tp_dp = _new_groups(_enumerate(layout, "tp dp"), timeout_s)
     collection = ProcessGroupCollection(
         tp=tp, pp=pp, mp=mp, embd=None, pos_embd=None, cp=single, tp_cp=tp, ep=single, expt_tp=tp, tp_ep=tp,
         tp_ep_pp=mp, tp_dp_cp=tp_dp, dp=dp, dp_cp=dp, expt_dp=dp, intra_dp_cp=dp, intra_expt_dp=dp,

@@ -65,7 +65,9 @@ def load_weights(model: HiddenStateGPT, source: ModelSource, groups: ModelGroups
 def make_student(blueprint: Blueprint) -> Student:
     """The student with its first weights."""
     config = blueprint.config
-    groups = student_groups(blueprint.student_layout, seed=config.training.seed)
+    groups = student_groups(
+        blueprint.student_layout, seed=config.training.seed, timeout_s=config.parallel.distributed_timeout_s
+    )
     model = build_student(config, blueprint.student.arch, groups)
     load_weights(model, blueprint.student, groups, config)
     return Student(model, groups, config, vocab_size=blueprint.tokens.common_vocab_size)
@@ -74,7 +76,7 @@ def make_student(blueprint: Blueprint) -> Student:
 def make_teacher(blueprint: Blueprint) -> MegatronTeacher:
     """The frozen teacher."""
     config = blueprint.config
-    groups = teacher_groups(blueprint.teacher_layout)
+    groups = teacher_groups(blueprint.teacher_layout, timeout_s=config.parallel.distributed_timeout_s)
     model = build_gpt_model(
         blueprint.teacher.arch,
         groups,

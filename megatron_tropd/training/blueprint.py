@@ -19,7 +19,13 @@ from megatron_tropd.objectives.methods import make_objective
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.reporting.sinks import check_sinks
 from megatron_tropd.teacher.preflight import TokenizerReport, check_same_tokens
-from megatron_tropd.training.checkpoint_directory import find_checkpoint, hf_directory, read_metadata
+from megatron_tropd.training.checkpoint_directory import (
+    RELEASE,
+    find_checkpoint,
+    hf_directory,
+    latest_iteration,
+    read_metadata,
+)
 from megatron_tropd.training.checkpoint_metadata import check_architecture
 from megatron_tropd.weights.files import HfCheckpoint
 
@@ -94,6 +100,7 @@ def check(config: TrainConfig, world_size: int) -> Blueprint:
     found.stop_if_any()
     assert student and teacher and layouts and objective
     _check_lengths(config, student, teacher, found)
+    found.attempt(lambda: _check_resume(config, student.arch))
     tokens = found.attempt(lambda: check_same_tokens(student.hf_dir, teacher.hf_dir))
     if tokens:
         top_k, common = objective.needs.top_k, tokens.common_vocab_size
@@ -104,7 +111,10 @@ def check(config: TrainConfig, world_size: int) -> Blueprint:
         found.errors.extend(check_guidance(prompts.prompts, config.guidance))
     eval_prompts = None
     if config.evaluation.eval_data and tokenizer and tokens:
+        already = len(found.errors)
         eval_prompts = _prompts(config, tokenizer, tokens, config.evaluation.eval_data, found)
+        # The reader serves both and names the flag of training.
+        found.errors[already:] = [text.replace("--prompt-data", "--eval-data") for text in found.errors[already:]]
         missing = sum(prompt.answer is None for prompt in eval_prompts.prompts) if eval_prompts else 0
         found.require(not missing, f"--eval-data: {missing} rows have no {config.data.answer_key!r} (--answer-key)")
     found.stop_if_any()
@@ -189,6 +199,8 @@ def _check_numbers(config: TrainConfig, found: _Findings) -> None:
         found.require(value >= 1, f"--{name} {value} must be at least 1")
     for name, value in not_negative.items():
         found.require(value >= 0, f"--{name} {value} must not be negative")
+    minutes = config.parallel.distributed_timeout_minutes
+    found.require(minutes > 0, f"--distributed-timeout-minutes {minutes} must be positive")
     found.require(training.lr > 0, f"--lr {training.lr} must be positive")
     found.require(0 <= training.adam_beta1 < 1, f"--adam-beta1 {training.adam_beta1} must be in [0, 1)")
     found.require(0 <= training.adam_beta2 < 1, f"--adam-beta2 {training.adam_beta2} must be in [0, 1)")
@@ -224,6 +236,23 @@ def _check_lengths(config: TrainConfig, student: ModelSource, teacher: ModelSour
         limit = source.arch.max_position_embeddings
         found.require(
             longest <= limit, f"{what} = {longest} tokens exceed the {flags.who}'s max_position_embeddings {limit}"
+        )
+
+
+def _check_resume(config: TrainConfig, arch: Architecture) -> None:
+    """The checkpoint a run would go on from, if there is one.
+
+    Raises:
+        ValueError: it is none of a run, or of another architecture.
+    """
+    load_dir = config.load_dir
+    iteration = latest_iteration(load_dir)
+    if isinstance(iteration, int):
+        check_architecture(read_metadata(load_dir), arch, find_checkpoint(load_dir))
+    elif iteration == RELEASE and config.checkpoint.load:
+        raise ValueError(
+            f"--load {load_dir} holds converted weights ('release'), not a run to go on with; give it to "
+            "--pretrained-checkpoint"
         )
 
 
