@@ -21,6 +21,7 @@ from megatron_tropd.config import TrainConfig  # noqa: E402
 from megatron_tropd.parallel.groups import init_distributed, shutdown  # noqa: E402
 from megatron_tropd.training.assemble import Assembled, assemble, close  # noqa: E402
 from megatron_tropd.training.blueprint import Blueprint, check  # noqa: E402
+from megatron_tropd.training.checkpoint_directory import latest_iteration  # noqa: E402
 from megatron_tropd.training.finish import write_results  # noqa: E402
 from megatron_tropd.training.guard import EXIT_NONFINITE, NonFiniteStep  # noqa: E402
 from megatron_tropd.training.loop import train  # noqa: E402
@@ -36,10 +37,20 @@ def _say(text: str) -> None:
 
 def _lost(error: BaseException, config: TrainConfig) -> str:
     """What a user needs when a rank fails in the middle."""
-    return (
-        f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}\n"
-        "The job ends; no weight of an unfinished step was saved.  Run the same command again: it resumes from the "
-        f"last checkpoint in {config.load_dir} (--save-interval {config.checkpoint.save_interval})."
+    what = f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}\nThe job ends; "
+    interval = config.checkpoint.save_interval
+    try:
+        saved = isinstance(latest_iteration(config.load_dir), int)
+    except ValueError:  # a damaged tracker; the next launch says so
+        saved = True
+    if not saved:
+        return what + (
+            f"there is no checkpoint to go on from (--save-interval {interval}): start over with another --run-dir, "
+            f"or delete {config.logging.run_dir}."
+        )
+    return what + (
+        "no weight of an unfinished step was saved.  Run the same command again: it resumes from the "
+        f"last checkpoint in {config.load_dir} (--save-interval {interval})."
     )
 
 
