@@ -1,0 +1,76 @@
+# Qwen3-1.7B learns from Qwen3-8B with the settings of the TrOPD paper (arXiv 2606.01249).
+# Sourced by one_node.sh and two_nodes.sh, which add PARALLEL_ARGS and start torchrun.
+#
+# NOT RUN ON GPUS YET.  tests/test_examples.py holds every flag below against the parser and the layouts
+# against the sizes of both models; no number of speed or quality is known for this recipe.
+#
+# Wanted in the environment, on every node under the same path:
+#   STUDENT   Hugging Face directory of Qwen3-1.7B (config, tokenizer, safetensors)
+#   TEACHER   Hugging Face directory of Qwen3-8B
+#   PROMPTS   .jsonl or .parquet with the columns prompt and response (a response of the teacher), docs/data.md
+#   RUN_DIR   directory of the run; on a file system that all nodes share
+# and, if you have held-out prompts with the column answer:
+#   EVAL_DATA .jsonl or .parquet
+
+: "${STUDENT:?set it to the Hugging Face directory of the student}"
+: "${TEACHER:?set it to the Hugging Face directory of the teacher}"
+: "${PROMPTS:?set it to a .jsonl or .parquet file of prompts and teacher responses}"
+: "${RUN_DIR:?set it to a directory for everything the run writes}"
+
+export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron: order communication before computation under TP
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+
+MODEL_ARGS=(
+    --hf-checkpoint "${STUDENT}"
+    --teacher-hf-checkpoint "${TEACHER}"
+    --bf16
+    --recompute-granularity full # memory first; drop it where activations fit
+)
+
+DATA_ARGS=(
+    --prompt-data "${PROMPTS}"
+    --apply-chat-template
+    --max-prompt-length 2048
+    --max-response-length 8096 # the paper's number; the teacher prefix counts
+    --max-tokens-per-microbatch 16384
+)
+if [[ -n "${EVAL_DATA:-}" ]]; then
+    DATA_ARGS+=(--eval-data "${EVAL_DATA}" --eval-interval 50 --eval-prompts 128)
+fi
+
+ROLLOUT_ARGS=(
+    --rollout-engine embedded
+    --rollout-batch-size 128
+    --n-samples-per-prompt 4
+    # KV cache: 28 layers x 2 x 8 heads x 128 x 2 bytes = 0.11 MB a token, 1.2 GB for a sequence of 10144 tokens.
+    --rollout-max-batch-size 16
+)
+
+OBJECTIVE_ARGS=(
+    --objective tropd
+    --top-k 64
+    --gate bernoulli
+    --fkl-support raw
+    --outlier-coef 1.0
+    --guidance ratio
+    --guidance-schedule half-cosine
+    --guidance-steps 0 # 0: over all of --train-iters
+    --guidance-beta 0.001
+)
+
+OPTIMIZER_ARGS=(
+    --train-iters 200
+    --lr 5e-6
+    --lr-decay-style constant
+    --adam-beta1 0.9 # the paper names no betas: veRL's defaults
+    --adam-beta2 0.999
+    --weight-decay 0.1
+    --clip-grad 1.0
+    --seed 1234
+)
+
+CHECKPOINT_ARGS=(
+    --run-dir "${RUN_DIR}"
+    --save-interval 20
+    --rollout-log-interval 10
+)
