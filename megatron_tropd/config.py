@@ -79,10 +79,11 @@ class DataConfig:
 class RolloutConfig:
     """What the student writes every step."""
 
-    rollout_engine: Literal["embedded"] = setting("embedded", "who generates")
     rollout_batch_size: int = setting(128, "prompts per step")
     n_samples_per_prompt: int = setting(4, "responses per prompt")
-    rollout_max_batch_size: int = setting(256, "sequences the embedded engine writes at one time")
+    rollout_max_batch_size: int = setting(
+        256, "sequences the embedded engine writes at one time; lower it when a GPU runs out of memory"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,11 +112,11 @@ class TrainingConfig:
 
     train_iters: int = setting(200, "optimizer updates, one per rollout batch")
     max_tokens_per_microbatch: int = setting(16384, "packed tokens per forward pass")
-    logits_chunk_tokens: int = setting(4096, "tokens whose logits exist at one time")
+    logits_chunk_tokens: int = setting(1024, "tokens whose logits exist at one time")
     lr: float = setting(5e-6, "learning rate")
     min_lr: float = setting(0.0, "learning rate at the end of a decay")
     lr_decay_style: Literal["constant", "linear", "cosine"] = setting("constant", "learning-rate schedule")
-    lr_warmup_iters: int = setting(0, "steps of linear warm-up")
+    lr_warmup_iters: int = setting(0, "steps of linear warm-up; as in Megatron the first one has rate 0")
     weight_decay: float = setting(0.1, "decoupled weight decay")
     adam_beta1: float = setting(0.9, "first moment")
     adam_beta2: float = setting(0.999, "second moment")

@@ -1,6 +1,7 @@
 """Train a student: ``torchrun --nproc-per-node N -m megatron_tropd.train --config X.yaml [flags]``.
 
-Exit codes: 0 done, 1 failed while running, 2 the configuration cannot be used, 17 a number was not finite.
+Exit codes of a rank: 0 done, 1 failed while running, 2 the configuration cannot be used, 17 a number was
+not finite.  torchrun itself exits with 1 for all but the first and prints the rank's code.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from megatron_tropd.config import TrainConfig  # noqa: E402
 from megatron_tropd.parallel.groups import init_distributed, shutdown  # noqa: E402
 from megatron_tropd.training.assemble import Assembled, assemble, close  # noqa: E402
 from megatron_tropd.training.blueprint import Blueprint, check  # noqa: E402
-from megatron_tropd.training.checkpoint_directory import latest_iteration  # noqa: E402
+from megatron_tropd.training.checkpointing import resume_origin  # noqa: E402
 from megatron_tropd.training.finish import write_results  # noqa: E402
 from megatron_tropd.training.guard import EXIT_NONFINITE, NonFiniteStep  # noqa: E402
 from megatron_tropd.training.loop import train  # noqa: E402
@@ -40,7 +41,7 @@ def _lost(error: BaseException, config: TrainConfig) -> str:
     what = f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}\nThe job ends; "
     interval = config.checkpoint.save_interval
     try:
-        saved = isinstance(latest_iteration(config.load_dir), int)
+        saved = resume_origin(config) is not None
     except ValueError:  # a damaged tracker; the next launch says so
         saved = True
     if not saved:
@@ -50,7 +51,7 @@ def _lost(error: BaseException, config: TrainConfig) -> str:
         )
     return what + (
         "no weight of an unfinished step was saved.  Run the same command again: it resumes from the "
-        f"last checkpoint in {config.load_dir} (--save-interval {interval})."
+        f"last checkpoint in {config.save_dir} (--save-interval {interval})."
     )
 
 
@@ -81,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BAD_CONFIG
     try:
         _run(blueprint)
+    except ConfigError as error:  # the run directory belongs to another run
+        _say(str(error))
+        return EXIT_BAD_CONFIG
     except NonFiniteStep as error:
         _say(str(error))
         return EXIT_NONFINITE

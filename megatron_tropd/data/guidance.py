@@ -32,8 +32,6 @@ class GuidanceConfig:
     """T, the steps over which alpha goes from 1 to 0; 0 from there on."""
     beta: float = 0.001
     """Weight of the imitation loss on the prefix; read by the objective."""
-    fresh_budget: bool = False
-    """Let the student write --max-response-length tokens beyond the prefix instead of with it."""
 
 
 def check_guidance(prompts: Sequence[Prompt], config: GuidanceConfig) -> list[str]:
@@ -139,7 +137,7 @@ def attach(
                 token_ids=prompt.token_ids + response[:length],
                 prompt_len=len(prompt.token_ids),
                 guidance_len=length,
-                max_new_tokens=max_response_length - (0 if config.fresh_budget else length),
+                max_new_tokens=max_response_length - length,
             )
             for index in range(n_samples_per_prompt)
         ]

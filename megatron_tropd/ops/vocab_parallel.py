@@ -43,7 +43,7 @@ class VocabShard:
     rows_per_rank: int
     group: Any
     """Tensor-parallel process group."""
-    chunk_tokens: int = 4096
+    chunk_tokens: int = 1024
     """Tokens whose logits exist at one time; V / tp * 4 bytes each."""
 
     @property

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tropd.parallel import platform
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
@@ -67,6 +69,21 @@ def exchange(
     for peer, buffer in buffers.items():
         arrived[peer] = _from_bytes(buffer, receive[peer])
     return arrived
+
+
+def broadcast_tensors(tensors: Sequence[Tensor] | None, specs: Sequence[TensorSpec], *, group: Any) -> list[Tensor]:
+    """The first rank's ``tensors`` on every rank of ``group``, as CPU tensors, in one message.
+
+    The message travels on this rank's device: by NCCL between GPUs, by gloo between CPUs.  Other ranks
+    pass None.  Collective over ``group``.
+    """
+    device = platform.device()
+    if tensors is not None:
+        message = _as_bytes(tensors).to(device)
+    else:
+        message = torch.empty(sum(spec.num_bytes for spec in specs), dtype=torch.uint8, device=device)
+    dist.broadcast(message, group=group, group_src=0)
+    return _from_bytes(message.cpu(), specs)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -62,11 +62,18 @@ _installed = False
 
 
 def install() -> None:
-    """Let Megatron-core run here.  Idempotent; does nothing where CUDA is present."""
+    """Let Megatron-core run here.  Idempotent.  Where CUDA is present nothing of torch is touched, and
+    with Transformer Engine nothing at all; without it Megatron's own layers and torch's AdamW are used,
+    and two of their defects are mended."""
     global _installed
-    if _installed or is_cuda():
+    if _installed:
         return
     _installed = True
+    if is_cuda():
+        if not has_transformer_engine():
+            _patch_distributed_optimizer_load()
+            _patch_norm_sequence_parallel()
+        return
     # megatron-core's jit_fuser is torch.compile, bound at its import: compiling costs 12 s on a CPU
     # and gains nothing at the sizes that run there.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

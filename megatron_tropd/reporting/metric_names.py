@@ -46,7 +46,7 @@ METRICS: dict[str, MetricInfo] = {
     "guidance/len_mean": _info("tokens", "Mean guidance length of a rollout."),
     "rollout/len_mean": _info("tokens", "Mean response length of a rollout, guidance included."),
     "rollout/truncated_frac": _info("share", "Rollouts that ended at the length limit."),
-    "rollout/accuracy": _info("share", "Rollouts with the right answer, where answers are known."),
+    "rollout/accuracy": _info("share", "Share right among the first 64 rollouts, where answers are known."),
     "student/entropy": _info("nats", "Mean entropy of the student over on-policy tokens."),
     "parity/logprob_abs_diff_mean": _info("nats", "Mean |log p| difference, rollout engine against trainer."),
     "parity/logprob_abs_diff_max": _info("nats", "Largest such difference in the step."),

@@ -21,7 +21,7 @@ from megatron_tropd.data.packing import PackPlan, pack, plan_packs
 from megatron_tropd.models.build import HiddenStateGPT, forward_hidden
 from megatron_tropd.ops.vocab_parallel import VocabShard, gather_hidden, teacher_scores
 from megatron_tropd.parallel import platform
-from megatron_tropd.parallel.exchange import TensorSpec, exchange
+from megatron_tropd.parallel.exchange import TensorSpec, broadcast_tensors, exchange
 from megatron_tropd.parallel.groups import ModelGroups
 from megatron_tropd.types import Microbatch, Rollout, ScoreRequest, TeacherScores
 
@@ -33,11 +33,10 @@ class Destination:
     groups: ModelGroups
     plan: PackPlan
 
-    def ranks(self, index: int) -> list[int]:
-        """Last-stage ranks of the data-parallel replica that owns rollout ``index``."""
+    def rank(self, index: int) -> int:
+        """First tensor-parallel rank of the last stage of the replica that owns rollout ``index``."""
         layout = self.groups.layout
-        owner = self.plan.owner(index)
-        return [layout.rank(tp=tp, pp=layout.pp - 1, dp=owner) for tp in range(layout.tp)]
+        return layout.rank(tp=0, pp=layout.pp - 1, dp=self.plan.owner(index))
 
 
 def payload(rollout: Rollout, want: ScoreRequest) -> dict[str, TensorSpec]:
@@ -155,20 +154,38 @@ class MegatronTeacher:
         send: dict[int, list[Tensor]] = {}
         receive: dict[int, list[tuple[int, str, TensorSpec]]] = {}
         for index, rollout in enumerate(rollouts):
-            source = layout.rank(tp=0, pp=layout.pp - 1, dp=plan.owner(index))
-            targets = destination.ranks(index)
+            source, target = layout.rank(tp=0, pp=layout.pp - 1, dp=plan.owner(index)), destination.rank(index)
             specs = payload(rollout, want)
             if source == rank:
-                for target in targets:
-                    send.setdefault(target, []).extend(getattr(scored[index], name) for name in specs)
-            if rank in targets:
+                send.setdefault(target, []).extend(getattr(scored[index], name) for name in specs)
+            if target == rank:
                 receive.setdefault(source, []).extend((index, name, spec) for name, spec in specs.items())
         arrived = exchange(send, {peer: [spec for _, _, spec in wanted] for peer, wanted in receive.items()})
         values: dict[int, dict[str, Tensor]] = {}
         for peer, wanted in receive.items():
             for (index, name, _), tensor in zip(wanted, arrived[peer], strict=True):
                 values.setdefault(index, {})[name] = tensor
-        return {index: TeacherScores(**value) for index, value in values.items()}
+        return self._share(rollouts, want, destination, values)
+
+    def _share(
+        self,
+        rollouts: Sequence[Rollout],
+        want: ScoreRequest,
+        destination: Destination,
+        values: dict[int, dict[str, Tensor]],
+    ) -> dict[int, TeacherScores]:
+        """From the first tensor-parallel rank of each owner to the others; {} before the last stage."""
+        groups = destination.groups
+        if not groups.is_last_stage:
+            return {}
+        owned = [i for i in range(len(rollouts)) if destination.plan.owner(i) == groups.coords.dp]
+        if groups.layout.tp > 1:
+            specs = {i: payload(rollouts[i], want) for i in owned}
+            flat = [values[i][name] for i in owned for name in specs[i]] if groups.coords.tp == 0 else None
+            everything = [spec for i in owned for spec in specs[i].values()]
+            tensors = iter(broadcast_tensors(flat, everything, group=groups.pg_collection.tp))
+            values = {i: {name: next(tensors) for name in specs[i]} for i in owned}
+        return {index: TeacherScores(**values[index]) for index in owned}
 
 
 def _forward_step(batches: Any, model: torch.nn.Module, head: Any) -> tuple[Tensor, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_tropd.cli import to_flags
+from megatron_tropd.cli import ConfigError, to_flags
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.prompts import PromptSource
 from megatron_tropd.models.build import HiddenStateGPT, build_gpt_model
@@ -27,6 +27,7 @@ from megatron_tropd.training.blueprint import Blueprint, ModelSource
 from megatron_tropd.training.checkpoint import load_checkpoint, load_model_state
 from megatron_tropd.training.checkpointing import Checkpoints
 from megatron_tropd.training.evaluations import Evaluations
+from megatron_tropd.training.guard import Guard
 from megatron_tropd.training.journal import Journal, Reader
 from megatron_tropd.training.loop import Run
 from megatron_tropd.training.student import Student, build_student, params_dtype
@@ -117,7 +118,7 @@ def assemble(blueprint: Blueprint) -> Assembled:
         student = make_student(blueprint)
         source = PromptSource(blueprint.prompts.prompts, config.training.seed)
         if start_step is not None:
-            checkpoints.resume(start_step, student, source)
+            checkpoints.resume(student, source)
         progress = _progress(config, start_step or 0)
         tokenizer: Any = blueprint.tokenizer
         reader = Reader(
@@ -146,6 +147,7 @@ def assemble(blueprint: Blueprint) -> Assembled:
                 make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
             ),
             checkpoints=checkpoints,
+            guard=Guard(config.training.on_nonfinite),
             evaluations=Evaluations(config, held_out, tokenizer, journal, progress),
             journal=journal,
             progress=progress,
@@ -172,7 +174,7 @@ def _open_directory(config: TrainConfig, start_step: int | None) -> tuple[RunDir
             failure = str(error)
     if failure := next(filter(None, gather_objects(failure)), ""):
         close(directory, Sinks({}))
-        raise RuntimeError(f"--run-dir {config.logging.run_dir}: {failure}")
+        raise ConfigError([f"--run-dir {config.logging.run_dir}: {failure}"])
     if directory is None:
         return None, Sinks({})
     sinks = make_sinks(

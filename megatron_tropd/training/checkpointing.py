@@ -8,9 +8,29 @@ from typing import Any
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.prompts import PromptSource
 from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.training.agree import on_rank_zero
 from megatron_tropd.training.checkpoint import load_checkpoint, save_checkpoint
 from megatron_tropd.training.checkpoint_directory import latest_iteration
+from megatron_tropd.training.checkpoint_metadata import CheckpointError
 from megatron_tropd.training.student import Student
+
+
+def resume_origin(config: TrainConfig) -> tuple[str, int] | None:
+    """(directory, step) that a launch goes on from.  A run's own --save comes before --load, so that the
+    same command, given again, keeps what it has done.
+
+    Raises:
+        CheckpointError: a tracker is damaged, or nothing is there under --exit-on-missing-checkpoint.
+    """
+    for directory in (config.save_dir, config.load_dir):
+        iteration = latest_iteration(directory)
+        if isinstance(iteration, int):
+            return directory, iteration
+    if config.checkpoint.exit_on_missing_checkpoint:
+        raise CheckpointError(
+            f"--load {config.load_dir} holds no checkpoint of a run, and --exit-on-missing-checkpoint is set"
+        )
+    return None
 
 
 class Checkpoints:
@@ -34,26 +54,20 @@ class Checkpoints:
             )
 
     def resume_step(self) -> int | None:
-        """The step a run would go on from; None when there is nothing to load.
+        """The step a run would go on from; None when there is nothing to load.  Collective.
 
         Raises:
-            FileNotFoundError: under --exit-on-missing-checkpoint.
-            CheckpointError: the directory is there but cannot be used.
+            CheckpointError: the directory cannot be used, or is empty under --exit-on-missing-checkpoint.
         """
-        iteration = latest_iteration(self._config.load_dir)
-        if isinstance(iteration, int):
-            return iteration
-        if self._config.checkpoint.exit_on_missing_checkpoint:
-            raise FileNotFoundError(
-                f"--load {self._config.load_dir} holds no checkpoint of a run, and --exit-on-missing-checkpoint is set"
-            )
-        return None
+        origin = on_rank_zero(lambda: resume_origin(self._config), CheckpointError)
+        return None if origin is None else origin[1]
 
-    def resume(self, step: int, student: Student, source: PromptSource) -> None:
-        """Bring student and prompt cursor to where they were after ``step`` updates."""
-        state, common = load_checkpoint(
-            self._config.load_dir, step, student.sharded_state_dict(is_loading=True), arch=self._arch
-        )
+    def resume(self, student: Student, source: PromptSource) -> None:
+        """Bring student and prompt cursor to where they were when the checkpoint was saved.  Collective."""
+        origin = on_rank_zero(lambda: resume_origin(self._config), CheckpointError)
+        assert origin is not None, "resume_step said there is a checkpoint"
+        directory, step = origin
+        state, common = load_checkpoint(directory, step, student.sharded_state_dict(is_loading=True), arch=self._arch)
         student.load_state_dict(state, version=int(common["weight_version"]))
         cursor: Any = common["cursor"]
         source.load_state_dict(cursor)

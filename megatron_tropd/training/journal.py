@@ -18,6 +18,8 @@ from megatron_tropd.reporting.sinks import Sinks
 from megatron_tropd.types import EvalReport, Rollout, StepReport
 
 ROLLOUTS_KEPT = 8
+ROLLOUTS_READ = 64
+"""Rollouts of a step that are turned into text: the other ranks wait for rank 0 meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,7 @@ class Journal:
         """One finished step."""
         if self._directory is None:
             return
-        verdicts = [self._reader.correct(rollout) for rollout in rollouts]
+        verdicts = [self._reader.correct(rollout) for rollout in rollouts[:ROLLOUTS_READ]]
         report = replace(report, metrics={**report.metrics, **_rank_zero_metrics(report, verdicts)})
         self._sinks.record(self._directory.step(report))
         self._progress.step(report)

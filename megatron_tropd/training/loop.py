@@ -15,9 +15,9 @@ from megatron_tropd.reporting.progress import NullProgress
 from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.rollout.pool import EnginePool
 from megatron_tropd.teacher.megatron import Destination, MegatronTeacher
-from megatron_tropd.training import guard
 from megatron_tropd.training.checkpointing import Checkpoints
 from megatron_tropd.training.evaluations import Evaluations
+from megatron_tropd.training.guard import Guard
 from megatron_tropd.training.journal import Journal
 from megatron_tropd.training.step import forward_backward
 from megatron_tropd.training.student import Student
@@ -38,6 +38,7 @@ class Run:
     engines: EnginePool
     exporter: HfExporter
     checkpoints: Checkpoints
+    guard: Guard
     evaluations: Evaluations
     journal: Journal
     progress: NullProgress
@@ -51,9 +52,9 @@ def train(run: Run, start_step: int) -> None:
     for step in range(start_step, run.config.training.train_iters):
         report, rollouts = train_step(run, step)
         run.journal.step(report, rollouts)
+        run.evaluations.part_if_due(run.engines.engine, step=report.step)  # before the save: a point saved is kept
         with run.progress.phase("save"):
             run.checkpoints.save_if_due(report.step, run.student, run.source)
-        run.evaluations.part_if_due(run.engines.engine, step=report.step)
     run.evaluations.whole(run.engines.engine, step=run.config.training.train_iters)
 
 
@@ -86,7 +87,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, list[Rollout]]:
             student, run.objective, rollouts, scores, plan, seed=config.training.seed, step=step
         )  # fmt: skip
         grad_norm, learning_rate = student.grad_norm(), student.learning_rate
-        verdict = guard.judge(step=step + 1, loss=result.loss, grad_norm=grad_norm, policy=config.training.on_nonfinite)
+        verdict = run.guard.judge(step=step + 1, loss=result.loss, grad_norm=grad_norm)
         if verdict == "stepped":
             student.step()
         else:

@@ -1,0 +1,64 @@
+"""No weight moves on a NaN, and all ranks agree."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_tropd.training.guard import MAX_SKIPS_IN_A_ROW, Guard, NonFiniteStep
+from tests.tiny_run import flags, make_world
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan)])
+def test_stop_names_step_number_and_advice(loss, norm):
+    with pytest.raises(NonFiniteStep, match=r"step 7: .*no weight was changed.*--on-nonfinite skip"):
+        Guard("stop").judge(step=7, loss=loss, grad_norm=norm)
+
+
+def test_skips_have_a_budget_and_a_good_step_renews_it():
+    guard = Guard("skip")
+    for _ in range(3):
+        for step in range(MAX_SKIPS_IN_A_ROW):
+            assert guard.judge(step=step, loss=math.nan, grad_norm=1.0) == "skipped"
+        assert guard.judge(step=99, loss=1.0, grad_norm=1.0) == "stepped"
+    for step in range(MAX_SKIPS_IN_A_ROW):
+        guard.judge(step=step, loss=math.nan, grad_norm=1.0)
+    with pytest.raises(NonFiniteStep, match="11 in a row"):
+        guard.judge(step=11, loss=math.nan, grad_norm=1.0)
+
+
+def _poisoned_step(argv, policy):
+    """One step in which rank 1 alone has a NaN among its gradients; (verdict, did any weight move)."""
+    import torch.distributed as dist
+
+    from megatron_tropd.cli import parse
+    from megatron_tropd.training.assemble import assemble, close
+    from megatron_tropd.training.blueprint import check
+    from megatron_tropd.training.loop import push_weights, train_step
+
+    assembled = assemble(check(parse([*argv, "--on-nonfinite", policy]), dist.get_world_size()))
+    run = assembled.run
+    try:
+        push_weights(run)
+        if dist.get_rank() == 1:
+            parameter = next(run.student.model.parameters())
+            parameter.register_hook(lambda grad: grad * torch.nan)
+        before = [p.detach().clone() for p in run.student.model.parameters()]
+        try:
+            verdict = train_step(run, 0)[0].verdict
+        except NonFiniteStep:
+            verdict = "stopped"
+        moved = any(not torch.equal(a, b) for a, b in zip(before, run.student.model.parameters(), strict=True))
+        return verdict, moved, run.student.version
+    finally:
+        close(assembled.directory, assembled.sinks)
+
+
+@pytest.mark.parametrize(("policy", "verdict"), [("stop", "stopped"), ("skip", "skipped")])
+@pytest.mark.parametrize("layout", [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {}])
+def test_a_nan_on_one_rank_moves_no_weight_on_any(ranks, tmp_path, policy, verdict, layout):
+    world = make_world(tmp_path / "world")
+    argv = flags(world, tmp_path / "run", **layout)
+    assert ranks(2).run(_poisoned_step, argv, policy) == [(verdict, False, 0)] * 2
