@@ -153,7 +153,7 @@ def test_world_on_disk(tmp_path):
     assert set(world["student"]["accuracy"]) == {"greedy", "top_p_0.7", "temperature_1"}
     rows = read_jsonl(spec.save / "train.jsonl")
     assert len(rows) == 6 and len(read_jsonl(spec.save / "eval.jsonl")) == 4
-    assert all(set(row) == {"prompt", "response", "answer", "finish"} for row in rows)
+    assert all(set(row) == {"prompt", "response", "answer"} for row in rows)
     for name in ("teacher", "student"):
         config = AutoConfig.from_pretrained(spec.save / name)
         assert (config.model_type, config.vocab_size) == ("qwen3", len(language.WORDS))

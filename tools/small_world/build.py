@@ -125,7 +125,7 @@ def _name_tokenizer_class(path: Path) -> None:
 
 def write_train_rows(
     teacher: Qwen3ForCausalLM, problems: Sequence[Problem], seed: int, batch_size: int = 400
-) -> list[dict[str, str]]:
+) -> list[dict[str, str | None]]:
     """One row per problem with a response that the teacher sampled at temperature 1, as text without its EOS."""
     generator = torch.Generator().manual_seed(seed)
     tokenizer = make_tokenizer()
@@ -138,12 +138,12 @@ def write_train_rows(
             text = decode(response)
             if tokenizer(text).input_ids != response[: len(response) - finished]:
                 raise AssertionError(f"text and tokens of a teacher response differ: {text!r} and {response}")
-            finish = "stop" if finished else "length"
-            rows.append({"prompt": problem.prompt, "response": text, "answer": problem.answer, "finish": finish})
+            # A response that was cut off has no end to imitate; its prompt is trained without a prefix.
+            rows.append({"prompt": problem.prompt, "response": text if finished else None, "answer": problem.answer})
     return rows
 
 
-def _write_jsonl(path: Path, rows: Sequence[dict[str, str]]) -> None:
+def _write_jsonl(path: Path, rows: Sequence[dict[str, str | None]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
