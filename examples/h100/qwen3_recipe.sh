@@ -39,7 +39,6 @@ if [[ -n "${EVAL_DATA:-}" ]]; then
 fi
 
 ROLLOUT_ARGS=(
-    --rollout-engine embedded
     --rollout-batch-size 128
     --n-samples-per-prompt 4
     # KV cache: 28 layers x 2 x 8 heads x 128 x 2 bytes = 0.11 MB a token, 1.2 GB for a sequence of 10144 tokens.
