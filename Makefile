@@ -20,7 +20,7 @@ test: $(VENV)/.test
 
 verify: $(VENV)/.test
 	$(BIN)/python -m pytest -q tests/test_model_parity.py tests/test_vocab_parallel.py tests/test_training_layouts.py \
-		tests/test_training_resume.py $(ARGS)
+		tests/test_training_resume.py tests/test_teacher.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

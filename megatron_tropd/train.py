@@ -7,8 +7,10 @@ not finite.  torchrun itself exits with 1 for all but the first and prints the r
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 from megatron_tropd.parallel import platform
 
@@ -28,6 +30,14 @@ from megatron_tropd.training.guard import EXIT_NONFINITE, NonFiniteStep  # noqa:
 from megatron_tropd.training.loop import train  # noqa: E402
 
 EXIT_BAD_CONFIG = 2
+
+
+class Terminated(Exception):
+    """SIGTERM: another rank failed and torchrun ends the job, or the machine is wanted back."""
+
+
+def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise Terminated("ended by SIGTERM")
 
 
 def _say(text: str) -> None:
@@ -80,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         _say(str(error))
         return EXIT_BAD_CONFIG
+    signal.signal(signal.SIGTERM, _on_terminate)  # so that every rank that can still speak says how to go on
     try:
         _run(blueprint)
     except ConfigError as error:  # the run directory belongs to another run

@@ -110,7 +110,7 @@ class RankPool:
                 rank = self._pipes.index(pipe)
                 try:
                     answers[rank] = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     answers[rank] = (False, f"rank {rank} died")
         failures = [f"--- rank {rank}\n{text}" for rank, (good, text) in sorted(answers.items()) if not good]
         if failures:
@@ -121,6 +121,8 @@ class RankPool:
     def kill(self) -> None:
         for process in self._processes:
             process.kill()
+        for process in self._processes:
+            process.join()  # until then the pool still counts as alive
 
     def close(self) -> None:
         for pipe, process in zip(self._pipes, self._processes, strict=True):
