@@ -1,15 +1,17 @@
 """The values that travel between rooms.  Torch is the only import.
 
-Shape legend: ``T`` packed tokens of one micro-batch, ``K`` the teacher's top-k, ``L`` tokens of one
-sequence (prompt + response), ``R`` its response tokens, ``W`` response tokens the student wrote.
+Shape legend: ``T`` labels of one micro-batch or of a part of it, ``K`` the teacher's top-k, ``H`` a hidden
+size, ``L`` tokens of one sequence (prompt + response), ``R`` its response tokens, ``W`` response tokens the
+student wrote.
 Every record is frozen, slotted and keyword-only; a step makes new ones, it never edits old ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -92,13 +94,56 @@ class Rollout:
         return len(self.token_ids) - self.prompt_len
 
 
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What an objective has to be given besides the student's log-probability of every label."""
+
+    top_k: int = 0
+    """Size of the teacher's exact top-k payload; 0 for none."""
+    teacher_entropy: bool = False
+    """Full-vocabulary entropy of the teacher."""
+    divergence: Divergence | None = None
+    """A full-vocabulary divergence; the teacher then sends its hidden states."""
+    divergence_beta: float = 0.5
+    """Weight of the teacher in the mixture of ``divergence="jsd"``."""
+    reference_logprob: bool = False
+    """log-probability of a third, frozen model (G-OPD)."""
+    old_logprob: bool = False
+    """The student's own log-probabilities before the first update on a rollout batch, from an extra forward
+    pass; without it the current ones, detached, stand for them (exact with one update per batch)."""
+    entropy_quantile: float | None = None
+    """Share of the global batch's on-policy tokens, by highest student entropy, that the objective selects;
+    the threshold is found by the same extra forward pass."""
+    rewards: bool = False
+    """Group advantages from a reward function."""
+    teacher: bool = True
+    """False: the objective never looks at the teacher, and none need be built."""
+    rollouts: bool = True
+    """False: the student writes nothing; it imitates the responses of the data (supervised finetuning)."""
+
+    @property
+    def score(self) -> ScoreRequest:
+        """The part that the teacher answers."""
+        return ScoreRequest(top_k=self.top_k, entropy=self.teacher_entropy, hidden=self.divergence is not None)
+
+    @property
+    def prepass(self) -> bool:
+        """Whether a forward pass over the rollout batch comes before the first update."""
+        return self.old_logprob or self.entropy_quantile is not None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
-    """What an objective wants to hear from the teacher."""
+    """What is asked of the teacher."""
 
     top_k: int = 0
     """Size of the exact top-k payload; 0 for none."""
     entropy: bool = False
+    hidden: bool = False
+    """The last hidden states, from which the student's ranks make the teacher's logits chunk by chunk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,43 +154,92 @@ class TeacherScores:
     topk_ids: Tensor | None = None  # [R, K] int32, by (log-probability descending, id ascending)
     topk_logprobs: Tensor | None = None  # [R, K]
     entropy: Tensor | None = None  # [R] over the full vocabulary
+    hidden: Tensor | None = None  # [R, H_teacher], in the teacher's dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenStreams:
+    """Everything known about labels before the student's head sees them, one entry per label.
+
+    A whole packed micro-batch or any selection of its labels (:meth:`rows`); an objective cannot tell.
+    Optional streams exist exactly where the objective's ``Needs`` ask for them.
+    """
+
+    label_T: Tensor  # int64; 0 where region is PAD
+    region_T: Tensor  # uint8, the Region of the label
+    sample_uid_T: Tensor  # int64, names (prompt uid, sample index); -1 on padding
+    label_position_T: Tensor  # int64, index of the label inside its sequence
+    uniform_T: Tensor  # float64 in (0, 1), the gate's coin (rng.py); 0.5 where nobody filled it
+    rollout_logprob_T: Tensor  # fp32 by the engine that sampled, 0 where not ON_POLICY
+    written_len_T: Tensor  # int64, ON_POLICY labels of the whole sample; 0 on padding
+    teacher_logprob_T: Tensor  # fp32, 0 where not a response token
+    teacher_topk_ids_TK: Tensor | None = None  # int64
+    teacher_topk_logprob_TK: Tensor | None = None  # fp32, -inf where not a response token
+    teacher_entropy_T: Tensor | None = None  # fp32
+    teacher_hidden_TH: Tensor | None = None  # the teacher's dtype
+    reference_logprob_T: Tensor | None = None  # fp32
+    old_logprob_T: Tensor | None = None  # fp32, the student before the first update on this batch
+    old_entropy_T: Tensor | None = None  # fp32, from the same pass
+    sequence_error_T: Tensor | None = None  # fp32, mean over the sample of exp |old - rollout log-probability|
+    advantage_T: Tensor | None = None  # fp32, group advantage of the sample, 0 where not ON_POLICY
+
+    def rows(self, index: Tensor) -> TokenStreams:
+        """The labels at ``index`` [N] (int64), in that order."""
+        return TokenStreams(**{name: value[index] for name, value in self._present()})
+
+    def to(self, device: torch.device) -> TokenStreams:
+        """The same streams on ``device``."""
+        return TokenStreams(**{name: value.to(device) for name, value in self._present()})
+
+    def _present(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self.__dataclass_fields__:
+            if (value := getattr(self, name)) is not None:
+                yield name, value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Microbatch:
     """Packed sequences for one forward pass.  Position t holds token_T[t] and the label of the NEXT
-    token: label_T[t], and every per-label stream below is aligned with label_T."""
+    token; ``streams`` is aligned with the labels."""
 
     token_T: Tensor  # int64
-    label_T: Tensor  # int64; 0 where region is PAD
     position_T: Tensor  # int64, restarts at 0 in every sequence
     cu_seqlens: Tensor  # int32 [num_sequences + 1], the last entry is T (padding is a sequence)
     max_seqlen: int
-    region_T: Tensor  # uint8, the Region of label_T
-    rollout_logprob_T: Tensor  # fp32, 0 where not ON_POLICY
-    teacher_logprob_T: Tensor  # fp32, 0 where not a response token
-    teacher_topk_ids_TK: Tensor | None  # int64
-    teacher_topk_logprob_TK: Tensor | None  # fp32, -inf where not a response token
-    teacher_entropy_T: Tensor | None  # fp32
-    sample_uid_T: Tensor  # int64, names (prompt uid, sample index); -1 on padding
-    label_position_T: Tensor  # int64, index of the label inside its sequence
+    streams: TokenStreams
 
     def to(self, device: torch.device) -> Microbatch:
         """The same micro-batch with every tensor on ``device``."""
-        moved: dict[str, Any] = {
-            name: value.to(device) if isinstance(value := getattr(self, name), Tensor) else value
-            for name in self.__dataclass_fields__
-        }
-        return Microbatch(**moved)
+        return Microbatch(
+            token_T=self.token_T.to(device),
+            position_T=self.position_T.to(device),
+            cu_seqlens=self.cu_seqlens.to(device),
+            max_seqlen=self.max_seqlen,
+            streams=self.streams.to(device),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenStats:
-    """The student at every packed position, already reduced over the vocabulary shards."""
+    """The student at every label, already reduced over the vocabulary shards; fp32."""
 
-    logprob_T: Tensor  # fp32, carries grad
-    topk_logprob_TK: Tensor | None  # fp32, carries grad; the student at the TEACHER's ids
-    entropy_T: Tensor | None  # fp32, carries grad
+    logprob_T: Tensor  # carries grad
+    topk_logprob_TK: Tensor | None = None  # carries grad; the student at the TEACHER's ids
+    entropy_T: Tensor | None = None  # carries grad where the head was asked for it, else detached
+    divergence_T: Tensor | None = None  # carries grad; Needs.divergence over the full vocabulary
+    topk_overlap_T: Tensor | None = None  # detached share of the teacher's top-k ids in the student's own top-k
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepContext:
+    """Numbers of the whole step."""
+
+    step: int = 0
+    """Rollout batches before this one."""
+    num_steps: int = 1
+    """--train-iters."""
+    entropy_threshold: float | None = None
+    """The (1 - Needs.entropy_quantile) quantile of the global batch's student entropies; exact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +256,9 @@ class LossOutput:
 
     token_loss_T: Tensor  # carries grad; exactly 0 where the objective reads nothing
     metrics: dict[str, Metric] = field(default_factory=dict)
+    denominator: Tensor | None = None
+    """int64 scalar: what these labels add to the step's denominator; None for the number of ON_POLICY and
+    GUIDANCE labels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

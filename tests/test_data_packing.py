@@ -108,9 +108,9 @@ def test_packed_step_holds_every_token_and_label_once(rollouts, ranks, max_token
             chosen = [rollouts[index] for index in indices]
             batch = pack(chosen, [scores[index] for index in indices], num_tokens=plan.num_tokens, want=WANT)
             check_microbatch(batch, chosen, plan.num_tokens)
-            seen += batch.token_T[batch.sample_uid_T >= 0].tolist()
+            seen += batch.token_T[batch.streams.sample_uid_T >= 0].tolist()
             for region in Region:
-                counts[region] += int((batch.region_T == region).sum())
+                counts[region] += int((batch.streams.region_T == region).sum())
     assert sorted(seen) == sorted(token for rollout in rollouts for token in rollout.token_ids)
     assert count_regions(rollouts) == {"guidance": counts[Region.GUIDANCE], "on_policy": counts[Region.ON_POLICY]}
     copies = sum(r.guidance_len for r in rollouts if r.sample_index)
@@ -136,64 +136,78 @@ def check_microbatch(batch, rollouts, num_tokens):
 def check_position(batch, at, position, rollout):
     token = rollout.token_ids[position]
     assert batch.token_T[at] == token
-    assert batch.sample_uid_T[at] == rng.sample_uid(rollout.prompt_uid, rollout.sample_index)
+    assert batch.streams.sample_uid_T[at] == rng.sample_uid(rollout.prompt_uid, rollout.sample_index)
     label = position + 1
     if label == len(rollout.token_ids):
-        check_padding(batch, slice(at, at + 1), token=token, uid=int(batch.sample_uid_T[at]))
+        check_padding(batch, slice(at, at + 1), token=token, uid=int(batch.streams.sample_uid_T[at]))
         return
     name = rollout.token_ids[label]
-    assert batch.label_T[at] == name and batch.label_position_T[at] == label
+    assert batch.streams.label_T[at] == name and batch.streams.label_position_T[at] == label
     if label < rollout.prompt_len:
         region = Region.PROMPT
     elif label < rollout.prompt_len + rollout.guidance_len:
         region = Region.GUIDANCE if rollout.sample_index == 0 else Region.GUIDANCE_COPY
     else:
         region = Region.ON_POLICY
-    assert batch.region_T[at] == region
-    assert batch.rollout_logprob_T[at] == (-name if region == Region.ON_POLICY else 0)
+    assert batch.streams.region_T[at] == region
+    assert batch.streams.rollout_logprob_T[at] == (-name if region == Region.ON_POLICY else 0)
     if region == Region.PROMPT:
-        assert batch.teacher_logprob_T[at] == 0 and torch.isneginf(batch.teacher_topk_logprob_TK[at]).all()
+        assert (
+            batch.streams.teacher_logprob_T[at] == 0 and torch.isneginf(batch.streams.teacher_topk_logprob_TK[at]).all()
+        )
     else:
-        assert batch.teacher_logprob_T[at] == -name / 4 and batch.teacher_entropy_T[at] == name / 2
-        assert batch.teacher_topk_ids_TK[at].tolist() == [name, name + 1]
-        assert batch.teacher_topk_logprob_TK[at].tolist() == [-name / 8, -name]
+        assert batch.streams.teacher_logprob_T[at] == -name / 4 and batch.streams.teacher_entropy_T[at] == name / 2
+        assert batch.streams.teacher_topk_ids_TK[at].tolist() == [name, name + 1]
+        assert batch.streams.teacher_topk_logprob_TK[at].tolist() == [-name / 8, -name]
 
 
 def check_padding(batch, where, token=0, uid=-1):
-    assert (batch.token_T[where] == token).all() and (batch.sample_uid_T[where] == uid).all()
-    zero = (batch.label_T, batch.region_T, batch.label_position_T, batch.rollout_logprob_T, batch.teacher_logprob_T)
+    assert (batch.token_T[where] == token).all() and (batch.streams.sample_uid_T[where] == uid).all()
+    zero = (
+        batch.streams.label_T,
+        batch.streams.region_T,
+        batch.streams.label_position_T,
+        batch.streams.rollout_logprob_T,
+        batch.streams.teacher_logprob_T,
+    )
     assert all((stream[where] == 0).all() for stream in zero)
-    if batch.teacher_topk_ids_TK is not None:
-        assert (batch.teacher_topk_ids_TK[where] == 0).all()
-        assert torch.isneginf(batch.teacher_topk_logprob_TK[where]).all()
-    if batch.teacher_entropy_T is not None:
-        assert (batch.teacher_entropy_T[where] == 0).all()
+    if batch.streams.teacher_topk_ids_TK is not None:
+        assert (batch.streams.teacher_topk_ids_TK[where] == 0).all()
+        assert torch.isneginf(batch.streams.teacher_topk_logprob_TK[where]).all()
+    if batch.streams.teacher_entropy_T is not None:
+        assert (batch.streams.teacher_entropy_T[where] == 0).all()
 
 
 def test_dtypes_and_widths():
     rollout = make_rollout(prompt=2, guidance=1, written=2)
     batch = pack([rollout], [make_scores(rollout)], num_tokens=8, want=WANT)
-    for stream in (batch.token_T, batch.label_T, batch.position_T, batch.sample_uid_T, batch.label_position_T):
+    for stream in (
+        batch.token_T,
+        batch.streams.label_T,
+        batch.position_T,
+        batch.streams.sample_uid_T,
+        batch.streams.label_position_T,
+    ):
         assert stream.dtype == torch.int64 and stream.shape == (8,)
-    assert batch.cu_seqlens.dtype == torch.int32 and batch.region_T.dtype == torch.uint8
-    assert batch.teacher_topk_ids_TK.dtype == torch.int64 and batch.teacher_topk_ids_TK.shape == (8, 2)
-    for stream in (batch.rollout_logprob_T, batch.teacher_logprob_T, batch.teacher_entropy_T):
+    assert batch.cu_seqlens.dtype == torch.int32 and batch.streams.region_T.dtype == torch.uint8
+    assert batch.streams.teacher_topk_ids_TK.dtype == torch.int64 and batch.streams.teacher_topk_ids_TK.shape == (8, 2)
+    for stream in (batch.streams.rollout_logprob_T, batch.streams.teacher_logprob_T, batch.streams.teacher_entropy_T):
         assert stream.dtype == torch.float32
 
 
 def test_micro_batch_of_padding_has_the_fields_of_the_others():
     batch = pack([], [], num_tokens=5, want=WANT)
     assert batch.cu_seqlens.tolist() == [0, 5] and batch.max_seqlen == 5
-    assert batch.teacher_topk_ids_TK.shape == (5, 2) and batch.teacher_entropy_T.shape == (5,)
+    assert batch.streams.teacher_topk_ids_TK.shape == (5, 2) and batch.streams.teacher_entropy_T.shape == (5,)
     check_padding(batch, slice(0, 5))
     plain = pack([], None, num_tokens=5)
-    assert plain.teacher_topk_ids_TK is None and plain.teacher_topk_logprob_TK is None
-    assert plain.teacher_entropy_T is None
+    assert plain.streams.teacher_topk_ids_TK is None and plain.streams.teacher_topk_logprob_TK is None
+    assert plain.streams.teacher_entropy_T is None
 
 
 def test_packing_without_scores_leaves_the_teacher_blank():
     batch = pack([make_rollout(prompt=2, written=3)], None, num_tokens=5)
-    assert (batch.teacher_logprob_T == 0).all() and batch.teacher_topk_ids_TK is None
+    assert (batch.streams.teacher_logprob_T == 0).all() and batch.streams.teacher_topk_ids_TK is None
     assert batch.cu_seqlens.tolist() == [0, 5]
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from megatron_tropd.cli import parse
 from megatron_tropd.models.architecture import architecture_from_hf_config
 from megatron_tropd.objectives import methods
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.types import TokenStats
-from tests.dense import make_batch
+from megatron_tropd.types import StepContext, TokenStats
+from tests.dense import make_streams
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "examples").rglob("*.sh"))
@@ -134,12 +135,11 @@ def test_the_documented_method_equals_golden(documented, monkeypatch, case):
     sampled, tau = golden["meta"]["sampled"], golden["meta"]["tau"]
     logits = torch.tensor([golden["student_logits"]], dtype=torch.float64, requires_grad=True)
     log_q = torch.tensor([golden["teacher_logits"]], dtype=torch.float64).log_softmax(-1)
-    batch, uniform_T = make_batch(num_tokens=1, vocab_size=5, top_k=2, regions=[3])
-    streams = {"label_T": torch.tensor([sampled]), "teacher_logprob_T": log_q[:, sampled]}
-    batch = type(batch)(**{n: streams.get(n, getattr(batch, n)) for n in batch.__dataclass_fields__})
-    stats = TokenStats(logprob_T=logits.log_softmax(-1)[:, sampled], topk_logprob_TK=None, entropy_T=None)
+    blank, _ = make_streams(num_tokens=1, vocab_size=5, top_k=2, regions=[3])
+    tokens = replace(blank, label_T=torch.tensor([sampled]), teacher_logprob_T=log_q[:, sampled])
+    stats = TokenStats(logprob_T=logits.log_softmax(-1)[:, sampled])
     objective = methods.make_objective("clip", methods.ObjectiveSettings(outlier_threshold=tau))
-    loss = objective(stats, batch, uniform_T).token_loss_T.sum()
+    loss = objective(stats, tokens, StepContext()).token_loss_T.sum()
     expected = golden["losses"]["clip_outlier"]
     assert loss.item() == pytest.approx(expected["loss"], abs=1e-10)
     (grad,) = torch.autograd.grad(loss, logits)

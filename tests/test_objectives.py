@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_tropd.objectives.methods import ObjectiveSettings, make_objective
-from megatron_tropd.types import Region, TokenStats
-from tests.dense import make_batch
+from megatron_tropd.types import Region, StepContext, TokenStats
+from tests.dense import make_streams
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())
 CASES = sorted(GOLDEN["cases"])
@@ -29,17 +30,18 @@ def _evaluate(method, settings, cases, uniform, regions=None):
     logits = torch.tensor([c["student_logits"] for c in cases], dtype=torch.float64, requires_grad=True)
     log_q = torch.tensor([c["teacher_logits"] for c in cases], dtype=torch.float64).log_softmax(-1)
     label = torch.tensor([c["meta"]["sampled"] for c in cases])
-    batch, _ = make_batch(
+    blank, _ = make_streams(
         num_tokens=len(cases), vocab_size=5, top_k=2, regions=regions or [Region.ON_POLICY] * len(cases)
     )
     values, ids = log_q.topk(2, -1)
-    streams = {
-        "label_T": label,
-        "teacher_logprob_T": log_q.gather(1, label[:, None])[:, 0],
-        "teacher_topk_ids_TK": ids,
-        "teacher_topk_logprob_TK": values,
-    }
-    batch = type(batch)(**{n: streams.get(n, getattr(batch, n)) for n in batch.__dataclass_fields__})
+    tokens = replace(
+        blank,
+        label_T=label,
+        uniform_T=torch.tensor(uniform, dtype=torch.float64),
+        teacher_logprob_T=log_q.gather(1, label[:, None])[:, 0],
+        teacher_topk_ids_TK=ids,
+        teacher_topk_logprob_TK=values,
+    )
     log_p = logits.log_softmax(-1)
     stats = TokenStats(
         logprob_T=log_p.gather(1, label[:, None])[:, 0],
@@ -47,7 +49,7 @@ def _evaluate(method, settings, cases, uniform, regions=None):
         entropy_T=-(log_p.exp() * log_p).sum(-1),
     )
     objective = make_objective(method, ObjectiveSettings(**{"top_k": 2, "guidance_beta": 0.001, **settings}))
-    out = objective(stats, batch, torch.tensor(uniform, dtype=torch.float64))
+    out = objective(stats, tokens, StepContext())
     (grad,) = torch.autograd.grad(out.token_loss_T.sum(), logits)
     return out, grad
 

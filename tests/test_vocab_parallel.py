@@ -7,7 +7,8 @@ import torch
 
 from megatron_tropd.objectives.methods import ObjectiveSettings, make_objective
 from megatron_tropd.parallel.layout import ParallelLayout
-from tests.dense import make_batch, tropd_losses
+from megatron_tropd.types import StepContext
+from tests.dense import make_streams, tropd_losses
 
 HIDDEN = 16
 
@@ -16,7 +17,7 @@ def _inputs(vocab, tokens, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, HIDDEN, generator=generator)
     weight = torch.randn(vocab, HIDDEN, generator=generator) * scale / HIDDEN**0.5
-    return hidden, weight, torch.rand(tokens, generator=generator, dtype=torch.float64)
+    return hidden, weight
 
 
 def _heads(tp, calls):
@@ -29,11 +30,11 @@ def _heads(tp, calls):
 
 def _head(groups, method, vocab, tokens, top_k, chunk, scale, sequence_parallel, regions=None):
     """On one rank: (loss, hidden gradient, gradient of this rank's rows), all from the package."""
-    from megatron_tropd.ops.vocab_parallel import VocabShard, student_token_stats
+    from megatron_tropd.ops.vocab_parallel import VocabShard, head_loss
 
     tp = groups.layout.tp
-    hidden, weight, uniform = _inputs(vocab, tokens, scale, seed=vocab + tokens)
-    batch, _ = make_batch(num_tokens=tokens, vocab_size=vocab, top_k=top_k, seed=3, regions=regions)
+    hidden, weight = _inputs(vocab, tokens, scale, seed=vocab + tokens)
+    streams, _ = make_streams(num_tokens=tokens, vocab_size=vocab, top_k=top_k, seed=3, regions=regions)
     rows = groups.layout.padded_vocab_size(vocab, 8) // tp
     rank = groups.coords.tp
     # Poisoned padding: a head that reads it is wrong by a mile.
@@ -42,11 +43,10 @@ def _head(groups, method, vocab, tokens, top_k, chunk, scale, sequence_parallel,
     local = hidden.chunk(tp)[rank] if sequence_parallel else hidden
     local = local[:, None].clone().requires_grad_()
     shard = VocabShard(vocab_size=vocab, rows_per_rank=rows, group=groups.pg_collection.tp, chunk_tokens=chunk)
-    stats = student_token_stats(local, mine, batch, shard, sequence_parallel=sequence_parallel)
     objective = make_objective(method, ObjectiveSettings(top_k=max(top_k, 1), guidance_beta=0.3))
-    loss = objective(stats, batch, uniform).token_loss_T.double().sum()
-    loss.backward()
-    return loss.item(), local.grad[:, 0], mine.grad
+    out = head_loss(local, mine, streams, shard, objective, StepContext(), sequence_parallel=sequence_parallel)
+    out.loss.backward()
+    return out.loss.item(), local.grad[:, 0], mine.grad
 
 
 CASES = [
@@ -76,11 +76,11 @@ def test_loss_and_gradients_equal_dense_autograd(ranks, tp, measured):
 
 
 def _error(results, method, vocab, tokens, top_k, chunk, scale, sequence_parallel):
-    hidden, weight, uniform = _inputs(vocab, tokens, scale, seed=vocab + tokens)
+    hidden, weight = _inputs(vocab, tokens, scale, seed=vocab + tokens)
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    batch, _ = make_batch(num_tokens=tokens, vocab_size=vocab, top_k=top_k, seed=3)
+    streams, _ = make_streams(num_tokens=tokens, vocab_size=vocab, top_k=top_k, seed=3)
     gate = "none" if method == "opd" else "bernoulli"
-    losses = tropd_losses(hidden @ weight.t(), batch, uniform, beta=0.3, gate=gate)
+    losses = tropd_losses(hidden @ weight.t(), streams, beta=0.3, gate=gate)
     losses.sum().backward()
     grad_weight = torch.cat([r[2] for r in results])
     if sequence_parallel:
@@ -109,7 +109,7 @@ def _teacher(tp, vocab, top_k, ties):
     from megatron_tropd.parallel.groups import student_groups
 
     groups = student_groups(ParallelLayout(tp=tp))
-    hidden, weight, _ = _inputs(vocab, 30, 3.0, seed=1)
+    hidden, weight = _inputs(vocab, 30, 3.0, seed=1)
     if ties:  # every id has twins in other shards
         weight = weight[torch.arange(vocab) % 5]
     rows = groups.layout.padded_vocab_size(vocab, 8) // tp
@@ -125,7 +125,7 @@ def _teacher(tp, vocab, top_k, ties):
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_teacher_scores_equal_dense_topk_with_ties_by_id(ranks, tp, ties):
     vocab, top_k = 61, 9
-    hidden, weight, _ = _inputs(vocab, 30, 3.0, seed=1)
+    hidden, weight = _inputs(vocab, 30, 3.0, seed=1)
     if ties:
         weight = weight[torch.arange(vocab) % 5]
     logits = (hidden @ weight.t()).double()

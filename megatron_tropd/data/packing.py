@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_tropd import rng
-from megatron_tropd.types import Microbatch, Region, Rollout, ScoreRequest, TeacherScores
+from megatron_tropd.types import Microbatch, Region, Rollout, ScoreRequest, TeacherScores, TokenStreams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +173,7 @@ def pack(
     for index, rollout in enumerate(rollouts):
         _write_rollout(batch, start, rollout)
         if scores is not None:
-            _write_scores(batch, start, rollout, scores[index], want)
+            _write_scores(batch.streams, start, rollout, scores[index], want)
         start += lengths[index]
     return batch
 
@@ -185,18 +185,22 @@ def _blank(lengths: Sequence[int], num_tokens: int, want: ScoreRequest) -> Micro
     shape, topk_shape = (num_tokens,), (num_tokens, want.top_k)
     return Microbatch(
         token_T=torch.zeros(shape, dtype=torch.int64),
-        label_T=torch.zeros(shape, dtype=torch.int64),
         position_T=torch.cat([torch.arange(length) for length in sequences]),
         cu_seqlens=torch.tensor([0, *sequences]).cumsum(0).to(torch.int32),
         max_seqlen=max(sequences),
-        region_T=torch.full(shape, Region.PAD, dtype=torch.uint8),
-        rollout_logprob_T=torch.zeros(shape),
-        teacher_logprob_T=torch.zeros(shape),
-        teacher_topk_ids_TK=torch.zeros(topk_shape, dtype=torch.int64) if want.top_k else None,
-        teacher_topk_logprob_TK=torch.full(topk_shape, -torch.inf) if want.top_k else None,
-        teacher_entropy_T=torch.zeros(shape) if want.entropy else None,
-        sample_uid_T=torch.full(shape, -1, dtype=torch.int64),
-        label_position_T=torch.zeros(shape, dtype=torch.int64),
+        streams=TokenStreams(
+            label_T=torch.zeros(shape, dtype=torch.int64),
+            region_T=torch.full(shape, Region.PAD, dtype=torch.uint8),
+            sample_uid_T=torch.full(shape, -1, dtype=torch.int64),
+            label_position_T=torch.zeros(shape, dtype=torch.int64),
+            uniform_T=torch.full(shape, 0.5, dtype=torch.float64),
+            rollout_logprob_T=torch.zeros(shape),
+            written_len_T=torch.zeros(shape, dtype=torch.int64),
+            teacher_logprob_T=torch.zeros(shape),
+            teacher_topk_ids_TK=torch.zeros(topk_shape, dtype=torch.int64) if want.top_k else None,
+            teacher_topk_logprob_TK=torch.full(topk_shape, -torch.inf) if want.top_k else None,
+            teacher_entropy_T=torch.zeros(shape) if want.entropy else None,
+        ),
     )
 
 
@@ -205,33 +209,37 @@ def _write_rollout(batch: Microbatch, start: int, rollout: Rollout) -> None:
     length = len(rollout.token_ids)
     tokens = torch.tensor(rollout.token_ids, dtype=torch.int64)
     batch.token_T[start : start + length] = tokens
-    batch.sample_uid_T[start : start + length] = rng.sample_uid(rollout.prompt_uid, rollout.sample_index)
+    streams = batch.streams
+    streams.sample_uid_T[start : start + length] = rng.sample_uid(rollout.prompt_uid, rollout.sample_index)
     # Position t labels token t + 1, so everything below ends one early and the last token has no label.
     last = start + length - 1
     first_response = start + rollout.prompt_len - 1
     first_written = first_response + rollout.guidance_len
-    batch.label_T[start:last] = tokens[1:]
-    batch.label_position_T[start:last] = torch.arange(1, length)
-    batch.region_T[start:first_response] = Region.PROMPT
-    batch.region_T[first_response:first_written] = (
+    streams.label_T[start:last] = tokens[1:]
+    streams.label_position_T[start:last] = torch.arange(1, length)
+    streams.written_len_T[start : start + length] = len(rollout.logprobs)
+    streams.region_T[start:first_response] = Region.PROMPT
+    streams.region_T[first_response:first_written] = (
         Region.GUIDANCE if rollout.sample_index == 0 else Region.GUIDANCE_COPY
     )
-    batch.region_T[first_written:last] = Region.ON_POLICY
-    batch.rollout_logprob_T[first_written:last] = torch.tensor(rollout.logprobs, dtype=torch.float32)
+    streams.region_T[first_written:last] = Region.ON_POLICY
+    streams.rollout_logprob_T[first_written:last] = torch.tensor(rollout.logprobs, dtype=torch.float32)
 
 
-def _write_scores(batch: Microbatch, start: int, rollout: Rollout, scores: TeacherScores, want: ScoreRequest) -> None:
+def _write_scores(
+    streams: TokenStreams, start: int, rollout: Rollout, scores: TeacherScores, want: ScoreRequest
+) -> None:
     """The teacher's streams: response token r is the label at position prompt_len - 1 + r."""
     response = rollout.response_len
     first = start + rollout.prompt_len - 1
     topk = (response, want.top_k) if want.top_k else None
-    streams: tuple[tuple[str, Tensor | None, Tensor | None, tuple[int, ...] | None], ...] = (
-        ("logprob", batch.teacher_logprob_T, scores.logprob, (response,)),
-        ("topk_ids", batch.teacher_topk_ids_TK, scores.topk_ids, topk),
-        ("topk_logprobs", batch.teacher_topk_logprob_TK, scores.topk_logprobs, topk),
-        ("entropy", batch.teacher_entropy_T, scores.entropy, (response,) if want.entropy else None),
+    payload: tuple[tuple[str, Tensor | None, Tensor | None, tuple[int, ...] | None], ...] = (
+        ("logprob", streams.teacher_logprob_T, scores.logprob, (response,)),
+        ("topk_ids", streams.teacher_topk_ids_TK, scores.topk_ids, topk),
+        ("topk_logprobs", streams.teacher_topk_logprob_TK, scores.topk_logprobs, topk),
+        ("entropy", streams.teacher_entropy_T, scores.entropy, (response,) if want.entropy else None),
     )
-    for name, target, source, expected in streams:
+    for name, target, source, expected in payload:
         shape = None if source is None else tuple(source.shape)
         if shape != expected:
             raise ValueError(

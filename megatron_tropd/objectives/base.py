@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from megatron_tropd.types import LossOutput, Metric, Microbatch, Region, ScoreRequest, TokenStats
+from megatron_tropd.types import LossOutput, Metric, Needs, Region, StepContext, TokenStats, TokenStreams
 
 FklSupport = Literal["raw", "tail", "renorm"]
 
@@ -17,26 +17,27 @@ class Objective(Protocol):
     """A pure function of reduced numbers: no logits, no ranks, no division by counts."""
 
     @property
-    def needs(self) -> ScoreRequest:
-        """What the teacher has to send."""
+    def needs(self) -> Needs:
+        """What it has to be given."""
         ...
 
-    def __call__(self, stats: TokenStats, batch: Microbatch, uniform_T: Tensor) -> LossOutput:
-        """Loss of every token.  ``uniform_T`` are the step's coins, float64 in (0, 1)."""
+    def __call__(self, stats: TokenStats, tokens: TokenStreams, context: StepContext) -> LossOutput:
+        """Loss of every label.  A label's loss depends on that label's numbers and on ``context`` alone: the
+        head may show the labels of a batch in any number of parts."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Regions:
-    """Boolean masks of one micro-batch."""
+    """Boolean masks over labels."""
 
     on_policy_T: Tensor
     guidance_T: Tensor
 
     @classmethod
-    def of(cls, batch: Microbatch) -> Regions:
-        """The masks of ``batch``."""
-        return cls(on_policy_T=batch.region_T == Region.ON_POLICY, guidance_T=batch.region_T == Region.GUIDANCE)
+    def of(cls, tokens: TokenStreams) -> Regions:
+        """The masks of ``tokens``."""
+        return cls(on_policy_T=tokens.region_T == Region.ON_POLICY, guidance_T=tokens.region_T == Region.GUIDANCE)
 
     @property
     def num_tokens(self) -> Tensor:
@@ -60,12 +61,12 @@ def policy_gradient(advantage_T: Tensor, logprob_T: Tensor) -> Tensor:
     return -advantage_T.detach() * (logprob_T - logprob_T.detach()).exp()
 
 
-def reward(stats: TokenStats, batch: Microbatch) -> Tensor:
+def reward(stats: TokenStats, tokens: TokenStreams) -> Tensor:
     """K1 reward R = log q(x) - log p(x) of the sampled token, detached.  R = -inf where q(x) = 0."""
-    return batch.teacher_logprob_T - stats.logprob_T.detach()
+    return tokens.teacher_logprob_T - stats.logprob_T.detach()
 
 
-def forward_kl_topk(stats: TokenStats, batch: Microbatch, support: FklSupport = "raw") -> Tensor:
+def forward_kl_topk(stats: TokenStats, tokens: TokenStreams, support: FklSupport = "raw") -> Tensor:
     """Forward KL on the teacher's top-k ids V, differentiated through p (TrOPD Eq. 3), [T].
 
     With Q and P the teacher's and the student's mass on V:
@@ -76,9 +77,9 @@ def forward_kl_topk(stats: TokenStats, batch: Microbatch, support: FklSupport = 
     Raises:
         ValueError: the teacher sent no top-k.
     """
-    if stats.topk_logprob_TK is None or batch.teacher_topk_logprob_TK is None:
+    if stats.topk_logprob_TK is None or tokens.teacher_topk_logprob_TK is None:
         raise ValueError("this objective needs the teacher's top-k; the teacher sent only sampled log-probabilities")
-    log_q, log_p = batch.teacher_topk_logprob_TK, stats.topk_logprob_TK
+    log_q, log_p = tokens.teacher_topk_logprob_TK, stats.topk_logprob_TK
     q = log_q.exp()
     raw = (q * (torch.where(q > 0, log_q, 0.0) - log_p)).sum(-1)  # q = 0 contributes 0, not 0 * inf
     if support == "raw":
@@ -94,11 +95,11 @@ def forward_kl_topk(stats: TokenStats, batch: Microbatch, support: FklSupport = 
     return raw + torch.where(mass_q > 0, bucket, 0.0)
 
 
-def guidance_kl(stats: TokenStats, batch: Microbatch) -> Tensor:
+def guidance_kl(stats: TokenStats, tokens: TokenStreams) -> Tensor:
     """log q(y) - log p(y) of a teacher token y ~ q: one-sample forward KL (TrOPD Eq. 8), [T].
 
     Its gradient is that of the negative log-likelihood; log q only shifts the value.  Used as a reward
     instead, the same number pushes AWAY from the teacher (algorithms: section 0, finding 3).
     """
-    log_q = torch.where(batch.teacher_logprob_T.isfinite(), batch.teacher_logprob_T, 0.0)
+    log_q = torch.where(tokens.teacher_logprob_T.isfinite(), tokens.teacher_logprob_T, 0.0)
     return log_q - stats.logprob_T

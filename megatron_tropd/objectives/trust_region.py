@@ -24,7 +24,7 @@ from megatron_tropd.objectives.base import (
     reward,
 )
 from megatron_tropd.objectives.gates import GateKind, trust_weight
-from megatron_tropd.types import LossOutput, Metric, Microbatch, ScoreRequest, TokenStats
+from megatron_tropd.types import LossOutput, Metric, Needs, StepContext, TokenStats, TokenStreams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,28 +45,28 @@ class TrustRegion:
             raise ValueError(f"--top-k {self.top_k}: forward KL on rejected tokens needs at least 1 teacher token")
 
     @property
-    def needs(self) -> ScoreRequest:
+    def needs(self) -> Needs:
         """Top-k ids and log-probabilities where a forward KL is used."""
-        return ScoreRequest(top_k=self.top_k if self.outlier == "forward_kl" else 0)
+        return Needs(top_k=self.top_k if self.outlier == "forward_kl" else 0)
 
-    def __call__(self, stats: TokenStats, batch: Microbatch, uniform_T: Tensor) -> LossOutput:
+    def __call__(self, stats: TokenStats, tokens: TokenStreams, context: StepContext) -> LossOutput:
         """See the module's docstring; token losses are exactly 0 outside both regions."""
-        regions = Regions.of(batch)
-        reward_T = torch.where(regions.on_policy_T, reward(stats, batch), 0.0)
-        weight_T = trust_weight(self.gate, reward_T, uniform_T, self.tau)
+        regions = Regions.of(tokens)
+        reward_T = torch.where(regions.on_policy_T, reward(stats, tokens), 0.0)
+        weight_T = trust_weight(self.gate, reward_T, tokens.uniform_T, self.tau)
         # where(), not a product: an untrusted token may have R = -inf, and 0 * inf is NaN.
         trusted_T = policy_gradient(torch.where(weight_T > 0, weight_T * reward_T, 0.0), stats.logprob_T)
         loss_T = trusted_T
         if self.outlier == "forward_kl":
-            divergence_T = forward_kl_topk(stats, batch, self.fkl_support)
+            divergence_T = forward_kl_topk(stats, tokens, self.fkl_support)
             loss_T = loss_T + self.outlier_coef * (1 - weight_T) * divergence_T
         loss_T = torch.where(regions.on_policy_T, loss_T, 0.0)
         if self.guidance_beta:
-            loss_T = loss_T + torch.where(regions.guidance_T, self.guidance_beta * guidance_kl(stats, batch), 0.0)
-        return LossOutput(token_loss_T=loss_T, metrics=self._metrics(stats, batch, regions, reward_T, weight_T))
+            loss_T = loss_T + torch.where(regions.guidance_T, self.guidance_beta * guidance_kl(stats, tokens), 0.0)
+        return LossOutput(token_loss_T=loss_T, metrics=self._metrics(stats, tokens, regions, reward_T, weight_T))
 
     def _metrics(
-        self, stats: TokenStats, batch: Microbatch, regions: Regions, reward_T: Tensor, weight_T: Tensor
+        self, stats: TokenStats, tokens: TokenStreams, regions: Regions, reward_T: Tensor, weight_T: Tensor
     ) -> dict[str, Metric]:
         on_policy_T = regions.on_policy_T
         finite_T = on_policy_T & reward_T.isfinite()
@@ -80,10 +80,10 @@ class TrustRegion:
         }
         if stats.entropy_T is not None:
             metrics["student/entropy"] = mean_over(stats.entropy_T, on_policy_T)
-        if stats.topk_logprob_TK is not None and batch.teacher_topk_logprob_TK is not None:
-            metrics["tropd/teacher_topk_mass"] = mean_over(batch.teacher_topk_logprob_TK.exp().sum(-1), on_policy_T)
+        if stats.topk_logprob_TK is not None and tokens.teacher_topk_logprob_TK is not None:
+            metrics["tropd/teacher_topk_mass"] = mean_over(tokens.teacher_topk_logprob_TK.exp().sum(-1), on_policy_T)
             metrics["tropd/student_topk_mass"] = mean_over(stats.topk_logprob_TK.exp().sum(-1), on_policy_T)
             with torch.no_grad():
-                divergence_T = forward_kl_topk(stats, batch, self.fkl_support)
+                divergence_T = forward_kl_topk(stats, tokens, self.fkl_support)
             metrics["tropd/forward_kl_topk"] = mean_over(divergence_T, on_policy_T)
         return metrics

@@ -31,7 +31,8 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_tropd.types import Microbatch, Region, TeacherScores, TokenStats
+from megatron_tropd.objectives.base import Objective, Regions
+from megatron_tropd.types import Metric, Region, StepContext, TeacherScores, TokenStats, TokenStreams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,9 +163,9 @@ def _chunks(size: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
 
 
-def _response_rows(batch: Microbatch) -> Tensor:
+def _response_rows(tokens: TokenStreams) -> Tensor:
     """Packed positions whose label some loss may read; prompts and padding never reach the head."""
-    region = batch.region_T
+    region = tokens.region_T
     return ((region == Region.GUIDANCE) | (region == Region.ON_POLICY)).nonzero().squeeze(1)
 
 
@@ -180,7 +181,7 @@ def gather_hidden(hidden: Tensor, shard: VocabShard, *, sequence_parallel: bool)
 
 
 def student_token_stats(
-    hidden: Tensor, weight: Tensor, batch: Microbatch, shard: VocabShard, *, sequence_parallel: bool
+    hidden: Tensor, weight: Tensor, tokens: TokenStreams, shard: VocabShard, *, sequence_parallel: bool
 ) -> TokenStats:
     """The student at every position of the micro-batch; 0 where its label is in no loss.
 
@@ -189,19 +190,45 @@ def student_token_stats(
         weight: this rank's rows of the output table, [V_padded / tp, H].
     """
     hidden = gather_hidden(hidden, shard, sequence_parallel=sequence_parallel)
-    rows = _response_rows(batch)
-    ids = batch.teacher_topk_ids_TK
-    ids = ids[rows] if ids is not None else batch.label_T.new_zeros(len(rows), 0)
-    label, topk, entropy = _TokenStats.apply(hidden.squeeze(1)[rows], weight, batch.label_T[rows], ids, shard)
-    num_tokens = len(batch.label_T)
+    rows = _response_rows(tokens)
+    ids = tokens.teacher_topk_ids_TK
+    ids = ids[rows] if ids is not None else tokens.label_T.new_zeros(len(rows), 0)
+    label, topk, entropy = _TokenStats.apply(hidden.squeeze(1)[rows], weight, tokens.label_T[rows], ids, shard)
+    num_tokens = len(tokens.label_T)
 
     def spread(value: Tensor) -> Tensor:
         return value.new_zeros(num_tokens, *value.shape[1:]).index_copy(0, rows, value)
 
     return TokenStats(
         logprob_T=spread(label),
-        topk_logprob_TK=spread(topk) if batch.teacher_topk_ids_TK is not None else None,
+        topk_logprob_TK=spread(topk) if tokens.teacher_topk_ids_TK is not None else None,
         entropy_T=spread(entropy),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadOutput:
+    """Loss of a micro-batch, with everything its labels add to the step's sums."""
+
+    loss: Tensor  # fp32 scalar: sum of token losses; carries grad
+    denominator: Tensor  # int64 scalar, what the global sum is divided by, summed over the step
+    metrics: dict[str, Metric]
+    logprob_T: Tensor  # fp32, detached; the student at every label, 0 where the label is in no loss
+
+
+def head_loss(
+    hidden: Tensor, weight: Tensor, tokens: TokenStreams, shard: VocabShard, objective: Objective, context: StepContext,
+    *, sequence_parallel: bool,
+) -> HeadOutput:  # fmt: skip
+    """``objective`` over all labels of a micro-batch, from hidden states (see :func:`student_token_stats`)."""
+    stats = student_token_stats(hidden, weight, tokens, shard, sequence_parallel=sequence_parallel)
+    out = objective(stats, tokens, context)
+    denominator = out.denominator if out.denominator is not None else Regions.of(tokens).num_tokens
+    return HeadOutput(
+        loss=out.token_loss_T.sum(),
+        denominator=denominator,
+        metrics=out.metrics,
+        logprob_T=stats.logprob_T.detach(),
     )
 
 

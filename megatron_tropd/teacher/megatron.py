@@ -131,12 +131,12 @@ class MegatronTeacher:
 
     def _head(self, hidden: Tensor, batch: Microbatch, want: ScoreRequest) -> TeacherScores:
         """Scores of every response label of the micro-batch, in packed order."""
-        rows = (batch.region_T > 1).nonzero().squeeze(1)  # beyond PAD and PROMPT
+        rows = (batch.streams.region_T > 1).nonzero().squeeze(1)  # beyond PAD and PROMPT
         hidden = gather_hidden(hidden, self._shard, sequence_parallel=False).squeeze(1)[rows]
         return teacher_scores(
             hidden,
             self._model.lm_head_weight(),
-            batch.label_T[rows],
+            batch.streams.label_T[rows],
             self._shard,
             top_k=want.top_k,
             entropy=want.entropy,

@@ -21,7 +21,7 @@ from megatron_tropd.training.guard import Guard
 from megatron_tropd.training.journal import Journal
 from megatron_tropd.training.step import forward_backward
 from megatron_tropd.training.student import Student
-from megatron_tropd.types import Rollout, StepReport
+from megatron_tropd.types import Rollout, StepContext, StepReport
 from megatron_tropd.weights.export import HfExporter
 from megatron_tropd.weights.load import local_parameters
 
@@ -81,11 +81,12 @@ def train_step(run: Run, step: int) -> tuple[StepReport, list[Rollout]]:
     )
     with progress.phase("score"):
         destination = Destination(groups=student.groups, plan=plan)
-        scores = run.teacher.score(rollouts, run.objective.needs, destination)
+        scores = run.teacher.score(rollouts, run.objective.needs.score, destination)
     with progress.phase("train"):
+        context = StepContext(step=step, num_steps=config.training.train_iters)
         result = forward_backward(
-            student, run.objective, rollouts, scores, plan, seed=config.training.seed, step=step
-        )  # fmt: skip
+            student, run.objective, rollouts, scores, plan, seed=config.training.seed, context=context
+        )
         grad_norm, learning_rate = student.grad_norm(), student.learning_rate
         verdict = run.guard.judge(step=step + 1, loss=result.loss, grad_norm=grad_norm)
         if verdict == "stepped":

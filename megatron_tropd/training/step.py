@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,11 +16,11 @@ from megatron_tropd import rng
 from megatron_tropd.data.packing import PackPlan, pack
 from megatron_tropd.models.build import forward_hidden
 from megatron_tropd.objectives.base import Objective, Regions, mean_over
-from megatron_tropd.ops.vocab_parallel import student_token_stats
+from megatron_tropd.ops.vocab_parallel import head_loss
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.exchange import gather_objects
 from megatron_tropd.training.student import Student
-from megatron_tropd.types import Metric, Microbatch, Rollout, TeacherScores
+from megatron_tropd.types import Metric, Microbatch, Rollout, StepContext, TeacherScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class StepResult:
     """What a pass over the global batch gave; the same on every rank."""
 
     loss: float
-    """Sum of token losses / number of loss tokens."""
+    """Sum of token losses / denominator."""
     num_tokens: int
     metrics: dict[str, float]
 
@@ -51,7 +51,7 @@ def forward_backward(
     plan: PackPlan,
     *,
     seed: int,
-    step: int,
+    context: StepContext,
 ) -> StepResult:
     """Leave the gradient of the token-mean loss in the student; collective over the world.
 
@@ -60,16 +60,22 @@ def forward_backward(
     """
     is_last = student.groups.is_last_stage
 
+    coins = rng.key(seed, rng.Stream.GATE, context.step)
+
     def microbatches() -> Iterator[Microbatch]:
         for indices in plan.microbatches[student.groups.coords.dp]:
             chosen = [rollouts[i] for i in indices]
             payload = [scores[i] for i in indices] if is_last else None
-            yield pack(chosen, payload, num_tokens=plan.num_tokens, want=objective.needs)
+            batch = pack(chosen, payload, num_tokens=plan.num_tokens, want=objective.needs.score)
+            streams = batch.streams
+            yield replace(
+                batch,
+                streams=replace(streams, uniform_T=rng.uniform(coins, streams.sample_uid_T, streams.label_position_T)),
+            )
 
     student.zero_grad()
-    coins = rng.key(seed, rng.Stream.GATE, step)
     parts: list[_Part] = get_forward_backward_func(student.groups.layout.pp, None)(
-        forward_step_func=partial(_forward_step, student=student, objective=objective, coins=coins),
+        forward_step_func=partial(_forward_step, student=student, objective=objective, context=context),
         data_iterator=microbatches(),
         model=[student.ddp],
         num_microbatches=plan.num_microbatches,
@@ -83,38 +89,38 @@ def forward_backward(
 
 
 def _forward_step(
-    batches: Iterator[Microbatch], model: torch.nn.Module, *, student: Student, objective: Objective, coins: int
-) -> tuple[Tensor, Any]:
-    batch = next(batches)
-    uniform_T = rng.uniform(coins, batch.sample_uid_T, batch.label_position_T)
-    batch, uniform_T = batch.to(platform.device()), uniform_T.to(platform.device())
+    batches: Iterator[Microbatch], model: torch.nn.Module, *, student: Student, objective: Objective,
+    context: StepContext,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    batch = next(batches).to(platform.device())
     hidden = forward_hidden(model, batch)
-    return hidden, partial(_loss, batch=batch, uniform_T=uniform_T, student=student, objective=objective)
+    return hidden, partial(_loss, batch=batch, student=student, objective=objective, context=context)
 
 
 def _loss(
-    hidden: Tensor, *, batch: Microbatch, uniform_T: Tensor, student: Student, objective: Objective
+    hidden: Tensor, *, batch: Microbatch, student: Student, objective: Objective, context: StepContext
 ) -> tuple[Tensor, Tensor, _Part]:
     """Megatron's per-token-loss contract: (loss sum, number of tokens, what to keep)."""
-    stats = student_token_stats(
+    tokens = batch.streams
+    out = head_loss(
         hidden,
         student.model.lm_head_weight(),
-        batch,
+        tokens,
         student.shard,
+        objective,
+        context,
         sequence_parallel=student.model.config.sequence_parallel,
     )
-    out = objective(stats, batch, uniform_T)
-    regions = Regions.of(batch)
-    loss, num_tokens = out.token_loss_T.sum(), regions.num_tokens
-    gap_T = (stats.logprob_T.detach() - batch.rollout_logprob_T).abs()
-    metrics = {**out.metrics, "parity/logprob_abs_diff_mean": mean_over(gap_T, regions.on_policy_T)}
+    on_policy_T = Regions.of(tokens).on_policy_T
+    gap_T = (out.logprob_T - tokens.rollout_logprob_T).abs()
+    metrics = {**out.metrics, "parity/logprob_abs_diff_mean": mean_over(gap_T, on_policy_T)}
     part = _Part(
-        loss_sum=float(out.token_loss_T.detach().double().sum()),
-        num_tokens=int(num_tokens),
+        loss_sum=float(out.loss.detach()),
+        num_tokens=int(out.denominator),
         sums={name: _pair(metric) for name, metric in metrics.items()},
-        maxima={"parity/logprob_abs_diff_max": float(torch.where(regions.on_policy_T, gap_T, 0.0).max())},
+        maxima={"parity/logprob_abs_diff_max": float(torch.where(on_policy_T, gap_T, 0.0).max())},
     )
-    return loss, num_tokens.int(), part
+    return out.loss, out.denominator.int(), part
 
 
 def _pair(metric: Metric) -> tuple[float, float]:
