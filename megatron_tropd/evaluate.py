@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> list[EvalReport]:
     tokenizer = load_tokenizer(args.hf_checkpoint)
     prompts = load_prompts(args.eval_data, tokenizer, fmt).prompts[: args.num_prompts]
     return evaluate(
-        _load_engine(args),
+        _load_engine(args).generate,
         prompts,
         tokenizer,
         [DECODINGS[name] for name in args.decodings],

@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_tropd.rng import Stream
-from megatron_tropd.rollout.engine import RolloutEngine, SamplingParams
+from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.types import EvalReport, GenerationRequest, Prompt, Rollout
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
 
-Gather = Callable[[Any], Sequence[Any]]
-"""Hands one rank's object to all ranks and returns everybody's, in rank order."""
+Generate = Callable[[Sequence[GenerationRequest], SamplingParams], Sequence[Rollout]]
+"""Writes one rollout for each request, in their order; an engine's ``generate``, or a pool's over all ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,16 +48,6 @@ def exact_match(rollout_text: str, finished: bool, answer: str, pattern: re.Patt
     return finished and extract_answer(rollout_text, pattern) == " ".join(answer.split())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tally:
-    """Sums over one shard; added over ranks, divided once."""
-
-    responses: int
-    correct: int
-    finished: int
-    tokens: int
-
-
 def _check(prompts: Sequence[Prompt], pattern: re.Pattern[str]) -> None:
     if not prompts:
         raise ValueError("no prompts to evaluate; check --eval-data")
@@ -70,21 +60,6 @@ def _check(prompts: Sequence[Prompt], pattern: re.Pattern[str]) -> None:
             f"{len(without)} of {len(prompts)} evaluation prompts have no answer (first: uid {without[0]}); "
             "check --eval-data and --answer-key"
         )
-
-
-def _tally(
-    rollouts: Sequence[Rollout], answers: dict[int, str], tokenizer: PreTrainedTokenizerBase, pattern: re.Pattern[str]
-) -> _Tally:
-    correct = 0
-    for rollout in rollouts:
-        text = tokenizer.decode(list(rollout.token_ids[rollout.prompt_len :]), skip_special_tokens=True)
-        correct += exact_match(str(text), rollout.finish == "stop", answers[rollout.prompt_uid], pattern)
-    return _Tally(
-        responses=len(rollouts),
-        correct=correct,
-        finished=sum(rollout.finish == "stop" for rollout in rollouts),
-        tokens=sum(rollout.response_len for rollout in rollouts),
-    )
 
 
 def _requests(prompts: Sequence[Prompt], num_samples: int, max_new_tokens: int) -> list[GenerationRequest]:
@@ -103,7 +78,7 @@ def _requests(prompts: Sequence[Prompt], num_samples: int, max_new_tokens: int) 
 
 
 def evaluate(
-    engine: RolloutEngine,
+    generate: Generate,
     prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
     decodings: Sequence[Decoding],
@@ -113,14 +88,13 @@ def evaluate(
     seed: int,
     step: int,
     num_samples: int = 1,
-    shard: tuple[int, int] = (0, 1),
-    gather: Gather | None = None,
 ) -> list[EvalReport]:
     """One report per decoding, the same on every rank.
 
     Args:
-        engine: holds the student's weights.
-        prompts: all prompts, on every rank; each with an answer.
+        generate: writes with the student's weights; over several ranks it is collective and hands all rollouts
+            to all of them.
+        prompts: each with an answer.
         tokenizer: turns responses into text; special tokens are left out.
         decodings: e.g. ``DECODINGS.values()``.
         answer_pattern: regular expression whose group 1 is the answer.
@@ -128,8 +102,6 @@ def evaluate(
         seed: with ``step`` names the random numbers; they differ from those of training.
         step: number of updates done; goes into the reports.
         num_samples: responses per prompt, averaged (greedy decoding always writes one).
-        shard: (rank, world): this rank answers ``prompts[rank::world]``.
-        gather: required when world > 1; e.g. ``all_gather_object`` over the data-parallel group.
 
     Raises:
         ValueError: no prompts, a prompt without answer, or a pattern without a group.
@@ -137,32 +109,32 @@ def evaluate(
     """
     pattern = re.compile(answer_pattern)
     _check(prompts, pattern)
-    rank, world = shard
-    if world > 1 and gather is None:
-        raise ValueError(f"shard {shard} evaluates a part of the prompts; a gather function is needed to add it up")
-    mine = prompts[rank::world]
-    answers = {prompt.uid: prompt.answer for prompt in mine if prompt.answer is not None}
-    tallies = []
+    answers = {prompt.uid: prompt.answer for prompt in prompts if prompt.answer is not None}
+    reports = []
     for decoding in decodings:
         params = SamplingParams(
             temperature=decoding.temperature, top_p=decoding.top_p, seed=seed, stream=Stream.EVALUATION, step=step
         )
-        requests = _requests(mine, num_samples if decoding.temperature > 0 else 1, max_response_length)
-        tallies.append(_tally(engine.generate(requests, params), answers, tokenizer, pattern))
-    everybody = [tallies] if gather is None else gather(tallies)
-    return [
-        _report(decoding, [of_rank[i] for of_rank in everybody], step=step, num_prompts=len(prompts))
-        for i, decoding in enumerate(decodings)
-    ]
+        requests = _requests(prompts, num_samples if decoding.temperature > 0 else 1, max_response_length)
+        rollouts = generate(requests, params)
+        reports.append(_report(decoding, rollouts, answers, tokenizer, pattern, step=step))
+    return reports
 
 
-def _report(decoding: Decoding, tallies: Sequence[_Tally], *, step: int, num_prompts: int) -> EvalReport:
-    responses = sum(tally.responses for tally in tallies)
+def _report(
+    decoding: Decoding, rollouts: Sequence[Rollout], answers: dict[int, str], tokenizer: PreTrainedTokenizerBase,
+    pattern: re.Pattern[str], *, step: int,
+) -> EvalReport:  # fmt: skip
+    correct = 0
+    for rollout in rollouts:
+        text = tokenizer.decode(list(rollout.token_ids[rollout.prompt_len :]), skip_special_tokens=True)
+        correct += exact_match(str(text), rollout.finish == "stop", answers[rollout.prompt_uid], pattern)
+    count = len(rollouts)
     return EvalReport(
         step=step,
         decoding=decoding.name,
-        accuracy=sum(tally.correct for tally in tallies) / responses,
-        num_prompts=num_prompts,
-        mean_response_len=sum(tally.tokens for tally in tallies) / responses,
-        finished=sum(tally.finished for tally in tallies) / responses,
+        accuracy=correct / count,
+        num_prompts=len(answers),
+        mean_response_len=sum(rollout.response_len for rollout in rollouts) / count,
+        finished=sum(rollout.finish == "stop" for rollout in rollouts) / count,
     )

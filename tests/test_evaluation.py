@@ -1,4 +1,4 @@
-"""Evaluation: what counts as right, sharding, and the command with a real checkpoint."""
+"""Evaluation: what counts as right, pools of engines, and the command with a real checkpoint."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from megatron_tropd.evaluate import main
 from megatron_tropd.evaluation import DECODINGS, GREEDY, TEMPERATURE_1, evaluate, exact_match, extract_answer
 from megatron_tropd.rng import Stream
+from megatron_tropd.rollout.pool import EnginePool
 from megatron_tropd.types import Prompt
 from tests.rollout_helpers import params, requests_of, tiny_engine, tiny_model, word_tokenizer
 
@@ -66,7 +67,7 @@ def made(tmp_path_factory):
 def run(made, decodings, **changes):
     engine, tokenizer, prompts = made
     options = {"answer_pattern": ALL, "max_response_length": 10, "seed": 1, "step": 7, **changes}
-    return evaluate(engine, prompts, tokenizer, decodings, **options)
+    return evaluate(engine.generate, prompts, tokenizer, decodings, **options)
 
 
 def test_greedy_accuracy_counts_finished_right_answers(made):
@@ -85,22 +86,20 @@ def test_greedy_accuracy_counts_finished_right_answers(made):
     assert (report.step, report.decoding, report.num_prompts) == (7, "greedy", 21)
 
 
-def test_shards_add_up_to_the_whole(made):
-    whole = run(made, list(DECODINGS.values()), num_samples=2)
-    parts = []
-    world = 4
+def test_a_pool_of_engines_gives_the_reports_of_one(made):
+    engine, tokenizer, prompts = made
+    engine.begin_update(3)
+    engine.update(list(engine._weights.items()))
+    engine.end_update(3)
+    world = 3
 
-    def record(tallies):
-        parts.append(tallies)
-        return [tallies]
+    def generate(requests, how):
+        parts = [engine.generate(requests[rank::world], how) for rank in range(world)]
+        return EnginePool(engine, rank=0, world_size=world, gather=lambda _: parts).generate(requests, how, 3)
 
-    for rank in range(world):
-        run(made, list(DECODINGS.values()), num_samples=2, shard=(rank, world), gather=record)
-    for rank in range(world):
-        joined = run(made, list(DECODINGS.values()), num_samples=2, shard=(rank, world), gather=lambda _: parts[:world])
-        assert joined == whole
-    responses = [[tally.responses for tally in part] for part in parts[:world]]
-    assert responses == [[6, 12, 12], [5, 10, 10], [5, 10, 10], [5, 10, 10]]
+    decodings = list(DECODINGS.values())
+    options = {"answer_pattern": ALL, "max_response_length": 10, "seed": 1, "step": 7, "num_samples": 2}
+    assert evaluate(generate, prompts, tokenizer, decodings, **options) == run(made, decodings, num_samples=2)
 
 
 def test_sampled_evaluation_is_reproducible_and_apart_from_training(made):
@@ -108,11 +107,6 @@ def test_sampled_evaluation_is_reproducible_and_apart_from_training(made):
     lengths = {seed: run(made, [TEMPERATURE_1], seed=seed)[0].mean_response_len for seed in range(3)}
     assert len(set(lengths.values())) > 1
     assert params().stream is not Stream.EVALUATION
-
-
-def test_a_shard_without_gather_is_refused(made):
-    with pytest.raises(ValueError, match="gather"):
-        run(made, [GREEDY], shard=(0, 2))
 
 
 def test_missing_answers_and_groups_are_refused(made):

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_tropd.config import TrainConfig
-from megatron_tropd.evaluation import DECODINGS, Decoding, evaluate
-from megatron_tropd.parallel.exchange import gather_objects
+from megatron_tropd.evaluation import DECODINGS, Generate, evaluate
 from megatron_tropd.reporting.progress import NullProgress
-from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.training.journal import Journal
 from megatron_tropd.types import Prompt
 
@@ -25,33 +21,31 @@ class Evaluations:
         self._config, self._prompts, self._tokenizer = config, prompts, tokenizer
         self._journal, self._progress = journal, progress
 
-    def whole(self, engine: RolloutEngine, *, step: int) -> None:
+    def whole(self, generate: Generate, *, step: int) -> None:
         """All prompts, all decodings."""
-        self._run(engine, self._prompts, list(DECODINGS.values()), step)
+        self._run(generate, self._prompts, step)
 
-    def part_if_due(self, engine: RolloutEngine, *, step: int) -> None:
+    def part_if_due(self, generate: Generate, *, step: int) -> None:
         """The first --eval-prompts prompts, every --eval-interval steps; not at the last step, where
         :meth:`whole` follows."""
         settings = self._config.evaluation
         if settings.eval_interval and step % settings.eval_interval == 0 and step < self._config.training.train_iters:
             prompts = self._prompts[: settings.eval_prompts or None]
-            self._run(engine, prompts, list(DECODINGS.values()), step)
+            self._run(generate, prompts, step)
 
-    def _run(self, engine: RolloutEngine, prompts: Sequence[Prompt], decodings: list[Decoding], step: int) -> None:
+    def _run(self, generate: Generate, prompts: Sequence[Prompt], step: int) -> None:
         if not prompts:
             return
         with self._progress.phase("eval"):
             reports = evaluate(
-                engine,
+                generate,
                 prompts,
                 self._tokenizer,
-                decodings,
+                list(DECODINGS.values()),
                 answer_pattern=self._config.evaluation.answer_pattern,
                 max_response_length=self._config.data.max_response_length,
                 seed=self._config.training.seed,
                 step=step,
-                shard=(dist.get_rank(), dist.get_world_size()),
-                gather=gather_objects,
             )
         for report in reports:
             self._journal.evaluation(report)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_tropd import rng
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data import guidance
 from megatron_tropd.data.packing import count_regions, plan_packs
 from megatron_tropd.data.prompts import PromptSource
+from megatron_tropd.evaluation import Generate
 from megatron_tropd.objectives.base import Objective
 from megatron_tropd.reporting.progress import NullProgress
 from megatron_tropd.rollout.engine import SamplingParams
@@ -48,14 +50,19 @@ def train(run: Run, start_step: int) -> None:
     """Train from ``start_step`` updates to --train-iters; collective over the world."""
     push_weights(run)
     if start_step == 0:
-        run.evaluations.whole(run.engines.engine, step=0)
+        run.evaluations.whole(_generate(run), step=0)
     for step in range(start_step, run.config.training.train_iters):
         report, rollouts = train_step(run, step)
         run.journal.step(report, rollouts)
-        run.evaluations.part_if_due(run.engines.engine, step=report.step)  # before the save: a point saved is kept
+        run.evaluations.part_if_due(_generate(run), step=report.step)  # before the save: a point saved is kept
         with run.progress.phase("save"):
             run.checkpoints.save_if_due(report.step, run.student, run.source)
-    run.evaluations.whole(run.engines.engine, step=run.config.training.train_iters)
+    run.evaluations.whole(_generate(run), step=run.config.training.train_iters)
+
+
+def _generate(run: Run) -> Generate:
+    """The engines as evaluation sees them: with the student's present weights."""
+    return partial(run.engines.generate, version=run.student.version)
 
 
 def train_step(run: Run, step: int) -> tuple[StepReport, list[Rollout]]:
