@@ -209,6 +209,8 @@ class Architecture:
         groups = self.num_query_groups
         if groups % tp and tp % groups:
             errors.append(f"{tensor} does not divide the model's {groups} key/value heads, nor they it")
+        elif not self.num_attention_heads % tp and (rows := 2 * groups * self.head_dim) % tp:
+            errors.append(f"{tensor} does not divide the {rows} rows of the model's key/value heads")
         if vpp and not self.num_layers % pp and (layers := self.num_layers // pp) % vpp:
             virtual = f"--{owner}num-virtual-stages-per-pipeline-rank {vpp}"
             errors.append(f"{virtual} does not divide the {layers} layers of a pipeline stage")
