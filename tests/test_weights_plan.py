@@ -27,7 +27,12 @@ SMALL_BUCKET = 4096
 
 
 def make_plan(case: Case, **overrides) -> WeightPlan:
-    options = {"itemsize": 2, "bucket_bytes": SMALL_BUCKET, "make_vocab_size_divisible_by": case.divisor, **overrides}
+    options = {
+        "dtype": "bfloat16",
+        "bucket_bytes": SMALL_BUCKET,
+        "make_vocab_size_divisible_by": case.divisor,
+        **overrides,
+    }
     return build_plan(case.arch, case.layout, case.engines, **options)
 
 
@@ -193,7 +198,7 @@ from tests.weight_cases import CASES
 from megatron_tropd.weights.plan import build_plan
 from megatron_tropd.weights.proof import prove
 case = CASES["experts in parts"]
-plan = build_plan(case.arch, case.layout, case.engines, itemsize=2, bucket_bytes=4096, make_vocab_size_divisible_by=16)
+plan = build_plan(case.arch, case.layout, case.engines, dtype="bfloat16", bucket_bytes=4096, make_vocab_size_divisible_by=16)
 prove(plan, case.arch, case.layout, make_vocab_size_divisible_by=16)
 print(json.dumps([plan.digest, sorted({"torch", "megatron", "transformers"} & set(sys.modules))]))
 """
@@ -214,11 +219,12 @@ def test_the_digest_tells_plans_apart():
     digests = {
         make_plan(case).digest,
         make_plan(case, bucket_bytes=8192).digest,
-        make_plan(case, itemsize=4).digest,
+        make_plan(case, dtype="float32").digest,
+        make_plan(case, dtype="float16").digest,
         make_plan(CASES["one to one"]).digest,
         make_plan(replace(case, layout=ParallelLayout(tp=2, dp=2))).digest,
     }
-    assert len(digests) == 5
+    assert len(digests) == 6
 
 
 def test_a_32b_model_is_planned_in_seconds(measured):
@@ -229,7 +235,7 @@ def test_a_32b_model_is_planned_in_seconds(measured):
     )  # fmt: skip
     layout, engines = ParallelLayout(tp=8, pp=4), [EngineLayout(tp=8)] * 4
     start = time.process_time()
-    plan = build_plan(model, layout, engines, itemsize=2)
+    plan = build_plan(model, layout, engines, dtype="bfloat16")
     seconds = time.process_time() - start
     proof = prove(plan, model, layout)
     assert proof.redundancy == 1.0

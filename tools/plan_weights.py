@@ -27,7 +27,7 @@ from megatron_tropd.weights.plan_stats import PlanStats, consecutive_places, pla
 from megatron_tropd.weights.proof import PlanProof, prove  # noqa: E402
 from tools.model_sizes import NAMES, find_architecture  # noqa: E402
 
-ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 TABLE = (
     "model=qwen3-1.7b world=8 engines=8",
     "model=qwen3-1.7b world=4 tp=2 engines=2 engine-tp=2",
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line; Megatron's and SGLang's own names."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", help=f"{', '.join(NAMES)}, or an HF directory")
-    p.add_argument("--dtype", choices=ITEMSIZES, default="bf16")
+    p.add_argument("--dtype", choices=DTYPES, default="bf16")
     trainer = p.add_argument_group("trainer")
     trainer.add_argument("--world-size", type=int, help="ranks of the trainer (default: one replica)")
     for axis in ("tensor-model", "pipeline-model", "context", "expert-model", "expert-tensor"):
@@ -120,7 +120,7 @@ def plan_and_prove(args: argparse.Namespace) -> Outcome:
     divisor = args.make_vocab_size_divisible_by
     start = time.perf_counter()
     plan = build_plan(
-        arch, layout, engines, itemsize=ITEMSIZES[args.dtype], bucket_bytes=args.bucket_mib << 20,
+        arch, layout, engines, dtype=DTYPES[args.dtype], bucket_bytes=args.bucket_mib << 20,
         source_places=consecutive_places(layout.world_size, gpus_per_node=per_node),
         engine_places=[
             consecutive_places(size, first=first + number * size, gpus_per_node=per_node)

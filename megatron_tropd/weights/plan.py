@@ -23,6 +23,7 @@ from megatron_tropd.weights.hf_shapes import Index, hf_shapes
 from megatron_tropd.weights.regions import Holder, Piece, PlanError, TensorRegions, source_regions
 
 DEFAULT_BUCKET_BYTES = 512 << 20
+ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 STAGING_HALVES = 2
 """A rank packs or unpacks one half of its staging memory while the other is on the wire."""
 
@@ -88,7 +89,8 @@ class WeightPlan:
 
     num_sources: int
     engines: tuple[EngineLayout, ...]
-    itemsize: int
+    dtype: str
+    """Of every parameter, by torch's name (:data:`ITEMSIZES`)."""
     bucket_bytes: int
     """Staging memory of any rank, senders and receivers alike."""
     source_places: tuple[Place, ...]
@@ -96,6 +98,11 @@ class WeightPlan:
     messages: tuple[Message, ...]
     digest: str = field(default="", compare=False)
     """sha256 of everything above.  Equal on every rank that planned the same."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return ITEMSIZES[self.dtype]
 
     @property
     def num_buckets(self) -> int:
@@ -122,7 +129,7 @@ class WeightPlan:
 
 def plan_digest(plan: WeightPlan) -> str:
     """sha256 of a plan's contents."""
-    head = (plan.num_sources, plan.engines, plan.itemsize, plan.bucket_bytes, plan.source_places, plan.engine_places)
+    head = (plan.num_sources, plan.engines, plan.dtype, plan.bucket_bytes, plan.source_places, plan.engine_places)
     digest = hashlib.sha256(repr(head).encode())
     for message in plan.messages:
         numbers = array("q", (message.bucket, message.source, message.engine, message.engine_rank))
@@ -228,7 +235,7 @@ def build_plan(
     layout: ParallelLayout,
     engines: Sequence[EngineLayout],
     *,
-    itemsize: int,
+    dtype: str,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     source_places: Sequence[Place] | None = None,
     engine_places: Sequence[Sequence[Place]] | None = None,
@@ -237,7 +244,7 @@ def build_plan(
     """Plan one update of every engine.
 
     Args:
-        itemsize: Bytes per element; all parameters have one dtype.
+        dtype: Of every parameter on both sides, by torch's name (:data:`ITEMSIZES`).
         bucket_bytes: Staging memory a rank may use, headers included.
         source_places: By source rank; by default each rank is alone on its node, and so is each engine rank.
         engine_places: By engine and rank.
@@ -246,12 +253,14 @@ def build_plan(
         PlanError, ValueError: a layout that does not fit the model, sources that lack an element, a bucket
             too small for a row; the message names the flag or the tensor.
     """
+    if dtype not in ITEMSIZES:
+        raise PlanError(f"weights of {dtype} are not supported; known are {', '.join(ITEMSIZES)}")
     sources = source_params(arch, layout, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
     regions = source_regions(hf_shapes(arch), sources)
     if source_places is None or engine_places is None:
         source_places, engine_places = _apart(layout.world_size, engines)
     _check_places(layout.world_size, engines, source_places, engine_places)
-    half = bucket_bytes // STAGING_HALVES
+    itemsize, half = ITEMSIZES[dtype], bucket_bytes // STAGING_HALVES
     senders, filler = _Senders(source_places), BucketFiller(half)
     lots: dict[tuple[int, int, int, int], list[Copy]] = {}
     wanted: dict[tuple[EngineLayout, int], list[tuple[str, str, Piece]]] = {}  # engines cut alike want alike
@@ -269,7 +278,7 @@ def build_plan(
         for (bucket, source, engine, rank), copies in sorted(lots.items())
     )
     plan = WeightPlan(
-        num_sources=layout.world_size, engines=tuple(engines), itemsize=itemsize, bucket_bytes=bucket_bytes,
+        num_sources=layout.world_size, engines=tuple(engines), dtype=dtype, bucket_bytes=bucket_bytes,
         source_places=tuple(source_places), engine_places=tuple(map(tuple, engine_places)), messages=messages,
     )  # fmt: skip
     return replace(plan, digest=plan_digest(plan))
