@@ -94,8 +94,12 @@ def test_pure_rooms_import_torch_only(room):
             assert not imported.startswith(("megatron.", "transformers", "torch.distributed", "sglang")), path
 
 
-def test_boxes_need_no_tensors():
-    assert not any(name.split(".")[0] == "torch" for name in _imports(ROOT / "megatron_tropd/weights/boxes.py"))
+@pytest.mark.parametrize(
+    "name", ["boxes", "hf_shapes", "engine_boxes", "regions", "buckets", "plan", "plan_stats", "proof"]
+)
+def test_plans_need_no_tensors(name):
+    imported = {line.split(".")[0] for line in _imports(ROOT / f"megatron_tropd/weights/{name}.py")}
+    assert not imported & {"torch", "megatron", "transformers"}
 
 
 FROZEN_FLAGS = ROOT / "tests" / "golden" / "flags.txt"

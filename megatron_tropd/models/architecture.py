@@ -22,9 +22,9 @@ class Split(Enum):
 
     REPLICATED = "every rank holds the whole tensor"
     VOCAB = "rows of the padded vocabulary"
-    COLUMNS = "dimension 1"
+    COLUMNS = "dimension 1 (an expert's: over its expert-tensor-parallel ranks)"
     QKV = "rows of q, k and v interleaved by query group: [q_0..q_r-1, k, v] for each group"
-    GATE_UP = "[gate_r; up_r]: each rank's rows of gate, then its rows of up"
+    GATE_UP = "[gate_r; up_r]: each rank's rows of gate, then its rows of up (an expert's: as COLUMNS)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,8 @@ class WeightRule:
     """One Megatron parameter and the HF tensors that fill it."""
 
     megatron: tuple[str, ...]
-    """Name in a GPTModel; the first is the Transformer Engine spec's, then the local spec's alias."""
+    """Name in a GPTModel; the first is the Transformer Engine spec's, then the local spec's alias.  An expert's
+    has ``{expert}``, its number on this rank; in ``hf`` that is its number in the whole model."""
     hf: tuple[str, ...]
     split: Split
 
@@ -49,7 +50,7 @@ def _layer(megatron: str | tuple[str, ...], hf: str | tuple[str, ...], split: Sp
 
 _QKV = tuple(f"self_attn.{x}_proj." for x in "qkv")
 
-LAYER_RULES = (
+ATTENTION_RULES = (
     _layer(
         ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
         "input_layernorm.weight",
@@ -57,6 +58,8 @@ LAYER_RULES = (
     ),
     _layer("self_attention.linear_qkv.weight", tuple(n + "weight" for n in _QKV), Split.QKV),
     _layer("self_attention.linear_proj.weight", "self_attn.o_proj.weight", Split.COLUMNS),
+)
+DENSE_MLP_RULES = (
     _layer(
         ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
         "post_attention_layernorm.weight",
@@ -64,6 +67,26 @@ LAYER_RULES = (
     ),
     _layer("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), Split.GATE_UP),
     _layer("mlp.linear_fc2.weight", "mlp.down_proj.weight", Split.COLUMNS),
+)
+# Before a router the norm is a module of its own in both specs.
+ROUTER_RULES = (
+    _layer("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", Split.REPLICATED),
+    _layer("mlp.router.weight", "mlp.gate.weight", Split.REPLICATED),
+)
+
+
+def _expert(part: str, hf: tuple[str, ...], split: Split) -> WeightRule:
+    """Names of the grouped experts of Transformer Engine, then of Megatron's SequentialMLP."""
+    return _layer(
+        (f"mlp.experts.{part}.weight{{expert}}", f"mlp.experts.local_experts.{{expert}}.{part}.weight"),
+        tuple(f"mlp.experts.{{expert}}.{name}.weight" for name in hf),
+        split,
+    )
+
+
+EXPERT_RULES = (
+    _expert("linear_fc1", ("gate_proj", "up_proj"), Split.GATE_UP),
+    _expert("linear_fc2", ("down_proj",), Split.COLUMNS),
 )
 QKV_BIAS_RULE = _layer("self_attention.linear_qkv.bias", tuple(n + "bias" for n in _QKV), Split.QKV)
 QK_NORM_RULES = tuple(
@@ -85,6 +108,8 @@ class Family:
 
     qkv_bias: bool = False
     qk_norm: bool = False
+    sparse: bool = False
+    """Every layer routes its tokens to experts."""
     allowed_flags: Mapping[str, object]
     """Config keys that change the network, with the only value this package implements."""
 
@@ -93,6 +118,16 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(qkv_bias=True, allowed_flags={"use_sliding_window": False}),
     "qwen3": Family(qk_norm=True, allowed_flags={"use_sliding_window": False, "attention_bias": False}),
     "llama": Family(allowed_flags={"attention_bias": False, "mlp_bias": False}),
+    "qwen3_moe": Family(
+        qk_norm=True,
+        sparse=True,
+        allowed_flags={
+            "use_sliding_window": False,
+            "attention_bias": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
+    ),
 }
 
 
@@ -112,7 +147,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """Sizes and switches of one dense decoder, as its HF ``config.json`` gives them."""
+    """Sizes and switches of one decoder, as its HF ``config.json`` gives them."""
 
     family: str
     vocab_size: int
@@ -128,6 +163,11 @@ class Architecture:
     rope_theta: float
     rope_linear_factor: float | None = None
     rope_llama3: RopeScaling | None = None
+    num_experts: int = 0
+    """Experts of every layer; 0: a dense model.  The three below are its sizes and switches."""
+    moe_intermediate_size: int = 0
+    num_experts_per_tok: int = 0
+    norm_topk_prob: bool = False
 
     @property
     def qkv_bias(self) -> bool:
@@ -140,22 +180,57 @@ class Architecture:
         return FAMILIES[self.family].qk_norm
 
     def layer_rules(self) -> tuple[WeightRule, ...]:
-        """Weight table of one decoder layer."""
-        return LAYER_RULES + ((QKV_BIAS_RULE,) if self.qkv_bias else ()) + (QK_NORM_RULES if self.qk_norm else ())
+        """Weight table of one decoder layer, its experts excepted."""
+        mlp = ROUTER_RULES if self.num_experts else DENSE_MLP_RULES
+        bias = (QKV_BIAS_RULE,) if self.qkv_bias else ()
+        return ATTENTION_RULES + mlp + bias + (QK_NORM_RULES if self.qk_norm else ())
 
-    def check_layout(self, tp: int, pp: int, *, owner: str = "") -> list[str]:
-        """Why the model cannot be cut this way; empty when it can."""
-        tp_flag, pp_flag = f"--{owner}tensor-model-parallel-size", f"--{owner}pipeline-model-parallel-size"
-        errors = []
-        for what, size in (
-            ("attention heads", self.num_attention_heads),
-            ("key/value heads", self.num_query_groups),
-            ("feed-forward columns", self.ffn_hidden_size),
-        ):
-            if size % tp:
-                errors.append(f"{tp_flag} {tp} does not divide the model's {size} {what}")
-        if self.num_layers % pp:
-            errors.append(f"{pp_flag} {pp} does not divide the model's {self.num_layers} layers")
+    def expert_rules(self) -> tuple[WeightRule, ...]:
+        """Weight table of one expert of a layer; empty for a dense model."""
+        return EXPERT_RULES if self.num_experts else ()
+
+    def cut_errors(
+        self, tp: int, pp: int, *, ep: int = 1, etp: int | None = None, vpp: int | None = None, owner: str = ""
+    ) -> list[str]:
+        """Why the weights cannot be cut this way; empty when they can.  ``etp`` None is ``tp``."""
+
+        def flag(axis: str, size: int | None) -> str:
+            return f"--{owner}{axis}-parallel-size {size}"
+
+        tensor, expert_tp = flag("tensor-model", tp), tp if etp is None else etp
+        cuts = [(tensor, tp, self.num_attention_heads, "attention heads")]
+        if self.num_experts:
+            cuts.append((flag("expert-tensor", expert_tp), expert_tp, self.moe_intermediate_size, "expert columns"))
+            cuts.append((flag("expert-model", ep), ep, self.num_experts, "experts"))
+        else:
+            cuts.append((tensor, tp, self.ffn_hidden_size, "feed-forward columns"))
+        cuts.append((flag("pipeline-model", pp), pp, self.num_layers, "layers"))
+        errors = [f"{name} does not divide the model's {size} {what}" for name, by, size, what in cuts if size % by]
+        groups = self.num_query_groups
+        if groups % tp and tp % groups:
+            errors.append(f"{tensor} does not divide the model's {groups} key/value heads, nor they it")
+        elif not self.num_attention_heads % tp and (rows := 2 * groups * self.head_dim) % tp:
+            errors.append(f"{tensor} does not divide the {rows} rows of the model's key/value heads")
+        if vpp and not self.num_layers % pp and (layers := self.num_layers // pp) % vpp:
+            virtual = f"--{owner}num-virtual-stages-per-pipeline-rank {vpp}"
+            errors.append(f"{virtual} does not divide the {layers} layers of a pipeline stage")
+        if not self.num_experts and (ep > 1 or etp not in (None, 1, tp)):
+            errors.append(f"{flag('expert-model', ep)} and {flag('expert-tensor', etp)}: {self.family} has no experts")
+        return errors
+
+    def check_layout(
+        self, tp: int, pp: int, *, ep: int = 1, etp: int | None = None, vpp: int | None = None, owner: str = ""
+    ) -> list[str]:
+        """Why the model cannot be built and run this way; empty when it can.
+
+        Stricter than :meth:`cut_errors` by one rule: Megatron gathers shared key/value heads over its global
+        tensor-parallel group, which is the wrong one for a teacher with a layout of its own.
+        """
+        errors = self.cut_errors(tp, pp, ep=ep, etp=etp, vpp=vpp, owner=owner)
+        if tp > (groups := self.num_query_groups) and not tp % groups:
+            errors.append(
+                f"--{owner}tensor-model-parallel-size {tp} does not divide the model's {groups} key/value heads"
+            )
         return errors
 
 
@@ -185,6 +260,17 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, float | None, RopeScaling |
     raise UnsupportedArchitecture(f"RoPE scaling {kind!r} is not supported; known are default, linear, llama3")
 
 
+def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a sparse model.  transformers 5 writes ``num_local_experts`` where the published files have
+    ``num_experts``."""
+    return {
+        "num_experts": int(config.get("num_experts") or config["num_local_experts"]),
+        "moe_intermediate_size": int(config["moe_intermediate_size"]),
+        "num_experts_per_tok": int(config["num_experts_per_tok"]),
+        "norm_topk_prob": bool(config.get("norm_topk_prob", False)),
+    }
+
+
 def architecture_from_hf_config(config: Mapping[str, Any]) -> Architecture:
     """Read an HF config mapping.
 
@@ -198,9 +284,10 @@ def architecture_from_hf_config(config: Mapping[str, Any]) -> Architecture:
         )
     wanted = {"hidden_act": "silu", **FAMILIES[family].allowed_flags}
     for name, value in wanted.items():
-        if config.get(name, value) != value:
+        if (config.get(name) if config.get(name) is not None else value) != value:
             raise UnsupportedArchitecture(f"{family} with {name}={config[name]!r} is not supported (only {value!r})")
     theta, linear, llama3 = _rope(config)
+    experts = _experts(config) if FAMILIES[family].sparse else {}
     heads = int(config["num_attention_heads"])
     hidden = int(config["hidden_size"])
     return Architecture(
@@ -218,6 +305,7 @@ def architecture_from_hf_config(config: Mapping[str, Any]) -> Architecture:
         rope_theta=theta,
         rope_linear_factor=linear,
         rope_llama3=llama3,
+        **experts,
     )
 
 

@@ -1,4 +1,9 @@
-"""Where a rank stands in a tensor x pipeline x data grid.  Pure integers, no process group."""
+"""Where a rank stands in Megatron's grid.  Pure integers, no process group.
+
+Attention and experts are cut by two grids over the same ranks (Megatron's order ``tp-cp-ep-dp-pp``):
+dense layers by tp-cp-dp-pp, experts by etp-ep-edp-pp, the leftmost fastest.  Pipeline stages are equal in
+both.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +14,65 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankCoords:
-    """Coordinates of one rank: tensor shard, pipeline stage, data replica."""
+    """Coordinates of one rank: tensor shard, pipeline stage, data replica, context shard; expert tensor
+    shard, expert group, expert data replica."""
 
     tp: int
     pp: int
     dp: int
+    cp: int = 0
+    etp: int = 0
+    ep: int = 0
+    edp: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelLayout:
-    """Sizes of a grid over the first ``world_size`` ranks, in Megatron's order tp-dp-pp (TP fastest).
+    """Sizes of a grid over the first ``world_size`` ranks, TP fastest.
+
+    ``ep`` experts' groups and ``etp`` shards per expert (None: as many as ``tp``) share the ranks that dense
+    layers use for tp x cp x dp; ``vpp`` is the number of model chunks of a pipeline stage (None: one).
 
     Example:
-        >>> ParallelLayout(tp=2, pp=2, dp=1).coords(3)
-        RankCoords(tp=1, pp=1, dp=0)
+        >>> ParallelLayout(tp=2, pp=2).coords(3)
+        RankCoords(tp=1, pp=1, dp=0, cp=0, etp=1, ep=0, edp=0)
+
+    Raises:
+        ValueError: sizes below one, experts that do not fill the dense ranks, ``vpp`` without pipeline stages.
     """
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int | None = None
+    vpp: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = (self.tp, self.pp, self.dp, self.cp, self.ep, self.expert_tp, self.chunks)
+        if min(sizes) < 1:
+            raise ValueError(f"every size of a layout must be at least 1: {self}")
+        if self.tp * self.cp * self.dp % (self.expert_tp * self.ep):
+            raise ValueError(
+                f"--expert-model-parallel-size {self.ep} x --expert-tensor-parallel-size {self.expert_tp} does not "
+                f"divide the {self.tp * self.cp * self.dp} ranks of a pipeline stage (tensor {self.tp} x context "
+                f"{self.cp} x data {self.dp})"
+            )
+        if self.vpp is not None and self.pp == 1:
+            raise ValueError(
+                f"--num-virtual-stages-per-pipeline-rank {self.vpp} needs --pipeline-model-parallel-size above 1"
+            )
 
     @classmethod
-    def for_world(cls, world_size: int, tp: int, pp: int, *, owner: Literal["", "teacher-"] = "") -> ParallelLayout:
+    def for_world(
+        cls, world_size: int, tp: int, pp: int, *, cp: int = 1, ep: int = 1, etp: int | None = None,
+        vpp: int | None = None, owner: Literal["", "teacher-"] = "",
+    ) -> ParallelLayout:  # fmt: skip
         """The layout that fills ``world_size`` ranks; the rest of them become data parallel.
 
         Raises:
-            ValueError: TP x PP does not divide the world; the message names the flags.
+            ValueError: the sizes do not divide the world; the message names the flags.
         """
         if tp < 1 or pp < 1:
             raise ValueError(
@@ -46,36 +84,72 @@ class ParallelLayout:
                 f"--{owner}tensor-model-parallel-size {tp} x --{owner}pipeline-model-parallel-size {pp} = {tp * pp} "
                 f"does not divide the {world_size} ranks torchrun started; change one of the flags or --nproc-per-node"
             )
-        return cls(tp=tp, pp=pp, dp=world_size // (tp * pp))
+        if cp < 1 or world_size % (tp * pp * cp):
+            raise ValueError(
+                f"--{owner}context-parallel-size {cp} does not divide the {world_size // (tp * pp)} ranks that "
+                f"--{owner}tensor-model-parallel-size {tp} x --{owner}pipeline-model-parallel-size {pp} leave"
+            )
+        return cls(tp=tp, pp=pp, dp=world_size // (tp * pp * cp), cp=cp, ep=ep, etp=etp, vpp=vpp)
 
     @property
     def world_size(self) -> int:
         """Number of ranks in the grid."""
-        return self.tp * self.pp * self.dp
+        return self.stage_size * self.pp
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.tp * self.cp * self.dp
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that share one expert."""
+        return self.tp if self.etp is None else self.etp
+
+    @property
+    def expert_dp(self) -> int:
+        """Replicas of every expert."""
+        return self.stage_size // (self.expert_tp * self.ep)
+
+    @property
+    def chunks(self) -> int:
+        """Model chunks (GPTModels) of a rank."""
+        return 1 if self.vpp is None else self.vpp
 
     def coords(self, rank: int) -> RankCoords:
         """Coordinates of ``rank``."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is not in a layout of {self.world_size} ranks")
-        return RankCoords(tp=rank % self.tp, dp=rank // self.tp % self.dp, pp=rank // (self.tp * self.dp))
+        pp, within = divmod(rank, self.stage_size)
+        rest, tp = divmod(within, self.tp)
+        dp, cp = divmod(rest, self.cp)
+        expert_rest, etp = divmod(within, self.expert_tp)
+        edp, ep = divmod(expert_rest, self.ep)
+        return RankCoords(tp=tp, pp=pp, dp=dp, cp=cp, etp=etp, ep=ep, edp=edp)
 
-    def rank(self, *, tp: int, pp: int, dp: int) -> int:
-        """The rank at these coordinates; inverse of :meth:`coords`."""
-        return tp + self.tp * (dp + self.dp * pp)
+    def rank(self, *, tp: int, pp: int, dp: int, cp: int = 0) -> int:
+        """The rank at these dense coordinates; inverse of :meth:`coords`."""
+        return tp + self.tp * (cp + self.cp * (dp + self.dp * pp))
 
-    def stage_layers(self, num_layers: int, pp_rank: int) -> range:
-        """Global layer numbers of one pipeline stage (an even split).
+    def stage_layers(self, num_layers: int, pp_rank: int, chunk: int = 0) -> range:
+        """Global layer numbers of one model chunk of a pipeline stage (an even split).
+
+        Chunk c of stage s holds slice ``c * pp + s`` of the pp x chunks slices, as Megatron's interleaved
+        schedule has it.
 
         Raises:
             ValueError: the layers do not split evenly.
         """
-        if num_layers % self.pp:
+        slices = self.pp * self.chunks
+        if num_layers % slices:
+            virtual = f" x --num-virtual-stages-per-pipeline-rank {self.vpp}" if self.vpp else ""
             raise ValueError(
-                f"{num_layers} layers do not split evenly over --pipeline-model-parallel-size {self.pp}; "
+                f"{num_layers} layers do not split evenly over --pipeline-model-parallel-size {self.pp}{virtual}; "
                 "choose a size that divides the number of layers"
             )
-        per_stage = num_layers // self.pp
-        return range(pp_rank * per_stage, (pp_rank + 1) * per_stage)
+        per_slice = num_layers // slices
+        first = (chunk * self.pp + pp_rank) * per_slice
+        return range(first, first + per_slice)
 
     def padded_vocab_size(self, vocab_size: int, divisible_by: int) -> int:
         """Rows of the embedding and output tables, padding included.

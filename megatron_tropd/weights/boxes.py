@@ -1,14 +1,14 @@
 """Which part of which Hugging Face tensor every Megatron rank holds.  Integers only: no tensors, no process group.
 
-A *box* is a rectangle of an HF tensor.  A Megatron parameter on one rank is a set of boxes, each with
-the place it takes inside the local parameter.  Loading, exporting and resharding all read this one
-description, so that no layout rule is written twice.  Padded vocabulary rows belong to no box: they
-are never read from a file and never sent anywhere.
+A *box* is a rectangle of an HF tensor.  A parameter on one rank is a set of boxes, each with the place it
+takes inside the local parameter.  Loading, exporting and resharding all read this one description, so
+that no layout rule is written twice.  Padded vocabulary rows belong to no box: they are never read from a
+file and never sent anywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_tropd.models.architecture import (
@@ -20,18 +20,24 @@ from megatron_tropd.models.architecture import (
     Split,
     WeightRule,
 )
-from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.parallel.layout import ParallelLayout, RankCoords
+from megatron_tropd.weights.hf_shapes import EMBED_TOKENS, LM_HEAD, Index, hf_shape, hf_shapes
 
-LM_HEAD = "lm_head.weight"
-EMBED_TOKENS = "model.embed_tokens.weight"
+__all__ = [
+    "DEFAULT_VOCAB_DIVISOR", "EMBED_TOKENS", "LM_HEAD", "Box", "Index", "OwnedBox", "ParamBoxes", "hf_shapes",
+    "owners", "rank_boxes",
+]  # fmt: skip
+
 DEFAULT_VOCAB_DIVISOR = 128
-
-Index = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Box:
-    """A rectangle of one HF tensor and where it lies in a local parameter.  One entry per dimension."""
+    """A rectangle of one HF tensor and where it lies in a local parameter.  One entry per HF dimension.
+
+    A parameter that stacks several HF tensors (an engine's experts) has one dimension more: ``local_start``
+    then begins with the position in the stack.
+    """
 
     hf_name: str
     start: Index
@@ -52,17 +58,20 @@ class Box:
         return tuple(slice(s, s + n) for s, n in zip(self.start, self.size, strict=True))
 
     @property
-    def local_slices(self) -> tuple[slice, ...]:
-        """Index of the box in the local parameter."""
-        return tuple(slice(s, s + n) for s, n in zip(self.local_start, self.size, strict=True))
+    def local_slices(self) -> tuple[int | slice, ...]:
+        """Index of the box in the local parameter; what it selects has the box's shape."""
+        stacked = len(self.local_start) - len(self.size)
+        rows = zip(self.local_start[stacked:], self.size, strict=True)
+        return (*self.local_start[:stacked], *(slice(s, s + n) for s, n in rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamBoxes:
-    """One parameter of one rank's GPTModel."""
+    """One parameter of one rank's model."""
 
     names: tuple[str, ...]
-    """What the GPTModel may call it (Transformer Engine spec first), with the layer index LOCAL to the stage."""
+    """What the model may call it.  A GPTModel: the Transformer Engine spec's name first, layers and experts
+    numbered LOCALLY, behind ``model0.``, ``model1.`` ... where a rank has several model chunks."""
     shape: Index
     """Local shape, vocabulary padding included."""
     boxes: tuple[Box, ...]
@@ -78,148 +87,136 @@ class OwnedBox:
     box: Box
 
 
-def _q_rows(arch: Architecture) -> int:
-    return arch.num_attention_heads * arch.head_dim
-
-
-def _kv_rows(arch: Architecture) -> int:
-    return arch.num_query_groups * arch.head_dim
-
-
-def _hf_shape(arch: Architecture, hf_name: str) -> Index:
-    """Shape of an HF tensor, found by the end of its name."""
-    hidden, ffn = arch.hidden_size, arch.ffn_hidden_size
-    module, kind = hf_name.split(".")[-2:]
-    rows_cols: dict[str, tuple[int, int]] = {
-        "embed_tokens": (arch.vocab_size, hidden),
-        "lm_head": (arch.vocab_size, hidden),
-        "q_proj": (_q_rows(arch), hidden),
-        "k_proj": (_kv_rows(arch), hidden),
-        "v_proj": (_kv_rows(arch), hidden),
-        "o_proj": (hidden, _q_rows(arch)),
-        "gate_proj": (ffn, hidden),
-        "up_proj": (ffn, hidden),
-        "down_proj": (hidden, ffn),
-    }
-    if module in rows_cols:
-        return rows_cols[module] if kind == "weight" else rows_cols[module][:1]
-    if module in ("q_norm", "k_norm"):
-        return (arch.head_dim,)
-    if module in ("input_layernorm", "post_attention_layernorm", "norm"):
-        return (hidden,)
-    raise KeyError(f"no shape is known for the HF tensor {hf_name}; teach weights/boxes.py")
-
-
-def _model_rules(arch: Architecture) -> Iterator[tuple[WeightRule, int]]:
-    """Every rule of the whole model with its global layer (0 outside the layers), in HF reading order."""
-    yield EMBEDDING_RULE, 0
-    for layer in range(arch.num_layers):
-        for rule in arch.layer_rules():
-            yield rule, layer
-    yield FINAL_NORM_RULE, 0
-    if not arch.tie_word_embeddings:
-        yield OUTPUT_RULE, 0
-
-
-def hf_shapes(arch: Architecture) -> dict[str, Index]:
-    """Name and shape of every tensor of the HF checkpoint, without ``lm_head.weight`` when it is tied."""
-    return {
-        name: _hf_shape(arch, name)
-        for rule, layer in _model_rules(arch)
-        for name in (template.format(layer=layer) for template in rule.hf)
-    }
-
-
-def _block(hf_name: str, hf_start: int, size: Index, local_start: int) -> Box:
-    """A box of whole rows: ``size`` from row ``hf_start``, placed at row ``local_start``."""
+def block(hf_name: str, hf_start: int, size: Index, local_row: int, *stack: int) -> Box:
+    """A box of whole rows: ``size`` from row ``hf_start``, placed at row ``local_row`` (of entry ``stack``)."""
     rest = (0,) * (len(size) - 1)
-    return Box(hf_name=hf_name, start=(hf_start, *rest), size=size, local_start=(local_start, *rest))
+    return Box(hf_name=hf_name, start=(hf_start, *rest), size=size, local_start=(*stack, local_row, *rest))
 
 
-def _replicated(arch: Architecture, names: tuple[str, ...], tp: int, tp_rank: int) -> tuple[Index, list[Box]]:
-    (name,) = names
-    shape = _hf_shape(arch, name)
-    return shape, [_block(name, 0, shape, 0)]
+def column_block(hf_name: str, shape: Index, parts: int, part: int, *stack: int) -> Box:
+    """Columns ``part`` of ``parts`` of a matrix of ``shape``, filling the local matrix (of entry ``stack``)."""
+    columns = shape[1] // parts
+    return Box(
+        hf_name=hf_name, start=(0, part * columns), size=(shape[0], columns), local_start=(*stack, 0, 0)
+    )  # fmt: skip
 
 
-def _columns(arch: Architecture, names: tuple[str, ...], tp: int, tp_rank: int) -> tuple[Index, list[Box]]:
-    (name,) = names
-    rows, columns = _hf_shape(arch, name)
-    shape = (rows, columns // tp)
-    return shape, [Box(hf_name=name, start=(0, tp_rank * shape[1]), size=shape, local_start=(0, 0))]
+Cut = tuple[Index, list[Box]]
+"""Local shape of a parameter and its boxes."""
 
 
-def _gate_up(arch: Architecture, names: tuple[str, ...], tp: int, tp_rank: int) -> tuple[Index, list[Box]]:
-    rows = arch.ffn_hidden_size // tp
-    size = (rows, arch.hidden_size)
-    boxes = [_block(name, tp_rank * rows, size, part * rows) for part, name in enumerate(names)]
-    return (len(names) * rows, arch.hidden_size), boxes
+def _replicated(arch: Architecture, names: tuple[str, ...], parts: int, part: int) -> Cut:
+    shape = hf_shape(arch, names[0])
+    return shape, [block(names[0], 0, shape, 0)]
 
 
-def _qkv(arch: Architecture, names: tuple[str, ...], tp: int, tp_rank: int) -> tuple[Index, list[Box]]:
-    """Rows [q_0..q_r-1, k, v] of each query group of this rank (weight or bias)."""
-    groups = arch.num_query_groups // tp
-    q_rows = _q_rows(arch) // arch.num_query_groups
-    part_rows = (q_rows, arch.head_dim, arch.head_dim)
-    rest = _hf_shape(arch, names[0])[1:]
-    boxes, local_row = [], 0
-    for group in range(tp_rank * groups, (tp_rank + 1) * groups):
-        for name, rows in zip(names, part_rows, strict=True):
-            boxes.append(_block(name, group * rows, (rows, *rest), local_row))
-            local_row += rows
-    return (local_row, *rest), boxes
+def _columns(arch: Architecture, names: tuple[str, ...], parts: int, part: int) -> Cut:
+    box = column_block(names[0], hf_shape(arch, names[0]), parts, part)
+    return box.size, [box]
 
 
-def _vocab(
-    arch: Architecture, names: tuple[str, ...], layout: ParallelLayout, tp_rank: int, divisor: int
-) -> tuple[Index, list[Box]]:
+def _gate_up(arch: Architecture, names: tuple[str, ...], parts: int, part: int) -> Cut:
+    rows, hidden = hf_shape(arch, names[0])
+    size = (rows // parts, hidden)
+    boxes = [block(name, part * size[0], size, number * size[0]) for number, name in enumerate(names)]
+    return (len(names) * size[0], hidden), boxes
+
+
+def _qkv(arch: Architecture, names: tuple[str, ...], parts: int, part: int) -> Cut:
+    """Rows [q_0..q_r-1, k, v] of every query group one after the other, cut evenly (weight or bias).
+
+    With more ranks than groups the cut goes through a group, as Megatron's does: it gathers the
+    activations of a group, not its weights.
+    """
+    rest = hf_shape(arch, names[0])[1:]
+    q_rows = arch.num_attention_heads // arch.num_query_groups * arch.head_dim
+    runs = [(0, names[0], q_rows), (q_rows, names[1], arch.head_dim), (q_rows + arch.head_dim, names[2], arch.head_dim)]
+    group_rows = q_rows + 2 * arch.head_dim
+    rows = group_rows * arch.num_query_groups // parts
+    first, last = part * rows, (part + 1) * rows
+    boxes = []
+    for group in range(first // group_rows, -(-last // group_rows)):
+        for offset, name, length in runs:
+            start = group * group_rows + offset
+            low, high = max(first, start), min(last, start + length)
+            if low < high:
+                boxes.append(block(name, group * length + low - start, (high - low, *rest), low - first))
+    return (rows, *rest), boxes
+
+
+def _vocab(arch: Architecture, name: str, layout: ParallelLayout, tp_rank: int, divisor: int) -> Cut:
     """Rows of the padded table that are real rows; a rank of nothing but padding has no box."""
-    (name,) = names
     rows = layout.padded_vocab_size(arch.vocab_size, divisor) // layout.tp
     first = tp_rank * rows
     real = min(rows, arch.vocab_size - first)
-    boxes = [_block(name, first, (real, arch.hidden_size), 0)] if real > 0 else []
+    boxes = [block(name, first, (real, arch.hidden_size), 0)] if real > 0 else []
     return (rows, arch.hidden_size), boxes
 
 
-_CUTS = {Split.REPLICATED: _replicated, Split.COLUMNS: _columns, Split.GATE_UP: _gate_up, Split.QKV: _qkv}
+_CUTS: dict[Split, Callable[[Architecture, tuple[str, ...], int, int], Cut]] = {
+    Split.REPLICATED: _replicated, Split.COLUMNS: _columns, Split.GATE_UP: _gate_up, Split.QKV: _qkv,
+}  # fmt: skip
 
 
-def _stage_rules(arch: Architecture, layout: ParallelLayout, stage: int) -> Iterator[tuple[WeightRule, int, int]]:
-    """(rule, global layer, local layer) of one pipeline stage."""
-    if stage == 0:
-        yield EMBEDDING_RULE, 0, 0
-    for local, layer in enumerate(layout.stage_layers(arch.num_layers, stage)):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Placed:
+    """A rule at one layer (and expert) of one model chunk."""
+
+    rule: WeightRule
+    layer: int = 0
+    local_layer: int = 0
+    expert: int | None = None
+    local_expert: int = 0
+
+
+def _chunk_rules(arch: Architecture, layout: ParallelLayout, coords: RankCoords, chunk: int) -> Iterator[_Placed]:
+    """Every parameter of one model chunk, in the order of the model."""
+    if coords.pp == 0 and chunk == 0:
+        yield _Placed(rule=EMBEDDING_RULE)
+    per_rank = arch.num_experts // layout.ep
+    for local, layer in enumerate(layout.stage_layers(arch.num_layers, coords.pp, chunk)):
         for rule in arch.layer_rules():
-            yield rule, layer, local
-    if stage == layout.pp - 1:
-        yield FINAL_NORM_RULE, 0, 0
+            yield _Placed(rule=rule, layer=layer, local_layer=local)
+        for number in range(per_rank):
+            for rule in arch.expert_rules():
+                yield _Placed(
+                    rule=rule, layer=layer, local_layer=local, expert=coords.ep * per_rank + number,
+                    local_expert=number,
+                )  # fmt: skip
+    if coords.pp == layout.pp - 1 and chunk == layout.chunks - 1:
+        yield _Placed(rule=FINAL_NORM_RULE)
         if not arch.tie_word_embeddings:
-            yield OUTPUT_RULE, 0, 0
+            yield _Placed(rule=OUTPUT_RULE)
         elif layout.pp > 1:  # a second copy of the embedding; with one stage the module reuses the first
-            yield TIED_OUTPUT_RULE, 0, 0
+            yield _Placed(rule=TIED_OUTPUT_RULE)
 
 
 def rank_boxes(
     arch: Architecture, layout: ParallelLayout, rank: int, *, make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR
 ) -> tuple[ParamBoxes, ...]:
-    """Every parameter of the GPTModel on ``rank``.
+    """Every parameter of the GPTModel on ``rank``, of all its chunks.
 
     Raises:
-        ValueError: the model cannot be cut by this layout; the message names the flags.
+        ValueError: the weights cannot be cut by this layout; the message names the flags.
     """
-    if errors := arch.check_layout(layout.tp, layout.pp):
+    if errors := arch.cut_errors(layout.tp, layout.pp, ep=layout.ep, etp=layout.etp, vpp=layout.vpp):
         raise ValueError("; ".join(errors))
     coords = layout.coords(rank)
     params = []
-    for rule, layer, local_layer in _stage_rules(arch, layout, coords.pp):
-        hf_names = tuple(name.format(layer=layer) for name in rule.hf)
-        if rule.split is Split.VOCAB:
-            shape, boxes = _vocab(arch, hf_names, layout, coords.tp, make_vocab_size_divisible_by)
-        else:
-            shape, boxes = _CUTS[rule.split](arch, hf_names, layout.tp, coords.tp)
-        names = tuple(name.format(layer=local_layer) for name in rule.megatron)
-        params.append(ParamBoxes(names=names, shape=shape, boxes=tuple(boxes)))
+    for chunk in range(layout.chunks):
+        prefix = f"model{chunk}." if layout.chunks > 1 else ""
+        for placed in _chunk_rules(arch, layout, coords, chunk):
+            rule, is_expert = placed.rule, placed.expert is not None
+            hf_names = tuple(name.format(layer=placed.layer, expert=placed.expert) for name in rule.hf)
+            if rule.split is Split.VOCAB:
+                shape, boxes = _vocab(arch, hf_names[0], layout, coords.tp, make_vocab_size_divisible_by)
+            else:
+                parts, part = (layout.expert_tp, coords.etp) if is_expert else (layout.tp, coords.tp)
+                shape, boxes = _CUTS[rule.split](arch, hf_names, parts, part)
+            names = tuple(
+                prefix + name.format(layer=placed.local_layer, expert=placed.local_expert) for name in rule.megatron
+            )
+            params.append(ParamBoxes(names=names, shape=shape, boxes=tuple(boxes)))
     return tuple(params)
 
 
@@ -228,16 +225,17 @@ def owners(
 ) -> tuple[OwnedBox, ...]:
     """One sender for every region of the HF model: each HF element is in exactly one of these boxes.
 
-    Replicas (data parallel, tensor parallel norms, the tied output table of the last stage) hold boxes
-    with equal coordinates; the lowest rank that holds one sends it.  Sorted by HF tensor in the order
-    of :func:`hf_shapes`, then by rank, and equal on every rank.
+    Replicas (data or context parallel, tensor parallel norms, experts of another expert-data rank, the tied
+    output table of the last stage) hold boxes with equal coordinates; the lowest rank that holds one sends
+    it.  Sorted by HF tensor in the order of :func:`hf_shapes`, then by rank, and equal on every rank.
     """
     order = {name: number for number, name in enumerate(hf_shapes(arch))}
     seen: set[tuple[str, Index]] = set()
     owned: list[OwnedBox] = []
     for rank in range(layout.world_size):
-        if layout.coords(rank).dp:
-            continue
+        coords = layout.coords(rank)
+        if (coords.dp or coords.cp) and not arch.num_experts:
+            continue  # a whole replica of a lower rank
         for param in rank_boxes(arch, layout, rank, make_vocab_size_divisible_by=make_vocab_size_divisible_by):
             for box in param.boxes:
                 if (box.hf_name, box.start) not in seen:

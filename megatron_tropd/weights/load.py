@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,19 @@ class WeightMismatch(ValueError):
     """A module's parameters are not those the architecture and layout call for."""
 
 
-def local_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by GPTModel name, whether or not ``model`` is wrapped in Float16Module or DDP."""
+def local_parameters(model: nn.Module | Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Parameters by GPTModel name, whether or not ``model`` is wrapped in Float16Module or DDP.
+
+    Several model chunks (a virtual pipeline) are a sequence; their names begin with ``model0.``, ``model1.`` ...
+    """
+    if not isinstance(model, nn.Module):
+        if len(model) == 1:
+            return local_parameters(model[0])
+        return {
+            f"model{chunk}.{name}": parameter
+            for chunk, module in enumerate(model)
+            for name, parameter in local_parameters(module).items()
+        }
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
     return dict(model.named_parameters())
@@ -50,8 +61,8 @@ def match_parameters(params: Mapping[str, Tensor], boxes: Iterable[ParamBoxes]) 
 
 @torch.no_grad()
 def load_hf_into(
-    model: nn.Module, checkpoint: HfCheckpoint, arch: Architecture, layout: ParallelLayout, rank: int,
-    *, make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR,
+    model: nn.Module | Sequence[nn.Module], checkpoint: HfCheckpoint, arch: Architecture, layout: ParallelLayout,
+    rank: int, *, make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR,
 ) -> None:  # fmt: skip
     """Copy this rank's part of ``checkpoint`` into ``model``; vocabulary padding becomes zero.  Not collective.
 

@@ -1,0 +1,284 @@
+"""Who sends which bytes of which parameter to whom, decided once and equal on every rank.  Integers only.
+
+Every destination box is intersected with the regions that the source ranks hold.  Each piece gets one
+sender: on the same GPU if one is there, else on the same node, else the replica that sends least so far,
+else the lowest rank.  Pieces are laid into buckets; a message is what one sender sends one receiver in one
+bucket.  ``proof.py`` checks a plan without believing any of this.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+
+from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.weights.boxes import DEFAULT_VOCAB_DIVISOR, ParamBoxes, rank_boxes
+from megatron_tropd.weights.buckets import HEADER_BYTES, BucketFiller
+from megatron_tropd.weights.engine_boxes import EngineLayout, engine_boxes
+from megatron_tropd.weights.hf_shapes import Index, hf_shapes
+from megatron_tropd.weights.regions import Holder, Piece, PlanError, TensorRegions, source_regions
+
+DEFAULT_BUCKET_BYTES = 512 << 20
+ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+STAGING_HALVES = 2
+"""A rank packs or unpacks one half of its staging memory while the other is on the wire."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a rank runs."""
+
+    node: int
+    gpu: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """A rectangle of one source parameter that becomes a rectangle of one engine parameter."""
+
+    hf_name: str
+    source: int
+    source_names: tuple[str, ...]
+    """What the parameter may be called on the source (:class:`ParamBoxes`)."""
+    source_start: Index
+    engine: int
+    engine_rank: int
+    name: str
+    """Parameter of the engine's model."""
+    start: Index
+    """In the engine's parameter; one entry more than ``size`` where it stacks experts."""
+    size: Index
+    num_bytes: int
+
+    @property
+    def source_slices(self) -> tuple[slice, ...]:
+        """Index of the rectangle in the source parameter."""
+        return tuple(slice(s, s + n) for s, n in zip(self.source_start, self.size, strict=True))
+
+    @property
+    def slices(self) -> tuple[int | slice, ...]:
+        """Index of the rectangle in the engine's parameter; what it selects has the shape ``size``."""
+        stacked = len(self.start) - len(self.size)
+        rows = zip(self.start[stacked:], self.size, strict=True)
+        return (*self.start[:stacked], *(slice(s, s + n) for s, n in rows))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """What one source rank sends one engine rank in one bucket: the copies, one after the other."""
+
+    bucket: int
+    source: int
+    engine: int
+    engine_rank: int
+    copies: tuple[Copy, ...]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(copy.num_bytes for copy in self.copies)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightPlan:
+    """All messages of one update, ordered by bucket, source, engine and engine rank."""
+
+    num_sources: int
+    engines: tuple[EngineLayout, ...]
+    dtype: str
+    """Of every parameter, by torch's name (:data:`ITEMSIZES`)."""
+    bucket_bytes: int
+    """Staging memory of any rank, senders and receivers alike."""
+    source_places: tuple[Place, ...]
+    engine_places: tuple[tuple[Place, ...], ...]
+    messages: tuple[Message, ...]
+    digest: str = field(default="", compare=False)
+    """sha256 of everything above.  Equal on every rank that planned the same."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return ITEMSIZES[self.dtype]
+
+    @property
+    def num_buckets(self) -> int:
+        """Buckets of an update."""
+        return self.messages[-1].bucket + 1 if self.messages else 0
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the group that carries the plan: the sources, then every engine's ranks."""
+        return self.num_sources + sum(engine.tp for engine in self.engines)
+
+    def group_rank(self, engine: int, engine_rank: int) -> int:
+        """Rank of an engine's rank in that group."""
+        return self.num_sources + sum(layout.tp for layout in self.engines[:engine]) + engine_rank
+
+    def for_sender(self, rank: int) -> tuple[Message, ...]:
+        """What source ``rank`` sends, in order."""
+        return tuple(message for message in self.messages if message.source == rank)
+
+    def for_receiver(self, engine: int, engine_rank: int) -> tuple[Message, ...]:
+        """What an engine's rank receives, in order."""
+        return tuple(m for m in self.messages if (m.engine, m.engine_rank) == (engine, engine_rank))
+
+
+def plan_digest(plan: WeightPlan) -> str:
+    """sha256 of a plan's contents."""
+    head = (plan.num_sources, plan.engines, plan.dtype, plan.bucket_bytes, plan.source_places, plan.engine_places)
+    digest = hashlib.sha256(repr(head).encode())
+    for message in plan.messages:
+        numbers = array("q", (message.bucket, message.source, message.engine, message.engine_rank))
+        names: list[str] = []
+        for copy in message.copies:
+            numbers.extend((copy.source, copy.engine, copy.engine_rank, copy.num_bytes))
+            numbers.extend((len(copy.start), *copy.source_start, *copy.start, *copy.size))
+            names += (copy.hf_name, copy.name, *copy.source_names)
+        digest.update(numbers.tobytes())
+        digest.update("\n".join(names).encode())
+    return digest.hexdigest()
+
+
+def source_params(
+    arch: Architecture, layout: ParallelLayout, *, make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR
+) -> list[tuple[tuple[int, ...], tuple[ParamBoxes, ...]]]:
+    """(ranks, their parameters) for every set of Megatron ranks that hold the same."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(layout.world_size):
+        c = layout.coords(rank)
+        alike.setdefault((c.tp, c.pp, c.etp, c.ep), []).append(rank)
+    divisor = make_vocab_size_divisible_by
+    return [
+        (tuple(ranks), rank_boxes(arch, layout, ranks[0], make_vocab_size_divisible_by=divisor))
+        for ranks in alike.values()
+    ]
+
+
+class _Senders:
+    """Chooses a sender for every piece and remembers how much each sends."""
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self._places = places
+        self._load = [0] * len(places)
+
+    def distances(self, target: Place) -> list[int]:
+        """By source rank: 0 on the target's GPU, 1 on its node, 2 elsewhere."""
+        return [0 if place == target else 1 if place.node == target.node else 2 for place in self._places]
+
+    def choose(self, holders: Iterable[Holder], distances: Sequence[int], num_bytes: int) -> tuple[int, Holder]:
+        """The sender of a piece of ``num_bytes`` and its parameter."""
+        load = self._load
+        _, _, rank, _, holder = min(
+            (distances[rank], load[rank], rank, number, holder)
+            for number, holder in enumerate(holders)
+            for rank in holder.ranks
+        )
+        load[rank] += num_bytes
+        return rank, holder
+
+
+def _wanted(
+    regions: dict[str, TensorRegions], params: Iterable[ParamBoxes], max_elements: int
+) -> list[tuple[str, str, Piece]]:
+    """(HF name, parameter, piece) of one destination rank in the order of its model, none above ``max_elements``."""
+    return [
+        (box.hf_name, param.names[0], part)
+        for param in params
+        for box in param.boxes
+        for piece in regions[box.hf_name].pieces(box)
+        for part in piece.split(box.hf_name, max_elements)
+    ]
+
+
+def _shift(start: Index, offset: Index) -> Index:
+    return tuple(a + b for a, b in zip(start, offset, strict=True))
+
+
+def _copies(
+    wanted: Iterable[tuple[str, str, Piece]], senders: _Senders, target: Place, engine: int, rank: int, itemsize: int
+) -> Iterator[Copy]:
+    """One copy per piece, its sender chosen."""
+    distances = senders.distances(target)
+    for hf_name, name, piece in wanted:
+        num_bytes = piece.numel * itemsize
+        source, holder = senders.choose(piece.holders, distances, num_bytes)
+        yield Copy(
+            hf_name=hf_name, source=source, source_names=holder.names,
+            source_start=_shift(holder.local_start, piece.offset), engine=engine, engine_rank=rank, name=name,
+            start=piece.start, size=piece.size, num_bytes=num_bytes,
+        )  # fmt: skip
+
+
+def _apart(num_sources: int, engines: Sequence[EngineLayout]) -> tuple[list[Place], list[list[Place]]]:
+    """Places of ranks of which nothing is known: none shares a node with another."""
+    node = count()
+    return (
+        [Place(node=next(node), gpu=0) for _ in range(num_sources)],
+        [[Place(node=next(node), gpu=0) for _ in range(engine.tp)] for engine in engines],
+    )
+
+
+def _check_places(
+    num_sources: int, engines: Sequence[EngineLayout], sources: Sequence[Place], targets: Sequence[Sequence[Place]]
+) -> None:
+    given, expected = (len(sources), [len(t) for t in targets]), (num_sources, [engine.tp for engine in engines])
+    if given != expected:
+        raise PlanError(f"places of (source ranks, ranks of each engine) {given} were given, there are {expected}")
+
+
+def build_plan(
+    arch: Architecture,
+    layout: ParallelLayout,
+    engines: Sequence[EngineLayout],
+    *,
+    dtype: str,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    source_places: Sequence[Place] | None = None,
+    engine_places: Sequence[Sequence[Place]] | None = None,
+    make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR,
+) -> WeightPlan:
+    """Plan one update of every engine.
+
+    Args:
+        dtype: Of every parameter on both sides, by torch's name (:data:`ITEMSIZES`).
+        bucket_bytes: Staging memory a rank may use, headers included.
+        source_places: By source rank; by default each rank is alone on its node, and so is each engine rank.
+        engine_places: By engine and rank.
+
+    Raises:
+        PlanError, ValueError: a layout that does not fit the model, sources that lack an element, a bucket
+            too small for a row; the message names the flag or the tensor.
+    """
+    if dtype not in ITEMSIZES:
+        raise PlanError(f"weights of {dtype} are not supported; known are {', '.join(ITEMSIZES)}")
+    sources = source_params(arch, layout, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
+    regions = source_regions(hf_shapes(arch), sources)
+    if source_places is None or engine_places is None:
+        source_places, engine_places = _apart(layout.world_size, engines)
+    _check_places(layout.world_size, engines, source_places, engine_places)
+    itemsize, half = ITEMSIZES[dtype], bucket_bytes // STAGING_HALVES
+    senders, filler = _Senders(source_places), BucketFiller(half)
+    lots: dict[tuple[int, int, int, int], list[Copy]] = {}
+    wanted: dict[tuple[EngineLayout, int], list[tuple[str, str, Piece]]] = {}  # engines cut alike want alike
+    for engine, engine_layout in enumerate(engines):
+        for rank in range(engine_layout.tp):
+            key = (engine_layout, rank)
+            if key not in wanted:
+                params = engine_boxes(arch, engine_layout, rank)
+                wanted[key] = _wanted(regions, params, (half - HEADER_BYTES) // itemsize)
+            for copy in _copies(wanted[key], senders, engine_places[engine][rank], engine, rank, itemsize):
+                bucket = filler.place(copy.source, (engine, rank), copy.num_bytes)
+                lots.setdefault((bucket, copy.source, engine, rank), []).append(copy)
+    messages = tuple(
+        Message(bucket=bucket, source=source, engine=engine, engine_rank=rank, copies=tuple(copies))
+        for (bucket, source, engine, rank), copies in sorted(lots.items())
+    )
+    plan = WeightPlan(
+        num_sources=layout.world_size, engines=tuple(engines), dtype=dtype, bucket_bytes=bucket_bytes,
+        source_places=tuple(source_places), engine_places=tuple(map(tuple, engine_places)), messages=messages,
+    )  # fmt: skip
+    return replace(plan, digest=plan_digest(plan))
