@@ -1,21 +1,24 @@
 # Two commands on a fresh machine with Python 3.11, make and a compiler:
 #   make quickstart   the main job: a student learns from a teacher, two ranks, about two minutes
 #   make test         the whole test suite
-# and besides: make verify (prints measured errors), make lint, make format, make clean.
-# Each makes its own environment in .venv first.  Set PYTHON to choose another interpreter, and PIP_FLAGS
+# and besides: make verify (prints measured errors), make lint, make format, make clean, and
+#   make sglang-env   the SGLang server's own environment, for machines without a GPU (docs/sglang.md)
+# Each makes its own environment in .venv first; SGLang has one of its own, because it pins other versions.  Set PYTHON to choose another interpreter, and PIP_FLAGS
 # for pip's own options (for example an index that has CPU-only torch).
 PYTHON ?= python3.11
 VENV := .venv
+SGLANG_VENV ?= .venv-sglang
 PIP_FLAGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c requirements/constraints.txt
+SGLANG_INSTALL := $(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 
-.PHONY: quickstart test lint format verify clean
+.PHONY: quickstart test sglang-env lint format verify clean
 
 quickstart: $(VENV)/.runtime
 	$(BIN)/python tools/quickstart.py $(ARGS)
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(SGLANG_VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)
 
 verify: $(VENV)/.test
@@ -43,5 +46,18 @@ $(VENV)/.test: requirements/test.txt $(VENV)/.runtime
 	$(INSTALL) -r requirements/test.txt
 	touch $@
 
+sglang-env: $(SGLANG_VENV)/.ready
+
+# sglang's own requirements are for CUDA; requirements/sglang-cpu.txt has what it imports without a GPU, and
+# tools/sglang_cpu the packages that it imports but does not call.
+$(SGLANG_VENV)/.ready: requirements/sglang-cpu.txt $(wildcard tools/sglang_cpu/*.toml tools/sglang_cpu/*/*.py)
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_INSTALL) -r requirements/sglang-cpu.txt
+	$(SGLANG_INSTALL) --no-deps sglang==0.5.23 xgrammar==0.2.7
+	$(SGLANG_INSTALL) --no-deps --no-build-isolation --force-reinstall ./tools/sglang_cpu
+	rm -rf tools/sglang_cpu/build tools/sglang_cpu/*.egg-info
+	$(SGLANG_VENV)/bin/python -c "import sglang.launch_server"
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

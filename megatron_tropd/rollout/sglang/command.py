@@ -1,0 +1,80 @@
+"""The command line and environment of one server.  Pure: nothing is started here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_tropd.rollout.sglang.settings import SGLangSettings
+
+LAUNCHER = Path(__file__).with_name("launch.py")
+_SPARE_POSITIONS = 8
+"""SGLang stops two positions before its context length; a few more let a sequence use all of the model's."""
+
+# No compiled kernels without a GPU: plain torch attention and sampling.  --sleep-on-idle: an idle scheduler
+# would keep a core busy.  --dtype is always given: `auto` serves an fp32 checkpoint as fp16.
+_CPU_DEFAULTS: dict[str, str | None] = {
+    "--device": "cpu",
+    "--attention-backend": "torch_native",
+    "--sampling-backend": "pytorch",
+    "--grammar-backend": "none",
+    "--cuda-graph-backend-decode": "disabled",
+    "--cuda-graph-backend-prefill": "disabled",
+    "--disable-overlap-schedule": None,
+    "--sleep-on-idle": None,
+    "--mem-fraction-static": "0.2",
+    "--max-total-tokens": "16384",
+    "--max-running-requests": "64",
+}
+# Not run: no GPU was at hand.  The fraction leaves room for a trainer on the same GPU.
+_CUDA_DEFAULTS: dict[str, str | None] = {"--device": "cuda", "--mem-fraction-static": "0.5", "--sleep-on-idle": None}
+
+
+def _given(flags: tuple[str, ...]) -> set[str]:
+    return {flag.partition("=")[0] for flag in flags if flag.startswith("--")}
+
+
+def server_arguments(settings: SGLangSettings, port: int, max_positions: int) -> list[str]:
+    """Arguments of ``sglang.launch_server``; the user's own flags replace defaults of the same name."""
+    given = _given(settings.flags)
+    wanted: dict[str, str | None] = {
+        "--model-path": str(settings.hf_dir),
+        "--host": settings.host,
+        "--port": str(port),
+        "--dtype": settings.dtype,
+        "--tp-size": str(settings.tp_size),
+        "--load-format": "dummy",
+        "--skip-tokenizer-init": None,
+        "--skip-server-warmup": None,
+        "--context-length": str(max_positions + _SPARE_POSITIONS),
+        **(_CUDA_DEFAULTS if settings.cuda else _CPU_DEFAULTS),
+    }
+    arguments = []
+    for flag, value in wanted.items():
+        if flag not in given:
+            arguments += [flag] if value is None else [flag, value]
+    return [*arguments, *settings.flags]
+
+
+def server_command(settings: SGLangSettings, port: int, max_positions: int) -> list[str]:
+    """argv of the server process.  -P: the launcher's folder is no place to import from."""
+    return [str(settings.python), "-P", str(LAUNCHER), *server_arguments(settings, port, max_positions)]
+
+
+def server_environment(settings: SGLangSettings, index: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """Environment of server number ``index``: the caller's, less what belongs to the trainer."""
+    hidden = ("TROPD_", "PYTHON", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_", "TORCHDYNAMO_")
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"}
+    kept = {k: v for k, v in environ.items() if not k.startswith(hidden) and k not in names}
+    kept |= {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+    }
+    if settings.cuda:
+        gpus = settings.gpu_ids or tuple(range(settings.num_engines * settings.tp_size))
+        mine = gpus[index * settings.tp_size : (index + 1) * settings.tp_size]
+        kept["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))
+    else:
+        kept["SGLANG_USE_CPU_ENGINE"] = "1"
+    return kept

@@ -1,0 +1,264 @@
+"""One server as a rollout engine: its life, its weights, and what it writes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from megatron_tropd.rollout.engine import EngineError, SamplingParams
+from megatron_tropd.rollout.sglang.buckets import Bucket, bytes_message, shared_message, update_body
+from megatron_tropd.rollout.sglang.checksums import sglang_name
+from megatron_tropd.rollout.sglang.client import Client
+from megatron_tropd.rollout.sglang.errors import BadResponse, EngineDown, RequestRefused, StaleWeights
+from megatron_tropd.rollout.sglang.server import ServerProcess
+from megatron_tropd.rollout.sglang.settings import SGLangSettings
+from megatron_tropd.rollout.sglang.wire import Dialect, Group, generate_body, read_samples, read_scores, score_body
+from megatron_tropd.types import GenerationRequest, Rollout
+
+log = logging.getLogger(__name__)
+
+_CONTROL_TIMEOUT_S = 60.0
+_POLL_S = 0.25
+_INPUT_RESERVE = 4
+"""SGLang's scheduler ends a sequence this many tokens beyond the longest input it reports."""
+
+PauseMode = Literal["abort", "retract", "in_place"]
+
+
+class Engine:
+    """Server number ``index``: started here (``server``), or somebody else's (``url``).
+
+    ``version`` is the weight version it may be asked to write with; None keeps it out of rotation.
+    """
+
+    def __init__(self, index: int, settings: SGLangSettings, server: ServerProcess | None, url: str = "") -> None:
+        self.index, self._settings, self.server, self._url = index, settings, server, url
+        self._client: Client | None = None
+        self.version: int | None = None
+        self.checksum: str | None = None
+        """Hash over all its weights, of the last update; None where the server has no weights checker."""
+        self.is_cpu = False
+        self.is_up = False
+        self.updating = False
+        self.failures = 0
+        self.given_up = False
+        self.last_error = "not started"
+        self.prompts_in_flight = self.tokens_in_flight = 0
+        self.max_tokens = 0
+        """Longest sequence, prompt and response, that it writes to the end."""
+        self.tp_size = settings.tp_size
+
+    @property
+    def name(self) -> str:
+        """For messages: which engine and where."""
+        return f"engine {self.index} ({self.server.url if self.server else self._url})"
+
+    # ---- life ----
+
+    async def start(self) -> None:
+        """Start (again) what was started here, and forget what the old server held; does not wait."""
+        self.version, self.is_up, self.updating = None, False, False
+        await self._disconnect()
+        if self.server is not None:
+            self.server.start()
+        self._client = Client(self.name, self.server.url if self.server else self._url, self._settings.keys)
+
+    async def wait_until_up(self) -> None:
+        """Until the server answers.
+
+        Raises:
+            EngineDown: it ended, or did not answer within the start timeout; with the end of its log.
+            EngineError: it runs with settings that do not fit this run.
+        """
+        deadline = asyncio.get_running_loop().time() + self._settings.start_timeout_s
+        while True:
+            if self.server is not None and not self.server.is_running():
+                status = self.server.exit_status()
+                raise EngineDown(f"{self.name} ended with status {status} at start; {self._log()}")
+            with contextlib.suppress(EngineDown):
+                await self._get("/model_info", timeout_s=5.0)
+                break
+            if asyncio.get_running_loop().time() > deadline:
+                raise EngineDown(
+                    f"{self.name} did not answer within {self._settings.start_timeout_s:g} s; {self._log()}"
+                )
+            await asyncio.sleep(_POLL_S)
+        self._learn(await self._get("/server_info"))
+        self.is_up = True
+
+    def _learn(self, info: dict[str, Any]) -> None:
+        self.is_cpu = info.get("device") == "cpu"
+        self.tp_size = int(info.get("tp_size", self._settings.tp_size))
+        self.max_tokens = int(info.get("max_req_input_len", 0)) + _INPUT_RESERVE
+        if info.get("dtype") != self._settings.dtype:
+            raise EngineError(
+                f"{self.name} holds weights in {info.get('dtype')}, this run pushes {self._settings.dtype}: "
+                f"start it with --dtype {self._settings.dtype}"
+            )
+
+    async def check_health(self) -> None:
+        """Raises EngineDown if the server does not answer, and StaleWeights if it serves other weights."""
+        info = await self._get("/model_info")
+        if self.version is None or info.get("weight_version") != str(self.version):
+            raise StaleWeights(f"{self.name} serves weight version {info.get('weight_version')}, not {self.version}")
+
+    def _log(self) -> str:
+        return (
+            "it is not ours to start" if self.server is None else f"end of {self.server.log}:\n{self.server.log_tail()}"
+        )
+
+    async def close(self) -> None:
+        """Stop what was started here."""
+        self.version, self.is_up = None, False
+        await self._disconnect()
+        if self.server is not None:
+            self.server.stop()
+
+    async def _disconnect(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            with contextlib.suppress(Exception):  # broken connections may not close cleanly
+                await client.close()
+
+    # ---- what it writes ----
+
+    async def generate(
+        self,
+        group: Group,
+        requests: Sequence[GenerationRequest],
+        params: SamplingParams,
+        version: int,
+        dialect: Dialect,
+    ) -> dict[int, Rollout]:  # fmt: skip
+        """The samples of one prompt, by their place in the batch.
+
+        Raises:
+            EngineDown, RequestRefused, BadResponse, StaleWeights: naming engine, step and prompt.
+        """
+        what = f"step {params.step}, prompt {group.prompt_uid}"
+        body = generate_body(group, params, dialect)
+        timeout_s = self._settings.request_timeout_s
+        answer = await self._post("/generate", body, what=what, timeout_s=timeout_s, repeatable=True, admin=False)
+        with self._named(what):
+            return read_samples(answer, group, requests, version=version, dialect=dialect)
+
+    async def score(self, token_ids: Sequence[int], dialect: Dialect) -> tuple[float, ...]:
+        """Log-probability of every token but the first, at temperature 1."""
+        assert self.version is not None
+        what = f"scoring {len(token_ids)} tokens"
+        body = score_body(token_ids)
+        timeout_s = self._settings.request_timeout_s
+        answer = await self._post("/generate", body, what=what, timeout_s=timeout_s, repeatable=True, admin=False)
+        with self._named(what):
+            return read_scores(answer, token_ids, version=self.version, dialect=dialect)
+
+    @contextlib.contextmanager
+    def _named(self, what: str) -> Any:
+        try:
+            yield
+        except (BadResponse, StaleWeights) as error:
+            raise type(error)(f"{self.name}: {what}: {error}") from None
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Write nothing until :meth:`resume`: end running requests, or put them back, or hold them."""
+        await self._post("/pause_generation", {"mode": mode}, what=f"pause ({mode})")
+
+    async def resume(self) -> None:
+        """Write again."""
+        await self._post("/continue_generation", {}, what="continue")
+
+    async def abort_all(self) -> None:
+        """End every request; each returns what it has, finished by ``abort``."""
+        await self._post("/abort_request", {"abort_all": True}, what="abort")
+
+    # ---- its weights ----
+
+    async def begin_update(self) -> None:
+        """Stop writing and open an update session.
+
+        Running requests go back to the queue, so that none sees half an update.  Servers before 0.5.20 have
+        no session and take tensors without one.
+        """
+        self.version, self.checksum, self.updating = None, None, True
+        await self.pause("retract")
+        try:
+            await self._post("/begin_weight_update", {}, what="begin of a weight update")
+        except RequestRefused as error:
+            if "HTTP 404" in str(error):
+                return
+            # A session that an earlier, failed update left open.
+            await self._post("/end_weight_update", {}, what="end of an abandoned weight update")
+            await self._post("/begin_weight_update", {}, what="begin of a weight update")
+
+    async def send(self, bucket: Bucket, *, last_of_version: int | None) -> None:
+        """Deliver one bucket; the version travels with the last one, and the prefix cache is flushed with it."""
+        shares = self._settings.transport == "shared" or (
+            self._settings.transport == "auto" and self.server is not None
+        )
+        message = shared_message if shares else bytes_message
+        version = None if last_of_version is None else str(last_of_version)
+        messages = [message(bucket) for _ in range(self.tp_size)]
+        names = bucket.names
+        what = f"{len(names)} tensor(s) {names[0]} .. {names[-1]}"
+        body = update_body(messages, weight_version=version)
+        await self._post("/update_weights_from_tensor", body, what=what, timeout_s=self._settings.request_timeout_s)
+
+    async def end_update(self, version: int, names: Sequence[str], expected: Mapping[str, str] | None) -> None:
+        """Close the session, verify, and serve ``version``.
+
+        Args:
+            version: what was sent.
+            names: HF names of all tensors that were sent.
+            expected: checksums by the server's parameter names; None where they cannot be worked out.
+
+        Raises:
+            StaleWeights: the server holds something else.
+        """
+        try:
+            await self._post("/end_weight_update", {}, what="end of a weight update")
+        except RequestRefused as error:
+            if "HTTP 404" not in str(error):
+                raise
+        await self._verify(version, names, expected)
+        await self.resume()
+        self.version, self.updating = version, False
+
+    async def _verify(self, version: int, names: Sequence[str], expected: Mapping[str, str] | None) -> None:
+        info = await self._get("/model_info")
+        if info.get("weight_version") != str(version):
+            raise StaleWeights(f"{self.name} says weight version {info.get('weight_version')} after version {version}")
+        try:
+            answer = await self._post("/weights_checker", {"action": "checksum"}, what="checksum")
+        except RequestRefused as error:
+            log.warning("%s cannot hash its weights; only its version was verified (%s)", self.name, error)
+            return
+        held: dict[str, str] = {}
+        for rank in answer["ranks"]:
+            held |= rank["checksums"]
+        sent = {sglang_name(name) for name in names}
+        if wrong := sorted(held.keys() ^ sent):
+            side = "was never sent" if wrong[0] in held else "is unknown to it and was skipped"
+            raise StaleWeights(f"{self.name}: {len(wrong)} tensor(s) missed, first {wrong[0]}, which {side}")
+        if expected is not None and (wrong := sorted(name for name in held if held[name] != expected.get(name))):
+            raise StaleWeights(f"{self.name}: {len(wrong)} tensor(s) differ from what was sent, first {wrong[0]}")
+        self.checksum = answer.get("per_engine_checksum")
+
+    # ---- HTTP ----
+
+    async def _get(self, path: str, timeout_s: float = _CONTROL_TIMEOUT_S) -> Any:
+        return await self._connected().get(path, timeout_s=timeout_s)
+
+    async def _post(
+        self, path: str, body: dict[str, Any] | bytes, *, what: str, timeout_s: float = _CONTROL_TIMEOUT_S,
+        repeatable: bool = False, admin: bool = True,
+    ) -> Any:  # fmt: skip
+        client = self._connected()
+        return await client.post(path, body, what=what, timeout_s=timeout_s, repeatable=repeatable, admin=admin)
+
+    def _connected(self) -> Client:
+        if self._client is None:
+            raise EngineDown(f"{self.name} was not started")
+        return self._client

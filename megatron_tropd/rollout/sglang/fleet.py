@@ -1,0 +1,239 @@
+"""Several servers as one: who writes what, who takes over, who is started anew."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from megatron_tropd.rollout.engine import EngineError, SamplingParams
+from megatron_tropd.rollout.sglang.buckets import Bucket
+from megatron_tropd.rollout.sglang.engine import Engine
+from megatron_tropd.rollout.sglang.errors import BadResponse, EngineDown, StaleWeights
+from megatron_tropd.rollout.sglang.server import ServerProcess
+from megatron_tropd.rollout.sglang.settings import SGLangSettings
+from megatron_tropd.rollout.sglang.wire import Dialect, Group, group_requests
+from megatron_tropd.types import GenerationRequest, Rollout
+
+log = logging.getLogger(__name__)
+
+_MAX_ATTEMPTS = 4
+"""Of one prompt: a request that brings down every server it meets must end the run, not the servers."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """A batch of requests and what came of it so far; outlives the servers that work on it."""
+
+    requests: Sequence[GenerationRequest]
+    params: SamplingParams
+    version: int
+    pending: deque[Group] = field(default_factory=deque)
+    done: dict[int, Rollout] = field(default_factory=dict)
+    attempts: Counter[Group] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.pending.extend(group_requests(self.requests))
+        for index, request in enumerate(self.requests):
+            if request.max_new_tokens == 0:
+                self.done[index] = _nothing_written(request, self.version)
+
+    def put_back(self, group: Group, error: EngineError) -> None:
+        """Have ``group`` written again; raises EngineError when it was tried often enough."""
+        self.attempts[group] += 1
+        if self.attempts[group] >= _MAX_ATTEMPTS:
+            raise EngineError(f"prompt {group.prompt_uid} failed {_MAX_ATTEMPTS} times, at last: {error}") from error
+        self.pending.appendleft(group)
+
+    def rollouts(self) -> list[Rollout]:
+        """In the order of the requests; only when nothing is pending."""
+        return [self.done[index] for index in range(len(self.requests))]
+
+
+def _nothing_written(request: GenerationRequest, version: int) -> Rollout:
+    return Rollout(
+        prompt_uid=request.prompt_uid, sample_index=request.sample_index, token_ids=request.token_ids,
+        prompt_len=request.prompt_len, guidance_len=request.guidance_len, logprobs=(),
+        weight_version=(version, version), finish="length",
+    )  # fmt: skip
+
+
+class Fleet:
+    """All servers of a run, seen from the one rank that speaks to them.
+
+    ``counts`` tells what went wrong so far: restarts, reissued, bad_responses, stale_weights, given_up.
+    """
+
+    def __init__(self, settings: SGLangSettings, dialect: Dialect, max_positions: int) -> None:
+        self._settings, self._dialect = settings, dialect
+        if settings.urls:
+            self.engines = [Engine(i, settings, None, url.rstrip("/")) for i, url in enumerate(settings.urls)]
+        else:
+            servers = [ServerProcess(settings, i, max_positions) for i in range(settings.num_engines)]
+            self.engines = [Engine(i, settings, server) for i, server in enumerate(servers)]
+        self.counts: Counter[str] = Counter()
+
+    # ---- life ----
+
+    async def start(self) -> None:
+        """Start all servers at once; :meth:`wait_until_up` waits for them."""
+        await asyncio.gather(*(engine.start() for engine in self.engines))
+
+    async def wait_until_up(self) -> None:
+        """Until every server that is not given up answers; failed starts are tried again.
+
+        Raises:
+            EngineError: none is left.
+        """
+        while down := [engine for engine in self._usable() if not engine.is_up]:
+            await self._each(down, Engine.wait_until_up)
+
+    def _usable(self) -> list[Engine]:
+        usable = [engine for engine in self.engines if not engine.given_up]
+        if not usable:
+            reasons = "\n".join(engine.last_error for engine in self.engines)
+            raise EngineError(f"no SGLang engine is left:\n{reasons}")
+        return usable
+
+    async def _each(self, engines: list[Engine], work: Callable[[Engine], Awaitable[None]]) -> None:
+        """Do ``work`` on all of them together; one that fails is started anew, or given up."""
+        results = await asyncio.gather(*(work(engine) for engine in engines), return_exceptions=True)
+        for engine, result in zip(engines, results, strict=True):
+            if isinstance(result, EngineError):
+                await self._failed(engine, result)
+            elif isinstance(result, BaseException):
+                raise result
+
+    async def _failed(self, engine: Engine, error: EngineError) -> None:
+        engine.version, engine.is_up, engine.updating = None, False, False
+        engine.failures += 1
+        engine.last_error = str(error)
+        if engine.failures > self._settings.max_failures:
+            engine.given_up = True
+            self.counts["given_up"] += 1
+            log.error("%s failed %d times and is given up: %s", engine.name, engine.failures, error)
+            await engine.close()
+            return
+        self.counts["restarts"] += 1
+        log.warning("%s failed and is started anew: %s", engine.name, error)
+        await engine.start()
+
+    async def close(self) -> None:
+        """Stop every server that was started here."""
+        await asyncio.gather(*(engine.close() for engine in self.engines))
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest sequence that every server writes to the end."""
+        return min(engine.max_tokens for engine in self._usable())
+
+    # ---- generation ----
+
+    async def generate(self, job: Job) -> None:
+        """Work on ``job`` until it is done, or until no server holds its weights: then groups stay pending.
+
+        Raises:
+            RequestRefused: a server answered 4xx.
+            EngineError: a prompt failed too often.
+        """
+        running: dict[asyncio.Task[dict[int, Rollout]], tuple[Engine, Group]] = {}
+        try:
+            while job.pending or running:
+                while job.pending and (engine := self._least_loaded(job.version)):
+                    group = job.pending.popleft()
+                    engine.prompts_in_flight += 1
+                    engine.tokens_in_flight += group.tokens
+                    task = asyncio.create_task(self._write(engine, group, job))
+                    running[task] = engine, group
+                if not running:
+                    return
+                finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in finished:
+                    await self._settle(task, *running.pop(task), job)
+        except BaseException:
+            await self._abandon(running)
+            raise
+
+    def _least_loaded(self, version: int) -> Engine | None:
+        """All samples of a prompt go to one server, whose cache then holds their prefix."""
+        free = [
+            engine
+            for engine in self.engines
+            if engine.version == version and engine.prompts_in_flight < self._settings.max_concurrent_prompts
+        ]
+        return min(free, key=lambda engine: (engine.tokens_in_flight, engine.index), default=None)
+
+    async def _write(self, engine: Engine, group: Group, job: Job) -> dict[int, Rollout]:
+        return await engine.generate(group, job.requests, job.params, job.version, self._dialect)
+
+    async def _settle(self, task: asyncio.Task[dict[int, Rollout]], engine: Engine, group: Group, job: Job) -> None:
+        engine.prompts_in_flight -= 1
+        engine.tokens_in_flight -= group.tokens
+        try:
+            job.done |= task.result()
+            return
+        except (EngineDown, BadResponse, StaleWeights) as error:
+            failure: EngineError = error
+        self.counts["reissued"] += 1
+        job.put_back(group, failure)
+        if isinstance(failure, BadResponse):
+            self.counts["bad_responses"] += 1
+        elif isinstance(failure, StaleWeights):
+            self.counts["stale_weights"] += 1
+            engine.version = None  # until the next push
+        elif engine.version == job.version:  # the first of its requests to say so
+            await self._failed(engine, failure)
+
+    async def _abandon(self, running: dict[asyncio.Task[dict[int, Rollout]], tuple[Engine, Group]]) -> None:
+        """Stop waiting, and have the servers stop too."""
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        for engine, group in running.values():
+            engine.prompts_in_flight -= 1
+            engine.tokens_in_flight -= group.tokens
+        busy = {engine.index: engine for engine, _ in running.values()}
+        await asyncio.gather(*(engine.abort_all() for engine in busy.values()), return_exceptions=True)
+
+    async def score(self, sequences: Sequence[Sequence[int]], version: int) -> dict[str, list[tuple[float, ...]]]:
+        """Log-probabilities of the sequences by every engine that holds ``version``, by engine name."""
+        ready = [engine for engine in self.engines if engine.version == version]
+        scores = await asyncio.gather(
+            *(asyncio.gather(*(engine.score(sequence, self._dialect) for sequence in sequences)) for engine in ready)
+        )
+        return {engine.name: list(of_engine) for engine, of_engine in zip(ready, scores, strict=True)}
+
+    # ---- weights ----
+
+    async def begin_update(self, *, but_not_with: int | None = None) -> None:
+        """Wait for all servers and open a session with each that does not hold version ``but_not_with``."""
+        await self.wait_until_up()
+        wanting = [engine for engine in self._usable() if but_not_with is None or engine.version != but_not_with]
+        await self._each(wanting, Engine.begin_update)
+
+    async def send(self, bucket: Bucket, *, last_of_version: int | None) -> None:
+        """Deliver a bucket to every server that got all earlier ones."""
+        await self._each(self._updating(), lambda engine: engine.send(bucket, last_of_version=last_of_version))
+
+    async def end_update(self, version: int, names: Sequence[str], expected: Mapping[str, str] | None) -> bool:
+        """Verify; returns whether every server that is not given up now serves ``version``.
+
+        Raises:
+            EngineError: no server is left, or servers hold different weights.
+        """
+        await self._each(self._updating(), lambda engine: engine.end_update(version, names, expected))
+        usable = self._usable()
+        held: dict[int, set[str]] = {}
+        for engine in usable:
+            if engine.version == version and engine.checksum:
+                held.setdefault(engine.tp_size, set()).add(engine.checksum)
+        if any(len(checksums) > 1 for checksums in held.values()):
+            for engine in usable:
+                engine.version = None
+            raise EngineError(f"after the update to version {version} the engines hold different weights")
+        return all(engine.version == version for engine in usable)
+
+    def _updating(self) -> list[Engine]:
+        return [engine for engine in self.engines if engine.updating]

@@ -1,0 +1,254 @@
+"""SGLang servers behind the interface of the training loop: every method is collective over the ranks.
+
+The first rank speaks to the servers; the others take part in the export of weights and receive rollouts.
+A server that dies takes nothing with it: its requests are written by another one, or by itself after it
+was started anew and was given the current weights, for which all ranks export them once more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.rollout.engine import EngineError, SamplingParams, check_requests
+from megatron_tropd.rollout.ledger import UpdateLedger
+from megatron_tropd.rollout.sglang.buckets import BucketBuilder
+from megatron_tropd.rollout.sglang.checksums import SentChecksums
+from megatron_tropd.rollout.sglang.fleet import Fleet, Job
+from megatron_tropd.rollout.sglang.settings import SGLangSettings
+from megatron_tropd.rollout.sglang.wire import Dialect
+from megatron_tropd.types import GenerationRequest, Rollout
+from megatron_tropd.weights.boxes import hf_shapes
+
+NamedTensors = Iterable[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What the first rank tells the others when its part failed."""
+
+    reason: str
+
+
+class SGLangPool:
+    """Servers of this run, started when it is made (they are ready at the first push at the latest).
+
+    Args:
+        settings: how the servers are run.
+        arch: of the student; says which tensors an update must hold.
+        stop_token_ids: a rollout ends with any of them.
+        vocab_size: only the first so many ids are written (the vocabulary shared with the teacher).
+        rank, world_size: of this process among those that call together.
+        gather: a value of every rank, on every rank.
+        broadcast: the first rank's value on every rank (other ranks' arguments are ignored).
+        export: the student's current weights, collectively; called again for a server that was started
+            anew.  None: such a server waits for the next push, and a batch that needs it fails.
+
+    Raises:
+        ValueError: no stop token, one outside the vocabulary, or a vocabulary larger than the model's.
+    """
+
+    def __init__(
+        self, settings: SGLangSettings, *, arch: Architecture, stop_token_ids: Collection[int], vocab_size: int,
+        rank: int, world_size: int, gather: Callable[[Any], list[Any]], broadcast: Callable[[Any], Any],
+        export: Callable[[], NamedTensors] | None = None,
+    ) -> None:  # fmt: skip
+        if not 1 <= vocab_size <= arch.vocab_size:
+            raise ValueError(f"vocab_size is {vocab_size}; the model has {arch.vocab_size} rows")
+        if not stop_token_ids or not all(0 <= token < vocab_size for token in stop_token_ids):
+            raise ValueError(f"stop_token_ids {sorted(stop_token_ids)}: expected at least one id in [0, {vocab_size})")
+        self._settings, self._arch, self._vocab_size = settings, arch, vocab_size
+        self._rank, self._world_size = rank, world_size
+        self._gather, self._broadcast, self._export = gather, broadcast, export
+        self._ledger = UpdateLedger(hf_shapes(arch))
+        self._version: int | None = None
+        self._fleet: Fleet | None = None
+        if rank == 0:
+            dialect = Dialect(
+                stop_token_ids=frozenset(stop_token_ids), vocab_size=vocab_size, model_vocab_size=arch.vocab_size
+            )
+            self._runner = asyncio.Runner()
+            self._fleet = Fleet(settings, dialect, arch.max_position_embeddings)
+            self._runner.run(self._fleet.start())
+
+    @property
+    def engine(self) -> CollectiveEngine:
+        """For callers whose ranks bring different requests (evaluation)."""
+        return CollectiveEngine(self)
+
+    @property
+    def weight_version(self) -> int | None:
+        """What the servers write with; None while they have no whole set."""
+        return self._version
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What went wrong so far, on the first rank: restarts, reissued, bad_responses, stale_weights, given_up."""
+        return {} if self._fleet is None else dict(self._fleet.counts)
+
+    # ---- generation ----
+
+    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int) -> list[Rollout]:
+        """Rollouts of all requests, in order, on every rank, all written by weight ``version``.
+
+        Raises:
+            EngineError: on every rank alike: other weights are loaded, a request is malformed or too long, a
+                prompt failed too often, or no server is left.
+        """
+        if self._version != version:
+            raise EngineError(f"the engines hold weight version {self._version}, the trainer is at {version}")
+        check_requests(requests, vocab_size=self._vocab_size, max_positions=self._arch.max_position_embeddings)
+        job = Job(requests=requests, params=params, version=version) if self._rank == 0 else None
+        while (rollouts := self._on_first_rank(self._write, job)) is None:
+            if self._export is None:
+                raise EngineError("every engine lost its weights, and this pool was given no way to export them again")
+            self._deliver(self._export(), version, only_missing=True)
+        return list(rollouts)
+
+    def _write(self, fleet: Fleet, job: Job) -> list[Rollout] | None:
+        longest = max((len(r.token_ids) + r.max_new_tokens for r in job.requests), default=0)
+        if longest > fleet.max_tokens:
+            raise EngineError(
+                f"a request of {longest} tokens (prompt and response) exceeds the {fleet.max_tokens} that the engines "
+                "hold; raise --sglang-flags '--max-total-tokens ...' or lower --max-response-length"
+            )
+        self._runner.run(fleet.generate(job))
+        return None if job.pending else job.rollouts()
+
+    def score(self, sequences: Sequence[Sequence[int]], version: int) -> dict[str, list[tuple[float, ...]]]:
+        """Log-probability of every token but the first of each sequence, by every engine, on every rank.
+
+        A probe: the trainer compares them with its own.
+
+        Raises:
+            EngineError: on every rank alike.
+        """
+        for token_ids in sequences:
+            if len(token_ids) < 2 or not all(0 <= token < self._vocab_size for token in token_ids):
+                raise EngineError(
+                    f"cannot score {list(token_ids)[:8]}: expected two or more ids below {self._vocab_size}"
+                )
+        scores: dict[str, list[tuple[float, ...]]] = self._on_first_rank(self._score, (sequences, version))
+        return scores
+
+    def _score(self, fleet: Fleet, job: tuple[Sequence[Sequence[int]], int]) -> dict[str, list[tuple[float, ...]]]:
+        return self._runner.run(fleet.score(*job))
+
+    # ---- weights ----
+
+    def push(self, tensors: NamedTensors, version: int) -> None:
+        """Give every server whole new weights, by HF name, and verify that it has them.
+
+        Every rank must pass its iterator of the same collective export; it is exhausted whatever happens.
+
+        Raises:
+            EngineError: on every rank alike: a tensor is unknown, missing, repeated or of another shape or
+                dtype, or no server took the update.  Nothing is written until a whole push succeeds.
+        """
+        self._version = None
+        complete = self._deliver(tensors, version, only_missing=False)
+        while not complete and self._export is not None:
+            complete = self._deliver(self._export(), version, only_missing=True)
+        self._version = version
+
+    def _deliver(self, tensors: NamedTensors, version: int, *, only_missing: bool) -> bool:
+        """One pass over the weights; whether every server that is not given up now holds them."""
+        stream = iter(tensors)
+        failure: EngineError | None = None
+        complete = False
+        if self._fleet is not None:
+            try:
+                complete = self._send_all(self._fleet, stream, version, only_missing)
+            except EngineError as error:
+                failure = error
+            except BaseException as error:
+                self._ledger.refuse(f"{type(error).__name__}: {error}")
+                raise
+        for _ in stream:  # the export is collective: the other ranks wait for us in it
+            pass
+        return bool(self._on_first_rank(_answer, failure or complete))
+
+    def _send_all(self, fleet: Fleet, stream: Iterator[tuple[str, Tensor]], version: int, only_missing: bool) -> bool:
+        self._ledger.begin(version)
+        try:
+            run = self._runner.run
+            run(fleet.begin_update(but_not_with=version if only_missing else None))
+            builder = BucketBuilder(self._settings.bucket_bytes)
+            hashes = SentChecksums() if all(e.is_cpu and e.tp_size == 1 for e in fleet.engines if e.updating) else None
+            names = []
+            for name, tensor in stream:
+                self._ledger.receive(name, tuple(tensor.shape))
+                self._check_dtype(name, tensor)
+                names.append(name)
+                if hashes is not None:
+                    hashes.add(name, tensor)
+                if full := builder.add(name, tensor):
+                    run(fleet.send(full, last_of_version=None))
+                    del full
+            self._ledger.end(version)
+            run(fleet.send(builder.close(), last_of_version=version))
+            return run(fleet.end_update(version, names, hashes.result() if hashes else None))
+        except EngineError as error:
+            self._ledger.refuse(str(error))
+            raise
+
+    def _check_dtype(self, name: str, tensor: Tensor) -> None:
+        given = str(tensor.dtype).removeprefix("torch.")
+        if given != self._settings.dtype:
+            self._ledger.fail(f"tensor {name} is {given}, the engines hold {self._settings.dtype}")
+
+    # ---- ranks ----
+
+    def _on_first_rank(self, work: Callable[[Fleet, Any], Any], argument: Any) -> Any:
+        """What ``work`` returns there, everywhere; an EngineError is raised everywhere."""
+        answer: Any = None
+        if self._fleet is not None:
+            try:
+                answer = work(self._fleet, argument)
+            except EngineError as error:
+                answer = _Failure(str(error))
+        answer = self._broadcast(answer)
+        if isinstance(answer, _Failure):
+            raise EngineError(answer.reason)
+        return answer
+
+    def close(self) -> None:
+        """Stop the servers that were started here.  May be called twice."""
+        fleet, self._fleet, self._version = self._fleet, None, None
+        if fleet is not None:
+            self._runner.run(fleet.close())
+            self._runner.close()
+
+
+def _answer(_: Fleet, outcome: EngineError | bool) -> bool:
+    if isinstance(outcome, EngineError):
+        raise outcome
+    return outcome
+
+
+class CollectiveEngine:
+    """A pool as one engine to which every rank brings requests of its own; all ranks must call together."""
+
+    def __init__(self, pool: SGLangPool) -> None:
+        self._pool = pool
+
+    @property
+    def weight_version(self) -> int | None:
+        """See :attr:`SGLangPool.weight_version`."""
+        return self._pool.weight_version
+
+    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Rollout]:
+        """The rollouts of this rank's ``requests``, in order."""
+        pool = self._pool
+        shares: list[list[GenerationRequest]] = pool._gather(list(requests))
+        if pool.weight_version is None:
+            raise EngineError("refusing to generate: no weights were pushed yet")
+        everything = [request for share in shares for request in share]
+        rollouts = pool.generate(everything, params, pool.weight_version)
+        start = sum(len(share) for share in shares[: pool._rank])
+        return rollouts[start : start + len(requests)]
