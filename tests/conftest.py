@@ -27,6 +27,18 @@ def ranks():
     pools.close()
 
 
+@pytest.fixture(scope="session")
+def sglang(tmp_path_factory):
+    """Two real SGLang servers with a pool on them; each test pushes weights of its own."""
+    from tests.sglang_helpers import PYTHON, start_servers
+
+    if not PYTHON.exists():
+        pytest.skip(f"{PYTHON} does not exist; `make sglang-env` makes SGLang's environment")
+    servers = start_servers(tmp_path_factory.mktemp("sglang"))
+    yield servers
+    servers.pool.close()
+
+
 @pytest.fixture
 def measured():
     """``measured(claim, error, limit)``: fail above the limit, and print the worst error of each claim at

@@ -91,3 +91,10 @@ def gather_objects(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's ``value`` on every rank (small host objects); what other ranks pass is ignored."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections.abc import Callable
 from typing import Any
 
 import httpx2
@@ -22,7 +23,8 @@ class Client:
     """Requests to one server.  ``name`` opens every error message.
 
     A request is repeated, a few times and ever later, when no connection could be made, when the server
-    is busy (429, 503), and, if it is ``repeatable``, when the connection broke.  Answers of 4xx are final.
+    is busy (429, 503), and, if it is ``repeatable``, when the connection broke; not when ``is_running``
+    says that there is nothing to connect to.  Answers of 4xx are final.
 
     Raises (every method):
         RequestRefused: 4xx.
@@ -31,8 +33,9 @@ class Client:
         BadResponse: the answer is not JSON.
     """
 
-    def __init__(self, name: str, url: str, keys: Keys | None) -> None:
-        self.name, self.url, self._keys = name, url, keys
+    def __init__(self, name: str, url: str, keys: Keys | None, is_running: Callable[[], bool] = lambda: True) -> None:
+        self.name, self.url, self._keys, self._is_running = name, url, keys, is_running
+        self._closed = False
         # trust_env=False: a proxy of the environment must not see tokens, weights or keys.
         self._http = httpx2.AsyncClient(
             base_url=url, timeout=None, trust_env=False, limits=httpx2.Limits(max_connections=None)
@@ -78,20 +81,21 @@ class Client:
         for attempt in range(_ATTEMPTS):
             if attempt:
                 await asyncio.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+            if self._closed or not self._is_running():
+                failure = failure or "it does not run"
+                break
             try:
                 response = await self._http.request(method, path, content=data, headers=headers)
-            except httpx2.ConnectError as error:
-                failure = f"no connection ({error})"
-                continue
-            except httpx2.HTTPError as error:
-                failure = f"connection lost ({type(error).__name__}: {error})"
-                if repeatable:
+            except Exception as error:
+                if not isinstance(error, httpx2.HTTPError) and not self._closed:
+                    raise
+                failure = f"{type(error).__name__}: {error}"
+                if repeatable or isinstance(error, httpx2.ConnectError):
                     continue
                 break
-            if response.status_code in _BUSY:
-                failure = f"busy (HTTP {response.status_code})"
-                continue
-            return self._read(response, what)
+            if response.status_code not in _BUSY:
+                return self._read(response, what)
+            failure = f"busy (HTTP {response.status_code})"
         raise EngineDown(f"{self.name}: {what}: {failure}")
 
     def _read(self, response: httpx2.Response, what: str) -> Any:
@@ -107,5 +111,6 @@ class Client:
             raise BadResponse(f"{self.name}: {what}: the answer is not JSON: {start!r}") from None
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; whoever still waits gets EngineDown."""
+        self._closed = True
         await self._http.aclose()

@@ -62,9 +62,11 @@ class Engine:
         """Start (again) what was started here, and forget what the old server held; does not wait."""
         self.version, self.is_up, self.updating = None, False, False
         await self._disconnect()
-        if self.server is not None:
+        if self.server is None:
+            self._client = Client(self.name, self._url, self._settings.keys)
+        else:
             self.server.start()
-        self._client = Client(self.name, self.server.url if self.server else self._url, self._settings.keys)
+            self._client = Client(self.name, self.server.url, self._settings.keys, self.server.is_running)
 
     async def wait_until_up(self) -> None:
         """Until the server answers.

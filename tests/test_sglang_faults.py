@@ -1,0 +1,97 @@
+"""Servers that are killed: no rollout is lost, none is made by old weights, nothing outlives the trainer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.sglang_helpers import PYTHON, check_rollouts, params, requests_of
+
+
+def _kill_when_busy(sglang, victims) -> threading.Thread:
+    """SIGKILL the schedulers' group of ``victims`` as soon as each has prompts in flight."""
+
+    def work():
+        for engine in victims:
+            while not engine.prompts_in_flight:
+                time.sleep(0.005)
+            os.killpg(engine.server.pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def _generate_while_killing(sglang, victims, version):
+    requests = requests_of(24, samples=2, max_new=150)
+    killer = _kill_when_busy(sglang, victims)
+    rollouts = sglang.pool.generate(requests, params(), version)
+    killer.join(timeout=60)
+    worst = check_rollouts(rollouts, requests, sglang.student.model, version)
+    assert worst < 1e-5, "written by the weights that were pushed last"
+
+
+def test_one_of_two_servers_is_killed_while_it_writes_and_the_other_before_a_push(sglang):
+    """The other one takes over; the dead are back at the next push, which is whole on both."""
+    version = sglang.push()
+    witness, victim = sglang.engines
+    before = sglang.pool.counts
+    _generate_while_killing(sglang, [victim], version)
+    after = sglang.pool.counts
+    assert victim.version is None and witness.version == version
+    assert after["restarts"] == before.get("restarts", 0) + 1
+    assert after["reissued"] > before.get("reissued", 0)
+    os.killpg(witness.server.pid, signal.SIGKILL)
+    version = sglang.push()
+    assert victim.version == witness.version == version and witness.checksum == victim.checksum
+
+
+def test_all_servers_are_killed_while_they_write(sglang):
+    """They are started anew and get the current weights by another export, in the middle of the batch."""
+    version = sglang.push()
+    before = sglang.pool.counts.get("restarts", 0)
+    _generate_while_killing(sglang, sglang.engines, version)
+    assert sglang.pool.counts["restarts"] == before + 2
+    assert {engine.version for engine in sglang.engines} == {version}
+
+
+_TRAINER = """
+import sys, time
+from pathlib import Path
+from megatron_tropd.rollout.sglang.server import ServerProcess
+from megatron_tropd.rollout.sglang.settings import SGLangSettings
+settings = SGLangSettings(hf_dir=Path(sys.argv[1]), log_dir=Path(sys.argv[1]), dtype="float32", python=Path(sys.argv[2]))
+server = ServerProcess(settings, 0, 128)
+server.start()
+print(server.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_server_ends_with_its_trainer_even_if_that_is_killed(tmp_path):
+    if not PYTHON.exists():
+        pytest.skip(f"{PYTHON} does not exist; `make sglang-env` makes SGLang's environment")
+    arguments = [sys.executable, "-c", _TRAINER, str(tmp_path), str(PYTHON)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as trainer:
+        leader = int(trainer.stdout.readline())
+        assert Path(f"/proc/{leader}").exists()
+        trainer.kill()
+    deadline = time.monotonic() + 60
+    while _alive(leader) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _alive(leader)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
