@@ -96,7 +96,7 @@ def stored_params(
     """
     divisor = math.lcm(make_vocab_size_divisible_by, tp)
     whole = rank_boxes(arch, ParallelLayout(), 0, make_vocab_size_divisible_by=divisor)
-    part = rank_boxes(arch, ParallelLayout(tp=tp), 0, make_vocab_size_divisible_by=divisor)
+    part = rank_boxes(arch, ParallelLayout(tp=tp, etp=etp), 0, make_vocab_size_divisible_by=divisor)
     params = []
     for mine, target in zip(whole, part, strict=True):
         key, at, of = _place(mine.names, arch)
