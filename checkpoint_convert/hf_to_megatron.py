@@ -30,7 +30,7 @@ from megatron_tropd.training.checkpoint import RELEASE, carry_hf, write_checkpoi
 from megatron_tropd.training.checkpoint_metadata import CheckpointError, FileRecord  # noqa: E402
 from megatron_tropd.weights.files import HfCheckpoint  # noqa: E402
 from megatron_tropd.weights.manifest import HfManifest  # noqa: E402
-from megatron_tropd.weights.stored import StoredParam  # noqa: E402
+from megatron_tropd.weights.stored import StoredParam, stored_params  # noqa: E402
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -76,7 +76,8 @@ def convert(argv: Sequence[str] | None = None) -> None:
         digests.update(found)
         on_rank_zero(lambda: stream.write_plain_files(folder), CheckpointError)
         if args.verify:
-            stream.verify_stored(folder, params, source, digests, common.buffer_bytes(args), workers)
+            uncut = stored_params(source.arch, make_vocab_size_divisible_by=padded)  # not what was written by
+            stream.verify_stored(folder, uncut, source, digests, common.buffer_bytes(args), workers)
         return records
 
     def carry(target: Path) -> None:

@@ -28,7 +28,7 @@ from checkpoint_convert.logits import check_logits  # noqa: E402
 from megatron_tropd.parallel.groups import init_distributed  # noqa: E402
 from megatron_tropd.training.agree import on_all_ranks, on_rank_zero  # noqa: E402
 from megatron_tropd.training.checkpoint import RELEASE, hf_directory, open_checkpoint, read_metadata  # noqa: E402
-from megatron_tropd.training.checkpoint_directory import MODEL_PREFIXES, model_dtype  # noqa: E402
+from megatron_tropd.training.checkpoint_directory import model_dtype  # noqa: E402
 from megatron_tropd.training.checkpoint_metadata import CheckpointError, CheckpointMetadata  # noqa: E402
 from megatron_tropd.weights.files import HfCheckpoint, copy_sidecars  # noqa: E402
 from megatron_tropd.weights.manifest import MANIFEST_FILE, HfManifest  # noqa: E402
@@ -68,8 +68,7 @@ def _write(
     arch, iteration = metadata.architecture, metadata.iteration
     params = stored_params(arch, make_vocab_size_divisible_by=metadata.make_vocab_size_divisible_by)
     stored = stream.open_tensors(folder)
-    model_keys = [key for key in stored.tensors if key.startswith(MODEL_PREFIXES)]
-    on_all_ranks(lambda: stream.check_stored(stored, params, model_keys), CheckpointError)
+    on_all_ranks(lambda: stream.check_stored(stored, params), CheckpointError)
     writer = on_all_ranks(lambda: HfWriter(args.save, manifest, arch), ValueError)
     try:
         on_rank_zero(writer.create, ValueError)

@@ -1,4 +1,4 @@
-"""The three conversions as streams of row bands: no process ever holds a tensor, let alone a model.
+"""Conversions as streams of row bands: no process ever holds a tensor, let alone a model.
 
 Parameters are dealt out to the processes by bytes.  A process takes the rows of its parameters in order, one
 band of at most the buffer's size at a time, and hashes what goes by; nothing is read twice and nothing is
@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from torch import Tensor
 
 from megatron_tropd.training.agree import on_all_ranks, on_rank_zero
+from megatron_tropd.training.checkpoint_directory import MODEL_PREFIXES
 from megatron_tropd.training.checkpoint_metadata import CheckpointError, FileRecord
 from megatron_tropd.training.checkpoint_safety import COMMON_FILE, read_dcp_metadata
 from megatron_tropd.weights.boxes import EMBED_TOKENS, LM_HEAD, Box, Index
@@ -74,9 +76,7 @@ def _rows_of(shape: Index, dtype: torch.dtype, buffer_bytes: int) -> int:
     return max(1, buffer_bytes // (math.prod(shape[1:]) * dtype.itemsize))
 
 
-def _add_param(
-    file: ChunkFile, param: StoredParam, key: str, dtype: torch.dtype, buffer_bytes: int, fill: Fill
-) -> None:
+def add_param(file: ChunkFile, param: StoredParam, key: str, dtype: torch.dtype, buffer_bytes: int, fill: Fill) -> None:
     """Store one parameter under ``key``, band by band, each band cut into a target rank's columns."""
     for rows in param.bands(_rows_of(param.shape, dtype, buffer_bytes)):
         band = torch.zeros((len(rows), *param.shape[1:]), dtype=dtype)
@@ -89,7 +89,7 @@ def _add_param(
             file.add(key, (*param.at, rows.start, first), piece.view((1,) * len(param.at) + piece.shape))
 
 
-def _finish(
+def finish(
     folder: Path, written: WrittenFile, tensors: dict[str, tuple[Index, torch.dtype]], workers: Workers
 ) -> dict[str, FileRecord]:
     """Write ``.metadata`` from everybody's records; digests of everybody's files.  Collective."""
@@ -104,7 +104,7 @@ def write_plain_files(folder: Path) -> None:
     save_config(CheckpointingConfig("torch_dist"), str(folder))
 
 
-def _write_file(folder: Path, workers: Workers, work: Callable[[ChunkFile], None]) -> WrittenFile:
+def write_file(folder: Path, workers: Workers, work: Callable[[ChunkFile], None]) -> WrittenFile:
     """Run ``work`` on this process's file of the checkpoint; fails on every process or on none.  Collective."""
 
     def run() -> WrittenFile:
@@ -165,13 +165,11 @@ def hf_to_torch_dist(
 
     def work(file: ChunkFile) -> None:
         for param in workers.mine([(param, param.numel) for param in params]):
-            _add_param(
-                file, param, param.key, dtype, buffer_bytes, lambda r, band, param=param: rows.fill(param, r, band)
-            )
+            add_param(file, param, param.key, dtype, buffer_bytes, partial(rows.fill, param))
 
-    written = _write_file(folder, workers, work)
+    written = write_file(folder, workers, work)
     tensors = {param.key: (param.global_shape, dtype) for param in params}
-    return _finish(folder, written, tensors, workers), workers.merge(rows.hexdigests())
+    return finish(folder, written, tensors, workers), workers.merge(rows.hexdigests())
 
 
 def open_tensors(folder: Path) -> TorchDistReader:
@@ -183,59 +181,63 @@ def open_tensors(folder: Path) -> TorchDistReader:
     return TorchDistReader(folder, read_dcp_metadata(folder))
 
 
-def check_stored(stored: TorchDistReader, params: Sequence[StoredParam], keys: Iterable[str]) -> None:
+def check_stored(stored: TorchDistReader, params: Sequence[StoredParam], prefix: str = "") -> None:
     """Hold the tensors of a checkpoint against the model.
 
     Args:
         stored: The checkpoint.
         params: What the model has.
-        keys: Keys of the checkpoint that must all be of the model.
+        prefix: "" for the weights, which must all be there; an optimizer's for its state, which may be partial.
 
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape; all of them in one message.
     """
-    vocabulary = {p.key for p in params if not p.of and len(p.shape) == 2}
-    expected = {param.key: param.global_shape for param in params}
-    problems = [f"unknown tensor {key}" for key in sorted(set(keys) - expected.keys())]
-    for key, shape in sorted(expected.items()):
-        if key not in stored.tensors:
-            problems.append(f"missing tensor {key}")
-            continue
-        found = stored.tensors[key][0]
-        wanted = f"{list(shape)}"
-        if key in vocabulary:  # padding may differ, real rows may not
-            real = sum(box.size[0] for p in params if p.key == key for box in p.boxes)
-            good, wanted = found[1:] == shape[1:] and found[0] >= real, f"{real} or more rows of {shape[1]}"
+    mine = {
+        key.removeprefix(prefix): shape
+        for key, (shape, _) in stored.tensors.items()
+        if key.startswith(tuple(prefix + model for model in MODEL_PREFIXES))
+    }
+    expected = {param.key: param for param in params}
+    problems = [f"unknown tensor {prefix}{key}" for key in sorted(mine.keys() - expected.keys())]
+    if not prefix:
+        problems += [f"missing tensor {key}" for key in sorted(expected.keys() - mine.keys())]
+    for key in sorted(mine.keys() & expected.keys()):
+        shape, found = expected[key].global_shape, mine[key]
+        if expected[key].may_be_padded:  # more or less padding is the same table
+            good = found[1:] == shape[1:] and found[0] >= expected[key].real_rows
+            wanted = f"{[expected[key].real_rows, *shape[1:]]} or more rows"
         else:
-            good = found == shape
+            good, wanted = found == shape, f"{list(shape)}"
         if not good:
-            problems.append(f"{key} has shape {list(found)}, expected {wanted}")
+            problems.append(f"{prefix}{key} has shape {list(found)}, expected {wanted}")
     if problems:
-        raise CheckpointError(
-            "the checkpoint does not hold the model its checkpoint.json names: " + "; ".join(problems[:8])
-        )
+        listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise CheckpointError(f"the checkpoint does not hold the model its checkpoint.json names: {listed}")
 
 
 def _hf_bands(
-    boxes: Sequence[tuple[StoredParam, Box]], stored: TorchDistReader, max_rows: int
+    boxes: Sequence[tuple[StoredParam, Box]], stored: TorchDistReader, buffer_bytes: int, prefix: str = ""
 ) -> Iterable[tuple[int, Tensor]]:
     """(row, rows) of one HF tensor out of a checkpoint, in order, in the stored dtype."""
     for param, box in boxes:
-        dtype = stored.tensors[param.key][1]
-        step = -(-box.size[0] // -(-box.size[0] // max_rows))
+        key = prefix + param.key
+        dtype = stored.tensors[key][1]
+        step = -(-box.size[0] // -(-box.size[0] // _rows_of(box.size, dtype, buffer_bytes)))
         for offset in range(0, box.size[0], step):
             size = (min(step, box.size[0] - offset), *box.size[1:])
             band = torch.empty(size, dtype=dtype)
             start = (*param.at, box.local_start[0] + offset, *box.local_start[1:])
-            stored.read_into(param.key, start, band.view((1,) * len(param.at) + size))
+            stored.read_into(key, start, band.view((1,) * len(param.at) + size))
             yield box.start[0] + offset, band
 
 
 def hf_digests(
-    stored: TorchDistReader, params: Sequence[StoredParam], dtypes: Mapping[str, torch.dtype], buffer_bytes: int,
-    workers: Workers,
+    stored: TorchDistReader, params: Sequence[StoredParam], dtypes: Mapping[str, torch.dtype] | None,
+    buffer_bytes: int, workers: Workers, *, prefix: str = "",
 ) -> dict[str, str]:  # fmt: skip
     """sha256 of every HF tensor as a checkpoint would give it back, in the dtypes of its files.  Collective.
+
+    With ``dtypes`` None in the stored dtype, with a ``prefix`` of the optimizer's state instead of the weights.
 
     Raises:
         CheckpointError: on every process.
@@ -245,9 +247,8 @@ def hf_digests(
         found = {}
         for name, boxes in workers.mine(_weighted(params)):
             digest = hashlib.sha256()
-            rows = _rows_of(boxes[0][1].size, stored.tensors[boxes[0][0].key][1], buffer_bytes)
-            for _, band in _hf_bands(boxes, stored, rows):
-                digest.update(tensor_bytes(band.to(dtypes[name])))
+            for _, band in _hf_bands(boxes, stored, buffer_bytes, prefix):
+                digest.update(tensor_bytes(band.to(dtypes[name]) if dtypes else band))
             found[name] = digest.hexdigest()
         return found
 
@@ -265,12 +266,12 @@ def verify_stored(
     """
     stored = open_tensors(folder)
     try:
-        on_all_ranks(lambda: check_stored(stored, params, stored.tensors), CheckpointError)
+        on_all_ranks(lambda: check_stored(stored, params), CheckpointError)
         dtypes = {name: info.dtype for name, info in source.tensors.items()}
         found = hf_digests(stored, params, dtypes, buffer_bytes, workers)
     finally:
         stored.close()
-    _compare(found, digests, str(folder))
+    compare(found, digests, str(folder))
 
 
 def verify_hf(written: HfCheckpoint, digests: Mapping[str, str], workers: Workers) -> None:
@@ -284,10 +285,11 @@ def verify_hf(written: HfCheckpoint, digests: Mapping[str, str], workers: Worker
         names = workers.mine([(name, info.nbytes) for name, info in sorted(written.tensors.items())])
         return {name: written.sha256(name) for name in names}
 
-    _compare(workers.merge(on_all_ranks(work, CheckpointError)), digests, str(written.directory))
+    compare(workers.merge(on_all_ranks(work, CheckpointError)), digests, str(written.directory))
 
 
-def _compare(found: Mapping[str, str], wanted: Mapping[str, str], where: str) -> None:
+def compare(found: Mapping[str, str], wanted: Mapping[str, str], where: str) -> None:
+    """Raise CheckpointError, with the first few names, unless ``found`` digests are the ``wanted`` ones."""
     differing = sorted(name for name, digest in found.items() if wanted.get(name) != digest)
     if differing:
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
@@ -324,8 +326,7 @@ def torch_dist_to_hf(
         found = {}
         for name, boxes in workers.mine(_weighted(params)):
             digest = hashlib.sha256()
-            rows = _rows_of(boxes[0][1].size, stored.tensors[boxes[0][0].key][1], buffer_bytes)
-            for row, band in _hf_bands(boxes, stored, rows):
+            for row, band in _hf_bands(boxes, stored, buffer_bytes):
                 digest.update(writer.write_rows(name, row, band))
             if verify:
                 writer.check_digest(name, digest.hexdigest())
@@ -333,48 +334,3 @@ def torch_dist_to_hf(
         return found
 
     return workers.merge(on_all_ranks(work, CheckpointError))
-
-
-def torch_dist_to_torch_dist(
-    stored: TorchDistReader, folder: Path, params: Sequence[StoredParam], prefixes: Sequence[str],
-    objects: Sequence[str], buffer_bytes: int, workers: Workers,
-) -> dict[str, FileRecord]:  # fmt: skip
-    """Cut the tensors of a checkpoint anew: other chunks, another vocabulary padding, the same numbers.  Collective.
-
-    Args:
-        stored: The checkpoint to read.
-        folder: The checkpoint to write.
-        params: The model, with the padding and cuts to write.
-        prefixes: What stands before the model's keys: "" for its weights, ``optimizer.state.exp_avg.`` and so on.
-        objects: Values that are not tensors, to be carried over.
-        buffer_bytes: Largest band.
-        workers: Who shares the work.
-
-    Raises:
-        CheckpointError: on every process.
-    """
-    jobs = [((prefix, param), param.numel) for prefix in prefixes for param in params]
-    tensors = {
-        prefix + param.key: (param.global_shape, stored.tensors[prefix + param.key][1]) for (prefix, param), _ in jobs
-    }
-
-    def fill(key: str, param: StoredParam, rows: range, band: Tensor) -> None:
-        real = max(box.local_start[0] + box.size[0] for box in param.boxes)  # rows beyond it are padding
-        count = min(rows.stop, real) - rows.start
-        if count > 0:
-            target = band[:count]
-            start = (*param.at, rows.start, *(0,) * (band.ndim - 1))
-            stored.read_into(key, start, target.view((1,) * len(param.at) + target.shape))
-
-    def work(file: ChunkFile) -> None:
-        for prefix, param in workers.mine(jobs):
-            key = prefix + param.key
-            _add_param(
-                file, param, key, tensors[key][1], buffer_bytes,
-                lambda rows, band, key=key, param=param: fill(key, param, rows, band),
-            )  # fmt: skip
-        if workers.rank == 0:
-            for key in objects:
-                file.add_object(key, stored.read_object(key))
-
-    return _finish(folder, _write_file(folder, workers, work), tensors, workers)

@@ -20,6 +20,10 @@ from megatron_tropd.weights.boxes import Index
 from megatron_tropd.weights.byte_ranges import FileRanges
 
 _LOCAL_HEADER_BYTES = 30  # of a zip member, before its name and extra field
+_STORAGE_DTYPES = {
+    "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
+}  # fmt: skip
 
 
 class TorchDistError(ValueError):
@@ -93,8 +97,8 @@ class _TensorUnpickler(pickle.Unpickler):
             return _rebuild
         if (module, name) == ("collections", "OrderedDict"):
             return dict
-        if module == "torch" and name.endswith("Storage"):
-            return getattr(torch, name).dtype
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return _STORAGE_DTYPES[name]
         raise TorchDistError(f"a chunk refers to {module}.{name}, which a plain tensor has no need of")
 
     def persistent_load(self, pid: Any) -> Any:

@@ -53,6 +53,16 @@ class StoredParam:
         """Elements of the parameter."""
         return math.prod(self.shape)
 
+    @property
+    def real_rows(self) -> int:
+        """Rows that HF tensors fill; a padded vocabulary has more."""
+        return max(box.local_start[0] + box.size[0] for box in self.boxes)
+
+    @property
+    def may_be_padded(self) -> bool:
+        """Whether this is a vocabulary table."""
+        return not self.of and len(self.shape) == 2
+
     def bands(self, max_rows: int) -> Iterator[range]:
         """Consecutive ranges of rows, none longer than ``max_rows`` and none across a cut."""
         for first in range(0, self.shape[0], self.cut[0]):

@@ -163,8 +163,8 @@ def _index(key: str, parts: Iterable[ChunkStorageMetadata], places: Mapping[Any,
     chunks.sort(key=lambda chunk: chunk.start)
     return _Index(
         chunks=chunks,
-        firsts=[chunk.start[0] for chunk in chunks],
-        longest=max((chunk.size[0] for chunk in chunks), default=1),
+        firsts=[chunk.start[0] if chunk.start else 0 for chunk in chunks],
+        longest=max((chunk.size[0] for chunk in chunks if chunk.size), default=1),
     )
 
 
