@@ -1,4 +1,4 @@
-"""What the three commands share: flags, launch, errors."""
+"""What the commands share: flags, launch, errors."""
 
 from __future__ import annotations
 
@@ -12,17 +12,65 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.training.agree import RanksDisagree
+from megatron_tropd.weights.stored import StoredParam, stored_params
 
 USAGE_ERROR = 2
 
 
+DEFAULT_BUFFER_MIB = 64
+
+
 def add_layout_flags(parser: argparse.ArgumentParser) -> None:
-    """Megatron's names for the two sizes of a layout."""
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="default 1")
-    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="M", help="default 1")
+    """Megatron's names for the sizes of a layout.  They only say where chunks are cut: any layout reads any
+    checkpoint, one that is cut its way without reading more than its own bytes."""
+    for name, letter in (("tensor-model", "N"), ("pipeline-model", "M"), ("expert-model", "E"), ("expert-tensor", "T")):
+        default = "that of --tensor-model-parallel-size" if name == "expert-tensor" else "1"
+        parser.add_argument(
+            f"--{name}-parallel-size", type=int, default=None if name == "expert-tensor" else 1, metavar=letter,
+            help=f"default {default}",
+        )  # fmt: skip
+
+
+def add_stream_flags(parser: argparse.ArgumentParser) -> None:
+    """How much memory, and what is checked after writing."""
+    parser.add_argument(
+        "--buffer-mib", type=int, default=DEFAULT_BUFFER_MIB, metavar="MIB",
+        help=f"largest piece held at a time; peak memory is about three of them per process ({DEFAULT_BUFFER_MIB})",
+    )  # fmt: skip
+    parser.add_argument("--verify", action="store_true", help="read what was written again and compare every hash")
+
+
+def add_logits_flag(parser: argparse.ArgumentParser) -> None:
+    """The check that needs whole models."""
+    parser.add_argument(
+        "--verify-logits", action="store_true",
+        help="build both models and compare logits in fp32 (one process; needs memory for two fp32 models)",
+    )  # fmt: skip
+
+
+def check_logits_flag(args: argparse.Namespace, processes: int) -> None:
+    """Refuse --verify-logits under torchrun.
+
+    Raises:
+        ValueError: there are several processes.
+    """
+    if args.verify_logits and processes > 1:
+        raise ValueError(f"--verify-logits runs in one process, torchrun started {processes}; start without torchrun")
+
+
+def buffer_bytes(args: argparse.Namespace) -> int:
+    """The value of --buffer-mib in bytes.
+
+    Raises:
+        ValueError: less than one.
+    """
+    if args.buffer_mib < 1:
+        raise ValueError(f"--buffer-mib {args.buffer_mib} must be at least 1")
+    return args.buffer_mib << 20
 
 
 def add_save_flags(parser: argparse.ArgumentParser) -> None:
@@ -47,24 +95,26 @@ def check_output(save: Path, *, overwrite: bool, sources: Sequence[Path]) -> Non
         raise ValueError(f"--save {save} already holds files; choose another directory or pass --overwrite")
 
 
-def conversion_layout(args: argparse.Namespace, world_size: int) -> ParallelLayout:
-    """The layout to build models in: the one asked for where there are that many ranks, else one rank.
-
-    A torch_dist checkpoint has no layout, so one process may write (or read) it for any.
+def check_layout(args: argparse.Namespace, arch: Architecture) -> None:
+    """Refuse a layout that the model cannot be cut by.
 
     Raises:
-        ValueError: some other number of ranks.
+        ValueError: names the flags to change.
     """
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    asked = ParallelLayout.for_world(tp * pp if min(tp, pp) > 0 else 1, tp, pp)
-    if world_size == 1:
-        return ParallelLayout()
-    if world_size != asked.world_size:
-        raise ValueError(
-            f"torchrun started {world_size} ranks, but --tensor-model-parallel-size {tp} x "
-            f"--pipeline-model-parallel-size {pp} = {tp * pp}; start that many with --nproc-per-node, or one"
-        )
-    return asked
+    ParallelLayout.for_world(tp * pp if min(tp, pp) > 0 else 1, tp, pp)
+    if errors := arch.check_layout(tp, pp):
+        raise ValueError("; ".join(errors))
+
+
+def target_params(args: argparse.Namespace, arch: Architecture, divisor: int) -> tuple[StoredParam, ...]:
+    """The model's parameters, padded and cut for the layout of the flags."""
+    return stored_params(
+        arch,
+        make_vocab_size_divisible_by=divisor,
+        tp=args.tensor_model_parallel_size,
+        etp=args.expert_tensor_parallel_size,
+    )
 
 
 def iteration(text: str | None) -> int | Literal["release"] | None:
@@ -95,10 +145,15 @@ def gigabytes(count: int) -> str:
     return f"{count} bytes"
 
 
-def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
-    """Exit status of a command: what a user can mend is one line on stderr and status 2, no traceback."""
+def prepare() -> None:
+    """What comes before the first import of Megatron: its answers about CUDA, and no word of what is not installed."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     platform.install()
+
+
+def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+    """Exit status of a command: what a user can mend is one line on stderr and status 2, no traceback."""
+    prepare()
     try:
         command(argv)
     except (ValueError, OSError, RanksDisagree) as error:

@@ -1,10 +1,10 @@
 """Hugging Face weights to a Megatron checkpoint.
 
     python -m checkpoint_convert.hf_to_megatron --hf-checkpoint HF_DIR --save DIR
-    torchrun --nproc-per-node 4 -m checkpoint_convert.hf_to_megatron ... --tensor-model-parallel-size 4
+    torchrun --nproc-per-node 8 -m checkpoint_convert.hf_to_megatron ...
 
-Writes ``DIR/release/`` and a tracker that names it.  The checkpoint loads at any TP x PP, whatever
-wrote it; under torchrun each rank reads and holds only its part of the model.
+Writes ``DIR/release/`` and a tracker that names it.  The checkpoint loads at any TP x PP x EP.  Any number
+of processes share the work; none of them holds more than a few buffers, whatever the model's size.
 """
 
 import os
@@ -19,8 +19,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint_convert import common
-from megatron_tropd.parallel import platform
-from megatron_tropd.parallel.layout import ParallelLayout
+
+common.prepare()
+
+from checkpoint_convert import stream  # noqa: E402
+from checkpoint_convert.logits import check_logits  # noqa: E402
+from megatron_tropd.parallel.groups import init_distributed  # noqa: E402
+from megatron_tropd.training.agree import on_all_ranks, on_rank_zero  # noqa: E402
+from megatron_tropd.training.checkpoint import RELEASE, carry_hf, write_checkpoint  # noqa: E402
+from megatron_tropd.training.checkpoint_metadata import CheckpointError, FileRecord  # noqa: E402
+from megatron_tropd.weights.files import HfCheckpoint  # noqa: E402
+from megatron_tropd.weights.manifest import HfManifest  # noqa: E402
+from megatron_tropd.weights.stored import StoredParam, stored_params  # noqa: E402
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -34,55 +44,56 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="padding of the vocabulary (128)"
     )
+    common.add_stream_flags(parser)
+    common.add_logits_flag(parser)
     return parser.parse_args(argv)
 
 
-def convert(argv: Sequence[str] | None = None) -> None:
-    """Run the command.  Collective where torchrun started several ranks."""
-    args = parse(argv)
-    platform.install()
-    from megatron_tropd.models.build import build_gpt_model
-    from megatron_tropd.parallel.groups import init_distributed, student_groups
-    from megatron_tropd.training.agree import on_all_ranks
-    from megatron_tropd.training.checkpoint import RELEASE, save_checkpoint
-    from megatron_tropd.weights.files import HfCheckpoint
-    from megatron_tropd.weights.load import load_hf_into
-    from megatron_tropd.weights.manifest import HfManifest, hash_tensors
-
-    rank, world_size = init_distributed()
+def _check(args: argparse.Namespace, workers: stream.Workers) -> tuple[HfCheckpoint, tuple[StoredParam, ...]]:
+    """Everything that can be wrong before anything is written."""
     divisor = args.make_vocab_size_divisible_by
+    if divisor < 1:
+        raise ValueError(f"--make-vocab-size-divisible-by {divisor} must be at least 1")
+    common.buffer_bytes(args)
+    common.check_logits_flag(args, workers.count)
+    source = HfCheckpoint.open(args.hf_checkpoint)
+    common.check_layout(args, source.arch)
+    common.check_output(args.save, overwrite=args.overwrite, sources=[args.hf_checkpoint])
+    return source, common.target_params(args, source.arch, divisor)
 
-    def check() -> tuple[HfCheckpoint, ParallelLayout]:
-        if divisor < 1:
-            raise ValueError(f"--make-vocab-size-divisible-by {divisor} must be at least 1")
-        layout = common.conversion_layout(args, world_size)
-        checkpoint = HfCheckpoint.open(args.hf_checkpoint)
-        errors = checkpoint.arch.check_layout(args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
-        if errors:
-            raise ValueError("; ".join(errors))
-        common.check_output(args.save, overwrite=args.overwrite, sources=[args.hf_checkpoint])
-        return checkpoint, layout
 
-    checkpoint, layout = on_all_ranks(check, ValueError)
-    arch, dtype = checkpoint.arch, checkpoint.widest_dtype
-    groups = student_groups(layout)
-    model = build_gpt_model(arch, groups, params_dtype=dtype, make_vocab_size_divisible_by=divisor)
-    on_all_ranks(
-        lambda: load_hf_into(model, checkpoint, arch, layout, rank, make_vocab_size_divisible_by=divisor), ValueError
-    )
-    manifest = HfManifest.of(
-        checkpoint,
-        sha256=hash_tensors(checkpoint, rank, world_size),
-        padded_vocab_size=layout.padded_vocab_size(arch.vocab_size, divisor),
-    )
-    folder = save_checkpoint(
-        args.save, RELEASE, {"model": model.sharded_state_dict()}, {}, arch=arch, hf_sidecar=args.hf_checkpoint,
-        manifest=manifest, make_vocab_size_divisible_by=divisor,
+def convert(argv: Sequence[str] | None = None) -> None:
+    """Run the command.  Collective where torchrun started several processes."""
+    args = parse(argv)
+    init_distributed()
+    workers = stream.Workers.of_job()
+    source, params = on_all_ranks(lambda: _check(args, workers), ValueError)
+    dtype, padded = source.widest_dtype, max(p.shape[0] for p in params if not p.of)
+    digests: dict[str, str] = {}
+
+    def write(folder: Path) -> dict[str, FileRecord]:
+        records, found = stream.hf_to_torch_dist(source, folder, params, dtype, common.buffer_bytes(args), workers)
+        digests.update(found)
+        on_rank_zero(lambda: stream.write_plain_files(folder), CheckpointError)
+        if args.verify:
+            uncut = stored_params(source.arch, make_vocab_size_divisible_by=padded)  # not what was written by
+            stream.verify_stored(folder, uncut, source, digests, common.buffer_bytes(args), workers)
+        return records
+
+    def carry(target: Path) -> None:
+        carry_hf(args.hf_checkpoint, HfManifest.of(source, sha256=digests, padded_vocab_size=padded), target)
+
+    folder = write_checkpoint(
+        args.save, RELEASE, write, carry,
+        arch=source.arch, make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
     )  # fmt: skip
-    if rank == 0:
+    if args.verify_logits:
+        print(check_logits(args.hf_checkpoint, args.save, RELEASE))
+    if workers.rank == 0:
         print(
-            f"{folder}: {arch.family}, {len(checkpoint.tensors)} tensors, {common.dtype_name(dtype)}, "
-            f"vocabulary {arch.vocab_size} padded to {manifest.padded_vocab_size}"
+            f"{folder}: {source.arch.family}, {len(source.tensors)} tensors, {common.dtype_name(dtype)}, "
+            f"vocabulary {source.arch.vocab_size} padded to {padded}"
+            + (f", {len(digests)} hashes verified" if args.verify else "")
         )
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from checkpoint_convert import common
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.parallel import platform
 
 SHOWN = 12
 
@@ -63,7 +62,7 @@ def _hugging_face(directory: Path, *, everything: bool) -> list[str]:
 
 
 def _megatron(directory: Path, wanted: str | None, *, everything: bool) -> list[str]:
-    platform.install()
+    common.prepare()
     from megatron_tropd.training.checkpoint_directory import find_checkpoint, read_metadata, stored_tensors
 
     iteration = common.iteration(wanted)

@@ -1,10 +1,11 @@
 """A Megatron checkpoint (converted or trained) to a Hugging Face directory.
 
     python -m checkpoint_convert.megatron_to_hf --load DIR --save HF_DIR [--iteration 100]
-    torchrun --nproc-per-node 4 -m checkpoint_convert.megatron_to_hf ... --tensor-model-parallel-size 4
+    torchrun --nproc-per-node 8 -m checkpoint_convert.megatron_to_hf ...
 
 Files, order, metadata and dtypes are those of the checkpoint that the model came from; for an
-unchanged model (``release``) every byte is, and each tensor is held against its recorded sha256.
+unchanged model (``release``) every byte is, and each tensor is held against its recorded sha256.  Any number
+of processes share the work; none of them holds more than a few buffers, whatever the model's size.
 """
 
 import os
@@ -15,34 +16,24 @@ if __name__ == "__main__" and not __package__:  # run as a file: this folder's i
     os.environ["PYTHONSAFEPATH"] = "1"  # the same for helper processes
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint_convert import common
-from megatron_tropd.parallel import platform
 
-platform.install()  # before the first import of Megatron
+common.prepare()
 
-import torch.distributed as dist  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from megatron_tropd.models.build import build_gpt_model  # noqa: E402
-from megatron_tropd.parallel.groups import init_distributed, student_groups  # noqa: E402
-from megatron_tropd.training.agree import on_all_ranks  # noqa: E402
-from megatron_tropd.training.checkpoint import (  # noqa: E402
-    RELEASE,
-    hf_directory,
-    load_checkpoint,
-    load_model_state,
-    read_metadata,
-)
+from checkpoint_convert import stream  # noqa: E402
+from checkpoint_convert.logits import check_logits  # noqa: E402
+from megatron_tropd.parallel.groups import init_distributed  # noqa: E402
+from megatron_tropd.training.agree import on_all_ranks, on_rank_zero  # noqa: E402
+from megatron_tropd.training.checkpoint import RELEASE, hf_directory, open_checkpoint, read_metadata  # noqa: E402
 from megatron_tropd.training.checkpoint_directory import model_dtype  # noqa: E402
-from megatron_tropd.training.checkpoint_metadata import CheckpointMetadata  # noqa: E402
-from megatron_tropd.weights.export import HfExporter  # noqa: E402
-from megatron_tropd.weights.files import copy_sidecars  # noqa: E402
-from megatron_tropd.weights.load import local_parameters  # noqa: E402
+from megatron_tropd.training.checkpoint_metadata import CheckpointError, CheckpointMetadata  # noqa: E402
+from megatron_tropd.weights.files import HfCheckpoint, copy_sidecars  # noqa: E402
 from megatron_tropd.weights.manifest import MANIFEST_FILE, HfManifest  # noqa: E402
-from megatron_tropd.weights.writer import remove_other_weights, write_hf_files  # noqa: E402
+from megatron_tropd.weights.stored import stored_params  # noqa: E402
+from megatron_tropd.weights.writer import HfWriter, remove_other_weights  # noqa: E402
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -54,55 +45,72 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--iteration", metavar="N", help="a number or 'release'; default: what the tracker names")
     common.add_save_flags(parser)
     common.add_layout_flags(parser)
+    common.add_stream_flags(parser)
+    common.add_logits_flag(parser)
     return parser.parse_args(argv)
 
 
-def write_stream(stream: Iterator[tuple[str, Tensor]], args: argparse.Namespace, checkpoint: CheckpointMetadata) -> int:
-    """On rank 0 write the exported tensors and the files carried along; elsewhere only take part."""
+def _check(args: argparse.Namespace, workers: stream.Workers) -> tuple[CheckpointMetadata, HfManifest]:
+    """Everything that can be wrong before anything is written."""
+    metadata = read_metadata(args.load, common.iteration(args.iteration))
+    common.buffer_bytes(args)
+    common.check_logits_flag(args, workers.count)
+    common.check_layout(args, metadata.architecture)
+    common.check_output(args.save, overwrite=args.overwrite, sources=[args.load])
+    kept = HfManifest.load(hf_directory(args.load, metadata.iteration))
+    return metadata, kept or HfManifest.default(metadata.architecture, model_dtype(args.load, metadata.iteration))
+
+
+def _write(
+    args: argparse.Namespace, folder: Path, metadata: CheckpointMetadata, manifest: HfManifest, workers: stream.Workers
+) -> int:
+    """The weights; returns their bytes.  Nothing has its final name before all of it is there.  Collective."""
+    arch, iteration = metadata.architecture, metadata.iteration
+    params = stored_params(arch, make_vocab_size_divisible_by=metadata.make_vocab_size_divisible_by)
+    stored = stream.open_tensors(folder)
+    on_all_ranks(lambda: stream.check_stored(stored, params), CheckpointError)
+    writer = on_all_ranks(lambda: HfWriter(args.save, manifest, arch), ValueError)
     try:
-        if dist.get_rank():
-            return 0
-        carried = hf_directory(args.load, checkpoint.iteration)
-        dtype = model_dtype(args.load, checkpoint.iteration)
-        manifest = HfManifest.load(carried) or HfManifest.default(checkpoint.architecture, dtype)
-        unchanged = checkpoint.iteration == RELEASE  # written by hf_to_megatron: the digests must hold
-        count = write_hf_files(args.save, manifest, checkpoint.architecture, stream, verify=unchanged)
+        on_rank_zero(writer.create, ValueError)
+        digests = stream.torch_dist_to_hf(
+            stored, params, writer, common.buffer_bytes(args), workers, verify=iteration == RELEASE
+        )
+        written = on_rank_zero(writer.publish, ValueError)
+    except BaseException:
+        if workers.rank == 0:
+            writer.discard()
+        raise
     finally:
-        for _ in stream:  # every rank takes part in the export, also after an error
-            pass
-    remove_other_weights(args.save, manifest)
-    copy_sidecars(carried, args.save, skip=[MANIFEST_FILE])
-    return count
+        stored.close()
+
+    def carry() -> None:
+        remove_other_weights(args.save, manifest)
+        copy_sidecars(hf_directory(args.load, iteration), args.save, skip=[MANIFEST_FILE])
+
+    on_rank_zero(carry, ValueError)
+    if args.verify:
+        stream.verify_hf(HfCheckpoint.open(args.save), digests, workers)
+    return written
 
 
 def convert(argv: Sequence[str] | None = None) -> None:
-    """Run the command.  Collective where torchrun started several ranks."""
+    """Run the command.  Collective where torchrun started several processes."""
     args = parse(argv)
-    rank, world_size = init_distributed()
-
-    def check() -> tuple:
-        iteration = common.iteration(args.iteration)
-        layout = common.conversion_layout(args, world_size)
-        metadata = read_metadata(args.load, iteration)
-        errors = metadata.architecture.check_layout(args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
-        if errors:
-            raise ValueError("; ".join(errors))
-        common.check_output(args.save, overwrite=args.overwrite, sources=[args.load])
-        return metadata, layout, model_dtype(args.load, iteration)
-
-    metadata, layout, dtype = on_all_ranks(check, ValueError)
-    arch, divisor = metadata.architecture, metadata.make_vocab_size_divisible_by
-    groups = student_groups(layout)
-    model = build_gpt_model(arch, groups, params_dtype=dtype, make_vocab_size_divisible_by=divisor)
-    state, _ = load_checkpoint(args.load, metadata.iteration, {"model": model.sharded_state_dict()}, arch=arch)
-    load_model_state(model, state["model"])
-    exporter = HfExporter(arch, layout, rank, dtype=dtype, make_vocab_size_divisible_by=divisor)
-    stream = exporter.export(local_parameters(model), groups.world)
-
-    written = on_all_ranks(lambda: write_stream(stream, args, metadata), ValueError)
-    if rank == 0:
+    init_distributed()
+    workers = stream.Workers.of_job()
+    metadata, manifest = on_all_ranks(lambda: _check(args, workers), ValueError)
+    digested = metadata.iteration == RELEASE and manifest.sha256.keys() == manifest.tensors.keys()
+    folder, _ = open_checkpoint(args.load, metadata.iteration, tensors_checked_later=digested)
+    written = _write(args, folder, metadata, manifest, workers)
+    if args.verify_logits:
+        print(check_logits(args.save, args.load, metadata.iteration))
+    if workers.rank == 0:
         same = ", identical to the source" if metadata.iteration == RELEASE else ""
-        print(f"{args.save}: {arch.family}, iteration {metadata.iteration}, {common.gigabytes(written)}{same}")
+        verified = ", hashes verified" if args.verify else ""
+        print(
+            f"{args.save}: {metadata.architecture.family}, iteration {metadata.iteration}, "
+            f"{common.gigabytes(written)}{same}{verified}"
+        )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ VARIANTS: dict[str, dict] = {
     "qwen2_tied": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 24},  # heads x head_dim is not the hidden size
     "qwen3_tied": {"head_dim": 8, "tie_word_embeddings": True},
+    "qwen3_moe": {"head_dim": 12, **(experts := {"num_experts": 4, "moe_intermediate_size": 20, "num_experts_per_tok": 2}),
+                  "norm_topk_prob": True},
+    "qwen3_moe_tied": {"head_dim": 8, **experts, "norm_topk_prob": False, "tie_word_embeddings": True},
     "llama": {"head_dim": 16},
     "llama_tied": {
         "tie_word_embeddings": True,
@@ -29,12 +32,16 @@ SIZES = {
 }  # fmt: skip
 
 
+def family_of(variant: str) -> str:
+    """The ``model_type`` of a variant."""
+    return variant.removesuffix("_tied")
+
+
 def make_hf_model(variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides):
     """A random model of a :data:`VARIANTS` name.  Norms, biases and weights are far from their defaults."""
     import transformers
 
-    family = variant.split("_")[0]
-    prefix = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[family]
+    prefix = {"qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama"}[family_of(variant)]
     config = getattr(transformers, prefix + "Config")(**{**SIZES, **VARIANTS[variant], **overrides})
     config._attn_implementation = "eager"
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,5 @@
-"""GPTModel against transformers, fp32: logits of packed sequences, every family, TP 1/2/4 x PP 1/2."""
+"""GPTModel against transformers, fp32: logits of packed sequences, every family, TP 1/2/4 x PP 1/2, and experts
+cut every way."""
 
 from __future__ import annotations
 
@@ -6,10 +7,19 @@ import pytest
 import torch
 
 from megatron_tropd.parallel.layout import ParallelLayout
-from tests.hf_models import VARIANTS, VOCAB_SIZE, make_hf_model, save_hf_checkpoint
+from tests.hf_models import VARIANTS, VOCAB_SIZE, family_of, make_hf_model, save_hf_checkpoint
 
 LENGTHS = (11, 1, 20, 7)
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
+EXPERT_LAYOUTS = [  # beside these, LAYOUTS cut experts as they cut attention
+    ParallelLayout(dp=2, ep=2),
+    ParallelLayout(tp=2, etp=1),
+    ParallelLayout(tp=2, ep=2, etp=1),
+    ParallelLayout(dp=4, ep=4),
+    ParallelLayout(tp=2, dp=2, ep=4, etp=1),
+    ParallelLayout(dp=2, pp=2, ep=2),
+    ParallelLayout(tp=2, pp=2, ep=2, etp=1),
+]
 
 
 def _sequences():
@@ -29,46 +39,57 @@ def _batch(padding):
     return pack(rollouts, None, num_tokens=sum(LENGTHS) + padding)
 
 
-def _logits(directory, tp, pp, sequence_parallel):
-    """Full logits of the packed batch, through Megatron's own schedule; {} before the last stage."""
+def _logits(directory, layout, sequence_parallel, *, frozen=False):
+    """Full logits of the packed batch, through Megatron's own schedule; None before the last stage.
+
+    A frozen model is built beside a student of another layout, as a teacher is.
+    """
     import torch.distributed as dist
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
     from megatron_tropd.models.architecture import architecture_from_hf_config, load_hf_config
     from megatron_tropd.models.build import build_gpt_model, forward_hidden
     from megatron_tropd.ops.vocab_parallel import VocabShard, gather_hidden
-    from megatron_tropd.parallel.groups import student_groups
+    from megatron_tropd.parallel.groups import student_groups, teacher_groups
     from megatron_tropd.weights.files import HfCheckpoint
     from megatron_tropd.weights.load import load_hf_into
 
     arch = architecture_from_hf_config(load_hf_config(directory))
-    groups = student_groups(ParallelLayout(tp=tp, pp=pp))
+    groups = student_groups(ParallelLayout(dp=layout.world_size) if frozen else layout)
+    if frozen:
+        groups = teacher_groups(layout)
+    tp, collection = layout.tp, groups.pg_collection
     model = build_gpt_model(arch, groups, config_overrides={"sequence_parallel": sequence_parallel}).eval()
-    load_hf_into(model, HfCheckpoint.open(directory, arch), arch, groups.layout, dist.get_rank())
-    shard = VocabShard(vocab_size=arch.vocab_size, rows_per_rank=model.vocab_size // tp, group=groups.pg_collection.tp)
+    load_hf_into(model, HfCheckpoint.open(directory, arch), arch, layout, dist.get_rank())
+    shard = VocabShard(vocab_size=arch.vocab_size, rows_per_rank=model.vocab_size // tp, group=collection.tp)
     batch = _batch(padding=-sum(LENGTHS) % 4)
 
     def head(hidden, non_loss_data=True):
         hidden = gather_hidden(hidden, shard, sequence_parallel=sequence_parallel)[:, 0]
         mine = hidden @ model.lm_head_weight().t()
         parts = [torch.empty_like(mine) for _ in range(tp)]
-        dist.all_gather(parts, mine.contiguous(), group=groups.pg_collection.tp)
+        dist.all_gather(parts, mine.contiguous(), group=collection.tp)
         return torch.cat(parts, 1)[:, : arch.vocab_size]
 
+    own = {}
+    if frozen:
+        own = {"p2p_communicator": P2PCommunicator(pp_group=collection.pp, config=model.config),
+               "pg_collection": collection}  # fmt: skip
     with torch.no_grad():
-        outputs = get_forward_backward_func(pp, None)(
+        outputs = get_forward_backward_func(layout.pp, None)(
             forward_step_func=lambda batches, m: (forward_hidden(m, next(batches)), head),
             data_iterator=iter([batch]), model=[model], num_microbatches=1, seq_length=len(batch.token_T),
-            micro_batch_size=1, forward_only=True, collect_non_loss_data=True,
+            micro_batch_size=1, forward_only=True, collect_non_loss_data=True, **own,
         )  # fmt: skip
     return outputs[0] if outputs else None
 
 
-def _all_logits(directories, tp, pp):
+def _all_logits(directories, layout):
     return {
-        (name, sp): _logits(directory, tp, pp, sp)
+        (name, sp): _logits(directory, layout, sp)
         for name, directory in directories.items()
-        for sp in ([False, True] if tp == 2 else [False])
+        for sp in ([False, True] if layout.tp == 2 else [False])
     }
 
 
@@ -88,12 +109,48 @@ def oracle():
 
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_logits_equal_transformers(ranks, checkpoints, oracle, tp, pp, measured):
-    by_rank = ranks(tp * pp).run(_all_logits, checkpoints, tp, pp)
+    by_rank = ranks(tp * pp).run(_all_logits, checkpoints, ParallelLayout(tp=tp, pp=pp))
     for results in by_rank[-tp:]:  # the last stage
         for (name, sequence_parallel), logits in results.items():
             error = (logits[: sum(LENGTHS)] - oracle[name]).abs().max().item()
             where = f"TP {tp}, PP {pp}" + (", sequence parallel" if sequence_parallel else "")
-            measured(f"logits of {name.split('_')[0]} equal transformers, {where} (max abs, fp32)", error, 1e-4)
+            measured(f"logits of {family_of(name)} equal transformers, {where} (max abs, fp32)", error, 1e-4)
+
+
+def _name(layout):
+    sizes = {"TP": layout.tp, "PP": layout.pp, "DP": layout.dp, "EP": layout.ep, "ETP": layout.expert_tp}
+    return ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "EP")
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS, ids=_name)
+def test_logits_of_experts_equal_transformers(ranks, checkpoints, oracle, layout, measured):
+    sparse = {name: path for name, path in checkpoints.items() if "moe" in name}
+    by_rank = ranks(layout.world_size).run(_all_logits, sparse, layout)
+    for results in by_rank[-layout.stage_size :]:
+        for (name, sequence_parallel), logits in results.items():
+            error = (logits[: sum(LENGTHS)] - oracle[name]).abs().max().item()
+            where = _name(layout) + (", sequence parallel" if sequence_parallel else "")
+            measured(f"logits of qwen3_moe equal transformers, {where} (max abs, fp32)", error, 1e-4)
+
+
+@pytest.mark.parametrize("layout", [EXPERT_LAYOUTS[2], EXPERT_LAYOUTS[4], EXPERT_LAYOUTS[6]], ids=_name)
+def test_logits_of_a_frozen_model_with_groups_of_its_own(ranks, checkpoints, oracle, layout, measured):
+    """Beside a student that is data parallel; nothing may leak from the student's groups."""
+    by_rank = ranks(layout.world_size).run(_logits, checkpoints["qwen3_moe"], layout, False, frozen=True)
+    for logits in by_rank[-layout.stage_size :]:
+        error = (logits[: sum(LENGTHS)] - oracle["qwen3_moe"]).abs().max().item()
+        measured(f"logits of a frozen qwen3_moe equal transformers, {_name(layout)} (max abs, fp32)", error, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_moe_tied"])
+def test_the_oracle_notices_wrong_router_weights(ranks, oracle, tmp_path, name):
+    """Negative control: ``norm_topk_prob`` the other way round."""
+    from tests.hf_models import edit_config
+
+    directory = save_hf_checkpoint(tmp_path / "m", name)
+    edit_config(directory, norm_topk_prob=name == "qwen3_moe_tied")
+    (logits,) = ranks(1).run(_logits, directory, ParallelLayout(), False)
+    assert (logits[: sum(LENGTHS)] - oracle[name]).abs().max() > 1e-3
 
 
 def test_the_oracle_notices_a_wrong_rope_base(ranks, oracle, tmp_path):
@@ -102,5 +159,5 @@ def test_the_oracle_notices_a_wrong_rope_base(ranks, oracle, tmp_path):
 
     directory = save_hf_checkpoint(tmp_path / "m", "qwen3")
     edit_config(directory, rope_parameters={"rope_type": "default", "rope_theta": 123.0})
-    (logits,) = ranks(1).run(_logits, directory, 1, 1, False)
+    (logits,) = ranks(1).run(_logits, directory, ParallelLayout(), False)
     assert (logits[: sum(LENGTHS)] - oracle["qwen3"]).abs().max() > 1e-3

@@ -77,15 +77,43 @@ def transformer_config(
         "apply_rope_fusion": te,
         "persist_layer_norm": False,
     }
+    if arch.num_experts:
+        values.update(_experts(arch, groups, te))
     return TransformerConfig(**{**values, **overrides})
+
+
+def _experts(arch: Architecture, groups: ModelGroups, te: bool) -> dict[str, Any]:
+    """Config of the router and its experts.
+
+    No auxiliary loss: the student is to have the teacher's distribution, not a balanced load.
+    """
+    return {
+        "num_moe_experts": arch.num_experts,
+        "moe_ffn_hidden_size": arch.moe_intermediate_size,
+        "moe_router_topk": arch.num_experts_per_tok,
+        # A softmax over the chosen logits is the softmax over all, renormalised over the chosen.
+        "moe_router_pre_softmax": not arch.norm_topk_prob,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": te,
+        "expert_model_parallel_size": groups.layout.ep,
+        "expert_tensor_parallel_size": groups.layout.expert_tp,
+    }
 
 
 def _layer_spec(config: TransformerConfig) -> Any:
     """Transformer Engine's layers where it is installed, else Megatron's own with packed attention."""
+    choices = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": config.moe_grouped_gemm}
     if platform.has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **choices)
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization, **choices)
     spec.submodules.self_attention.submodules.core_attention = PackedSdpaAttention
+    if config.num_moe_experts:
+        # The spec stores this norm under the name that TE's fused layer has; TE fuses none into a router.
+        keys = spec.submodules.sharded_state_dict_keys_map
+        spec.submodules.sharded_state_dict_keys_map = {k: v for k, v in keys.items() if k != "pre_mlp_layernorm."}
     return spec
 
 
@@ -115,13 +143,14 @@ def build_gpt_model(
     Raises:
         ValueError: the layout does not divide the architecture; the message names the flag.
     """
-    if errors := arch.check_layout(groups.layout.tp, groups.layout.pp):
+    layout = groups.layout
+    if errors := arch.check_layout(layout.tp, layout.pp, ep=layout.ep, etp=layout.etp):
         raise ValueError("; ".join(errors))
     config = transformer_config(arch, groups, params_dtype, config_overrides or {})
     model = HiddenStateGPT(
         config=config,
         transformer_layer_spec=_layer_spec(config),
-        vocab_size=groups.layout.padded_vocab_size(arch.vocab_size, make_vocab_size_divisible_by),
+        vocab_size=layout.padded_vocab_size(arch.vocab_size, make_vocab_size_divisible_by),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=groups.is_first_stage,
         post_process=groups.is_last_stage,

@@ -102,6 +102,9 @@ def student_groups(layout: ParallelLayout, *, seed: int = 1234, timeout_s: float
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
         distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type]  # Megatron annotates int
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -112,21 +115,26 @@ def student_groups(layout: ParallelLayout, *, seed: int = 1234, timeout_s: float
     )
 
 
-def _enumerate(layout: ParallelLayout, varying: str) -> list[list[int]]:
+DENSE_AXES = ("tp", "cp", "dp", "pp")
+EXPERT_AXES = ("etp", "ep", "edp", "pp")
+"""The same ranks, as Megatron numbers them for attention and for experts."""
+
+
+def _enumerate(layout: ParallelLayout, varying: str, axes: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
     """Rank lists of the groups in which exactly the coordinates named in ``varying`` differ."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank in range(layout.world_size):
         coords = layout.coords(rank)
-        fixed = tuple(getattr(coords, axis) for axis in ("tp", "dp", "pp") if axis not in varying.split())
+        fixed = tuple(getattr(coords, axis) for axis in axes if axis not in varying.split())
         groups.setdefault(fixed, []).append(rank)
-    return list(groups.values())
+    return tuple(tuple(ranks) for ranks in groups.values())
 
 
-def _new_groups(rank_lists: list[list[int]], timeout_s: float) -> dist.ProcessGroup:
+def _new_groups(rank_lists: tuple[tuple[int, ...], ...], timeout_s: float) -> dist.ProcessGroup:
     """Create every group on every rank (new_group is collective over the world); return this rank's."""
     mine = None
     for ranks in rank_lists:
-        group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s))
+        group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
         if dist.get_rank() in ranks:
             mine = group
     if mine is None:
@@ -142,12 +150,22 @@ def teacher_groups(layout: ParallelLayout, *, timeout_s: float = DEFAULT_TIMEOUT
     """
     if layout.world_size != dist.get_world_size():
         raise ValueError(f"the teacher's layout has {layout.world_size} ranks, the job has {dist.get_world_size()}")
-    single = _new_groups([[rank] for rank in range(layout.world_size)], timeout_s)
-    tp, pp, dp = (_new_groups(_enumerate(layout, axis), timeout_s) for axis in ("tp", "pp", "dp"))
-    mp = _new_groups(_enumerate(layout, "tp pp"), timeout_s)
-    tp_dp = _new_groups(_enumerate(layout, "tp dp"), timeout_s)
+    made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
+
+    def group(varying: str, axes: tuple[str, ...] = DENSE_AXES) -> dist.ProcessGroup:
+        ranks = _enumerate(layout, varying, axes)
+        if ranks not in made:  # layouts without experts or context parallelism have many groups twice
+            made[ranks] = _new_groups(ranks, timeout_s)
+        return made[ranks]
+
+    def experts(varying: str) -> dist.ProcessGroup:
+        return group(varying, EXPERT_AXES)
+
+    dp, dp_cp, expt_dp = group("dp"), group("dp cp"), experts("edp")
     collection = ProcessGroupCollection(
-        tp=tp, pp=pp, mp=mp, embd=None, pos_embd=None, cp=single, tp_cp=tp, ep=single, expt_tp=tp, tp_ep=tp,
-        tp_ep_pp=mp, tp_dp_cp=tp_dp, dp=dp, dp_cp=dp, expt_dp=dp, intra_dp_cp=dp, intra_expt_dp=dp,
+        tp=group("tp"), pp=group("pp"), mp=group("tp pp"), embd=None, pos_embd=None, cp=group("cp"),
+        tp_cp=group("tp cp"), ep=experts("ep"), expt_tp=experts("etp"), tp_ep=experts("etp ep"),
+        tp_ep_pp=experts("etp ep pp"), tp_dp_cp=group("tp dp cp"), dp=dp, dp_cp=dp_cp, expt_dp=expt_dp,
+        intra_dp_cp=dp_cp, intra_expt_dp=expt_dp,
     )  # fmt: skip
     return ModelGroups(layout=layout, coords=layout.coords(dist.get_rank()), pg_collection=collection)

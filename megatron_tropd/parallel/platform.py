@@ -35,6 +35,7 @@ REPLACED: dict[str, tuple[str, ...]] = {
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer": ("_set_main_param_and_optimizer_states",),
     "megatron.core.transformer.torch_norm.WrappedTorchNorm": ("__new__",),
     "megatron.core.dist_checkpointing.strategies.filesystem_async": ("mp",),
+    "megatron.core.transformer.moe.token_dispatcher": ("maybe_move_tensor_to_cpu",),
 }  # fmt: skip
 
 
@@ -64,7 +65,7 @@ _installed = False
 def install() -> None:
     """Let Megatron-core run here.  Idempotent.  Where CUDA is present nothing of torch is touched, and
     with Transformer Engine nothing at all; without it Megatron's own layers and torch's AdamW are used,
-    and two of their defects are mended."""
+    and three of their defects are mended."""
     global _installed
     if _installed:
         return
@@ -73,6 +74,7 @@ def install() -> None:
         if not has_transformer_engine():
             _patch_distributed_optimizer_load()
             _patch_norm_sequence_parallel()
+            _name_the_missing_gemm()
         return
     # megatron-core's jit_fuser is torch.compile, bound at its import: compiling costs 12 s on a CPU
     # and gains nothing at the sizes that run there.
@@ -173,6 +175,8 @@ def _patch_megatron() -> None:
     _patch_distributed_optimizer_load()
     _patch_norm_sequence_parallel()
     _patch_checkpoint_writers()
+    _patch_expert_dispatch()
+    _name_the_missing_gemm()
 
 
 def _patch_rng() -> None:
@@ -246,6 +250,28 @@ def _patch_checkpoint_writers() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async.mp = _ThreadContext()
+
+
+def _patch_expert_dispatch() -> None:
+    """Split sizes of an all-to-all become plain numbers on their way from the GPU; here they start on the CPU."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    original = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and isinstance(tensor, torch.Tensor):
+            return tensor.numpy()
+        return original(tensor, as_numpy, record_stream)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move
+
+
+def _name_the_missing_gemm() -> None:
+    """The router of megatron-core 0.16.1 asks whether TE's gemm is None, and does not define it without TE."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
 
 
 def prime_adam_state(megatron_optimizer: Any) -> None:

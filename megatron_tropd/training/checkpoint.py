@@ -11,10 +11,11 @@ name it.  Every function that is collective raises the same error on every rank.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ from megatron_tropd.weights.writer import fsync_path, replace_text
 
 COMMON_KEY = "common"
 __all__ = [
-    "RELEASE", "CheckpointError", "find_checkpoint", "hf_directory", "latest_iteration", "load_checkpoint",
-    "load_model_state", "read_metadata", "save_checkpoint",
+    "RELEASE", "CheckpointError", "carry_hf", "find_checkpoint", "hf_directory", "latest_iteration",
+    "load_checkpoint", "load_model_state", "open_checkpoint", "read_metadata", "save_checkpoint", "write_checkpoint",
 ]  # fmt: skip
 
 
@@ -65,14 +66,19 @@ def _share_of_files(folder: Path) -> list[Path]:
     return files[dist.get_rank() :: dist.get_world_size()]
 
 
-def _record_and_sync(folder: Path) -> dict[str, FileRecord]:
-    """Size and digest of every file, each made durable by the rank that reads it.  Collective."""
+def _record_and_sync(folder: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    """Size and digest of every file, each made durable by the rank that reads it.  Collective.
+
+    ``known`` files were digested and made durable as they were written.
+    """
 
     def mine() -> dict[str, FileRecord]:
         records = {}
         for path in _share_of_files(folder):
-            fsync_path(path)
-            records[path.relative_to(folder).as_posix()] = record_file(path)
+            name = path.relative_to(folder).as_posix()
+            if name not in known:
+                fsync_path(path)
+            records[name] = known.get(name) or record_file(path)
         return records
 
     parts: list[dict[str, FileRecord]] = [{}] * dist.get_world_size()
@@ -80,7 +86,7 @@ def _record_and_sync(folder: Path) -> dict[str, FileRecord]:
     return {name: record for part in parts for name, record in sorted(part.items())}
 
 
-def _carry_hf(sidecar: Path, manifest: HfManifest | None, target: Path) -> None:
+def carry_hf(sidecar: Path, manifest: HfManifest | None, target: Path) -> None:
     """Copy config and tokenizer; keep how the HF files were laid out."""
     copy_sidecars(sidecar, target, skip=[MANIFEST_FILE])
     if manifest is None:
@@ -151,24 +157,65 @@ def save_checkpoint(
     Raises:
         CheckpointError: on every rank; the tracker still names the checkpoint before.
     """
-    save_dir = Path(save_dir)
-    temporary = on_rank_zero(lambda: _prepare(save_dir, iteration), CheckpointError)
     state = {**without_extra_state(sharded_state_dict), COMMON_KEY: dict(common)}
 
-    on_all_ranks(lambda: check_plain(state), CheckpointError)
-    on_all_ranks(lambda: _write(state, temporary), CheckpointError)
-    if hf_sidecar is not None:
-        on_rank_zero(lambda: _carry_hf(Path(hf_sidecar), manifest, temporary / HF_FOLDER), CheckpointError)
-    metadata = CheckpointMetadata(
-        iteration=iteration,
-        architecture=arch,
-        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-        files=_record_and_sync(temporary),
+    def write(folder: Path) -> dict[str, FileRecord]:
+        on_all_ranks(lambda: check_plain(state), CheckpointError)
+        on_all_ranks(lambda: _write(state, folder), CheckpointError)
+        return {}
+
+    def carry(target: Path) -> None:
+        if hf_sidecar is not None:
+            carry_hf(Path(hf_sidecar), manifest, target)
+
+    return write_checkpoint(
+        save_dir, iteration, write, carry, arch=arch, make_vocab_size_divisible_by=make_vocab_size_divisible_by
     )
-    return on_rank_zero(lambda: _publish(save_dir, temporary, iteration, metadata), CheckpointError)
 
 
-def _verify(folder: Path, metadata: CheckpointMetadata, *, digests: bool) -> None:
+def write_checkpoint(
+    save_dir: str | Path, iteration: Iteration, write: Callable[[Path], Mapping[str, FileRecord]],
+    carry: Callable[[Path], None], *, arch: Architecture, make_vocab_size_divisible_by: int,
+) -> Path:  # fmt: skip
+    """The protocol around the tensors: temporary folder, records of every file, rename, tracker.  Collective.
+
+    Args:
+        save_dir: As for :func:`save_checkpoint`, like ``iteration`` and the last two.
+        write: Fills the folder it is given, on every rank; returns the records of files that it has
+            already digested and made durable (the same on every rank).  Fails on all ranks or on none.
+        carry: On rank 0, fills ``hf/``, which it makes.
+
+    Raises:
+        CheckpointError: on every rank; the tracker still names the checkpoint before.
+    """
+    save_dir = Path(save_dir)
+    temporary = on_rank_zero(lambda: _prepare(save_dir, iteration), CheckpointError)
+    try:
+        known = write(temporary)
+        on_rank_zero(lambda: carry(temporary / HF_FOLDER), CheckpointError)
+        metadata = CheckpointMetadata(
+            iteration=iteration,
+            architecture=arch,
+            make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+            files=_record_and_sync(temporary, known),
+        )
+        return on_rank_zero(lambda: _publish(save_dir, temporary, iteration, metadata), CheckpointError)
+    except CheckpointError:  # on every rank, so nobody writes any more
+        if dist.get_rank() == 0:
+            _sweep(save_dir, temporary)
+        raise
+
+
+def _sweep(save_dir: Path, temporary: Path) -> None:
+    """Give back the disk space of a save that failed, as far as it goes; the next save sweeps too."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        save_dir.rmdir()  # only if this save made it, or it was empty before
+
+
+def _verify(
+    folder: Path, metadata: CheckpointMetadata, *, digests: bool, except_suffix: tuple[str, ...] = ()
+) -> None:  # fmt: skip
     """Every recorded file is there with its size; this rank's share has its digest."""
     for name, record in metadata.files.items():
         path = folder / name
@@ -177,9 +224,37 @@ def _verify(folder: Path, metadata: CheckpointMetadata, *, digests: bool) -> Non
         if path.stat().st_size != record.bytes:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, {record.bytes} were saved; it is damaged")
     for path in _share_of_files(folder) if digests else ():
+        if path.name.endswith(except_suffix):
+            continue
         saved = metadata.files.get(path.relative_to(folder).as_posix())
         if saved is not None and (found := record_file(path).sha256) != saved.sha256:
             raise CheckpointError(f"{path} is damaged: its sha256 is {found}, {saved.sha256} was saved")
+
+
+def open_checkpoint(
+    load_dir: str | Path, iteration: Iteration | None = None, *, arch: Architecture | None = None,
+    verify_digests: bool = True, tensors_checked_later: bool = False,
+) -> tuple[Path, CheckpointMetadata]:  # fmt: skip
+    """Find a checkpoint and check everything that can be checked without using its tensors.  Collective.
+
+    Every file is there with its size (and digest), and nothing in it makes a reader do more than read
+    numbers.  Arguments and errors are those of :func:`load_checkpoint`; with ``tensors_checked_later`` the
+    large files are not read for their digest, because the caller has one of every tensor.
+    """
+    unread = (".distcp",) if tensors_checked_later else ()
+
+    def look() -> tuple[Path, CheckpointMetadata]:
+        metadata = read_metadata(load_dir, iteration)
+        folder = find_checkpoint(load_dir, iteration)
+        if arch is not None:
+            check_architecture(metadata, arch, folder)
+        _verify(folder, metadata, digests=False)
+        check_pickles(folder)
+        return folder, metadata
+
+    folder, metadata = on_rank_zero(look, CheckpointError)
+    on_all_ranks(lambda: _verify(folder, metadata, digests=verify_digests, except_suffix=unread), CheckpointError)
+    return folder, metadata
 
 
 def load_checkpoint(
@@ -201,18 +276,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: on every rank, before any tensor of the caller is touched where it can be known.
     """
-
-    def look() -> tuple[Path, CheckpointMetadata]:
-        metadata = read_metadata(load_dir, iteration)
-        folder = find_checkpoint(load_dir, iteration)
-        if arch is not None:
-            check_architecture(metadata, arch, folder)
-        _verify(folder, metadata, digests=False)
-        check_pickles(folder)
-        return folder, metadata
-
-    folder, metadata = on_rank_zero(look, CheckpointError)
-    on_all_ranks(lambda: _verify(folder, metadata, digests=verify_digests), CheckpointError)
+    folder, _ = open_checkpoint(load_dir, iteration, arch=arch, verify_digests=verify_digests)
     state = on_all_ranks(
         lambda: dist_checkpointing.load(
             without_extra_state(sharded_state_dict), str(folder), strict=StrictHandling.RAISE_UNEXPECTED

@@ -23,7 +23,8 @@ RELEASE: Literal["release"] = "release"
 """The iteration of converted, not yet trained weights."""
 _ITERATION = re.compile(r"iter_\d{7,}|release")
 _TEMPORARY = re.compile(r"(iter_\d{7,}|release)\.tmp-")
-_MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
+MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
+"""How the keys of a model's tensors begin; an optimizer's begin otherwise."""
 
 
 def is_temporary(name: str) -> bool:
@@ -120,7 +121,7 @@ def model_dtype(directory: str | Path, iteration: Iteration | None = None) -> to
         CheckpointError: the checkpoint holds no model.
     """
     dtypes = {
-        dtype for name, (_, dtype) in stored_tensors(directory, iteration).items() if name.startswith(_MODEL_PREFIXES)
+        dtype for name, (_, dtype) in stored_tensors(directory, iteration).items() if name.startswith(MODEL_PREFIXES)
     }
     if not dtypes:
         raise CheckpointError(f"{find_checkpoint(directory, iteration)} holds no model weights")

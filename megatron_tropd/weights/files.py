@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_tropd.models.architecture import Architecture, architecture_from_hf_config, load_hf_config
 from megatron_tropd.weights.boxes import EMBED_TOKENS, LM_HEAD, hf_shapes
+from megatron_tropd.weights.byte_ranges import FileRanges
 from megatron_tropd.weights.safetensors_header import FileHeader, HfCheckpointError, TensorInfo, read_header
 
 SINGLE_FILE = "model.safetensors"
@@ -35,6 +36,7 @@ class HfCheckpoint:
     index_text: str | None
     """``model.safetensors.index.json`` as it stands, None for a one-file checkpoint."""
     tensors: dict[str, TensorInfo]
+    _ranges: FileRanges = field(repr=False, compare=False)
     _handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -55,7 +57,10 @@ class HfCheckpoint:
         if weight_map is not None:
             _check_index(weight_map, tensors)
         _check_tensors(arch, tensors)
-        return cls(directory=directory, arch=arch, headers=headers, index_text=index_text, tensors=tensors)
+        return cls(
+            directory=directory, arch=arch, headers=headers, index_text=index_text, tensors=tensors,
+            _ranges=FileRanges(directory),
+        )  # fmt: skip
 
     @property
     def widest_dtype(self) -> torch.dtype:
@@ -80,6 +85,15 @@ class HfCheckpoint:
         view = self._handles[info.file].get_slice(name)
         return view[tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))]
 
+    def read_rows_into(self, name: str, row: int, target: Tensor) -> None:
+        """Fill ``target`` (of the file's dtype) with whole rows from row ``row`` on, without mapping the file."""
+        info = self.tensors[name]
+        if target.dtype != info.dtype or tuple(target.shape[1:]) != info.shape[1:]:
+            raise ValueError(
+                f"{name} has {info.dtype} rows of {list(info.shape[1:])}, not {target.dtype} {target.shape}"
+            )
+        self._ranges.read_into(info.file, info.offset + row * (info.nbytes // info.shape[0]), target)
+
     def sha256(self, name: str) -> str:
         """Digest of a tensor's bytes as they lie in the file."""
         info = self.tensors[name]
@@ -92,14 +106,16 @@ class HfCheckpoint:
         return digest.hexdigest()
 
     def check_tied_copy(self, start: Sequence[int], size: Sequence[int]) -> None:
-        """Compare a range of a redundant ``lm_head.weight`` with the embedding it is tied to.
+        """Compare whole rows of a redundant ``lm_head.weight`` with the embedding it is tied to.
 
         Raises:
             HfCheckpointError: they differ, so tying would lose one of them.
         """
         if not self.has_tied_copy:
             return
-        table, head = self.read(EMBED_TOKENS, start, size), self.read(LM_HEAD, start, size)
+        table, head = (torch.empty(tuple(size), dtype=self.tensors[name].dtype) for name in (EMBED_TOKENS, LM_HEAD))
+        self.read_rows_into(EMBED_TOKENS, start[0], table)
+        self.read_rows_into(LM_HEAD, start[0], head)
         if table.dtype != head.dtype or not torch.equal(table.view(torch.uint8), head.view(torch.uint8)):
             raise HfCheckpointError(
                 f"{self.directory}: config.json says tie_word_embeddings, but {LM_HEAD} differs from {EMBED_TOKENS} "

@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.weights.byte_ranges import tensor_bytes
 from megatron_tropd.weights.files import INDEX_FILE
 from megatron_tropd.weights.manifest import HfManifest
 from megatron_tropd.weights.safetensors_header import HfCheckpointError
@@ -38,16 +38,67 @@ def replace_text(path: Path, text: str) -> None:
     fsync_path(path.parent)
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The raw bytes of a tensor, row-major (little-endian machines only, as safetensors is)."""
-    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return memoryview(flat.numpy())  # type: ignore[arg-type]
+class HfWriter:
+    """The safetensors files of a manifest under temporary names; rows of tensors arrive in any order.
 
+    Several processes may each have a writer of the same directory and fill different rows: one of them
+    calls :meth:`create` before and :meth:`publish` (or :meth:`discard`) after.
+    """
 
-def _write_at(path: Path, offset: int, data: memoryview) -> None:
-    with path.open("r+b") as stream:
-        stream.seek(offset)
-        stream.write(data)
+    def __init__(self, directory: str | Path, manifest: HfManifest, arch: Architecture) -> None:
+        """Raises HfCheckpointError: the manifest is of another model."""
+        manifest.check(arch)
+        self.directory, self.manifest = Path(directory), manifest
+        self._copies: dict[str, list[str]] = {}
+        for alias, source in manifest.aliases(arch).items():
+            self._copies.setdefault(source, []).append(alias)
+        self._paths = {file: self.directory / (file + TMP_SUFFIX) for file in manifest.headers}
+
+    def names(self, source: str) -> tuple[str, ...]:
+        """The tensors that get the rows of ``source``: itself, and a tied head that is stored anyway."""
+        return (source, *self._copies.get(source, ()))
+
+    def create(self) -> None:
+        """Headers, and room for the data."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for file, header in self.manifest.headers.items():
+            with self._paths[file].open("wb") as stream:
+                stream.write(header.prefix)
+                stream.truncate(header.file_bytes)
+
+    def write_rows(self, source: str, row: int, rows: Tensor) -> memoryview:
+        """Put ``rows`` from row ``row`` of tensor ``source`` on; returns the bytes as written."""
+        info = self.manifest.tensors[source]
+        data = tensor_bytes(rows.to(info.dtype))
+        for name in self.names(source):
+            info = self.manifest.tensors[name]
+            with self._paths[info.file].open("r+b") as stream:
+                stream.seek(info.offset + row * (info.nbytes // info.shape[0]))
+                stream.write(data)
+        return data
+
+    def check_digest(self, source: str, sha256: str) -> None:
+        """Raise HfCheckpointError unless ``sha256`` is what the manifest recorded of the tensor (if it did)."""
+        for name in self.names(source):
+            if self.manifest.sha256.get(name, sha256) != sha256:
+                raise HfCheckpointError(
+                    f"{name} does not have the bytes it was converted from; the checkpoint is damaged"
+                )
+
+    def publish(self) -> int:
+        """Give every file its name, the index last; returns the number of bytes."""
+        for file, path in self._paths.items():
+            fsync_path(path)
+            os.replace(path, self.directory / file)
+        fsync_path(self.directory)
+        if self.manifest.index_text is not None:
+            replace_text(self.directory / INDEX_FILE, self.manifest.index_text)
+        return sum(header.file_bytes for header in self.manifest.headers.values())
+
+    def discard(self) -> None:
+        """Remove what has not been published."""
+        for path in self._paths.values():
+            path.unlink(missing_ok=True)
 
 
 def write_hf_files(
@@ -62,55 +113,32 @@ def write_hf_files(
     Raises:
         HfCheckpointError: a tensor is missing, unknown, repeated, of another shape or of other bytes.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    manifest.check(arch)
-    copies: dict[str, list[str]] = {}
-    for alias, source in manifest.aliases(arch).items():
-        copies.setdefault(source, []).append(alias)
-    paths = {file: directory / (file + TMP_SUFFIX) for file in manifest.headers}
+    writer = HfWriter(directory, manifest, arch)
     try:
-        for file, header in manifest.headers.items():
-            with paths[file].open("wb") as stream:
-                stream.write(header.prefix)
-                stream.truncate(header.file_bytes)
+        writer.create()
         missing = set(manifest.tensors)
-        for source, tensor in tensors:
-            for name in (source, *copies.get(source, ())):
-                _write_one(name, tensor, manifest, paths, missing, verify)
+        for name, tensor in tensors:
+            _write_one(writer, name, tensor, missing, verify)
         if missing:
             raise HfCheckpointError(f"{len(missing)} tensors were never exported, the first is {min(missing)}")
-        _publish(directory, manifest, paths)
+        return writer.publish()
     except BaseException:
-        for path in paths.values():
-            path.unlink(missing_ok=True)
+        writer.discard()
         raise
-    return sum(header.file_bytes for header in manifest.headers.values())
 
 
-def _write_one(
-    name: str, tensor: Tensor, manifest: HfManifest, paths: dict[str, Path], missing: set[str], verify: bool
-) -> None:
+def _write_one(writer: HfWriter, name: str, tensor: Tensor, missing: set[str], verify: bool) -> None:
+    manifest = writer.manifest
     if name not in missing:
         known = name in manifest.tensors
         raise HfCheckpointError(f"{name} was exported twice" if known else f"{name} is not in the manifest")
     info = manifest.tensors[name]
     if tuple(tensor.shape) != info.shape:
         raise HfCheckpointError(f"{name} was exported with shape {list(tensor.shape)}, expected {list(info.shape)}")
-    data = tensor_bytes(tensor.to(info.dtype))
-    if verify and name in manifest.sha256 and hashlib.sha256(data).hexdigest() != manifest.sha256[name]:
-        raise HfCheckpointError(f"{name} does not have the bytes it was converted from; the checkpoint is damaged")
-    _write_at(paths[info.file], info.offset, data)
-    missing.discard(name)
-
-
-def _publish(directory: Path, manifest: HfManifest, paths: dict[str, Path]) -> None:
-    for file, path in paths.items():
-        fsync_path(path)
-        os.replace(path, directory / file)
-    fsync_path(directory)
-    if manifest.index_text is not None:
-        replace_text(directory / INDEX_FILE, manifest.index_text)
+    data = writer.write_rows(name, 0, tensor)
+    if verify:
+        writer.check_digest(name, hashlib.sha256(data).hexdigest())
+    missing.difference_update(writer.names(name))
 
 
 def remove_other_weights(directory: str | Path, manifest: HfManifest) -> None:

@@ -1,0 +1,128 @@
+"""A Megatron checkpoint to another Megatron checkpoint: cut for another layout, or padded otherwise.
+
+    python -m checkpoint_convert.megatron_to_megatron --load DIR --save DIR_2 [--iteration 100]
+        [--tensor-model-parallel-size 8] [--make-vocab-size-divisible-by 1024] [--no-load-optim]
+    torchrun --nproc-per-node 8 -m checkpoint_convert.megatron_to_megatron ...
+
+A torch_dist checkpoint has no layout: every TP x PP x EP reads every checkpoint, so this is never needed to
+change a layout.  It is for picking one iteration out of a run, with or without its optimizer; for another
+padding of the vocabulary; and for chunks cut as the readers are, so that each of them reads its own bytes
+and no more.  Any number of processes share the work; none of them holds more than a few buffers.
+"""
+
+import os
+import sys
+
+if __name__ == "__main__" and not __package__:  # run as a file: this folder's inspect.py must not hide Python's
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    os.environ["PYTHONSAFEPATH"] = "1"  # the same for helper processes
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from checkpoint_convert import common
+
+common.prepare()
+
+from checkpoint_convert import recut, stream  # noqa: E402
+from megatron_tropd.parallel.groups import init_distributed  # noqa: E402
+from megatron_tropd.training.agree import on_all_ranks, on_rank_zero  # noqa: E402
+from megatron_tropd.training.checkpoint import open_checkpoint, read_metadata, write_checkpoint  # noqa: E402
+from megatron_tropd.training.checkpoint_directory import HF_FOLDER  # noqa: E402
+from megatron_tropd.training.checkpoint_metadata import (  # noqa: E402
+    CheckpointError,
+    CheckpointMetadata,
+    FileRecord,
+)
+from megatron_tropd.training.checkpoint_safety import COMMON_FILE  # noqa: E402
+from megatron_tropd.weights.files import copy_sidecars  # noqa: E402
+from megatron_tropd.weights.manifest import MANIFEST_FILE, HfManifest  # noqa: E402
+from megatron_tropd.weights.stored import StoredParam  # noqa: E402
+from megatron_tropd.weights.writer import replace_text  # noqa: E402
+
+CONFIG_FILE = "metadata.json"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Flags."""
+    parser = argparse.ArgumentParser(
+        prog="megatron_to_megatron", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="directory with the tracker")
+    parser.add_argument("--iteration", metavar="N", help="a number or 'release'; default: what the tracker names")
+    common.add_save_flags(parser)
+    common.add_layout_flags(parser)
+    parser.add_argument(
+        "--make-vocab-size-divisible-by", type=int, metavar="N", help="padding of the vocabulary (default: as it is)"
+    )
+    parser.add_argument(
+        "--no-load-optim", action="store_true", help="weights only: no optimizer, no schedule, no counters"
+    )
+    common.add_stream_flags(parser)
+    return parser.parse_args(argv)
+
+
+def _check(args: argparse.Namespace) -> tuple[CheckpointMetadata, tuple[StoredParam, ...]]:
+    """Everything that can be wrong before anything is read."""
+    metadata = read_metadata(args.load, common.iteration(args.iteration))
+    if args.make_vocab_size_divisible_by is None:
+        args.make_vocab_size_divisible_by = metadata.make_vocab_size_divisible_by
+    common.buffer_bytes(args)
+    common.check_layout(args, metadata.architecture)
+    common.check_output(args.save, overwrite=args.overwrite, sources=[args.load])
+    return metadata, common.target_params(args, metadata.architecture, args.make_vocab_size_divisible_by)
+
+
+def _write_plain(source: Path, target: Path, *, weights_only: bool) -> None:
+    """What is not tensors: Megatron's own files, as they are or as of a checkpoint of weights."""
+    if weights_only:
+        stream.write_plain_files(target)
+        return
+    for name in (COMMON_FILE, CONFIG_FILE):
+        shutil.copyfile(source / name, target / name)
+
+
+def _carry(source: Path, target: Path, padded: int) -> None:
+    """The HF config, tokenizer and manifest travel along."""
+    if not source.is_dir():
+        return
+    copy_sidecars(source, target, skip=[MANIFEST_FILE])
+    if (manifest := HfManifest.load(source)) is not None:
+        replace_text(target / MANIFEST_FILE, replace(manifest, padded_vocab_size=padded).to_json())
+
+
+def convert(argv: Sequence[str] | None = None) -> None:
+    """Run the command.  Collective where torchrun started several processes."""
+    args = parse(argv)
+    init_distributed()
+    workers = stream.Workers.of_job()
+    metadata, params = on_all_ranks(lambda: _check(args), ValueError)
+    source, _ = open_checkpoint(args.load, metadata.iteration)
+    stored = stream.open_tensors(source)
+    copy = on_all_ranks(lambda: recut.plan_copy(stored, params, weights_only=args.no_load_optim), CheckpointError)
+    padded, size = max(p.shape[0] for p in params if not p.of), common.buffer_bytes(args)
+
+    def write(folder: Path) -> dict[str, FileRecord]:
+        records = recut.write_copy(stored, folder, copy, size, workers)
+        on_rank_zero(lambda: _write_plain(source, folder, weights_only=args.no_load_optim), CheckpointError)
+        if args.verify:
+            recut.verify_copy(stored, folder, copy, size, workers)
+        return records
+
+    folder = write_checkpoint(
+        args.save, metadata.iteration, write, lambda target: _carry(source / HF_FOLDER, target, padded),
+        arch=metadata.architecture, make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
+    )  # fmt: skip
+    stored.close()
+    if workers.rank == 0:
+        print(
+            f"{folder}: {metadata.architecture.family}, {len({job.key for job in copy.jobs})} tensors, vocabulary "
+            f"{metadata.architecture.vocab_size} padded to {padded}{', hashes verified' if args.verify else ''}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(common.run(convert))
