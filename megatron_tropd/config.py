@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_tropd.data.guidance import GuidanceConfig
-from megatron_tropd.objectives.base import FklSupport
-from megatron_tropd.objectives.gates import GateKind
-from megatron_tropd.objectives.methods import ObjectiveSettings, is_guided
+from megatron_tropd.objectives.methods import is_guided
+from megatron_tropd.objectives.settings import FklSupport, GateKind, ObjectiveSettings
 
 
 def setting(default: Any, help: str) -> Any:
