@@ -93,6 +93,5 @@ def train_here(argv: list[str], stop_after: int | None = None) -> list[tuple[flo
             if report.step == stop_after:
                 break
     finally:
-        close(assembled.directory, assembled.sinks)
-        run.engines.close()
+        close(assembled)
     return curve

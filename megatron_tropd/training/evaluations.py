@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_tropd.config import TrainConfig
-from megatron_tropd.evaluation import DECODINGS, Decoding, evaluate
+from megatron_tropd.evaluation import DECODINGS, evaluate
 from megatron_tropd.parallel.exchange import gather_objects
 from megatron_tropd.reporting.progress import NullProgress
 from megatron_tropd.rollout.engine import RolloutEngine
@@ -25,19 +25,15 @@ class Evaluations:
         self._config, self._prompts, self._tokenizer = config, prompts, tokenizer
         self._journal, self._progress = journal, progress
 
-    def whole(self, engine: RolloutEngine, *, step: int) -> None:
-        """All prompts, all decodings."""
-        self._run(engine, self._prompts, list(DECODINGS.values()), step)
+    def due(self, step: int) -> bool:
+        """Whether a part is answered after ``step``: every --eval-interval steps, but not after the last one, where
+        the whole follows."""
+        interval = self._config.evaluation.eval_interval
+        return bool(self._prompts and interval and step % interval == 0 and step < self._config.training.train_iters)
 
-    def part_if_due(self, engine: RolloutEngine, *, step: int) -> None:
-        """The first --eval-prompts prompts, every --eval-interval steps; not at the last step, where
-        :meth:`whole` follows."""
-        settings = self._config.evaluation
-        if settings.eval_interval and step % settings.eval_interval == 0 and step < self._config.training.train_iters:
-            prompts = self._prompts[: settings.eval_prompts or None]
-            self._run(engine, prompts, list(DECODINGS.values()), step)
-
-    def _run(self, engine: RolloutEngine, prompts: Sequence[Prompt], decodings: list[Decoding], step: int) -> None:
+    def run(self, engine: RolloutEngine, *, step: int, whole: bool) -> None:
+        """Answer all prompts, or the first --eval-prompts of them, with every decoding."""
+        prompts = self._prompts if whole else self._prompts[: self._config.evaluation.eval_prompts or None]
         if not prompts:
             return
         with self._progress.phase("eval"):
@@ -45,7 +41,7 @@ class Evaluations:
                 engine,
                 prompts,
                 self._tokenizer,
-                decodings,
+                list(DECODINGS.values()),
                 answer_pattern=self._config.evaluation.answer_pattern,
                 max_response_length=self._config.data.max_response_length,
                 seed=self._config.training.seed,

@@ -68,7 +68,7 @@ class Student:
         )
         self.ddp = _wrap(model, config.parallel)
         self.optimizer = _optimizer(self.ddp, config.training, config.parallel, bf16=config.model.bf16)
-        self.scheduler = _scheduler(self.optimizer, config.training)
+        self.scheduler = _scheduler(self.optimizer, config.training, config.num_updates)
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
 
@@ -94,7 +94,7 @@ class Student:
         self.version += 1
 
     def skip(self) -> None:
-        """Leave the weights; the schedule goes on so that a step number means one learning rate."""
+        """Leave the weights; the schedule goes on so that an update's number means one learning rate."""
         self.scheduler.step(increment=1)
 
     def sharded_state_dict(self, *, is_loading: bool = False, with_optimizer: bool = True) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _optimizer(ddp: DistributedDataParallel, training: TrainingConfig, parallel:
     )
 
 
-def _scheduler(optimizer: Any, training: TrainingConfig) -> OptimizerParamScheduler:
+def _scheduler(optimizer: Any, training: TrainingConfig, num_updates: int) -> OptimizerParamScheduler:
     """Counts updates, not samples."""
     return OptimizerParamScheduler(
         optimizer,
@@ -160,11 +160,11 @@ def _scheduler(optimizer: Any, training: TrainingConfig) -> OptimizerParamSchedu
         max_lr=training.lr,
         min_lr=training.lr if training.lr_decay_style == "constant" else training.min_lr,
         lr_warmup_steps=training.lr_warmup_iters,
-        lr_decay_steps=max(training.train_iters, training.lr_warmup_iters + 1),
+        lr_decay_steps=max(num_updates, training.lr_warmup_iters + 1),
         lr_decay_style=training.lr_decay_style,
         start_wd=training.weight_decay,
         end_wd=training.weight_decay,
-        wd_incr_steps=training.train_iters,
+        wd_incr_steps=num_updates,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
