@@ -174,6 +174,9 @@ class LoggingConfig:
 
     run_dir: str = setting("", "where everything is written")
     log_interval: int = setting(1, "steps between log lines")
+    gradient_diagnostics_interval: int = setting(
+        0, "steps between measurements of every region's gradient (five more passes each); 0 for none"
+    )
     rollout_log_interval: int = setting(20, "steps between saved samples of rollouts; 0 for none")
     tensorboard_dir: str = setting("", "also log to tensorboard")
     wandb_project: str = setting("", "also log to Weights & Biases")

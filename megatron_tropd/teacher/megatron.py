@@ -20,7 +20,8 @@ from megatron_tropd.ops.vocab_parallel import VocabShard
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.exchange import TensorSpec, broadcast_tensors, exchange
 from megatron_tropd.parallel.groups import ModelGroups
-from megatron_tropd.teacher.scoring import Scorer
+from megatron_tropd.teacher.output_table import recut_output_table
+from megatron_tropd.teacher.scoring import FrozenHead, score_rollouts
 from megatron_tropd.types import Rollout, ScoreRequest, TeacherScores
 
 
@@ -55,13 +56,12 @@ class MegatronTeacher:
         self._groups = groups
         self._max_tokens = max_tokens_per_microbatch
         self._offload = offload and platform.is_cuda()
-        shard = VocabShard(
+        self._shard = VocabShard(
             vocab_size=vocab_size,
             rows_per_rank=model.vocab_size // groups.layout.tp,
             group=groups.pg_collection.tp,
             chunk_tokens=logits_chunk_tokens,
         )
-        self._scorer = Scorer(model=self._model, groups=groups, shard=shard)
         self._move("cpu" if self._offload else platform.device())
 
     @property
@@ -69,6 +69,20 @@ class MegatronTeacher:
         """[0, H] with the width and dtype of the hidden states it sends."""
         config = self._model.config
         return torch.empty(0, config.hidden_size, dtype=config.params_dtype)
+
+    def output_rows(self, student: ModelGroups, padded_vocab_size: int) -> Tensor | None:
+        """Rows of the output table for this rank's part of the student's, which has ``padded_vocab_size`` rows in all;
+        see :func:`recut_output_table`.  Collective over the world."""
+        like = self.hidden_like
+        return recut_output_table(
+            self._model.lm_head_weight() if self._groups.is_last_stage else None,
+            self._groups,
+            student,
+            width=like.shape[1],
+            dtype=like.dtype,
+            padded=(self._model.vocab_size, padded_vocab_size),
+            vocab_size=self._shard.vocab_size,
+        )
 
     def _move(self, device: Any) -> None:
         if self._offload:
@@ -105,7 +119,8 @@ class MegatronTeacher:
             prompt_uids=[rollout.prompt_uid for rollout in rollouts],
         )
         self._move(platform.device())
-        scored = self._scorer.forward(rollouts, plan, want)
+        head = FrozenHead(model=self._model, shard=self._shard, want=want)
+        scored = score_rollouts(self._model, self._groups, rollouts, plan, head)
         self._move("cpu")
         return self._route(rollouts, want, plan.owners, destination, scored)
 

@@ -172,12 +172,15 @@ def assemble(blueprint: Blueprint) -> Assembled:
             last_step=config.training.train_iters,
         )
         teacher, reference = make_scorers(blueprint, student.groups)
+        whole_vocabulary = blueprint.objective.needs.divergence or config.logging.gradient_diagnostics_interval
+        table_rows = student.model.vocab_size
         held_out = blueprint.eval_prompts.prompts if blueprint.eval_prompts else ()
         run = Run(
             config=config,
             source=source,
             student=student,
             teacher=teacher,
+            teacher_weight=teacher.output_rows(student.groups, table_rows) if teacher and whole_vocabulary else None,
             reference=reference,
             rewarder=make_rewarder(blueprint, decode),
             objective=blueprint.objective,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_tropd import rng
 from megatron_tropd.data import guidance
@@ -12,6 +12,7 @@ from megatron_tropd.data.packing import BatchPlan, plan_batch
 from megatron_tropd.data.streams import Payload
 from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.teacher.megatron import Destination
+from megatron_tropd.training.diagnostics import diagnostics_due
 from megatron_tropd.training.prepass import entropy_threshold, prepass
 from megatron_tropd.training.run import Run
 from megatron_tropd.training.step import Batch
@@ -70,7 +71,8 @@ def describe(run: Run, rollouts: Sequence[Rollout], plan: BatchPlan, step: int) 
     advantages: Advantages | None = None
     metrics: dict[str, float] = {}
     if run.teacher is not None:
-        scores = run.teacher.score(rollouts, needs.score, destination)
+        want = replace(needs.score, hidden=needs.score.hidden or diagnostics_due(run.config, step))
+        scores = run.teacher.score(rollouts, want, destination)
     if run.reference is not None:
         references = run.reference.score(rollouts, ScoreRequest(), destination)
     if run.rewarder is not None:
@@ -79,8 +81,7 @@ def describe(run: Run, rollouts: Sequence[Rollout], plan: BatchPlan, step: int) 
     if needs.prepass:
         before = prepass(student, rollouts, plan)
     if needs.entropy_quantile is not None:
-        entropies = {index: found.entropy for index, found in before.items() if found.entropy is not None}
-        threshold = entropy_threshold(student, rollouts, entropies, needs.entropy_quantile)
+        threshold = entropy_threshold(student, rollouts, before, needs.entropy_quantile)
 
     def payload(index: int) -> Payload:
         reference, old = references.get(index), before.get(index)
@@ -98,6 +99,7 @@ def describe(run: Run, rollouts: Sequence[Rollout], plan: BatchPlan, step: int) 
         context=StepContext(step=step, num_steps=run.config.training.train_iters, entropy_threshold=threshold),
         seed=run.config.training.seed,
         teacher_hidden=run.teacher.hidden_like if run.teacher else None,
+        teacher_weight=run.teacher_weight,
     )
     return Described(batch=batch, metrics=metrics)
 

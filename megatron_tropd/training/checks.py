@@ -30,6 +30,7 @@ def check_numbers(config: TrainConfig, found: Findings) -> None:
         "lr-warmup-iters": training.lr_warmup_iters, "save-interval": config.checkpoint.save_interval,
         "eval-interval": config.evaluation.eval_interval, "eval-prompts": config.evaluation.eval_prompts,
         "guidance-steps": objective.guidance_steps, "guidance-beta": objective.guidance_beta,
+        "gradient-diagnostics-interval": config.logging.gradient_diagnostics_interval,
         "rollout-log-interval": config.logging.rollout_log_interval, "outlier-coef": objective.outlier_coef,
     }  # fmt: skip
     for name, value in at_least_one.items():
@@ -81,6 +82,11 @@ def check_method(config: TrainConfig, objective: Objective, found: Findings) -> 
             samples >= 2,
             f"{name} compares the samples of a prompt: --n-samples-per-prompt {samples} must be at least 2",
         )
+    found.require(
+        needs.teacher or not config.logging.gradient_diagnostics_interval,
+        f"--gradient-diagnostics-interval {config.logging.gradient_diagnostics_interval} compares with the reverse KL "
+        f"to a teacher, and {name} has none",
+    )
     if not needs.rollouts:
         found.require(
             config.guidance.mode == "none",

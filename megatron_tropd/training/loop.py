@@ -9,6 +9,7 @@ from typing import Literal
 from megatron_tropd.data import guidance
 from megatron_tropd.data.packing import BatchPlan, count_regions
 from megatron_tropd.training.batch import collect, describe, plan_updates
+from megatron_tropd.training.diagnostics import diagnostics_due, gradient_diagnostics
 from megatron_tropd.training.run import Run
 from megatron_tropd.training.step import Batch, StepSums, forward_backward
 from megatron_tropd.types import Rollout, StepReport
@@ -38,6 +39,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, list[Rollout]]:
     with progress.phase("score"):
         described = describe(run, rollouts, plan, step)
     with progress.phase("train"):
+        gradients = _diagnostics(run, described.batch, plan, step)
         outcome = _update(run, described.batch, plan, step)
     if run.objective.needs.rollouts:
         push_weights(run)
@@ -48,7 +50,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, list[Rollout]]:
         grad_norm=outcome.grad_norm,
         learning_rate=outcome.learning_rate,
         tokens=count_regions(rollouts),
-        metrics={**outcome.sums.metrics, **described.metrics, **_batch_metrics(run, step, rollouts)},
+        metrics={**outcome.sums.metrics, **described.metrics, **gradients, **_batch_metrics(run, step, rollouts)},
         seconds=progress.take_seconds(),
         verdict=outcome.verdict,
     ), rollouts
@@ -84,6 +86,13 @@ def _update(run: Run, batch: Batch, plan: BatchPlan, step: int) -> _Outcome:
     return _Outcome(
         sums=StepSums.of(sums), grad_norm=sum(norms) / len(norms), learning_rate=learning_rate, verdict=verdict
     )
+
+
+def _diagnostics(run: Run, batch: Batch, plan: BatchPlan, step: int) -> dict[str, float]:
+    """Of the first update, before it is made."""
+    if not diagnostics_due(run.config, step):
+        return {}
+    return gradient_diagnostics(run.student, run.objective, batch, plan.minibatches[0])
 
 
 def push_weights(run: Run) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.prompts import PromptSource
 from megatron_tropd.objectives.base import Objective
@@ -27,6 +29,9 @@ class Run:
     source: PromptSource
     student: Student
     teacher: MegatronTeacher | None
+    teacher_weight: Tensor | None
+    """The teacher's output table for this rank's part of the student's vocabulary, where full distributions are
+    compared; on the student's last stage."""
     reference: MegatronTeacher | None
     rewarder: Rewarder | None
     objective: Objective

@@ -76,6 +76,8 @@ class Batch:
     seed: int
     teacher_hidden: Tensor | None = None
     """[0, H]: width and dtype of the teacher's hidden states, where payloads hold them."""
+    teacher_weight: Tensor | None = None
+    """[v, H]: the teacher's output table for this rank's part of the vocabulary, where its logits are made here."""
 
 
 def forward_backward(student: Student, objective: Objective, batch: Batch, plan: PackPlan) -> StepSums:
@@ -102,7 +104,7 @@ def forward_backward(student: Student, objective: Objective, batch: Batch, plan:
 
     student.zero_grad()
     parts: list[StepSums] = get_forward_backward_func(student.groups.layout.pp, None)(
-        forward_step_func=partial(_forward_step, student=student, objective=objective, context=batch.context),
+        forward_step_func=partial(_forward_step, student=student, objective=objective, of=batch),
         data_iterator=microbatches(),
         model=[student.ddp],
         num_microbatches=plan.num_microbatches,
@@ -116,27 +118,28 @@ def forward_backward(student: Student, objective: Objective, batch: Batch, plan:
 
 
 def _forward_step(
-    batches: Iterator[Microbatch], model: torch.nn.Module, *, student: Student, objective: Objective,
-    context: StepContext,
-) -> tuple[Tensor, Any]:  # fmt: skip
-    batch = next(batches).to(platform.device())
-    hidden = forward_hidden(model, batch)
-    return hidden, partial(_loss, batch=batch, student=student, objective=objective, context=context)
+    microbatches: Iterator[Microbatch], model: torch.nn.Module, *, student: Student, objective: Objective, of: Batch
+) -> tuple[Tensor, Any]:
+    microbatch = next(microbatches).to(platform.device())
+    hidden = forward_hidden(model, microbatch)
+    return hidden, partial(_loss, microbatch=microbatch, student=student, objective=objective, of=of)
 
 
 def _loss(
-    hidden: Tensor, *, batch: Microbatch, student: Student, objective: Objective, context: StepContext
+    hidden: Tensor, *, microbatch: Microbatch, student: Student, objective: Objective, of: Batch
 ) -> tuple[Tensor, Tensor, StepSums]:
     """Megatron's per-token-loss contract: (loss sum, number of tokens, what to keep)."""
-    tokens = batch.streams
+    tokens = microbatch.streams
     out = head_loss(
         hidden,
         student.model.lm_head_weight(),
         tokens,
         student.shard,
         objective,
-        context,
+        of.context,
         sequence_parallel=student.model.config.sequence_parallel,
+        settings=student.head,
+        teacher_weight=of.teacher_weight,
     )
     on_policy_T = Regions.of(tokens).on_policy_T
     # After the first update of a batch the current student is no longer the one that wrote it.

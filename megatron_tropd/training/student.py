@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from megatron_tropd.config import ParallelConfig, TrainConfig, TrainingConfig
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.models.build import HiddenStateGPT, build_gpt_model
-from megatron_tropd.ops.vocab_parallel import VocabShard
+from megatron_tropd.ops.vocab_parallel import HeadSettings, VocabShard
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.groups import ModelGroups
 from megatron_tropd.training.checkpoint import load_model_state
@@ -23,6 +25,8 @@ SHARDED_STATE_METADATA = {
     "chained_optim_avoid_prefix": True,
 }
 
+_SLICE = 1 << 24
+"""Elements of a gradient that are turned into fp64 at one time."""
 _SET_BY_FLAGS = ("max_lr", "min_lr", "betas", "eps")
 """Of an optimizer's parameter group; the schedule sets ``lr`` and ``weight_decay`` from its own flags."""
 
@@ -66,6 +70,7 @@ class Student:
             group=groups.pg_collection.tp,
             chunk_tokens=config.training.logits_chunk_tokens,
         )
+        self.head = HeadSettings()
         self.ddp = _wrap(model, config.parallel)
         self.optimizer = _optimizer(self.ddp, config.training, config.parallel, bf16=config.model.bf16)
         self.scheduler = _scheduler(self.optimizer, config.training, config.num_updates)
@@ -81,6 +86,24 @@ class Student:
         """Global norm of the finished gradients, before clipping; the same number on every rank."""
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
+
+    def gradient(self) -> list[Tensor]:
+        """This rank's part of the finished gradient, fp32: over all ranks every parameter is there exactly once (tied
+        and replicated ones are left out where another rank has them).  Read it before the next pass."""
+        self.optimizer.prepare_grads()
+        chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [grad for optimizer in chained for grad in optimizer.get_main_grads_for_grad_norm()]
+
+    def inner_product(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+        """Of two gradients of this student, over all parameters; the same number on every rank.  Collective over the
+        ranks that share a gradient."""
+        total = torch.zeros((), dtype=torch.float64, device=platform.device())
+        for mine, other in zip(left, right, strict=True):
+            for a, b in zip(mine.flatten().split(_SLICE), other.flatten().split(_SLICE), strict=True):
+                total += (a.double() * b.double()).sum()
+        chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        torch.distributed.all_reduce(total, group=chained[0].get_grad_stats_parallel_group())
+        return float(total)
 
     @property
     def learning_rate(self) -> float:
