@@ -38,13 +38,24 @@ def sections() -> dict[str, type]:
 
 
 def _flags() -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
-    """flag name -> (section, field, type)."""
+    """flag name -> (section, field, type).  A field without a sentence of help is set by another section."""
     flags = {}
     for section, cls in sections().items():
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
+            if "help" not in f.metadata:
+                continue
             flags[f.name.replace("_", "-")] = (section, f, hints[f.name])
     return flags
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """The words a Literal, or a union of Literals, allows; () for any other type."""
+    if typing.get_origin(kind) is typing.Literal:
+        return typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Union:
+        return tuple(word for part in typing.get_args(kind) for word in _choices(part))
+    return ()
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:
@@ -64,8 +75,8 @@ def make_parser() -> argparse.ArgumentParser:
         options: dict[str, Any] = {"dest": f.name, "default": None, "help": text}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is typing.Literal:
-            options["metavar"] = "{" + ",".join(map(str, typing.get_args(kind))) + "}"
+        elif choices := _choices(kind):
+            options["metavar"] = "{" + ",".join(choices) + "}"
         elif kind == list[str]:
             options.update(nargs="+", metavar="FILE")
         groups[section].add_argument(f"--{name}", **options)
@@ -81,10 +92,9 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, bool):
             raise ConfigError([f"{name}: {value!r} is not true or false"])
         return value
-    if typing.get_origin(kind) is typing.Literal:
-        if value not in typing.get_args(kind):
-            choices = ", ".join(map(str, typing.get_args(kind)))
-            raise ConfigError([f"{name}: {value!r} is not one of {choices}"])
+    if choices := _choices(kind):
+        if value not in choices:
+            raise ConfigError([f"{name}: {value!r} is not one of {', '.join(choices)}"])
         return value
     if kind == list[str]:
         return [str(v) for v in value] if isinstance(value, list) else [str(value)]

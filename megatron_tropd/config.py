@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_tropd.data.advantages import Baseline
 from megatron_tropd.data.guidance import GuidanceConfig
-from megatron_tropd.objectives.base import FklSupport
-from megatron_tropd.objectives.gates import GateKind
-from megatron_tropd.objectives.methods import ObjectiveSettings, is_guided
+from megatron_tropd.objectives.methods import is_guided
+from megatron_tropd.objectives.settings import FklSupport, GateKind, ObjectiveSettings
 
 
 def setting(default: Any, help: str) -> Any:
@@ -61,12 +61,33 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceConfig:
+    """A second frozen model, for the objectives that compare with one; by default the student's starting weights."""
+
+    reference_hf_checkpoint: str = setting("", "HF directory of the reference; it is cut as the teacher is")
+    reference_load: str = setting("", "Megatron checkpoint of the reference instead of the HF weights")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardConfig:
+    """Rewards, for the objectives that learn from them."""
+
+    reward_function: str = setting("", "package.module:function, such as megatron_tropd.rewards:exact_match")
+    advantage_baseline: Baseline = setting(
+        "group-mean", "what is taken off a reward: the mean of its group, or of the others"
+    )
+    advantage_std: bool = setting(True, "divide advantages by the standard deviation of their group")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
     """Prompts to train on."""
 
     prompt_data: list[str] = setting([], "JSONL or parquet files")
     prompt_key: str = setting("prompt", "column of the prompt")
-    response_key: str = setting("response", "column of the teacher's response; needed by --guidance")
+    response_key: str = setting(
+        "response", "column of the teacher's response; needed by --guidance and by supervised finetuning"
+    )
     answer_key: str = setting("answer", "column of the reference answer; optional")
     domain_key: str = setting("domain", "column of the domain; optional")
     apply_chat_template: bool = setting(False, "render prompts with the tokenizer's chat template")
@@ -110,13 +131,14 @@ class ObjectiveConfig:
 class TrainingConfig:
     """Optimizer and length of the run; defaults are the paper's."""
 
-    train_iters: int = setting(200, "optimizer updates, one per rollout batch")
+    train_iters: int = setting(200, "steps: rollout batches to train on")
+    num_minibatches: int = setting(1, "optimizer updates per rollout batch; its prompts are split evenly")
     max_tokens_per_microbatch: int = setting(16384, "packed tokens per forward pass")
     logits_chunk_tokens: int = setting(1024, "tokens whose logits exist at one time")
     lr: float = setting(5e-6, "learning rate")
     min_lr: float = setting(0.0, "learning rate at the end of a decay")
     lr_decay_style: Literal["constant", "linear", "cosine"] = setting("constant", "learning-rate schedule")
-    lr_warmup_iters: int = setting(0, "steps of linear warm-up; as in Megatron the first one has rate 0")
+    lr_warmup_iters: int = setting(0, "updates of linear warm-up; as in Megatron the first one has rate 0")
     weight_decay: float = setting(0.1, "decoupled weight decay")
     adam_beta1: float = setting(0.9, "first moment")
     adam_beta2: float = setting(0.999, "second moment")
@@ -152,6 +174,9 @@ class LoggingConfig:
 
     run_dir: str = setting("", "where everything is written")
     log_interval: int = setting(1, "steps between log lines")
+    gradient_diagnostics_interval: int = setting(
+        0, "steps between measurements of every region's gradient (five more passes each); 0 for none"
+    )
     rollout_log_interval: int = setting(20, "steps between saved samples of rollouts; 0 for none")
     tensorboard_dir: str = setting("", "also log to tensorboard")
     wandb_project: str = setting("", "also log to Weights & Biases")
@@ -165,9 +190,11 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -197,6 +224,11 @@ class TrainConfig:
             outlier_threshold=self.objective.outlier_threshold,
             guidance_beta=self.objective.guidance_beta if self.guidance.mode != "none" else 0.0,
         )
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.training.train_iters * self.training.num_minibatches
 
     @property
     def save_dir(self) -> str:

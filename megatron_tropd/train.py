@@ -69,14 +69,13 @@ def _run(blueprint: Blueprint) -> None:
     init_distributed(timeout_s=blueprint.config.parallel.distributed_timeout_s)
     assembled: Assembled = assemble(blueprint)
     try:
-        for warning in blueprint.tokens.warnings:
+        for warning in blueprint.warnings:
             assembled.run.progress.message(f"warning: {warning}")
         with assembled.run.progress:
             train(assembled.run, assembled.start_step)
-        write_results(assembled, blueprint.student)
+        write_results(assembled, blueprint.models.student)
     finally:
-        close(assembled.directory, assembled.sinks)
-        assembled.run.engines.close()
+        close(assembled)
     dist.barrier()
     shutdown()
 

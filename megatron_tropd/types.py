@@ -182,6 +182,7 @@ class TokenStreams:
     old_entropy_T: Tensor | None = None  # fp32, from the same pass
     sequence_error_T: Tensor | None = None  # fp32, mean over the sample of exp |old - rollout log-probability|
     advantage_T: Tensor | None = None  # fp32, group advantage of the sample, 0 where not ON_POLICY
+    sample_start_T: Tensor | None = None  # bool, the first ON_POLICY label of its sample: one True per sample
 
     def rows(self, index: Tensor) -> TokenStreams:
         """The labels at ``index`` [N] (int64), in that order."""

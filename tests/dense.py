@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_tropd.types import Region, TokenStreams
+from megatron_tropd.types import Needs, Region, TokenStats, TokenStreams
 
 
 def make_streams(
@@ -49,3 +49,31 @@ def tropd_losses(logits: Tensor, tokens: TokenStreams, *, beta: float, gate: str
         log_q = tokens.teacher_topk_logprob_TK[t].double()
         losses.append((log_q.exp() * (log_q - log_p[t, tokens.teacher_topk_ids_TK[t]])).sum())
     return torch.stack(losses)
+
+
+def dense_divergence(logits: Tensor, teacher: Tensor, kind: str, beta: float) -> Tensor:
+    """Full-vocabulary divergence of every row, by definition; differentiable, [T]."""
+    p, q = logits.softmax(-1), teacher.softmax(-1)
+    mixture = beta * q + (1 - beta) * p
+    if kind == "forward_kl":
+        return _kl(q, p)
+    if kind == "reverse_kl":
+        return _kl(p, q)
+    return beta * _kl(q, mixture) + (1 - beta) * _kl(p, mixture)
+
+
+def _kl(a: Tensor, b: Tensor) -> Tensor:
+    return (a * (a.log() - b.log())).sum(-1)
+
+
+def dense_stats(logits: Tensor, teacher: Tensor, tokens: TokenStreams, needs: Needs) -> TokenStats:
+    """What the head would report of the student, from whole rows of logits by plain autograd."""
+    log_p = logits.log_softmax(-1)
+    return TokenStats(
+        logprob_T=log_p.gather(1, tokens.label_T[:, None])[:, 0],
+        topk_logprob_TK=None if not needs.top_k else log_p.gather(1, tokens.teacher_topk_ids_TK),
+        entropy_T=-(log_p.exp() * log_p).sum(-1).detach(),
+        divergence_T=dense_divergence(logits, teacher, needs.divergence, needs.divergence_beta)
+        if needs.divergence
+        else None,
+    )

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tropd import rng
-from megatron_tropd.data.packing import count_regions, pack, plan_packs
-from megatron_tropd.types import Region, Rollout, ScoreRequest, TeacherScores
+from megatron_tropd.data.packing import count_regions, pack, plan_batch, plan_packs
+from megatron_tropd.data.streams import Payload
+from megatron_tropd.types import Needs, Region, Rollout, TeacherScores
 
-WANT = ScoreRequest(top_k=2, entropy=True)
+NEEDS = Needs(top_k=2, teacher_entropy=True)
 
 
 def make_rollout(prompt_uid=0, sample_index=0, prompt=1, guidance=0, written=1):
@@ -106,7 +107,9 @@ def test_packed_step_holds_every_token_and_label_once(rollouts, ranks, max_token
     for packs in plan.microbatches:
         for indices in packs:
             chosen = [rollouts[index] for index in indices]
-            batch = pack(chosen, [scores[index] for index in indices], num_tokens=plan.num_tokens, want=WANT)
+            batch = pack(
+                chosen, [Payload(teacher=scores[index]) for index in indices], num_tokens=plan.num_tokens, needs=NEEDS
+            )
             check_microbatch(batch, chosen, plan.num_tokens)
             seen += batch.token_T[batch.streams.sample_uid_T >= 0].tolist()
             for region in Region:
@@ -180,7 +183,7 @@ def check_padding(batch, where, token=0, uid=-1):
 
 def test_dtypes_and_widths():
     rollout = make_rollout(prompt=2, guidance=1, written=2)
-    batch = pack([rollout], [make_scores(rollout)], num_tokens=8, want=WANT)
+    batch = pack([rollout], [Payload(teacher=make_scores(rollout))], num_tokens=8, needs=NEEDS)
     for stream in (
         batch.token_T,
         batch.streams.label_T,
@@ -196,7 +199,7 @@ def test_dtypes_and_widths():
 
 
 def test_micro_batch_of_padding_has_the_fields_of_the_others():
-    batch = pack([], [], num_tokens=5, want=WANT)
+    batch = pack([], [], num_tokens=5, needs=NEEDS)
     assert batch.cu_seqlens.tolist() == [0, 5] and batch.max_seqlen == 5
     assert batch.streams.teacher_topk_ids_TK.shape == (5, 2) and batch.streams.teacher_entropy_T.shape == (5,)
     check_padding(batch, slice(0, 5))
@@ -211,18 +214,93 @@ def test_packing_without_scores_leaves_the_teacher_blank():
     assert batch.cu_seqlens.tolist() == [0, 5]
 
 
-def test_scores_must_match():
+def test_payloads_must_match():
     rollout = make_rollout(prompt_uid=9, prompt=2, guidance=1, written=2)
-    scores = make_scores(rollout)
-    with pytest.raises(ValueError, match=r"prompt 9 sample 0: topk_ids has shape \(3, 2\), expected \(3, 4\)"):
-        pack([rollout], [scores], num_tokens=8, want=ScoreRequest(top_k=4, entropy=True))
-    with pytest.raises(ValueError, match="topk_ids has shape"):
-        pack([rollout], [scores], num_tokens=8)
-    with pytest.raises(ValueError, match=r"entropy has shape None, expected \(3,\)"):
-        pack([rollout], [TeacherScores(logprob=torch.zeros(3))], num_tokens=8, want=ScoreRequest(entropy=True))
-    with pytest.raises(ValueError, match=r"logprob has shape \(4,\)"):
-        pack([rollout], [TeacherScores(logprob=torch.zeros(4))], num_tokens=8)
-    with pytest.raises(ValueError, match="2 teacher scores for 1 rollouts"):
-        pack([rollout], [scores, scores], num_tokens=8, want=WANT)
+    scores = Payload(teacher=make_scores(rollout))
+
+    def refused(match, payloads, needs=NEEDS):
+        with pytest.raises(ValueError, match=match):
+            pack([rollout], payloads, num_tokens=8, needs=needs)
+
+    refused(r"prompt 9 sample 0: teacher top-k ids has shape \(3, 2\), expected \(3, 4\)", [scores], Needs(top_k=4))
+    refused(
+        r"entropy has shape None, expected \(3,\)",
+        [Payload(teacher=TeacherScores(logprob=torch.zeros(3)))],
+        Needs(teacher_entropy=True),
+    )
+    refused(r"log-probability has shape \(4,\)", [Payload(teacher=TeacherScores(logprob=torch.zeros(4)))], Needs())
+    refused("teacher log-probability has shape None", [Payload()], Needs())
+    refused("old log-probability has shape None", [scores], Needs(old_logprob=True))
+    refused("prompt 9 sample 0 has no advantage", [scores], Needs(rewards=True))
+    refused("2 payloads for 1 rollouts", [scores, scores])
+    refused("needs a teacher that sends its hidden states", [scores], Needs(divergence="forward_kl"))
     with pytest.raises(ValueError, match="5 tokens do not fit a micro-batch of 4"):
         pack([rollout], None, num_tokens=4)
+
+
+EVERYTHING = Needs(
+    top_k=2, teacher_entropy=True, divergence="forward_kl", reference_logprob=True, old_logprob=True, rewards=True
+)
+
+
+def test_every_stream_reaches_its_label_and_exists_only_where_asked():
+    rollouts = [
+        make_rollout(3, 0, prompt=2, guidance=1, written=2),
+        make_rollout(4, 1, prompt=1, guidance=2, written=1),
+    ]
+    payloads = []
+    for rollout in rollouts:
+        names = torch.tensor(rollout.token_ids[rollout.prompt_len :], dtype=torch.float32)
+        scores = make_scores(rollout)
+        hidden = torch.stack([names, -names, 2 * names], 1).bfloat16()
+        payloads.append(
+            Payload(
+                teacher=TeacherScores(
+                    logprob=scores.logprob, topk_ids=scores.topk_ids, topk_logprobs=scores.topk_logprobs,
+                    entropy=scores.entropy, hidden=hidden,
+                ),
+                reference_logprob=names * 3, old_logprob=names * 5, old_entropy=names * 7,
+                advantage=float(rollout.prompt_uid),
+            )
+        )  # fmt: skip
+    like = torch.empty(0, 3, dtype=torch.bfloat16)
+    streams = pack(rollouts, payloads, num_tokens=11, needs=EVERYTHING, teacher_hidden=like).streams
+    response = streams.region_T > Region.PROMPT
+    names = torch.where(response, streams.label_T, 0).float()
+    assert torch.equal(streams.reference_logprob_T, names * 3)
+    assert torch.equal(streams.old_logprob_T, names * 5) and torch.equal(streams.old_entropy_T, names * 7)
+    assert streams.teacher_hidden_TH.dtype == torch.bfloat16
+    assert torch.equal(streams.teacher_hidden_TH, torch.stack([names, -names, 2 * names], 1).bfloat16())
+    written = streams.region_T == Region.ON_POLICY
+    prompt_uid = (streams.sample_uid_T >> 20).float()
+    assert torch.equal(streams.advantage_T, torch.where(written, prompt_uid, 0.0))
+    for rollout in rollouts:
+        old = 5 * torch.tensor(rollout.token_ids[rollout.prompt_len + rollout.guidance_len :]).float()
+        error = (old - torch.tensor(rollout.logprobs)).abs().exp().mean()
+        mine = written & (streams.sample_uid_T == rng.sample_uid(rollout.prompt_uid, rollout.sample_index))
+        assert torch.equal(streams.sequence_error_T[mine], error.expand(int(mine.sum())))
+    assert (streams.sequence_error_T[~written] == 0).all()
+    optional = {name for name in streams.__dataclass_fields__ if getattr(streams, name) is not None}
+    plain = pack(rollouts, None, num_tokens=11).streams
+    assert optional - {name for name in plain.__dataclass_fields__ if getattr(plain, name) is not None} == {
+        "teacher_topk_ids_TK", "teacher_topk_logprob_TK", "teacher_entropy_T", "teacher_hidden_TH",
+        "reference_logprob_T", "old_logprob_T", "old_entropy_T", "sequence_error_T", "advantage_T",
+    }  # fmt: skip
+
+
+@given(num_prompts=st.integers(1, 9), num_samples=st.integers(1, 3), num_minibatches=st.integers(1, 9))
+def test_minibatches_are_even_and_keep_the_samples_of_a_prompt_together(num_prompts, num_samples, num_minibatches):
+    rollouts = [make_rollout(uid, sample, written=1 + uid % 4) for uid in range(num_prompts)
+                for sample in range(num_samples)]  # fmt: skip
+    if num_minibatches > num_prompts:
+        with pytest.raises(ValueError, match=f"--num-minibatches {num_minibatches}"):
+            plan_batch(rollouts, num_minibatches=num_minibatches, data_parallel_size=2, max_tokens=12)
+        return
+    plan = plan_batch(rollouts, num_minibatches=num_minibatches, data_parallel_size=2, max_tokens=12)
+    parts = [[i for packs in part.microbatches for pack_ in packs for i in pack_] for part in plan.minibatches]
+    assert len(parts) == num_minibatches
+    assert sorted(index for part in parts for index in part) == list(range(len(rollouts)))
+    prompts = [{rollouts[index].prompt_uid for index in part} for part in parts]
+    assert sum(map(len, prompts)) == num_prompts, "a prompt is in two minibatches"
+    assert max(map(len, prompts)) - min(map(len, prompts)) <= 1
+    assert plan.owners == {i: r for part in plan.minibatches for i, r in part.owners.items()}

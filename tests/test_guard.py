@@ -53,7 +53,7 @@ def _poisoned_step(argv, policy):
         moved = any(not torch.equal(a, b) for a, b in zip(before, run.student.model.parameters(), strict=True))
         return verdict, moved, run.student.version
     finally:
-        close(assembled.directory, assembled.sinks)
+        close(assembled)
 
 
 @pytest.mark.parametrize(("policy", "verdict"), [("stop", "stopped"), ("skip", "skipped")])

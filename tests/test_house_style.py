@@ -52,7 +52,7 @@ def _imports(path):
 LAYERS = [  # a room may import from its own row and from the rows below
     {"train", "evaluate"},
     {"training"},
-    {"evaluation", "reporting"},
+    {"evaluation", "reporting", "rewards"},
     {"rollout", "teacher"},
     {"weights", "data", "cli", "config"},
     {"models"},

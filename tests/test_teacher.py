@@ -52,7 +52,9 @@ def _score(directory, student, teacher, max_tokens):
     )
     rollouts = _rollouts()
     plan = plan_packs([len(r.token_ids) for r in rollouts], data_parallel_size=student.dp, max_tokens=40)
-    scores = scorer.score(rollouts, ScoreRequest(top_k=TOP_K, entropy=True), Destination(groups=mine, plan=plan))
+    scores = scorer.score(
+        rollouts, ScoreRequest(top_k=TOP_K, entropy=True), Destination(groups=mine, owners=plan.owners)
+    )
     owned = {i for pack in plan.microbatches[mine.coords.dp] for i in pack} if mine.is_last_stage else set()
     return owned, {i: (s.logprob, s.topk_ids, s.topk_logprobs, s.entropy) for i, s in scores.items()}
 

@@ -36,7 +36,7 @@ def _complaint(argv, world_size=1):
 
 def test_a_good_configuration_passes(world, tmp_path):
     blueprint = check(parse(flags(world, tmp_path / "run")), 2)
-    assert blueprint.student_layout.dp == 2 and len(blueprint.prompts.prompts) == 24
+    assert blueprint.models.student_layout.dp == 2 and len(blueprint.prompts.prompts) == 24
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,7 @@ def _groups_after_resume(argv):
     from megatron_tropd.training.blueprint import check
 
     assembled = assemble(check(parse(argv), dist.get_world_size()))
-    close(assembled.directory, assembled.sinks)
-    assembled.run.engines.close()
+    close(assembled)
     groups = assembled.run.student.optimizer.param_groups
     (group,) = [group for group in groups if group["wd_mult"]]
     return group["lr"], group["weight_decay"], tuple(group["betas"]), group["eps"]

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_tropd.types import StepReport
 from tests.hf_models import read_tensors, save_hf_checkpoint, write_tensors
 
 
-def make_world(root: Path, *, student: str = "qwen3", teacher: str = "llama") -> Path:
+def make_world(root: Path, *, student: str = "qwen3", teacher: str = "llama", kv_heads: int = 2) -> Path:
     """``student/``, ``teacher/`` (two families, one tokenizer), ``train.jsonl`` and ``eval.jsonl``."""
-    save_hf_checkpoint(root / "student", student, seed=1, num_hidden_layers=2, num_key_value_heads=2)
+    save_hf_checkpoint(root / "student", student, seed=1, num_hidden_layers=2, num_key_value_heads=kv_heads)
     save_hf_checkpoint(root / "teacher", teacher, seed=2, num_hidden_layers=4)
     for name in ("student", "teacher"):
         _sharpen(root / name)
@@ -70,7 +71,12 @@ def flags(world: Path, directory: Path, /, **changes: Any) -> list[str]:
 
 
 def train_here(argv: list[str], stop_after: int | None = None) -> list[tuple[float, float]]:
-    """Train on this rank of a test pool; (loss, gradient norm) of every step.
+    """Train on this rank of a test pool; (loss, gradient norm) of every step."""
+    return [(report.loss, report.grad_norm) for report in reports_here(argv, stop_after)]
+
+
+def reports_here(argv: list[str], stop_after: int | None = None) -> list[StepReport]:
+    """Train on this rank of a test pool; the report of every step.
 
     Everything is what the command does, but for the process group, which the pool owns.
     ``stop_after`` ends the run (after its checkpoint) as an interruption would.
@@ -83,16 +89,15 @@ def train_here(argv: list[str], stop_after: int | None = None) -> list[tuple[flo
     from megatron_tropd.training.loop import push_weights, train_step
 
     assembled = assemble(check(parse(argv), dist.get_world_size()))
-    run, curve = assembled.run, []
+    run, reports = assembled.run, []
     try:
         push_weights(run)
         for step in range(assembled.start_step, run.config.training.train_iters):
             report, _ = train_step(run, step)
-            curve.append((report.loss, report.grad_norm))
+            reports.append(report)
             run.checkpoints.save_if_due(report.step, run.student, run.source)
             if report.step == stop_after:
                 break
     finally:
-        close(assembled.directory, assembled.sinks)
-        run.engines.close()
-    return curve
+        close(assembled)
+    return reports

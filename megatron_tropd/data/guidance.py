@@ -15,7 +15,7 @@ from typing import Literal, assert_never, get_args
 import torch
 
 from megatron_tropd import rng
-from megatron_tropd.types import GenerationRequest, Prompt
+from megatron_tropd.types import GenerationRequest, Prompt, Rollout
 
 Mode = Literal["none", "ratio", "cap", "uniform"]
 Schedule = Literal["half-cosine", "quarter-cosine", "linear"]
@@ -142,6 +142,32 @@ def attach(
             for index in range(n_samples_per_prompt)
         ]
     return requests
+
+
+def whole_responses(prompts: Sequence[Prompt], weight_version: int) -> list[Rollout]:
+    """Supervised finetuning: every prompt with its whole response, stop token included, as guidance; the student
+    writes nothing.
+
+    Raises:
+        ValueError: a prompt has no response.
+    """
+    rollouts = []
+    for prompt in prompts:
+        if not prompt.teacher_response_ids:
+            raise ValueError(f"prompt {prompt.uid} has no response to learn from; see --response-key")
+        rollouts.append(
+            Rollout(
+                prompt_uid=prompt.uid,
+                sample_index=0,  # also for a prompt that comes twice: each of its copies counts
+                token_ids=prompt.token_ids + prompt.teacher_response_ids,
+                prompt_len=len(prompt.token_ids),
+                guidance_len=len(prompt.teacher_response_ids),
+                logprobs=(),
+                weight_version=(weight_version, weight_version),
+                finish="stop",
+            )
+        )
+    return rollouts
 
 
 def _draws(prompts: Sequence[Prompt], stream_key: int) -> list[float]:

@@ -1,19 +1,21 @@
-"""Rollouts -> micro-batches of one constant shape.
+"""Rollouts -> minibatches -> micro-batches of one constant shape.
 
-``plan_packs`` says which data-parallel rank trains on which rollout in which micro-batch, from the
-lengths alone, so every rank computes the same plan without talking.  ``pack`` builds the tensors.
+``plan_batch`` says which rollouts make up which update, and ``plan_packs`` which data-parallel rank trains on
+which of them in which micro-batch, from the lengths alone, so every rank computes the same plan without
+talking.  ``pack`` builds the tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_tropd import rng
-from megatron_tropd.types import Microbatch, Region, Rollout, ScoreRequest, TeacherScores, TokenStreams
+from megatron_tropd.data.streams import Payload, blank_streams, write_payload
+from megatron_tropd.types import Microbatch, Needs, Region, Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +30,8 @@ class PackPlan:
 
     microbatches: tuple[tuple[tuple[int, ...], ...], ...]
     """[data-parallel rank][micro-batch] -> indices of rollouts; () is all padding."""
-    owners: tuple[int, ...]
-    """Data-parallel rank of each rollout."""
+    owners: Mapping[int, int]
+    """Data-parallel rank by rollout."""
     num_tokens: int
     """T, the packed length of every micro-batch."""
     fill: float
@@ -52,6 +54,7 @@ def plan_packs(
     max_tokens: int,
     multiple_of: int = 1,
     prompt_uids: Sequence[int] | None = None,
+    chosen: Sequence[int] | None = None,
 ) -> PackPlan:
     """Assign rollouts to ranks and micro-batches.
 
@@ -66,6 +69,7 @@ def plan_packs(
         max_tokens: --max-tokens-per-microbatch, the most rollout tokens in a micro-batch.
         multiple_of: T is rounded up to it (so T may pass ``max_tokens`` by less than one multiple).
         prompt_uids: prompt of each rollout, to name it in an error.
+        chosen: indices of the rollouts to plan; by default all of them.
 
     Raises:
         ValueError: a rollout does not fit ``max_tokens``, or a size is below 1.
@@ -75,14 +79,16 @@ def plan_packs(
             f"data_parallel_size {data_parallel_size}, --max-tokens-per-microbatch {max_tokens} and "
             f"multiple_of {multiple_of} must all be at least 1"
         )
-    for index, length in enumerate(lengths):
+    indices = range(len(lengths)) if chosen is None else chosen
+    for index in indices:
+        length = lengths[index]
         if not 1 <= length <= max_tokens:
             prompt = f" of prompt {prompt_uids[index]}" if prompt_uids is not None else ""
             raise ValueError(
                 f"rollout {index}{prompt} has {length} tokens; expected 1 to --max-tokens-per-microbatch {max_tokens}: "
                 "raise it, or lower --max-prompt-length or --max-response-length"
             )
-    longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    longest_first = sorted(indices, key=lambda index: (-lengths[index], index))
     ranks = _spread(longest_first, lengths, data_parallel_size)
     first_fit = [_first_fit(rank, lengths, max_tokens) for rank in ranks]
     count = max(1, *(len(packs) for packs in first_fit))
@@ -93,13 +99,55 @@ def plan_packs(
         microbatches.append(tuple(map(tuple, even if fits else packs + [[]] * (count - len(packs)))))
     fullest = max(_load(pack, lengths) for packs in microbatches for pack in packs)
     num_tokens = max(1, -(-fullest // multiple_of)) * multiple_of
-    owner_of = {index: rank for rank, packs in enumerate(microbatches) for pack in packs for index in pack}
     return PackPlan(
         microbatches=tuple(microbatches),
-        owners=tuple(owner_of[index] for index in range(len(lengths))),
+        owners={index: rank for rank, packs in enumerate(microbatches) for pack in packs for index in pack},
         num_tokens=num_tokens,
-        fill=sum(lengths) / (data_parallel_size * count * num_tokens),
+        fill=_load(longest_first, lengths) / (data_parallel_size * count * num_tokens),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """A rollout batch as the minibatches of its updates, in order."""
+
+    minibatches: tuple[PackPlan, ...]
+
+    @property
+    def owners(self) -> dict[int, int]:
+        """Data-parallel rank by rollout, over all minibatches."""
+        return {index: rank for plan in self.minibatches for index, rank in plan.owners.items()}
+
+
+def plan_batch(
+    rollouts: Sequence[Rollout],
+    *,
+    num_minibatches: int,
+    data_parallel_size: int,
+    max_tokens: int,
+    multiple_of: int = 1,
+) -> BatchPlan:
+    """Split the prompts evenly, in batch order, and plan each part; all samples of a prompt stay together.
+
+    Raises:
+        ValueError: fewer prompts than minibatches, or as :func:`plan_packs`.
+    """
+    uids = [rollout.prompt_uid for rollout in rollouts]
+    place = {uid: place for place, uid in enumerate(dict.fromkeys(uids))}
+    if not 1 <= num_minibatches <= len(place):
+        raise ValueError(f"--num-minibatches {num_minibatches}: expected 1 to the {len(place)} prompts of a batch")
+    parts: list[list[int]] = [[] for _ in range(num_minibatches)]
+    for index, uid in enumerate(uids):
+        parts[place[uid] * num_minibatches // len(place)].append(index)
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    plans = (
+        plan_packs(
+            lengths, data_parallel_size=data_parallel_size, max_tokens=max_tokens, multiple_of=multiple_of,
+            prompt_uids=uids, chosen=part,
+        )
+        for part in parts
+    )  # fmt: skip
+    return BatchPlan(minibatches=tuple(plans))
 
 
 def _load(pack: Sequence[int], lengths: Sequence[int]) -> int:
@@ -146,61 +194,50 @@ def count_regions(rollouts: Sequence[Rollout]) -> dict[str, int]:
 
 def pack(
     rollouts: Sequence[Rollout],
-    scores: Sequence[TeacherScores] | None,
+    payloads: Sequence[Payload] | None,
     *,
     num_tokens: int,
-    want: ScoreRequest = ScoreRequest(),  # noqa: B008  (frozen)
+    needs: Needs = Needs(),  # noqa: B008  (frozen)
+    teacher_hidden: Tensor | None = None,
 ) -> Microbatch:
     """One micro-batch of exactly ``num_tokens`` tokens, on the CPU.
 
     Args:
         rollouts: the sequences, in packing order; none gives pure padding.
-        scores: the teacher's payload of each rollout; None leaves the teacher's streams blank.
+        payloads: what is known about each rollout; None leaves those streams blank.
         num_tokens: T of the plan.
-        want: what the teacher was asked for; it alone decides which optional streams exist and how wide
-            the top-k is, so that a micro-batch of padding has the same fields as the others.
+        needs: what the objective asks for; it alone decides which optional streams exist and how wide the
+            top-k is, so that a micro-batch of padding has the same fields as the others.
+        teacher_hidden: a tensor [0, H] with the width and dtype of the teacher's hidden states, where asked for.
 
     Raises:
-        ValueError: the rollouts do not fit, or scores do not match ``want`` or their rollout.
+        ValueError: the rollouts do not fit, or a payload does not match ``needs`` or its rollout.
     """
     lengths = [len(rollout.token_ids) for rollout in rollouts]
     if num_tokens < 1 or sum(lengths) > num_tokens:
         raise ValueError(f"{sum(lengths)} tokens do not fit a micro-batch of {num_tokens}")
-    if scores is not None and len(scores) != len(rollouts):
-        raise ValueError(f"{len(scores)} teacher scores for {len(rollouts)} rollouts")
-    batch = _blank(lengths, num_tokens, want)
+    if payloads is not None and len(payloads) != len(rollouts):
+        raise ValueError(f"{len(payloads)} payloads for {len(rollouts)} rollouts")
+    batch = _blank(lengths, num_tokens, needs, teacher_hidden)
     start = 0
     for index, rollout in enumerate(rollouts):
         _write_rollout(batch, start, rollout)
-        if scores is not None:
-            _write_scores(batch.streams, start, rollout, scores[index], want)
+        if payloads is not None:
+            write_payload(batch.streams, start, rollout, payloads[index], needs)
         start += lengths[index]
     return batch
 
 
-def _blank(lengths: Sequence[int], num_tokens: int, want: ScoreRequest) -> Microbatch:
+def _blank(lengths: Sequence[int], num_tokens: int, needs: Needs, teacher_hidden: Tensor | None) -> Microbatch:
     """All padding but for the sequence boundaries; what is left over forms one last sequence."""
     padding = num_tokens - sum(lengths)
     sequences = [*lengths, padding] if padding else [*lengths]
-    shape, topk_shape = (num_tokens,), (num_tokens, want.top_k)
     return Microbatch(
-        token_T=torch.zeros(shape, dtype=torch.int64),
+        token_T=torch.zeros(num_tokens, dtype=torch.int64),
         position_T=torch.cat([torch.arange(length) for length in sequences]),
         cu_seqlens=torch.tensor([0, *sequences]).cumsum(0).to(torch.int32),
         max_seqlen=max(sequences),
-        streams=TokenStreams(
-            label_T=torch.zeros(shape, dtype=torch.int64),
-            region_T=torch.full(shape, Region.PAD, dtype=torch.uint8),
-            sample_uid_T=torch.full(shape, -1, dtype=torch.int64),
-            label_position_T=torch.zeros(shape, dtype=torch.int64),
-            uniform_T=torch.full(shape, 0.5, dtype=torch.float64),
-            rollout_logprob_T=torch.zeros(shape),
-            written_len_T=torch.zeros(shape, dtype=torch.int64),
-            teacher_logprob_T=torch.zeros(shape),
-            teacher_topk_ids_TK=torch.zeros(topk_shape, dtype=torch.int64) if want.top_k else None,
-            teacher_topk_logprob_TK=torch.full(topk_shape, -torch.inf) if want.top_k else None,
-            teacher_entropy_T=torch.zeros(shape) if want.entropy else None,
-        ),
+        streams=blank_streams(num_tokens, needs, teacher_hidden),
     )
 
 
@@ -224,27 +261,3 @@ def _write_rollout(batch: Microbatch, start: int, rollout: Rollout) -> None:
     )
     streams.region_T[first_written:last] = Region.ON_POLICY
     streams.rollout_logprob_T[first_written:last] = torch.tensor(rollout.logprobs, dtype=torch.float32)
-
-
-def _write_scores(
-    streams: TokenStreams, start: int, rollout: Rollout, scores: TeacherScores, want: ScoreRequest
-) -> None:
-    """The teacher's streams: response token r is the label at position prompt_len - 1 + r."""
-    response = rollout.response_len
-    first = start + rollout.prompt_len - 1
-    topk = (response, want.top_k) if want.top_k else None
-    payload: tuple[tuple[str, Tensor | None, Tensor | None, tuple[int, ...] | None], ...] = (
-        ("logprob", streams.teacher_logprob_T, scores.logprob, (response,)),
-        ("topk_ids", streams.teacher_topk_ids_TK, scores.topk_ids, topk),
-        ("topk_logprobs", streams.teacher_topk_logprob_TK, scores.topk_logprobs, topk),
-        ("entropy", streams.teacher_entropy_T, scores.entropy, (response,) if want.entropy else None),
-    )
-    for name, target, source, expected in payload:
-        shape = None if source is None else tuple(source.shape)
-        if shape != expected:
-            raise ValueError(
-                f"teacher scores of prompt {rollout.prompt_uid} sample {rollout.sample_index}: {name} has shape "
-                f"{shape}, expected {expected} ({response} response tokens, top_k {want.top_k}, entropy {want.entropy})"
-            )
-        if target is not None and source is not None:
-            target[first : first + response] = source.to(target)

@@ -1,16 +1,14 @@
-"""What an objective is, and the three terms every objective of the paper is made of."""
+"""What an objective is, and the words all of them share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_tropd.types import LossOutput, Metric, Needs, Region, StepContext, TokenStats, TokenStreams
-
-FklSupport = Literal["raw", "tail", "renorm"]
 
 
 class Objective(Protocol):
@@ -53,53 +51,27 @@ def mean_over(value_T: Tensor, mask_T: Tensor, weight_T: Tensor | None = None) -
     return Metric(total=(weight * value).sum(), count=weight.sum())
 
 
-def policy_gradient(advantage_T: Tensor, logprob_T: Tensor) -> Tensor:
-    """PG(A) = -sg[A] exp(log p - sg[log p]), with dL/dz = -A (e_x - p): value -A, score-function gradient.
+def student_before(stats: TokenStats, tokens: TokenStreams) -> Tensor:
+    """The trainer's log p(x) before the first update on this rollout batch, detached, [T].
 
-    The advantage is detached: back-propagating log p - log q itself would drop the teacher.
+    With one update per batch that is the current one; with several, ``old_logprob_T`` holds it.
     """
-    return -advantage_T.detach() * (logprob_T - logprob_T.detach()).exp()
+    return stats.logprob_T.detach() if tokens.old_logprob_T is None else tokens.old_logprob_T
 
 
-def reward(stats: TokenStats, tokens: TokenStreams) -> Tensor:
-    """K1 reward R = log q(x) - log p(x) of the sampled token, detached.  R = -inf where q(x) = 0."""
-    return tokens.teacher_logprob_T - stats.logprob_T.detach()
-
-
-def forward_kl_topk(stats: TokenStats, tokens: TokenStreams, support: FklSupport = "raw") -> Tensor:
-    """Forward KL on the teacher's top-k ids V, differentiated through p (TrOPD Eq. 3), [T].
-
-    With Q and P the teacher's and the student's mass on V:
-    ``raw``     sum_V q log(q / p); its minimum puts nothing outside V
-    ``renorm``  raw / Q - log Q, the KL of q / Q from the full p
-    ``tail``    raw + (1 - Q) log((1 - Q) / (1 - P)): everything outside V as one bucket; zero at p = q
+def student_entropy(stats: TokenStats, tokens: TokenStreams) -> Tensor:
+    """Entropy of the student before the first update on this rollout batch, detached, [T].
 
     Raises:
-        ValueError: the teacher sent no top-k.
+        ValueError: nobody computed it.
     """
-    if stats.topk_logprob_TK is None or tokens.teacher_topk_logprob_TK is None:
-        raise ValueError("this objective needs the teacher's top-k; the teacher sent only sampled log-probabilities")
-    log_q, log_p = tokens.teacher_topk_logprob_TK, stats.topk_logprob_TK
-    q = log_q.exp()
-    raw = (q * (torch.where(q > 0, log_q, 0.0) - log_p)).sum(-1)  # q = 0 contributes 0, not 0 * inf
-    if support == "raw":
-        return raw
-    mass_q = q.sum(-1)
-    if support == "renorm":
-        present = mass_q > 0
-        safe = torch.where(present, mass_q, 1.0)
-        return torch.where(present, raw / safe - safe.log(), 0.0)
-    rest_q = (1 - mass_q).clamp(min=0.0)
-    mass_p = log_p.exp().sum(-1).clamp(max=1 - 1e-6)
-    bucket = torch.xlogy(rest_q, rest_q) - rest_q * torch.log1p(-mass_p)
-    return raw + torch.where(mass_q > 0, bucket, 0.0)
+    if tokens.old_entropy_T is not None:
+        return tokens.old_entropy_T
+    if stats.entropy_T is None:
+        raise ValueError("this objective selects tokens by the student's entropy, and the head was not asked for it")
+    return stats.entropy_T.detach()
 
 
-def guidance_kl(stats: TokenStats, tokens: TokenStreams) -> Tensor:
-    """log q(y) - log p(y) of a teacher token y ~ q: one-sample forward KL (TrOPD Eq. 8), [T].
-
-    Its gradient is that of the negative log-likelihood; log q only shifts the value.  Used as a reward
-    instead, the same number pushes AWAY from the teacher (algorithms: section 0, finding 3).
-    """
-    log_q = torch.where(tokens.teacher_logprob_T.isfinite(), tokens.teacher_logprob_T, 0.0)
-    return log_q - stats.logprob_T
+def negative_infinity_to(value_T: Tensor, replacement: float) -> Tensor:
+    """``value_T`` with -inf replaced; a NaN stays one."""
+    return torch.where(value_T == -torch.inf, replacement, value_T)

@@ -6,27 +6,53 @@ rule of speculative decoding; in expectation over p_S this accepts 1 - TV(p_T, p
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-GateKind = Literal["bernoulli", "expected", "threshold", "none"]
+from megatron_tropd.objectives.labels import Labels
+from megatron_tropd.objectives.settings import GateKind
 
 
-def trust_weight(kind: GateKind, reward_T: Tensor, uniform_T: Tensor, tau: float) -> Tensor:
-    """fp32 weight of the trusted term, [T].
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """Weight of the trusted term.
 
-    ``bernoulli``  1 where log u < R (the paper)
-    ``expected``   min(1, e^R): the coin's mean, same expected gradient without its noise
-    ``threshold``  1 where R > tau
-    ``none``       1 everywhere (plain OPD)
-    R = -inf (the teacher gives the token no mass) is never trusted by the first three.
+    ``bernoulli``    1 where log u < R, with one coin u per token of a rollout batch (the paper)
+    ``expected``     min(1, e^R): the coin's mean, same expected gradient without its noise
+    ``threshold``    1 where R > threshold
+    ``probability``  1 where q(x) - p(x) > margin (AOPD)
+    ``none``         1
+    R = -inf (the teacher gives the token no mass) is never trusted.
     """
-    if kind == "bernoulli":
-        return (uniform_T.log() < reward_T.double()).float()
-    if kind == "expected":
-        return reward_T.clamp(max=0.0).exp()
-    if kind == "threshold":
-        return (reward_T > tau).float()
-    return torch.ones_like(reward_T)
+
+    kind: GateKind
+    threshold: float = -1.72
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind == "threshold" and self.threshold >= 0:
+            raise ValueError(f"--outlier-threshold {self.threshold} must be negative: 0 rejects a perfect student")
+
+    def __call__(self, labels: Labels) -> Tensor:
+        """The weight, in the dtype of the reward, [T]."""
+        reward_T = labels.reward_T
+        possible_T = reward_T > -torch.inf
+        if self.kind == "expected":
+            return expected_acceptance(reward_T)
+        if self.kind == "bernoulli":
+            trusted_T = labels.tokens.uniform_T.log() < reward_T.double()
+        elif self.kind == "threshold":
+            trusted_T = reward_T > self.threshold
+        elif self.kind == "probability":
+            teacher_T = labels.tokens.teacher_logprob_T
+            trusted_T = (teacher_T.exp() - labels.behaviour_logprob_T.exp() > self.margin) & possible_T
+        else:
+            trusted_T = possible_T
+        return trusted_T.to(reward_T.dtype)
+
+
+def expected_acceptance(reward_T: Tensor) -> Tensor:
+    """min(1, e^R), the probability that the paper's coin accepts, [T]."""
+    return reward_T.clamp(max=0.0).exp()

@@ -20,6 +20,11 @@ class EnginePool:
         self.engine = engine
         self._rank, self._world_size, self._gather = rank, world_size, gather
 
+    @property
+    def weight_version(self) -> int | None:
+        """What this rank's engine writes with; None while it has no whole set."""
+        return self.engine.weight_version
+
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int) -> list[Rollout]:
         """Rollouts of all requests, on every rank.
 

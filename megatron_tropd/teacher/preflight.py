@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STUDENT_FLAG = "--hf-checkpoint"
-TEACHER_FLAG = "--teacher-hf-checkpoint"
 _SHOWN = 5
 
 
@@ -151,32 +150,49 @@ def _named(side: _Side) -> str:
     return ", ".join(f"{index} {_show(side, index)}" for index in side.stop_ids)
 
 
-def check_same_tokens(student_dir: str | Path, teacher_dir: str | Path) -> TokenizerReport:
+def student_tokens(student_dir: str | Path) -> TokenizerReport:
+    """The report of a run without a teacher: the student alone, its stop tokens and its rows.
+
+    Raises:
+        PreflightError: the tokenizer does not fit the embedding rows.
+    """
+    student = _load(STUDENT_FLAG, student_dir)
+    if errors := _row_errors(student):
+        raise PreflightError("; ".join(errors))
+    return _report(student, student)
+
+
+def check_same_tokens(student_dir: str | Path, teacher_dir: str | Path, who: str = "teacher") -> TokenizerReport:
     """Compare tokenizers, special ids, embedding rows and stop tokens of two local HF directories.
 
     Equal are required: the piece of every id.  May differ, and then is a warning: bos, eos and pad, stop
     tokens, the chat template.  May differ silently: ``vocab_size``, as long as both cover every id of the
-    tokenizer (the rest are padding rows).
+    tokenizer (the rest are padding rows).  ``who`` is what messages call the second model.
 
     Raises:
         PreflightError: all differences in one message, with the flags to change.
     """
-    student, teacher = _load(STUDENT_FLAG, student_dir), _load(TEACHER_FLAG, teacher_dir)
+    teacher_flag = f"--{who}-hf-checkpoint"
+    student, teacher = _load(STUDENT_FLAG, student_dir), _load(teacher_flag, teacher_dir)
     errors = [*_piece_errors(student, teacher), *_row_errors(student), *_row_errors(teacher)]
     common = min(student.vocab_size, teacher.vocab_size)
     if not errors and (beyond := sorted(i for i in (*student.stop_ids, *teacher.stop_ids) if i >= common)):
         errors.append(f"stop token ids {beyond} are outside the {common} rows that both models have")
     if errors:
         raise PreflightError(
-            f"{STUDENT_FLAG} {student.directory} and {TEACHER_FLAG} {teacher.directory} do not speak the same "
-            "tokens; choose a teacher with the student's tokenizer:\n" + "\n".join(errors)
+            f"{STUDENT_FLAG} {student.directory} and {teacher_flag} {teacher.directory} do not speak the same "
+            f"tokens; choose a {who} with the student's tokenizer:\n" + "\n".join(errors)
         )
+    return _report(student, teacher)
+
+
+def _report(student: _Side, teacher: _Side) -> TokenizerReport:
     special_ids = _special_ids(student, teacher)
     return TokenizerReport(
         num_tokens=len(student.pieces),
         student_vocab_size=student.vocab_size,
         teacher_vocab_size=teacher.vocab_size,
-        common_vocab_size=common,
+        common_vocab_size=min(student.vocab_size, teacher.vocab_size),
         special_ids=special_ids,
         student_stop_ids=student.stop_ids,
         teacher_stop_ids=teacher.stop_ids,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,19 +18,22 @@ from megatron_tropd.models.build import HiddenStateGPT, build_gpt_model
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.exchange import gather_objects
 from megatron_tropd.parallel.groups import ModelGroups, student_groups, teacher_groups
+from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.reporting.progress import NullProgress, Progress
 from megatron_tropd.reporting.run_directory import RunDirectory
 from megatron_tropd.reporting.sinks import Sinks, make_sinks
 from megatron_tropd.rollout.embedded import EmbeddedEngine
 from megatron_tropd.rollout.pool import EnginePool
 from megatron_tropd.teacher.megatron import MegatronTeacher
-from megatron_tropd.training.blueprint import Blueprint, ModelSource
+from megatron_tropd.training.blueprint import Blueprint
 from megatron_tropd.training.checkpoint import load_checkpoint, load_model_state
 from megatron_tropd.training.checkpointing import Checkpoints
 from megatron_tropd.training.evaluations import Evaluations
 from megatron_tropd.training.guard import Guard
 from megatron_tropd.training.journal import Journal, Reader
-from megatron_tropd.training.loop import Run
+from megatron_tropd.training.rewarding import Rewarder
+from megatron_tropd.training.run import Run
+from megatron_tropd.training.sources import ModelSource
 from megatron_tropd.training.student import Student, build_student, params_dtype
 from megatron_tropd.weights.export import HfExporter
 from megatron_tropd.weights.files import HfCheckpoint
@@ -67,24 +71,23 @@ def make_student(blueprint: Blueprint) -> Student:
     """The student with its first weights."""
     config = blueprint.config
     groups = student_groups(
-        blueprint.student_layout, seed=config.training.seed, timeout_s=config.parallel.distributed_timeout_s
+        blueprint.models.student_layout, seed=config.training.seed, timeout_s=config.parallel.distributed_timeout_s
     )
-    model = build_student(config, blueprint.student.arch, groups)
-    load_weights(model, blueprint.student, groups, config)
+    model = build_student(config, blueprint.models.student.arch, groups)
+    load_weights(model, blueprint.models.student, groups, config)
     return Student(model, groups, config, vocab_size=blueprint.tokens.common_vocab_size)
 
 
-def make_teacher(blueprint: Blueprint) -> MegatronTeacher:
-    """The frozen teacher."""
+def make_frozen(blueprint: Blueprint, source: ModelSource, groups: ModelGroups) -> MegatronTeacher:
+    """A model that only scores, in the layout of ``groups``."""
     config = blueprint.config
-    groups = teacher_groups(blueprint.teacher_layout, timeout_s=config.parallel.distributed_timeout_s)
     model = build_gpt_model(
-        blueprint.teacher.arch,
+        source.arch,
         groups,
         params_dtype=params_dtype(config),
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
     )
-    load_weights(model, blueprint.teacher, groups, config)
+    load_weights(model, source, groups, config)
     return MegatronTeacher(
         model,
         groups,
@@ -95,10 +98,43 @@ def make_teacher(blueprint: Blueprint) -> MegatronTeacher:
     )
 
 
-def make_engines(blueprint: Blueprint) -> EnginePool:
-    """One embedded engine on every rank."""
+def make_scorers(blueprint: Blueprint, student: ModelGroups) -> tuple[MegatronTeacher | None, MegatronTeacher | None]:
+    """(teacher, reference), each only where the objective needs it; collective over the world."""
+    models, frozen = blueprint.models, {}
+
+    def groups_of(layout: ParallelLayout) -> ModelGroups:
+        if layout not in frozen:
+            frozen[layout] = teacher_groups(layout, timeout_s=blueprint.config.parallel.distributed_timeout_s)
+        return frozen[layout]
+
+    teacher = reference = None
+    if models.teacher and models.teacher_layout:
+        teacher = make_frozen(blueprint, models.teacher, groups_of(models.teacher_layout))
+    if models.reference and models.reference_layout:
+        is_student = models.reference is models.student
+        groups = student if is_student else groups_of(models.reference_layout)
+        reference = make_frozen(blueprint, models.reference, groups)
+    return teacher, reference
+
+
+def make_rewarder(blueprint: Blueprint, decode: Callable[[Sequence[int]], str]) -> Rewarder | None:
+    """The reward function with what it is given; None for an objective that reads no rewards."""
+    if blueprint.reward_function is None:
+        return None
+    return Rewarder(
+        function=blueprint.reward_function,
+        decode=decode,
+        prompts={prompt.uid: prompt for prompt in blueprint.prompts.prompts},
+        pattern=re.compile(blueprint.config.evaluation.answer_pattern),
+    )
+
+
+def make_engines(blueprint: Blueprint) -> EnginePool | None:
+    """One embedded engine on every rank; None where nothing will be generated."""
+    if not (blueprint.objective.needs.rollouts or blueprint.eval_prompts):
+        return None
     engine = EmbeddedEngine(
-        blueprint.student.hf_dir,
+        blueprint.models.student.hf_dir,
         stop_token_ids=blueprint.tokens.stop_ids,
         vocab_size=blueprint.tokens.common_vocab_size,
         dtype=params_dtype(blueprint.config),
@@ -110,8 +146,8 @@ def make_engines(blueprint: Blueprint) -> EnginePool:
 
 def assemble(blueprint: Blueprint) -> Assembled:
     """Build everything; collective over the world."""
-    config, arch = blueprint.config, blueprint.student.arch
-    checkpoints = Checkpoints(config, arch, blueprint.student.hf_dir)
+    config, arch = blueprint.config, blueprint.models.student.arch
+    checkpoints = Checkpoints(config, arch, blueprint.models.student.hf_dir)
     start_step = checkpoints.resume_step()
     directory, sinks = _open_directory(config, start_step)
     try:
@@ -121,8 +157,9 @@ def assemble(blueprint: Blueprint) -> Assembled:
             checkpoints.resume(student, source)
         progress = _progress(config, start_step or 0)
         tokenizer: Any = blueprint.tokenizer
+        decode = partial(tokenizer.decode, skip_special_tokens=True)
         reader = Reader(
-            decode=partial(tokenizer.decode, skip_special_tokens=True),
+            decode=decode,
             answers={p.uid: p.answer for p in blueprint.prompts.prompts if p.answer is not None},
             pattern=re.compile(config.evaluation.answer_pattern),
         )
@@ -134,12 +171,18 @@ def assemble(blueprint: Blueprint) -> Assembled:
             rollout_interval=config.logging.rollout_log_interval,
             last_step=config.training.train_iters,
         )
+        teacher, reference = make_scorers(blueprint, student.groups)
+        whole_vocabulary = blueprint.objective.needs.divergence or config.logging.gradient_diagnostics_interval
+        table_rows = student.model.vocab_size
         held_out = blueprint.eval_prompts.prompts if blueprint.eval_prompts else ()
         run = Run(
             config=config,
             source=source,
             student=student,
-            teacher=make_teacher(blueprint),
+            teacher=teacher,
+            teacher_weight=teacher.output_rows(student.groups, table_rows) if teacher and whole_vocabulary else None,
+            reference=reference,
+            rewarder=make_rewarder(blueprint, decode),
             objective=blueprint.objective,
             engines=make_engines(blueprint),
             exporter=HfExporter(
@@ -153,7 +196,7 @@ def assemble(blueprint: Blueprint) -> Assembled:
             progress=progress,
         )  # fmt: skip
     except BaseException:
-        close(directory, sinks)
+        _close_files(directory, sinks)
         raise
     return Assembled(run=run, start_step=start_step or 0, directory=directory, sinks=sinks)
 
@@ -173,7 +216,7 @@ def _open_directory(config: TrainConfig, start_step: int | None) -> tuple[RunDir
         except (OSError, ValueError, RuntimeError) as error:
             failure = str(error)
     if failure := next(filter(None, gather_objects(failure)), ""):
-        close(directory, Sinks({}))
+        _close_files(directory, Sinks({}))
         raise ConfigError([f"--run-dir {config.logging.run_dir}: {failure}"])
     if directory is None:
         return None, Sinks({})
@@ -191,7 +234,14 @@ def _progress(config: TrainConfig, start_step: int) -> NullProgress:
     return Progress(config.training.train_iters, start_step, config.logging.log_interval)
 
 
-def close(directory: RunDirectory | None, sinks: Sinks) -> None:
+def close(assembled: Assembled) -> None:
+    """Give back files, sinks and engines."""
+    _close_files(assembled.directory, assembled.sinks)
+    if assembled.run.engines is not None:
+        assembled.run.engines.close()
+
+
+def _close_files(directory: RunDirectory | None, sinks: Sinks) -> None:
     """Give back what rank 0 holds."""
     sinks.close()
     if directory is not None:

@@ -21,19 +21,15 @@ class Evaluations:
         self._config, self._prompts, self._tokenizer = config, prompts, tokenizer
         self._journal, self._progress = journal, progress
 
-    def whole(self, generate: Generate, *, step: int) -> None:
-        """All prompts, all decodings."""
-        self._run(generate, self._prompts, step)
+    def due(self, step: int) -> bool:
+        """Whether a part is answered after ``step``: every --eval-interval steps, but not after the last one, where
+        the whole follows."""
+        interval = self._config.evaluation.eval_interval
+        return bool(self._prompts and interval and step % interval == 0 and step < self._config.training.train_iters)
 
-    def part_if_due(self, generate: Generate, *, step: int) -> None:
-        """The first --eval-prompts prompts, every --eval-interval steps; not at the last step, where
-        :meth:`whole` follows."""
-        settings = self._config.evaluation
-        if settings.eval_interval and step % settings.eval_interval == 0 and step < self._config.training.train_iters:
-            prompts = self._prompts[: settings.eval_prompts or None]
-            self._run(generate, prompts, step)
-
-    def _run(self, generate: Generate, prompts: Sequence[Prompt], step: int) -> None:
+    def run(self, generate: Generate, *, step: int, whole: bool) -> None:
+        """Answer all prompts, or the first --eval-prompts of them, with every decoding."""
+        prompts = self._prompts if whole else self._prompts[: self._config.evaluation.eval_prompts or None]
         if not prompts:
             return
         with self._progress.phase("eval"):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_tropd.reporting.report import write_report
 from megatron_tropd.training.assemble import Assembled
-from megatron_tropd.training.blueprint import ModelSource
+from megatron_tropd.training.sources import ModelSource
 from megatron_tropd.training.student import params_dtype
 from megatron_tropd.weights.files import HfCheckpoint, copy_sidecars
 from megatron_tropd.weights.load import local_parameters

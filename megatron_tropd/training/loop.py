@@ -5,121 +5,113 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
-from megatron_tropd import rng
-from megatron_tropd.config import TrainConfig
 from megatron_tropd.data import guidance
-from megatron_tropd.data.packing import count_regions, plan_packs
-from megatron_tropd.data.prompts import PromptSource
-from megatron_tropd.evaluation import Generate
-from megatron_tropd.objectives.base import Objective
-from megatron_tropd.reporting.progress import NullProgress
-from megatron_tropd.rollout.engine import SamplingParams
-from megatron_tropd.rollout.pool import EnginePool
-from megatron_tropd.teacher.megatron import Destination, MegatronTeacher
-from megatron_tropd.training.checkpointing import Checkpoints
-from megatron_tropd.training.evaluations import Evaluations
-from megatron_tropd.training.guard import Guard
-from megatron_tropd.training.journal import Journal
-from megatron_tropd.training.step import forward_backward
-from megatron_tropd.training.student import Student
-from megatron_tropd.types import Rollout, StepContext, StepReport
-from megatron_tropd.weights.export import HfExporter
+from megatron_tropd.data.packing import BatchPlan, count_regions
+from megatron_tropd.training.batch import collect, describe, plan_updates
+from megatron_tropd.training.diagnostics import diagnostics_due, gradient_diagnostics
+from megatron_tropd.training.run import Run
+from megatron_tropd.training.step import Batch, StepSums, forward_backward
+from megatron_tropd.types import Rollout, StepReport
 from megatron_tropd.weights.load import local_parameters
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """The parts of a run, as ``assemble.py`` puts them together."""
-
-    config: TrainConfig
-    source: PromptSource
-    student: Student
-    teacher: MegatronTeacher
-    objective: Objective
-    engines: EnginePool
-    exporter: HfExporter
-    checkpoints: Checkpoints
-    guard: Guard
-    evaluations: Evaluations
-    journal: Journal
-    progress: NullProgress
-
-
 def train(run: Run, start_step: int) -> None:
-    """Train from ``start_step`` updates to --train-iters; collective over the world."""
+    """Train from ``start_step`` rollout batches to --train-iters; collective over the world."""
     push_weights(run)
     if start_step == 0:
-        run.evaluations.whole(_generate(run), step=0)
+        _evaluate(run, 0, whole=True)
     for step in range(start_step, run.config.training.train_iters):
         report, rollouts = train_step(run, step)
         run.journal.step(report, rollouts)
-        run.evaluations.part_if_due(_generate(run), step=report.step)  # before the save: a point saved is kept
+        _evaluate(run, report.step)  # before the save: a point saved is kept
         with run.progress.phase("save"):
             run.checkpoints.save_if_due(report.step, run.student, run.source)
-    run.evaluations.whole(_generate(run), step=run.config.training.train_iters)
-
-
-def _generate(run: Run) -> Generate:
-    """The engines as evaluation sees them: with the student's present weights."""
-    return partial(run.engines.generate, version=run.student.version)
+    _evaluate(run, run.config.training.train_iters, whole=True)
 
 
 def train_step(run: Run, step: int) -> tuple[StepReport, list[Rollout]]:
-    """One update from one batch of rollouts."""
-    config, student, progress = run.config, run.student, run.progress
+    """The updates of one batch of rollouts."""
+    progress = run.progress
     with progress.phase("generate"):
-        requests = guidance.attach(
-            run.source.take(config.rollout.rollout_batch_size),
-            step,
-            config.guidance,
-            seed=config.training.seed,
-            n_samples_per_prompt=config.rollout.n_samples_per_prompt,
-            max_response_length=config.data.max_response_length,
-        )
-        sampling = SamplingParams(seed=config.training.seed, stream=rng.Stream.SAMPLING, step=step)
-        rollouts = run.engines.generate(requests, sampling, student.version)
-    plan = plan_packs(
-        [len(rollout.token_ids) for rollout in rollouts],
-        data_parallel_size=student.groups.layout.dp,
-        max_tokens=config.training.max_tokens_per_microbatch,
-        multiple_of=student.groups.layout.tp,  # sequence parallelism cuts the packed tokens over TP
-        prompt_uids=[rollout.prompt_uid for rollout in rollouts],
-    )
+        rollouts = collect(run, step)
+    plan = plan_updates(run, rollouts)
     with progress.phase("score"):
-        destination = Destination(groups=student.groups, plan=plan)
-        scores = run.teacher.score(rollouts, run.objective.needs.score, destination)
+        described = describe(run, rollouts, plan, step)
     with progress.phase("train"):
-        context = StepContext(step=step, num_steps=config.training.train_iters)
-        result = forward_backward(
-            student, run.objective, rollouts, scores, plan, seed=config.training.seed, context=context
-        )
-        grad_norm, learning_rate = student.grad_norm(), student.learning_rate
-        verdict = run.guard.judge(step=step + 1, loss=result.loss, grad_norm=grad_norm)
-        if verdict == "stepped":
-            student.step()
-        else:
-            student.skip()
-    if verdict == "stepped":
+        gradients = _diagnostics(run, described.batch, plan, step)
+        outcome = _update(run, described.batch, plan, step)
+    if run.objective.needs.rollouts:
         push_weights(run)
     return StepReport(
         step=step + 1,
-        weight_version=student.version,
-        loss=result.loss,
-        grad_norm=grad_norm,
-        learning_rate=learning_rate,
+        weight_version=run.student.version,
+        loss=outcome.sums.loss,
+        grad_norm=outcome.grad_norm,
+        learning_rate=outcome.learning_rate,
         tokens=count_regions(rollouts),
-        metrics={**result.metrics, **_batch_metrics(run, step, rollouts)},
+        metrics={**outcome.sums.metrics, **described.metrics, **gradients, **_batch_metrics(run, step, rollouts)},
         seconds=progress.take_seconds(),
-        verdict=verdict,
+        verdict=outcome.verdict,
     ), rollouts
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outcome:
+    """The updates of one rollout batch, together."""
+
+    sums: StepSums
+    grad_norm: float
+    """Mean over the updates."""
+    learning_rate: float
+    """Of the last update."""
+    verdict: Literal["stepped", "skipped"]
+    """skipped: at least one update was left out."""
+
+
+def _update(run: Run, batch: Batch, plan: BatchPlan, step: int) -> _Outcome:
+    """One optimizer update for each minibatch; the same outcome on every rank."""
+    student = run.student
+    sums, norms = [], []
+    verdict: Literal["stepped", "skipped"] = "stepped"
+    for minibatch in plan.minibatches:
+        sums.append(forward_backward(student, run.objective, batch, minibatch))
+        norms.append(student.grad_norm())
+        learning_rate = student.learning_rate
+        if run.guard.judge(step=step + 1, loss=sums[-1].loss, grad_norm=norms[-1]) == "stepped":
+            student.step()
+        else:
+            student.skip()
+            verdict = "skipped"
+    return _Outcome(
+        sums=StepSums.of(sums), grad_norm=sum(norms) / len(norms), learning_rate=learning_rate, verdict=verdict
+    )
+
+
+def _diagnostics(run: Run, batch: Batch, plan: BatchPlan, step: int) -> dict[str, float]:
+    """Of the first update, before it is made."""
+    if not diagnostics_due(run.config, step):
+        return {}
+    return gradient_diagnostics(run.student, run.objective, batch, plan.minibatches[0])
+
+
 def push_weights(run: Run) -> None:
-    """Give the engines the student's weights, in HF coordinates."""
+    """Give the engines the student's weights, in HF coordinates, unless they have them; collective."""
+    if run.engines is None or run.engines.weight_version == run.student.version:
+        return
     with run.progress.phase("push"):
         tensors = run.exporter.export(local_parameters(run.student.model), run.student.groups.world)
         run.engines.push(tensors, run.student.version)
+
+
+def _evaluate(run: Run, step: int, *, whole: bool = False) -> None:
+    """All held-out prompts, or those due after ``step``."""
+    if run.engines is None or not (whole or run.evaluations.due(step)):
+        return
+    push_weights(run)
+    generate = partial(run.engines.generate, version=run.student.version)
+    run.evaluations.run(generate, step=step, whole=whole)
 
 
 def _batch_metrics(run: Run, step: int, rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from megatron_tropd.config import ParallelConfig, TrainConfig, TrainingConfig
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.models.build import HiddenStateGPT, build_gpt_model
-from megatron_tropd.ops.vocab_parallel import VocabShard
+from megatron_tropd.ops.vocab_parallel import HeadSettings, VocabShard
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.groups import ModelGroups
 from megatron_tropd.training.checkpoint import load_model_state
@@ -23,6 +25,8 @@ SHARDED_STATE_METADATA = {
     "chained_optim_avoid_prefix": True,
 }
 
+_SLICE = 1 << 24
+"""Elements of a gradient that are turned into fp64 at one time."""
 _SET_BY_FLAGS = ("max_lr", "min_lr", "betas", "eps")
 """Of an optimizer's parameter group; the schedule sets ``lr`` and ``weight_decay`` from its own flags."""
 
@@ -66,9 +70,10 @@ class Student:
             group=groups.pg_collection.tp,
             chunk_tokens=config.training.logits_chunk_tokens,
         )
+        self.head = HeadSettings()
         self.ddp = _wrap(model, config.parallel)
         self.optimizer = _optimizer(self.ddp, config.training, config.parallel, bf16=config.model.bf16)
-        self.scheduler = _scheduler(self.optimizer, config.training)
+        self.scheduler = _scheduler(self.optimizer, config.training, config.num_updates)
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
 
@@ -82,6 +87,24 @@ class Student:
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
 
+    def gradient(self) -> list[Tensor]:
+        """This rank's part of the finished gradient, fp32: over all ranks every parameter is there exactly once (tied
+        and replicated ones are left out where another rank has them).  Read it before the next pass."""
+        self.optimizer.prepare_grads()
+        chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [grad for optimizer in chained for grad in optimizer.get_main_grads_for_grad_norm()]
+
+    def inner_product(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+        """Of two gradients of this student, over all parameters; the same number on every rank.  Collective over the
+        ranks that share a gradient."""
+        total = torch.zeros((), dtype=torch.float64, device=platform.device())
+        for mine, other in zip(left, right, strict=True):
+            for a, b in zip(mine.flatten().split(_SLICE), other.flatten().split(_SLICE), strict=True):
+                total += (a.double() * b.double()).sum()
+        chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        torch.distributed.all_reduce(total, group=chained[0].get_grad_stats_parallel_group())
+        return float(total)
+
     @property
     def learning_rate(self) -> float:
         """Of the next update."""
@@ -94,7 +117,7 @@ class Student:
         self.version += 1
 
     def skip(self) -> None:
-        """Leave the weights; the schedule goes on so that a step number means one learning rate."""
+        """Leave the weights; the schedule goes on so that an update's number means one learning rate."""
         self.scheduler.step(increment=1)
 
     def sharded_state_dict(self, *, is_loading: bool = False, with_optimizer: bool = True) -> dict[str, Any]:
@@ -152,7 +175,7 @@ def _optimizer(ddp: DistributedDataParallel, training: TrainingConfig, parallel:
     )
 
 
-def _scheduler(optimizer: Any, training: TrainingConfig) -> OptimizerParamScheduler:
+def _scheduler(optimizer: Any, training: TrainingConfig, num_updates: int) -> OptimizerParamScheduler:
     """Counts updates, not samples."""
     return OptimizerParamScheduler(
         optimizer,
@@ -160,11 +183,11 @@ def _scheduler(optimizer: Any, training: TrainingConfig) -> OptimizerParamSchedu
         max_lr=training.lr,
         min_lr=training.lr if training.lr_decay_style == "constant" else training.min_lr,
         lr_warmup_steps=training.lr_warmup_iters,
-        lr_decay_steps=max(training.train_iters, training.lr_warmup_iters + 1),
+        lr_decay_steps=max(num_updates, training.lr_warmup_iters + 1),
         lr_decay_style=training.lr_decay_style,
         start_wd=training.weight_decay,
         end_wd=training.weight_decay,
-        wd_incr_steps=training.train_iters,
+        wd_incr_steps=num_updates,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,

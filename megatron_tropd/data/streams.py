@@ -1,0 +1,111 @@
+"""What is known about a rollout besides its tokens, and how it becomes streams of labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.types import Needs, Region, Rollout, TeacherScores, TokenStreams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payload:
+    """Numbers of one rollout with R response tokens, from wherever they were made; None where nobody asked."""
+
+    teacher: TeacherScores | None = None
+    reference_logprob: Tensor | None = None  # [R] fp32
+    old_logprob: Tensor | None = None  # [R] fp32, the student before the first update on the batch
+    old_entropy: Tensor | None = None  # [R] fp32
+    advantage: float | None = None
+    """Group advantage of the whole sample."""
+
+
+def blank_streams(num_tokens: int, needs: Needs, teacher_hidden: Tensor | None) -> TokenStreams:
+    """``num_tokens`` labels of padding; optional streams exist exactly where ``needs`` asks for them.
+
+    ``teacher_hidden`` is [0, H]: the width and dtype of the teacher's hidden states.
+
+    Raises:
+        ValueError: hidden states are asked for and nobody said how wide they are.
+    """
+    if needs.score.hidden and teacher_hidden is None:
+        raise ValueError("an objective over the full vocabulary needs a teacher that sends its hidden states")
+    shape, topk = (num_tokens,), (num_tokens, needs.top_k)
+
+    def optional(wanted: object) -> Tensor | None:
+        return torch.zeros(shape) if wanted else None
+
+    return TokenStreams(
+        label_T=torch.zeros(shape, dtype=torch.int64),
+        region_T=torch.full(shape, Region.PAD, dtype=torch.uint8),
+        sample_uid_T=torch.full(shape, -1, dtype=torch.int64),
+        label_position_T=torch.zeros(shape, dtype=torch.int64),
+        uniform_T=torch.full(shape, 0.5, dtype=torch.float64),
+        rollout_logprob_T=torch.zeros(shape),
+        written_len_T=torch.zeros(shape, dtype=torch.int64),
+        teacher_logprob_T=torch.zeros(shape),
+        teacher_topk_ids_TK=torch.zeros(topk, dtype=torch.int64) if needs.top_k else None,
+        teacher_topk_logprob_TK=torch.full(topk, -torch.inf) if needs.top_k else None,
+        teacher_entropy_T=optional(needs.teacher_entropy),
+        teacher_hidden_TH=teacher_hidden.new_zeros(num_tokens, teacher_hidden.shape[1])
+        if needs.score.hidden and teacher_hidden is not None
+        else None,
+        reference_logprob_T=optional(needs.reference_logprob),
+        old_logprob_T=optional(needs.prepass),
+        old_entropy_T=optional(needs.prepass),
+        sequence_error_T=optional(needs.prepass),
+        advantage_T=optional(needs.rewards),
+    )
+
+
+def write_payload(streams: TokenStreams, start: int, rollout: Rollout, payload: Payload, needs: Needs) -> None:
+    """Everything known about a sequence that begins at packed position ``start``, in place.
+
+    Raises:
+        ValueError: a number that ``needs`` asks for is missing, or is of another shape than the response.
+    """
+    response = rollout.response_len
+    first = start + rollout.prompt_len - 1  # response token r is the label at position prompt_len - 1 + r
+    written = slice(first + rollout.guidance_len, first + response)
+    sources: list[tuple[str, Tensor | None, Tensor | None, tuple[int, ...]]] = [
+        ("reference log-probability", streams.reference_logprob_T, payload.reference_logprob, (response,)),
+        ("old log-probability", streams.old_logprob_T, payload.old_logprob, (response,)),
+        ("old entropy", streams.old_entropy_T, payload.old_entropy, (response,)),
+    ]
+    if needs.teacher:
+        sources += _teacher_sources(streams, payload.teacher, response, needs.top_k)
+    for name, target, source, expected in sources:
+        if target is None:
+            continue
+        found = None if source is None else tuple(source.shape)
+        if source is None or found != expected:
+            raise ValueError(
+                f"prompt {rollout.prompt_uid} sample {rollout.sample_index}: {name} has shape {found}, expected "
+                f"{expected} ({response} response tokens)"
+            )
+        target[first : first + response] = source.to(target)
+    if streams.advantage_T is not None:
+        if payload.advantage is None:
+            raise ValueError(f"prompt {rollout.prompt_uid} sample {rollout.sample_index} has no advantage")
+        streams.advantage_T[written] = payload.advantage
+    if streams.sequence_error_T is not None and payload.old_logprob is not None and rollout.logprobs:
+        gap = payload.old_logprob[rollout.guidance_len :] - torch.tensor(rollout.logprobs)
+        streams.sequence_error_T[written] = gap.abs().exp().mean()
+
+
+def _teacher_sources(
+    streams: TokenStreams, scores: TeacherScores | None, response: int, top_k: int
+) -> list[tuple[str, Tensor | None, Tensor | None, tuple[int, ...]]]:
+    """(name, stream, what the teacher sent, expected shape)."""
+    if scores is None:
+        return [("teacher log-probability", streams.teacher_logprob_T, None, (response,))]
+    hidden, topk = streams.teacher_hidden_TH, (response, top_k)
+    return [
+        ("teacher log-probability", streams.teacher_logprob_T, scores.logprob, (response,)),
+        ("teacher top-k ids", streams.teacher_topk_ids_TK, scores.topk_ids, topk),
+        ("teacher top-k log-probabilities", streams.teacher_topk_logprob_TK, scores.topk_logprobs, topk),
+        ("teacher entropy", streams.teacher_entropy_T, scores.entropy, (response,)),
+        ("teacher hidden states", hidden, scores.hidden, (response, 0 if hidden is None else hidden.shape[1])),
+    ]

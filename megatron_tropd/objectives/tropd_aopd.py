@@ -1,0 +1,45 @@
+"""TrOPD with "the AOPD objective for the AOPD positive samples", which can be read in two ways.
+
+add_pg_on_positive   L_TrOPD + c 1[R > 0] PG(R)        positives, which are always trusted, count 1 + c times
+union_fkl            PG(w R) + c 1[R <= 0] FKL_k       non-positive tokens always get the forward KL, and those
+                                                       that the gate accepts K1 as well
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_tropd.objectives.labels import Labels, Term
+from megatron_tropd.objectives.trust_region import TrustRegion
+from megatron_tropd.types import Needs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TropdAopd:
+    """``tropd`` is TrOPD without guidance; it brings its gate and its forward KL."""
+
+    tropd: TrustRegion
+    reading: Literal["add_pg_on_positive", "union_fkl"] = "add_pg_on_positive"
+    coef: float = 1.0
+
+    @property
+    def needs(self) -> Needs:
+        """TrOPD's."""
+        return self.tropd.needs
+
+    def __call__(self, labels: Labels) -> Term:
+        """See the module's docstring."""
+        reward_T = labels.reward_T
+        if self.reading == "add_pg_on_positive":
+            term = self.tropd(labels)
+            extra_T = self.coef * labels.policy_gradient(reward_T.clamp(min=0.0))
+            return Term(loss_T=term.loss_T + extra_T, trust_T=term.trust_T)
+        assert self.tropd.forward_kl is not None
+        weight_T = self.tropd.gate(labels)
+        trusted_T = labels.policy_gradient(torch.where(weight_T > 0, weight_T * reward_T, 0.0))
+        divergence_T = self.tropd.forward_kl(labels.stats, labels.tokens)
+        imitated_T = torch.where(reward_T > 0, 0.0, self.coef * divergence_T)
+        return Term(loss_T=trusted_T + imitated_T, trust_T=weight_T)

@@ -1,0 +1,120 @@
+"""A rollout batch: where it comes from, and everything that is known about it before the first update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_tropd import rng
+from megatron_tropd.data import guidance
+from megatron_tropd.data.advantages import Advantages, group_advantages
+from megatron_tropd.data.packing import BatchPlan, plan_batch
+from megatron_tropd.data.streams import Payload
+from megatron_tropd.rollout.engine import SamplingParams
+from megatron_tropd.teacher.megatron import Destination
+from megatron_tropd.training.diagnostics import diagnostics_due
+from megatron_tropd.training.prepass import entropy_threshold, prepass
+from megatron_tropd.training.run import Run
+from megatron_tropd.training.step import Batch
+from megatron_tropd.types import Rollout, ScoreRequest, StepContext, TeacherScores
+
+
+def collect(run: Run, step: int) -> list[Rollout]:
+    """The rollouts of ``step``, on every rank: written by the student, or the responses of the data."""
+    config = run.config
+    prompts = run.source.take(config.rollout.rollout_batch_size)
+    if not run.objective.needs.rollouts:
+        return guidance.whole_responses(prompts, run.student.version)
+    assert run.engines is not None, "an objective that learns from rollouts has engines"
+    requests = guidance.attach(
+        prompts,
+        step,
+        config.guidance,
+        seed=config.training.seed,
+        n_samples_per_prompt=config.rollout.n_samples_per_prompt,
+        max_response_length=config.data.max_response_length,
+    )
+    sampling = SamplingParams(seed=config.training.seed, stream=rng.Stream.SAMPLING, step=step)
+    return run.engines.generate(requests, sampling, run.student.version)
+
+
+def plan_updates(run: Run, rollouts: Sequence[Rollout]) -> BatchPlan:
+    """Who trains on what, in which of the --num-minibatches updates."""
+    layout, training = run.student.groups.layout, run.config.training
+    return plan_batch(
+        rollouts,
+        num_minibatches=training.num_minibatches,
+        data_parallel_size=layout.dp,
+        max_tokens=training.max_tokens_per_microbatch,
+        multiple_of=layout.tp,  # sequence parallelism cuts the packed tokens over TP
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """A batch ready for its updates, and what was measured on the way."""
+
+    batch: Batch
+    metrics: dict[str, float]
+
+
+def describe(run: Run, rollouts: Sequence[Rollout], plan: BatchPlan, step: int) -> Described:
+    """Ask everybody whom the objective needs: teacher, reference, reward function, and the student itself.
+
+    Collective over the world.
+    """
+    needs, student = run.objective.needs, run.student
+    destination = Destination(groups=student.groups, owners=plan.owners)
+    scores: Mapping[int, TeacherScores] = {}
+    references: Mapping[int, TeacherScores] = {}
+    before: Mapping[int, TeacherScores] = {}
+    advantages: Advantages | None = None
+    metrics: dict[str, float] = {}
+    if run.teacher is not None:
+        want = replace(needs.score, hidden=needs.score.hidden or diagnostics_due(run.config, step))
+        scores = run.teacher.score(rollouts, want, destination)
+    if run.reference is not None:
+        references = run.reference.score(rollouts, ScoreRequest(), destination)
+    if run.rewarder is not None:
+        advantages, metrics = _advantages(run, rollouts)
+    threshold = None
+    if needs.prepass:
+        before = prepass(student, rollouts, plan)
+    if needs.entropy_quantile is not None:
+        threshold = entropy_threshold(student, rollouts, before, needs.entropy_quantile)
+
+    def payload(index: int) -> Payload:
+        reference, old = references.get(index), before.get(index)
+        return Payload(
+            teacher=scores.get(index),
+            reference_logprob=reference.logprob if reference else None,
+            old_logprob=old.logprob if old else None,
+            old_entropy=old.entropy if old else None,
+            advantage=advantages.values[index] if advantages else None,
+        )
+
+    batch = Batch(
+        rollouts=rollouts,
+        payloads={index: payload(index) for index, owner in plan.owners.items() if owner == student.groups.coords.dp},
+        context=StepContext(step=step, num_steps=run.config.training.train_iters, entropy_threshold=threshold),
+        seed=run.config.training.seed,
+        teacher_hidden=run.teacher.hidden_like if run.teacher else None,
+        teacher_weight=run.teacher_weight,
+    )
+    return Described(batch=batch, metrics=metrics)
+
+
+def _advantages(run: Run, rollouts: Sequence[Rollout]) -> tuple[Advantages, dict[str, float]]:
+    assert run.rewarder is not None
+    settings = run.config.reward
+    rewards = run.rewarder.rewards(rollouts)
+    advantages = group_advantages(
+        rewards,
+        [rollout.prompt_uid for rollout in rollouts],
+        baseline=settings.advantage_baseline,
+        divide_by_std=settings.advantage_std,
+    )
+    return advantages, {
+        "reward/mean": sum(rewards) / len(rewards),
+        "reward/flat_groups_frac": advantages.num_flat / advantages.num_groups,
+    }

@@ -1,0 +1,60 @@
+"""Rewards of a rollout batch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron_tropd.parallel.exchange import gather_objects
+from megatron_tropd.rewards import RewardFunction, RewardSample
+from megatron_tropd.training.agree import on_all_ranks
+from megatron_tropd.types import Prompt, Rollout
+
+
+class RewardError(RuntimeError):
+    """A reward function failed; the message names the prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewarder:
+    """A reward function with what it needs to be called."""
+
+    function: RewardFunction
+    decode: Callable[[Sequence[int]], str]
+    prompts: Mapping[int, Prompt]
+    """By uid."""
+    pattern: re.Pattern[str]
+
+    def rewards(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """One finite number per rollout, on every rank.  Collective: each rank calls the function for its share.
+
+        Raises:
+            RewardError: on every rank, where any call failed or gave no finite number.
+        """
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        mine = on_all_ranks(lambda: [self._reward(rollout) for rollout in rollouts[rank::world_size]], RewardError)
+        everybody = gather_objects(mine)
+        return [everybody[i % world_size][i // world_size] for i in range(len(rollouts))]
+
+    def _reward(self, rollout: Rollout) -> float:
+        prompt = self.prompts[rollout.prompt_uid]
+        sample = RewardSample(
+            prompt=self.decode(prompt.token_ids),
+            response=self.decode(rollout.token_ids[rollout.prompt_len :]),
+            finished=rollout.finish == "stop",
+            answer=prompt.answer,
+            domain=prompt.domain,
+            answer_pattern=self.pattern,
+        )
+        where = f"--reward-function on prompt {rollout.prompt_uid}, sample {rollout.sample_index}"
+        try:
+            value = float(self.function(sample))
+        except Exception as error:  # a user's function may fail in any way
+            raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: the reward is {value}; expected a finite number")
+        return value

@@ -1,0 +1,45 @@
+"""The parts of a run, as ``assemble.py`` puts them together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_tropd.config import TrainConfig
+from megatron_tropd.data.prompts import PromptSource
+from megatron_tropd.objectives.base import Objective
+from megatron_tropd.reporting.progress import NullProgress
+from megatron_tropd.rollout.pool import EnginePool
+from megatron_tropd.teacher.megatron import MegatronTeacher
+from megatron_tropd.training.checkpointing import Checkpoints
+from megatron_tropd.training.evaluations import Evaluations
+from megatron_tropd.training.guard import Guard
+from megatron_tropd.training.journal import Journal
+from megatron_tropd.training.rewarding import Rewarder
+from megatron_tropd.training.student import Student
+from megatron_tropd.weights.export import HfExporter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Everything a step uses.  What the objective does not need is None and was never built."""
+
+    config: TrainConfig
+    source: PromptSource
+    student: Student
+    teacher: MegatronTeacher | None
+    teacher_weight: Tensor | None
+    """The teacher's output table for this rank's part of the student's vocabulary, where full distributions are
+    compared; on the student's last stage."""
+    reference: MegatronTeacher | None
+    rewarder: Rewarder | None
+    objective: Objective
+    engines: EnginePool | None
+    """None where nothing is generated: supervised finetuning without --eval-data."""
+    exporter: HfExporter
+    checkpoints: Checkpoints
+    guard: Guard
+    evaluations: Evaluations
+    journal: Journal
+    progress: NullProgress
