@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from megatron_tropd.data.advantages import Baseline
 from megatron_tropd.data.guidance import GuidanceConfig
 from megatron_tropd.objectives.methods import is_guided
-from megatron_tropd.objectives.settings import FklSupport, GateKind, ObjectiveSettings
+from megatron_tropd.objectives.settings import ObjectiveSettings
 
 
 def setting(default: Any, help: str) -> Any:
@@ -109,14 +109,9 @@ class RolloutConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveConfig:
-    """The loss; defaults are the paper's."""
+    """Which loss, and the teacher prefixes it starts from."""
 
-    objective: str = setting("tropd", "a name of objectives/methods.py")
-    top_k: int = setting(64, "teacher tokens per position for forward KL")
-    gate: GateKind = setting("bernoulli", "how a token is trusted")
-    fkl_support: FklSupport = setting("raw", "form of the top-k forward KL")
-    outlier_coef: float = setting(1.0, "weight of the forward KL on rejected tokens")
-    outlier_threshold: float = setting(-2.0, "nats below which a K1 reward counts as an outlier")
+    objective: str = setting("tropd", "a method of docs/objectives.md; it sets what `auto` means below")
     guidance: Literal["auto", "none", "ratio", "cap", "uniform"] = setting(
         "auto", "how long a teacher prefix is; auto: ratio for the methods the paper guides, none for the others"
     )
@@ -124,7 +119,6 @@ class ObjectiveConfig:
         "half-cosine", "how the prefix is shortened to nothing"
     )
     guidance_steps: int = setting(0, "steps until the prefix is gone; 0 for --train-iters")
-    guidance_beta: float = setting(0.001, "weight of the imitation loss on prefix tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +129,10 @@ class TrainingConfig:
     num_minibatches: int = setting(1, "optimizer updates per rollout batch; its prompts are split evenly")
     max_tokens_per_microbatch: int = setting(16384, "packed tokens per forward pass")
     logits_chunk_tokens: int = setting(1024, "tokens whose logits exist at one time")
+    head_mode: Literal["one-pass", "recompute", "single-chunk"] = setting(
+        "one-pass", "how the loss over the vocabulary is computed; the result is the same"
+    )
+    logits_dtype: Literal["model", "fp32"] = setting("model", "dtype of the student's logits")
     lr: float = setting(5e-6, "learning rate")
     min_lr: float = setting(0.0, "learning rate at the end of a decay")
     lr_decay_style: Literal["constant", "linear", "cosine"] = setting("constant", "learning-rate schedule")
@@ -174,6 +172,7 @@ class LoggingConfig:
 
     run_dir: str = setting("", "where everything is written")
     log_interval: int = setting(1, "steps between log lines")
+    log_topk_overlap: bool = setting(False, "log the share of the teacher's top-k in the student's (one more gather)")
     gradient_diagnostics_interval: int = setting(
         0, "steps between measurements of every region's gradient (five more passes each); 0 for none"
     )
@@ -194,6 +193,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    method: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     reward: RewardConfig = field(default_factory=RewardConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -210,19 +210,16 @@ class TrainConfig:
             mode=mode,
             schedule=self.objective.guidance_schedule,
             steps=self.objective.guidance_steps or self.training.train_iters,
-            beta=self.objective.guidance_beta,
+            beta=self.method.guidance_beta,
         )
 
     @property
     def objective_settings(self) -> ObjectiveSettings:
-        """Numbers of the objective."""
-        return ObjectiveSettings(
-            top_k=self.objective.top_k,
-            gate=self.objective.gate,
-            fkl_support=self.objective.fkl_support,
-            outlier_coef=self.objective.outlier_coef,
-            outlier_threshold=self.objective.outlier_threshold,
-            guidance_beta=self.objective.guidance_beta if self.guidance.mode != "none" else 0.0,
+        """Numbers of the objective, with those that other sections set."""
+        return replace(
+            self.method,
+            guidance_beta=self.method.guidance_beta if self.guidance.mode != "none" else 0.0,
+            num_minibatches=self.training.num_minibatches,
         )
 
     @property

@@ -280,6 +280,7 @@ def test_every_stream_reaches_its_label_and_exists_only_where_asked():
         mine = written & (streams.sample_uid_T == rng.sample_uid(rollout.prompt_uid, rollout.sample_index))
         assert torch.equal(streams.sequence_error_T[mine], error.expand(int(mine.sum())))
     assert (streams.sequence_error_T[~written] == 0).all()
+    assert streams.sample_start_T.nonzero().flatten().tolist() == [2, 7] and written[[2, 7]].all()
     optional = {name for name in streams.__dataclass_fields__ if getattr(streams, name) is not None}
     plain = pack(rollouts, None, num_tokens=11).streams
     assert optional - {name for name in plain.__dataclass_fields__ if getattr(plain, name) is not None} == {

@@ -117,7 +117,7 @@ def test_flags_override_yaml_and_numbers_are_numbers(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("lr: 5e-6\ntrain-iters: 7\ntop_k: 3\nsequence-parallel: true\nprompt-data: [a.jsonl, b.jsonl]\n")
     config = parse(["--config", str(path), "--train-iters", "9", "--no-sequence-parallel"])
-    assert (config.training.lr, config.training.train_iters, config.objective.top_k) == (5e-6, 9, 3)
+    assert (config.training.lr, config.training.train_iters, config.method.top_k) == (5e-6, 9, 3)
     assert config.parallel.sequence_parallel is False and config.data.prompt_data == ["a.jsonl", "b.jsonl"]
     assert changed_flags(config) == {"train-iters": 9, "top-k": 3, "prompt-data": ["a.jsonl", "b.jsonl"]}
 

@@ -260,4 +260,6 @@ def _write_rollout(batch: Microbatch, start: int, rollout: Rollout) -> None:
         Region.GUIDANCE if rollout.sample_index == 0 else Region.GUIDANCE_COPY
     )
     streams.region_T[first_written:last] = Region.ON_POLICY
+    if streams.sample_start_T is not None and rollout.logprobs:
+        streams.sample_start_T[first_written] = True
     streams.rollout_logprob_T[first_written:last] = torch.tensor(rollout.logprobs, dtype=torch.float32)

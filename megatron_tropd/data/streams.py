@@ -57,6 +57,7 @@ def blank_streams(num_tokens: int, needs: Needs, teacher_hidden: Tensor | None) 
         old_entropy_T=optional(needs.prepass),
         sequence_error_T=optional(needs.prepass),
         advantage_T=optional(needs.rewards),
+        sample_start_T=torch.zeros(shape, dtype=torch.bool),
     )
 
 

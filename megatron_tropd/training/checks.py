@@ -13,14 +13,14 @@ from megatron_tropd.training.sources import Models
 
 def check_numbers(config: TrainConfig, found: Findings) -> None:
     """Every number is in its range."""
-    training, rollout, objective = config.training, config.rollout, config.objective
+    training, rollout, method = config.training, config.rollout, config.method
     found.require(config.logging.run_dir, "--run-dir is missing: name a directory for everything the run writes")
     found.require(config.data.prompt_data, "--prompt-data is missing: name at least one .jsonl or .parquet file")
     at_least_one = {
         "train-iters": training.train_iters, "rollout-batch-size": rollout.rollout_batch_size,
         "n-samples-per-prompt": rollout.n_samples_per_prompt, "max-prompt-length": config.data.max_prompt_length,
         "max-response-length": config.data.max_response_length, "log-interval": config.logging.log_interval,
-        "max-tokens-per-microbatch": training.max_tokens_per_microbatch, "top-k": objective.top_k,
+        "max-tokens-per-microbatch": training.max_tokens_per_microbatch, "top-k": method.top_k,
         "logits-chunk-tokens": training.logits_chunk_tokens, "rollout-max-batch-size": rollout.rollout_max_batch_size,
         "make-vocab-size-divisible-by": config.model.make_vocab_size_divisible_by,
         "num-minibatches": training.num_minibatches,
@@ -29,9 +29,9 @@ def check_numbers(config: TrainConfig, found: Findings) -> None:
         "min-lr": training.min_lr, "weight-decay": training.weight_decay, "clip-grad": training.clip_grad,
         "lr-warmup-iters": training.lr_warmup_iters, "save-interval": config.checkpoint.save_interval,
         "eval-interval": config.evaluation.eval_interval, "eval-prompts": config.evaluation.eval_prompts,
-        "guidance-steps": objective.guidance_steps, "guidance-beta": objective.guidance_beta,
+        "guidance-steps": config.objective.guidance_steps, "guidance-beta": method.guidance_beta,
         "gradient-diagnostics-interval": config.logging.gradient_diagnostics_interval,
-        "rollout-log-interval": config.logging.rollout_log_interval, "outlier-coef": objective.outlier_coef,
+        "rollout-log-interval": config.logging.rollout_log_interval, "outlier-coef": method.outlier_coef,
     }  # fmt: skip
     for name, value in at_least_one.items():
         found.require(value >= 1, f"--{name} {value} must be at least 1")
@@ -83,9 +83,8 @@ def check_method(config: TrainConfig, objective: Objective, found: Findings) -> 
             f"{name} compares the samples of a prompt: --n-samples-per-prompt {samples} must be at least 2",
         )
     found.require(
-        needs.teacher or not config.logging.gradient_diagnostics_interval,
-        f"--gradient-diagnostics-interval {config.logging.gradient_diagnostics_interval} compares with the reverse KL "
-        f"to a teacher, and {name} has none",
+        needs.top_k or not config.logging.log_topk_overlap,
+        f"--log-topk-overlap compares with the teacher's top-k, which {name} does not ask for",
     )
     if not needs.rollouts:
         found.require(

@@ -12,7 +12,7 @@ from megatron_tropd.data.packing import BatchPlan, count_regions
 from megatron_tropd.training.batch import collect, describe, plan_updates
 from megatron_tropd.training.diagnostics import diagnostics_due, gradient_diagnostics
 from megatron_tropd.training.run import Run
-from megatron_tropd.training.step import Batch, StepSums, forward_backward
+from megatron_tropd.training.step import Batch, StepSums, check_batch, forward_backward
 from megatron_tropd.types import Rollout, StepReport
 from megatron_tropd.weights.load import local_parameters
 
@@ -39,6 +39,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, list[Rollout]]:
     plan = plan_updates(run, rollouts)
     with progress.phase("score"):
         described = describe(run, rollouts, plan, step)
+        check_batch(run.student, run.objective, described.batch, plan)
     with progress.phase("train"):
         gradients = _diagnostics(run, described.batch, plan, step)
         outcome = _update(run, described.batch, plan, step)

@@ -12,7 +12,7 @@ from megatron_tropd.ops.vocab_parallel import quantile_threshold, student_token_
 from megatron_tropd.parallel import platform
 from megatron_tropd.teacher.scoring import response_rows, score_rollouts
 from megatron_tropd.training.student import Student
-from megatron_tropd.types import Microbatch, Rollout, TeacherScores
+from megatron_tropd.types import Microbatch, Needs, Rollout, TeacherScores
 
 
 def prepass(student: Student, rollouts: Sequence[Rollout], plan: BatchPlan) -> dict[int, TeacherScores]:
@@ -30,7 +30,7 @@ def prepass(student: Student, rollouts: Sequence[Rollout], plan: BatchPlan) -> d
             batch.streams,
             student.shard,
             sequence_parallel=student.model.config.sequence_parallel,
-            settings=student.head,
+            settings=student.head(Needs()),
         )
         rows = response_rows(batch)
         assert stats.entropy_T is not None, "the head always has it"

@@ -13,13 +13,15 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_tropd import rng
-from megatron_tropd.data.packing import PackPlan, pack
+from megatron_tropd.data.packing import BatchPlan, PackPlan, pack
 from megatron_tropd.data.streams import Payload
 from megatron_tropd.models.build import forward_hidden
 from megatron_tropd.objectives.base import Objective, Regions, mean_over
+from megatron_tropd.objectives.checks import check_streams
 from megatron_tropd.ops.vocab_parallel import head_loss
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.exchange import gather_objects
+from megatron_tropd.training.agree import on_all_ranks
 from megatron_tropd.training.student import Student
 from megatron_tropd.types import Metric, Microbatch, Rollout, StepContext
 
@@ -86,26 +88,10 @@ def forward_backward(student: Student, objective: Objective, batch: Batch, plan:
     Division by the global token count happens once, in Megatron's ``finalize_model_grads``.
     Returns sums over the rollouts of ``plan``, the same on every rank.
     """
-    is_last = student.groups.is_last_stage
-    coins = rng.key(batch.seed, rng.Stream.GATE, batch.context.step)
-
-    def microbatches() -> Iterator[Microbatch]:
-        for indices in plan.microbatches[student.groups.coords.dp]:
-            packed = pack(
-                [batch.rollouts[i] for i in indices],
-                [batch.payloads[i] for i in indices] if is_last else None,
-                num_tokens=plan.num_tokens,
-                needs=objective.needs,
-                teacher_hidden=batch.teacher_hidden,
-            )
-            streams = packed.streams
-            uniform_T = rng.uniform(coins, streams.sample_uid_T, streams.label_position_T)
-            yield replace(packed, streams=replace(streams, uniform_T=uniform_T))
-
     student.zero_grad()
     parts: list[StepSums] = get_forward_backward_func(student.groups.layout.pp, None)(
         forward_step_func=partial(_forward_step, student=student, objective=objective, of=batch),
-        data_iterator=microbatches(),
+        data_iterator=_microbatches(student, objective, batch, plan),
         model=[student.ddp],
         num_microbatches=plan.num_microbatches,
         seq_length=plan.num_tokens,
@@ -113,8 +99,43 @@ def forward_backward(student: Student, objective: Objective, batch: Batch, plan:
         forward_only=False,
     )
     # TP ranks of the last stage hold equal numbers: one of them speaks for its replica.
-    speaks = is_last and student.groups.coords.tp == 0
+    speaks = student.groups.is_last_stage and student.groups.coords.tp == 0
     return StepSums.of([part for rank_parts in gather_objects(parts if speaks else []) for part in rank_parts])
+
+
+def _microbatches(student: Student, objective: Objective, batch: Batch, plan: PackPlan) -> Iterator[Microbatch]:
+    """This replica's micro-batches, on the CPU, with the gate's coins; payloads on the last stage only."""
+    coins = rng.key(batch.seed, rng.Stream.GATE, batch.context.step)
+    for indices in plan.microbatches[student.groups.coords.dp]:
+        packed = pack(
+            [batch.rollouts[i] for i in indices],
+            [batch.payloads[i] for i in indices] if student.groups.is_last_stage else None,
+            num_tokens=plan.num_tokens,
+            needs=objective.needs,
+            teacher_hidden=batch.teacher_hidden,
+        )
+        streams = packed.streams
+        uniform_T = rng.uniform(coins, streams.sample_uid_T, streams.label_position_T)
+        yield replace(packed, streams=replace(streams, uniform_T=uniform_T))
+
+
+def check_batch(student: Student, objective: Objective, batch: Batch, plan: BatchPlan) -> None:
+    """Hold every stream against what the objective needs, before any gradient is formed; collective over the world.
+
+    The micro-batches are packed once more for it: a copy on the CPU, which saves keeping them all.
+
+    Raises:
+        ValueError: on every rank; the message names the prompt.
+    """
+
+    def look() -> None:
+        if not (student.groups.is_last_stage and student.groups.coords.tp == 0):
+            return
+        for minibatch in plan.minibatches:
+            for microbatch in _microbatches(student, objective, batch, minibatch):
+                check_streams(microbatch.streams, objective.needs)
+
+    on_all_ranks(look, ValueError)
 
 
 def _forward_step(
@@ -138,7 +159,7 @@ def _loss(
         objective,
         of.context,
         sequence_parallel=student.model.config.sequence_parallel,
-        settings=student.head,
+        settings=student.head(objective.needs),
         teacher_weight=of.teacher_weight,
     )
     on_policy_T = Regions.of(tokens).on_policy_T

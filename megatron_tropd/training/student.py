@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from megatron_tropd.ops.vocab_parallel import HeadSettings, VocabShard
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.groups import ModelGroups
 from megatron_tropd.training.checkpoint import load_model_state
+from megatron_tropd.types import Needs
 
 SHARDED_STATE_METADATA = {
     # A distributed optimizer saved this way loads into any TP x PP x DP.
@@ -70,12 +72,20 @@ class Student:
             group=groups.pg_collection.tp,
             chunk_tokens=config.training.logits_chunk_tokens,
         )
-        self.head = HeadSettings()
+        self._head = HeadSettings(
+            mode=config.training.head_mode,
+            logits_dtype=torch.float32 if config.training.logits_dtype == "fp32" else None,
+            topk_overlap=config.logging.log_topk_overlap,
+        )
         self.ddp = _wrap(model, config.parallel)
         self.optimizer = _optimizer(self.ddp, config.training, config.parallel, bf16=config.model.bf16)
         self.scheduler = _scheduler(self.optimizer, config.training, config.num_updates)
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
+
+    def head(self, needs: Needs) -> HeadSettings:
+        """How the vocabulary head computes what ``needs`` asks for."""
+        return replace(self._head, topk_overlap=self._head.topk_overlap and needs.top_k > 0)
 
     def zero_grad(self) -> None:
         """Forget the gradients of the last step."""

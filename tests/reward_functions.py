@@ -1,0 +1,23 @@
+"""Reward functions as a user would bring them."""
+
+from __future__ import annotations
+
+
+def third_of_length(sample):
+    """Depends on the whole response, so that most groups differ."""
+    return (len(sample.response.split()) % 3) / 3 + 0.1 * sample.finished
+
+
+def same_for_all(sample):
+    return 1.0
+
+
+def fails_on_a_word(sample):
+    return 1 / (sample.prompt.count("w3") - 1)
+
+
+def not_a_number(sample):
+    return float("nan")
+
+
+a_number = 3
