@@ -9,14 +9,15 @@ PYTHON ?= python3.11
 VENV := .venv
 SGLANG_VENV ?= .venv-sglang
 PIP_FLAGS ?=
+ENGINE ?= embedded
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c requirements/constraints.txt
 SGLANG_INSTALL := $(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 
 .PHONY: quickstart test sglang-env lint format verify clean
 
-quickstart: $(VENV)/.runtime
-	$(BIN)/python tools/quickstart.py $(ARGS)
+quickstart: $(VENV)/.runtime $(if $(filter sglang,$(ENGINE)),$(SGLANG_VENV)/.ready)
+	$(BIN)/python tools/quickstart.py --engine $(ENGINE) --sglang-python $(SGLANG_VENV)/bin/python $(ARGS)
 
 test: $(VENV)/.test $(SGLANG_VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)

@@ -14,6 +14,9 @@ import yaml
 
 from megatron_tropd.config import TrainConfig
 
+SGLANG_PREFIX = "sglang-"
+"""Of flags that are SGLang's own, unless config.py has them."""
+
 
 class ConfigError(ValueError):
     """The user's configuration cannot be used; one message for everything that is wrong."""
@@ -34,7 +37,7 @@ class _CollectingParser(argparse.ArgumentParser):
 def sections() -> dict[str, type]:
     """The dataclass of each section, in the order of TrainConfig."""
     hints = typing.get_type_hints(TrainConfig)
-    return {f.name: hints[f.name] for f in dataclasses.fields(TrainConfig)}
+    return {f.name: hints[f.name] for f in dataclasses.fields(TrainConfig) if dataclasses.is_dataclass(hints[f.name])}
 
 
 def _flags() -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
@@ -126,6 +129,32 @@ def _unknown(name: str, where: str, known: Sequence[str]) -> str:
     return f"unknown {where} {'--' if where == 'flag' else ''}{name}{hint}"
 
 
+def _split_sglang(rest: Sequence[str]) -> tuple[dict[str, tuple[str, ...] | None], list[str]]:
+    """(flags for SGLang with the words after each, everything else), from words that are no flags of ours."""
+    passed: dict[str, tuple[str, ...] | None] = {}
+    others: list[str] = []
+    current: str | None = None
+    for word in rest:
+        if word.startswith("--" + SGLANG_PREFIX):
+            current, _, value = word.removeprefix("--" + SGLANG_PREFIX).partition("=")
+            passed[current] = (value,) if value else ()
+        elif word.startswith("--") or current is None:
+            current = None
+            others.append(word)
+        else:
+            passed[current] = (*(passed[current] or ()), word)
+    return passed, others
+
+
+def _words(value: Any) -> tuple[str, ...] | None:
+    """The words after a flag that YAML gives a value: none for true; None where it says false or nothing."""
+    if value is None or value is False:
+        return None
+    if value is True:
+        return ()
+    return tuple(map(str, value)) if isinstance(value, list) else (str(value),)
+
+
 def parse(argv: Sequence[str]) -> TrainConfig:
     """The configuration that ``argv`` asks for.
 
@@ -134,6 +163,7 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     """
     flags = _flags()
     namespace, rest = make_parser().parse_known_args(argv)
+    sglang, rest = _split_sglang(rest)
     errors = [
         _unknown(word.removeprefix("--").split("=")[0], "flag", list(flags)) if word.startswith("--")
         else f"unexpected argument {word!r}"
@@ -143,6 +173,9 @@ def parse(argv: Sequence[str]) -> TrainConfig:
         errors = [error for error in errors if not error.startswith("unexpected argument")]
     values: dict[str, dict[str, Any]] = {section: {} for section in sections()}
     for name, value in (_read_yaml(namespace.config) if namespace.config else {}).items():
+        if name not in flags and name.startswith(SGLANG_PREFIX):
+            sglang.setdefault(name.removeprefix(SGLANG_PREFIX), _words(value))
+            continue
         if name not in flags:
             errors.append(_unknown(name, f"key in {namespace.config}:", list(flags)))
             continue
@@ -161,15 +194,21 @@ def parse(argv: Sequence[str]) -> TrainConfig:
             errors.extend(error.errors)
     if errors:
         raise ConfigError(errors)
-    return TrainConfig(**{section: cls(**values[section]) for section, cls in sections().items()})
+    parts = {section: cls(**values[section]) for section, cls in sections().items()}
+    return TrainConfig(**parts, sglang_flags={name: words for name, words in sglang.items() if words is not None})
 
 
 def to_flags(config: TrainConfig) -> dict[str, Any]:
     """The resolved configuration as YAML keys."""
-    return {name: getattr(getattr(config, section), f.name) for name, (section, f, _) in _flags().items()}
+    own = {name: getattr(getattr(config, section), f.name) for name, (section, f, _) in _flags().items()}
+    passed = {
+        SGLANG_PREFIX + name: list(words) if len(words) > 1 else words[0] if words else True
+        for name, words in config.sglang_flags.items()
+    }
+    return {**own, **passed}
 
 
 def changed_flags(config: TrainConfig) -> dict[str, Any]:
     """The settings that differ from their defaults."""
     defaults = to_flags(TrainConfig())
-    return {name: value for name, value in to_flags(config).items() if value != defaults[name]}
+    return {name: value for name, value in to_flags(config).items() if value != defaults.get(name)}

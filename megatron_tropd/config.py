@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -108,6 +109,34 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Who writes the rollouts.  Any other --sglang-X is handed to the SGLang servers as --X."""
+
+    rollout_engine: Literal["embedded", "sglang"] = setting(
+        "embedded", "embedded: transformers inside every rank; sglang: SGLang servers"
+    )
+    rollout_num_engines: int = setting(1, "SGLang servers to start")
+    rollout_gpu_ids: list[str] = setting([], "GPUs of the servers started here, in order; default: from 0 on")
+    rollout_engine_urls: list[str] = setting([], "SGLang servers that run already, instead of starting some")
+    update_weight_transport: Literal["auto", "shared", "bytes"] = setting(
+        "auto", "how weights reach SGLang: shared memory of one host, bytes over HTTP; auto shares with own servers"
+    )
+    update_weight_buffer_size: int = setting(512 << 20, "bytes of weights in one message")
+    sglang_python: str = setting("", "interpreter of SGLang's environment; default: this one")
+    sglang_host: str = setting("127.0.0.1", "address of the servers; any but a loopback one needs keys")
+    sglang_key_file: str = setting("", "YAML with api-key and admin-api-key, instead of the environment")
+    sglang_tp_size: int = setting(1, "tensor-parallel ranks of each server")
+    sglang_start_timeout: float = setting(600.0, "seconds until a started server must answer")
+    sglang_request_timeout: float = setting(
+        600.0, "seconds for the samples of one prompt, and for one message of weights"
+    )
+    parity_limit: float = setting(
+        0.0, "mean |log p| difference of engine and trainer, in nats, that is an alarm; 0: 1e-3 in fp32, 0.1 in bf16"
+    )
+    on_parity: Literal["stop", "warn"] = setting("stop", "what an alarm does")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveConfig:
     """Which loss, and the teacher prefixes it starts from."""
 
@@ -192,6 +221,7 @@ class TrainConfig:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     method: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -199,6 +229,14 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    sglang_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Flags of ``sglang.launch_server`` without their dashes, and the words after each."""
+
+    @property
+    def parity_limit(self) -> float:
+        """Nats; see --parity-limit."""
+        return self.engine.parity_limit or (0.1 if self.model.bf16 else 1e-3)
 
     @property
     def guidance(self) -> GuidanceConfig:

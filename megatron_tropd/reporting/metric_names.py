@@ -50,6 +50,9 @@ METRICS: dict[str, MetricInfo] = {
     "student/entropy": _info("nats", "Mean entropy of the student over on-policy tokens."),
     "parity/logprob_abs_diff_mean": _info("nats", "Mean |log p| difference, rollout engine against trainer."),
     "parity/logprob_abs_diff_max": _info("nats", "Largest such difference in the step."),
+    "parity/probe_abs_diff_mean": _info(
+        "nats", "Mean |log p| difference on fixed sequences after a push, the worst engine's; SGLang only."
+    ),
     "throughput/tokens_per_second": _info("tokens/s", "Response tokens of the step by wall seconds of the step."),
     "memory/peak_bytes": _info("bytes", "Peak memory of rank 0: of its GPU, or resident where it has none."),
     "time/generate": _info("s", "Wall seconds of rank 0 in generation."),

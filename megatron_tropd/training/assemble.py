@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_tropd.cli import ConfigError, to_flags
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.prompts import PromptSource
 from megatron_tropd.models.build import HiddenStateGPT, build_gpt_model
-from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.exchange import gather_objects
 from megatron_tropd.parallel.groups import ModelGroups, student_groups, teacher_groups
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.reporting.progress import NullProgress, Progress
 from megatron_tropd.reporting.run_directory import RunDirectory
 from megatron_tropd.reporting.sinks import Sinks, make_sinks
-from megatron_tropd.rollout.embedded import EmbeddedEngine
-from megatron_tropd.rollout.pool import EnginePool
 from megatron_tropd.teacher.megatron import MegatronTeacher
 from megatron_tropd.training.blueprint import Blueprint
 from megatron_tropd.training.checkpoint import load_checkpoint, load_model_state
 from megatron_tropd.training.checkpointing import Checkpoints
+from megatron_tropd.training.engines import make_engines
 from megatron_tropd.training.evaluations import Evaluations
 from megatron_tropd.training.guard import Guard
 from megatron_tropd.training.journal import Journal, Reader
+from megatron_tropd.training.parity import ParityAlarm, probe_sequences
 from megatron_tropd.training.rewarding import Rewarder
 from megatron_tropd.training.run import Run
 from megatron_tropd.training.sources import ModelSource
 from megatron_tropd.training.student import Student, build_student, params_dtype
 from megatron_tropd.weights.export import HfExporter
 from megatron_tropd.weights.files import HfCheckpoint
-from megatron_tropd.weights.load import load_hf_into
+from megatron_tropd.weights.load import load_hf_into, local_parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,21 +129,6 @@ def make_rewarder(blueprint: Blueprint, decode: Callable[[Sequence[int]], str]) 
     )
 
 
-def make_engines(blueprint: Blueprint) -> EnginePool | None:
-    """One embedded engine on every rank; None where nothing will be generated."""
-    if not (blueprint.objective.needs.rollouts or blueprint.eval_prompts):
-        return None
-    engine = EmbeddedEngine(
-        blueprint.models.student.hf_dir,
-        stop_token_ids=blueprint.tokens.stop_ids,
-        vocab_size=blueprint.tokens.common_vocab_size,
-        dtype=params_dtype(blueprint.config),
-        device=platform.device(),
-        max_batch_size=blueprint.config.rollout.rollout_max_batch_size,
-    )
-    return EnginePool(engine, rank=dist.get_rank(), world_size=dist.get_world_size(), gather=gather_objects)
-
-
 def assemble(blueprint: Blueprint) -> Assembled:
     """Build everything; collective over the world."""
     config, arch = blueprint.config, blueprint.models.student.arch
@@ -171,6 +156,17 @@ def assemble(blueprint: Blueprint) -> Assembled:
             rollout_interval=config.logging.rollout_log_interval,
             last_step=config.training.train_iters,
         )
+        exporter = HfExporter(
+            arch, student.groups.layout, dist.get_rank(), dtype=params_dtype(config),
+            make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+        )  # fmt: skip
+
+        def export() -> Iterator[tuple[str, Tensor]]:
+            return exporter.export(local_parameters(student.model), student.groups.world)
+
+        engines = None
+        if blueprint.objective.needs.rollouts or blueprint.eval_prompts:  # servers start while models are read
+            engines = make_engines(config, blueprint.models.student, blueprint.tokens, params_dtype(config), export)
         teacher, reference = make_scorers(blueprint, student.groups)
         whole_vocabulary = blueprint.objective.needs.divergence or config.logging.gradient_diagnostics_interval
         table_rows = student.model.vocab_size
@@ -184,13 +180,12 @@ def assemble(blueprint: Blueprint) -> Assembled:
             reference=reference,
             rewarder=make_rewarder(blueprint, decode),
             objective=blueprint.objective,
-            engines=make_engines(blueprint),
-            exporter=HfExporter(
-                arch, student.groups.layout, dist.get_rank(), dtype=params_dtype(config),
-                make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
-            ),
+            engines=engines,
+            export=export,
             checkpoints=checkpoints,
             guard=Guard(config.training.on_nonfinite),
+            parity=ParityAlarm(config.parity_limit, config.engine.on_parity),
+            probes=probe_sequences(blueprint.prompts.prompts),
             evaluations=Evaluations(config, held_out, tokenizer, journal, progress),
             journal=journal,
             progress=progress,

@@ -17,6 +17,7 @@ from megatron_tropd.teacher.preflight import TokenizerReport, check_same_tokens,
 from megatron_tropd.training.checkpoint_directory import RELEASE, find_checkpoint, latest_iteration, read_metadata
 from megatron_tropd.training.checkpoint_metadata import check_architecture
 from megatron_tropd.training.checks import check_lengths, check_method, check_numbers
+from megatron_tropd.training.engines import sglang_settings
 from megatron_tropd.training.findings import Findings
 from megatron_tropd.training.sources import Models, find_models
 from megatron_tropd.types import Needs
@@ -55,6 +56,7 @@ def check(config: TrainConfig, world_size: int) -> Blueprint:
     found.stop_if_any()
     assert models and objective
     check_lengths(config, models, objective, found)
+    found.attempt(lambda: sglang_settings(config, models.student))
     found.attempt(lambda: _check_resume(config, models.student.arch))
     tokens = found.attempt(lambda: _tokens(models))
     if tokens:

@@ -23,13 +23,16 @@ def check_numbers(config: TrainConfig, found: Findings) -> None:
         "max-tokens-per-microbatch": training.max_tokens_per_microbatch, "top-k": method.top_k,
         "logits-chunk-tokens": training.logits_chunk_tokens, "rollout-max-batch-size": rollout.rollout_max_batch_size,
         "make-vocab-size-divisible-by": config.model.make_vocab_size_divisible_by,
-        "num-minibatches": training.num_minibatches,
+        "num-minibatches": training.num_minibatches, "rollout-num-engines": config.engine.rollout_num_engines,
+        "sglang-tp-size": config.engine.sglang_tp_size,
+        "update-weight-buffer-size": config.engine.update_weight_buffer_size,
     }  # fmt: skip
     not_negative = {
         "min-lr": training.min_lr, "weight-decay": training.weight_decay, "clip-grad": training.clip_grad,
         "lr-warmup-iters": training.lr_warmup_iters, "save-interval": config.checkpoint.save_interval,
         "eval-interval": config.evaluation.eval_interval, "eval-prompts": config.evaluation.eval_prompts,
         "guidance-steps": config.objective.guidance_steps, "guidance-beta": method.guidance_beta,
+        "parity-limit": config.engine.parity_limit,
         "gradient-diagnostics-interval": config.logging.gradient_diagnostics_interval,
         "rollout-log-interval": config.logging.rollout_log_interval, "outlier-coef": method.outlier_coef,
     }  # fmt: skip

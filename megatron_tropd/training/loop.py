@@ -9,12 +9,15 @@ from typing import Literal
 
 from megatron_tropd.data import guidance
 from megatron_tropd.data.packing import BatchPlan, count_regions
+from megatron_tropd.rollout.sglang.pool import SGLangPool
 from megatron_tropd.training.batch import collect, describe, plan_updates
 from megatron_tropd.training.diagnostics import diagnostics_due, gradient_diagnostics
+from megatron_tropd.training.parity import probe
 from megatron_tropd.training.run import Run
 from megatron_tropd.training.step import Batch, StepSums, check_batch, forward_backward
 from megatron_tropd.types import Rollout, StepReport
-from megatron_tropd.weights.load import local_parameters
+
+PARITY = "parity/logprob_abs_diff_mean"
 
 
 def train(run: Run, start_step: int) -> None:
@@ -43,8 +46,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, list[Rollout]]:
     with progress.phase("train"):
         gradients = _diagnostics(run, described.batch, plan, step)
         outcome = _update(run, described.batch, plan, step)
-    if run.objective.needs.rollouts:
-        push_weights(run)
+    arrived = push_weights(run) if run.objective.needs.rollouts else {}
     return StepReport(
         step=step + 1,
         weight_version=run.student.version,
@@ -52,7 +54,13 @@ def train_step(run: Run, step: int) -> tuple[StepReport, list[Rollout]]:
         grad_norm=outcome.grad_norm,
         learning_rate=outcome.learning_rate,
         tokens=count_regions(rollouts),
-        metrics={**outcome.sums.metrics, **described.metrics, **gradients, **_batch_metrics(run, step, rollouts)},
+        metrics={
+            **outcome.sums.metrics,
+            **described.metrics,
+            **gradients,
+            **arrived,
+            **_batch_metrics(run, step, rollouts),
+        },
         seconds=progress.take_seconds(),
         verdict=outcome.verdict,
     ), rollouts
@@ -78,6 +86,8 @@ def _update(run: Run, batch: Batch, plan: BatchPlan, step: int) -> _Outcome:
     verdict: Literal["stepped", "skipped"] = "stepped"
     for minibatch in plan.minibatches:
         sums.append(forward_backward(student, run.objective, batch, minibatch))
+        if PARITY in sums[-1].metrics:  # before a weight moves on these tokens
+            _judge_parity(run, sums[-1].metrics[PARITY], f"rollouts of step {step + 1}")
         norms.append(student.grad_norm())
         learning_rate = student.learning_rate
         if run.guard.judge(step=step + 1, loss=sums[-1].loss, grad_norm=norms[-1]) == "stepped":
@@ -97,13 +107,25 @@ def _diagnostics(run: Run, batch: Batch, plan: BatchPlan, step: int) -> dict[str
     return gradient_diagnostics(run.student, run.objective, batch, plan.minibatches[0])
 
 
-def push_weights(run: Run) -> None:
-    """Give the engines the student's weights, in HF coordinates, unless they have them; collective."""
-    if run.engines is None or run.engines.weight_version == run.student.version:
-        return
+def push_weights(run: Run) -> dict[str, float]:
+    """Give the engines the student's weights, in HF coordinates, unless they have them, and have SGLang prove
+    it; collective.  Returns what was measured."""
+    engines, student = run.engines, run.student
+    if engines is None or engines.weight_version == student.version:
+        return {}
     with run.progress.phase("push"):
-        tensors = run.exporter.export(local_parameters(run.student.model), run.student.groups.world)
-        run.engines.push(tensors, run.student.version)
+        engines.push(run.export(), student.version)
+        if not isinstance(engines, SGLangPool) or not run.probes:
+            return {}
+        gaps = probe(student, engines, run.probes, max_tokens=run.config.training.max_tokens_per_microbatch)
+    for name, gap in gaps.items():
+        _judge_parity(run, gap, f"weight version {student.version}, {name}")
+    return {"parity/probe_abs_diff_mean": max(gaps.values())}
+
+
+def _judge_parity(run: Run, gap: float, what: str) -> None:
+    if warning := run.parity.judge(gap, what):
+        run.progress.message(f"warning: {warning}")
 
 
 def _evaluate(run: Run, step: int, *, whole: bool = False) -> None:

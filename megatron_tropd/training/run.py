@@ -10,15 +10,16 @@ from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.prompts import PromptSource
 from megatron_tropd.objectives.base import Objective
 from megatron_tropd.reporting.progress import NullProgress
-from megatron_tropd.rollout.pool import EnginePool
 from megatron_tropd.teacher.megatron import MegatronTeacher
 from megatron_tropd.training.checkpointing import Checkpoints
+from megatron_tropd.training.engines import Export, RolloutEngines
 from megatron_tropd.training.evaluations import Evaluations
 from megatron_tropd.training.guard import Guard
 from megatron_tropd.training.journal import Journal
+from megatron_tropd.training.parity import ParityAlarm
 from megatron_tropd.training.rewarding import Rewarder
 from megatron_tropd.training.student import Student
-from megatron_tropd.weights.export import HfExporter
+from megatron_tropd.types import Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +36,14 @@ class Run:
     reference: MegatronTeacher | None
     rewarder: Rewarder | None
     objective: Objective
-    engines: EnginePool | None
+    engines: RolloutEngines | None
     """None where nothing is generated: supervised finetuning without --eval-data."""
-    exporter: HfExporter
+    export: Export
     checkpoints: Checkpoints
     guard: Guard
+    parity: ParityAlarm
+    probes: tuple[Rollout, ...]
+    """What SGLang scores after a push, before it writes."""
     evaluations: Evaluations
     journal: Journal
     progress: NullProgress
