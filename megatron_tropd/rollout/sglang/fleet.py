@@ -115,11 +115,11 @@ class Fleet:
         if engine.failures > self._settings.max_failures:
             engine.given_up = True
             self.counts["given_up"] += 1
-            log.error("%s failed %d times and is given up: %s", engine.name, engine.failures, error)
+            log.error("engine %d failed %d times and is given up: %s", engine.index, engine.failures, error)
             await engine.close()
             return
         self.counts["restarts"] += 1
-        log.warning("%s failed and is started anew: %s", engine.name, error)
+        log.warning("engine %d failed and is started anew: %s", engine.index, error)
         await engine.start()
 
     async def close(self) -> None:
