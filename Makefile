@@ -1,15 +1,17 @@
 # Two commands on a fresh machine with Python 3.11, make and a compiler:
 #   make quickstart   the main job: a student learns from a teacher, two ranks, about two minutes
+#                     (ENGINE=sglang: rollouts by the real SGLang server, whose environment is made first)
 #   make test         the whole test suite
 # and besides: make verify (prints measured errors), make lint, make format, make clean, and
 #   make sglang-env   the SGLang server's own environment, for machines without a GPU (docs/sglang.md)
-# Each makes its own environment in .venv first; SGLang has one of its own, because it pins other versions.  Set PYTHON to choose another interpreter, and PIP_FLAGS
-# for pip's own options (for example an index that has CPU-only torch).
+# Each makes its own environment in .venv first; SGLang has one of its own, because it pins other versions.
+# Set PYTHON to choose another interpreter, and PIP_FLAGS for pip's own options (for example an index that has
+# CPU-only torch).
 PYTHON ?= python3.11
 VENV := .venv
 SGLANG_VENV ?= .venv-sglang
-PIP_FLAGS ?=
 ENGINE ?= embedded
+PIP_FLAGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c requirements/constraints.txt
 SGLANG_INSTALL := $(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)

@@ -65,8 +65,8 @@ class Servers:
 
 def make_pool(settings: SGLangSettings, arch: Architecture, student: Student, **changes) -> SGLangPool:
     defaults = {
-        "arch": arch, "stop_token_ids": {STOP}, "vocab_size": VOCAB_SIZE, "rank": 0, "world_size": 1,
-        "gather": lambda value: [value], "broadcast": lambda value: value, "export": student.export,
+        "arch": arch, "stop_token_ids": {STOP}, "vocab_size": VOCAB_SIZE, "rank": 0,
+        "broadcast": lambda value: value, "export": student.export,
     }  # fmt: skip
     return SGLangPool(settings, **{**defaults, **changes})
 

@@ -86,6 +86,14 @@ def test_only_parallel_reads_parallel_state():
             assert "parallel_state" not in path.read_text(encoding="utf-8"), path
 
 
+def test_only_the_sglang_room_speaks_http():
+    for path in PACKAGE:
+        if "sglang" not in path.relative_to(ROOT).parts:
+            for imported in _imports(path):
+                assert imported.split(".")[0] not in {"httpx2", "httpx", "requests", "aiohttp", "http"}, path
+                assert imported != "urllib.request", path
+
+
 @pytest.mark.parametrize("room", ["objectives", "types.py", "rng.py"])
 def test_pure_rooms_import_torch_only(room):
     place = ROOT / "megatron_tropd" / room

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tropd.parallel.exchange import broadcast_object, gather_objects
+from megatron_tropd.parallel.exchange import broadcast_object
 from megatron_tropd.rollout.engine import EngineError
 from megatron_tropd.rollout.sglang.buckets import BucketBuilder
 from megatron_tropd.rollout.sglang.checksums import SentChecksums
@@ -191,6 +191,16 @@ def test_what_the_server_does_not_say_is_found_by_the_verification(sglang):
     sglang.push()
 
 
+def test_weights_that_changed_since_the_push_are_not_given_to_a_restarted_server(sglang):
+    """They would be served under the old version's name."""
+    version = sglang.push()
+    sglang.engines[0].version = None
+    sglang.student.model.get_parameter("model.norm.weight").data += 1
+    with pytest.raises(EngineError, match="different weights as version"):
+        sglang.pool._deliver(sglang.student.export(), version, only_missing=True)
+    sglang.push()
+
+
 def test_a_version_that_the_server_does_not_report_is_stale(sglang):
     version = sglang.push()
     engine = sglang.engines[0]
@@ -294,14 +304,11 @@ def _two_ranks(settings, arch, version):
     rank = dist.get_rank()
     student = Student(torch.nn.Module(), version - 1)
     student.change()
-    pool = make_pool(
-        settings, arch, student, rank=rank, world_size=2, gather=gather_objects, broadcast=broadcast_object
-    )
+    pool = make_pool(settings, arch, student, rank=rank, broadcast=broadcast_object)
     try:
         pool.push(student.export(), version)
         requests = requests_of(4)
         rollouts = pool.generate(requests, params(), version)
-        mine = pool.engine.generate(requests[rank : rank + 2], params(temperature=0.0))
         refusals = []
         for bad in (dict(student.model.named_parameters()), {}):
             bad.pop("lm_head.weight", None)
@@ -309,7 +316,7 @@ def _two_ranks(settings, arch, version):
                 pool.push(iter(bad.items()), version + 1)
             except EngineError as error:
                 refusals.append(str(error))
-        return rollouts, mine, refusals
+        return rollouts, refusals
     finally:
         pool.close()
 
@@ -320,6 +327,4 @@ def test_two_ranks_get_the_same_rollouts_and_the_same_errors(sglang, ranks):
     urls = tuple(engine.server.url for engine in sglang.engines)
     first, second = ranks(2).run(_two_ranks, replace(sglang.settings, urls=urls), sglang.arch, version)
     assert first[0] == second[0] and len(first[0]) == 4
-    assert [r.prompt_uid for r in first[1]] == [0, 1] and [r.prompt_uid for r in second[1]] == [1, 2]
-    assert first[1][1] == second[1][0], "greedy, so the same whoever asks"
-    assert first[2] == second[2] and len(first[2]) == 2 and "missing: lm_head.weight" in first[2][0]
+    assert first[1] == second[1] and len(first[1]) == 2 and "missing: lm_head.weight" in first[1][0]

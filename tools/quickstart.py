@@ -72,14 +72,15 @@ def main() -> int:
     flags.add_argument("--directory", type=Path, default=Path("runs"), help="where everything goes (default: runs)")
     flags.add_argument("--seed", type=int, default=0, help="of the world and of the run")
     flags.add_argument("--min-points", type=float, default=15.0, help="rise in accuracy that must be reached")
-    flags.add_argument("--engine", choices=("embedded", "sglang"), default="embedded", help="who writes the rollouts")
-    flags.add_argument("--sglang-python", type=Path, default=Path(".venv-sglang/bin/python"), help="of make sglang-env")
+    flags.add_argument("--engine", choices=("embedded", "sglang"), default="embedded", help="what writes the rollouts")
+    flags.add_argument("--sglang-python", default=".venv-sglang/bin/python", help="interpreter of SGLang's environment")
     flags.add_argument("train_flags", nargs="*", help="after --: flags of megatron_tropd.train")
     args = flags.parse_args()
     started = time.monotonic()
     world = args.directory / f"small_world_{args.seed}"
     job = args.directory / "quickstart"
     python = sys.executable
+    engine = ["--rollout-engine", "sglang", "--sglang-python", args.sglang_python] if args.engine == "sglang" else []
     if not (ROOT / world / "world.json").is_file():
         run("Make the small world", python, "tools/make_small_world.py", "--save", world, "--seed", str(args.seed))
     shutil.rmtree(ROOT / job, ignore_errors=True)
@@ -94,8 +95,7 @@ def main() -> int:
         "-m", "megatron_tropd.train", "--config", "examples/quickstart.yaml", "--run-dir", job,
         "--pretrained-checkpoint", job / "megatron/student", "--teacher-load", job / "megatron/teacher",
         "--prompt-data", world / "train.jsonl", "--eval-data", world / "eval.jsonl",
-        "--seed", str(args.seed), "--rollout-engine", args.engine, "--sglang-python", args.sglang_python,
-        *args.train_flags,
+        "--seed", str(args.seed), *engine, *args.train_flags,
     )  # fmt: skip
     good = judge(ROOT / job, args.min_points)
     print(f"  time:     {time.monotonic() - started:.0f} s")

@@ -11,7 +11,6 @@ from megatron_tropd.training.assemble import Assembled
 from megatron_tropd.training.sources import ModelSource
 from megatron_tropd.training.student import params_dtype
 from megatron_tropd.weights.files import HfCheckpoint, copy_sidecars
-from megatron_tropd.weights.load import local_parameters
 from megatron_tropd.weights.manifest import MANIFEST_FILE, HfManifest
 from megatron_tropd.weights.writer import write_hf_files
 
@@ -22,7 +21,7 @@ def write_results(assembled: Assembled, source: ModelSource) -> None:
     """Export to RUN_DIR/hf_export and write RUN_DIR/report.html; collective over the world."""
     run = assembled.run
     run_dir = Path(run.config.logging.run_dir)
-    tensors = run.exporter.export(local_parameters(run.student.model), run.student.groups.world)
+    tensors = run.export()
     if dist.get_rank():
         for _ in tensors:  # every rank takes part in the export; one writes
             pass

@@ -74,6 +74,8 @@ class Fleet:
             servers = [ServerProcess(settings, i, max_positions) for i in range(settings.num_engines)]
             self.engines = [Engine(i, settings, server) for i, server in enumerate(servers)]
         self.counts: Counter[str] = Counter()
+        self._checksums: dict[int, set[str]] = {}
+        """What servers of each tensor-parallel size said of the weights of the version being served."""
 
     # ---- life ----
 
@@ -113,11 +115,11 @@ class Fleet:
         if engine.failures > self._settings.max_failures:
             engine.given_up = True
             self.counts["given_up"] += 1
-            log.error("%s failed %d times and is given up: %s", engine.name, engine.failures, error)
+            log.error("engine %d failed %d times and is given up: %s", engine.index, engine.failures, error)
             await engine.close()
             return
         self.counts["restarts"] += 1
-        log.warning("%s failed and is started anew: %s", engine.name, error)
+        log.warning("engine %d failed and is started anew: %s", engine.index, error)
         await engine.start()
 
     async def close(self) -> None:
@@ -210,6 +212,8 @@ class Fleet:
     async def begin_update(self, *, but_not_with: int | None = None) -> None:
         """Wait for all servers and open a session with each that does not hold version ``but_not_with``."""
         await self.wait_until_up()
+        if but_not_with is None:
+            self._checksums.clear()
         wanting = [engine for engine in self._usable() if but_not_with is None or engine.version != but_not_with]
         await self._each(wanting, Engine.begin_update)
 
@@ -225,14 +229,16 @@ class Fleet:
         """
         await self._each(self._updating(), lambda engine: engine.end_update(version, names, expected))
         usable = self._usable()
-        held: dict[int, set[str]] = {}
         for engine in usable:
             if engine.version == version and engine.checksum:
-                held.setdefault(engine.tp_size, set()).add(engine.checksum)
-        if any(len(checksums) > 1 for checksums in held.values()):
+                self._checksums.setdefault(engine.tp_size, set()).add(engine.checksum)
+        if any(len(checksums) > 1 for checksums in self._checksums.values()):
             for engine in usable:
                 engine.version = None
-            raise EngineError(f"after the update to version {version} the engines hold different weights")
+            raise EngineError(
+                f"engines hold different weights as version {version}: an update went wrong, or the weights that were "
+                "exported again for a restarted engine are not those of that version"
+            )
         return all(engine.version == version for engine in usable)
 
     def _updating(self) -> list[Engine]:

@@ -43,11 +43,10 @@ class SGLangPool:
         arch: of the student; says which tensors an update must hold.
         stop_token_ids: a rollout ends with any of them.
         vocab_size: only the first so many ids are written (the vocabulary shared with the teacher).
-        rank, world_size: of this process among those that call together.
-        gather: a value of every rank, on every rank.
+        rank: of this process among those that call together.
         broadcast: the first rank's value on every rank (other ranks' arguments are ignored).
-        export: the student's current weights, collectively; called again for a server that was started
-            anew.  None: such a server waits for the next push, and a batch that needs it fails.
+        export: the weights that were pushed last, collectively, for a server that was started anew.  None: such
+            a server waits for the next push, and a batch that needs it fails.
 
     Raises:
         ValueError: no stop token, one outside the vocabulary, or a vocabulary larger than the model's.
@@ -55,16 +54,14 @@ class SGLangPool:
 
     def __init__(
         self, settings: SGLangSettings, *, arch: Architecture, stop_token_ids: Collection[int], vocab_size: int,
-        rank: int, world_size: int, gather: Callable[[Any], list[Any]], broadcast: Callable[[Any], Any],
-        export: Callable[[], NamedTensors] | None = None,
+        rank: int, broadcast: Callable[[Any], Any], export: Callable[[], NamedTensors] | None = None,
     ) -> None:  # fmt: skip
         if not 1 <= vocab_size <= arch.vocab_size:
             raise ValueError(f"vocab_size is {vocab_size}; the model has {arch.vocab_size} rows")
         if not stop_token_ids or not all(0 <= token < vocab_size for token in stop_token_ids):
             raise ValueError(f"stop_token_ids {sorted(stop_token_ids)}: expected at least one id in [0, {vocab_size})")
         self._settings, self._arch, self._vocab_size = settings, arch, vocab_size
-        self._rank, self._world_size = rank, world_size
-        self._gather, self._broadcast, self._export = gather, broadcast, export
+        self._rank, self._broadcast, self._export = rank, broadcast, export
         self._ledger = UpdateLedger(hf_shapes(arch))
         self._version: int | None = None
         self._fleet: Fleet | None = None
@@ -75,11 +72,6 @@ class SGLangPool:
             self._runner = asyncio.Runner()
             self._fleet = Fleet(settings, dialect, arch.max_position_embeddings)
             self._runner.run(self._fleet.start())
-
-    @property
-    def engine(self) -> CollectiveEngine:
-        """For callers whose ranks bring different requests (evaluation)."""
-        return CollectiveEngine(self)
 
     @property
     def weight_version(self) -> int | None:
@@ -229,26 +221,3 @@ def _answer(_: Fleet, outcome: EngineError | bool) -> bool:
     if isinstance(outcome, EngineError):
         raise outcome
     return outcome
-
-
-class CollectiveEngine:
-    """A pool as one engine to which every rank brings requests of its own; all ranks must call together."""
-
-    def __init__(self, pool: SGLangPool) -> None:
-        self._pool = pool
-
-    @property
-    def weight_version(self) -> int | None:
-        """See :attr:`SGLangPool.weight_version`."""
-        return self._pool.weight_version
-
-    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Rollout]:
-        """The rollouts of this rank's ``requests``, in order."""
-        pool = self._pool
-        shares: list[list[GenerationRequest]] = pool._gather(list(requests))
-        if pool.weight_version is None:
-            raise EngineError("refusing to generate: no weights were pushed yet")
-        everything = [request for share in shares for request in share]
-        rollouts = pool.generate(everything, params, pool.weight_version)
-        start = sum(len(share) for share in shares[: pool._rank])
-        return rollouts[start : start + len(requests)]

@@ -88,9 +88,13 @@ def _field(value: Any, *path: str) -> Any:
     return value
 
 
-def _check_version(meta: dict[str, Any], version: int) -> None:
-    versions = {str(meta.get("weight_version"))}
-    versions |= {str(span.get("version")) for span in meta.get("weight_versions") or []}
+def _check_version(meta: Any, version: int) -> None:
+    """A sample written across an update lists several versions in its spans."""
+    versions = {str(_field(meta, "weight_version"))}
+    spans = meta.get("weight_versions") or []
+    if not isinstance(spans, list):
+        raise BadResponse(f"weight_versions is {spans!r}; expected a list")
+    versions |= {str(_field(span, "version")) for span in spans}
     if versions != {str(version)}:
         raise StaleWeights(f"written by weight version {', '.join(sorted(versions))}; the trainer pushed {version}")
 
