@@ -85,9 +85,9 @@ def write_copy(
             stored.read_into(job.key, start, target.view((1,) * len(job.param.at) + target.shape))
 
     def work(file: ChunkFile) -> None:
+        writer = stream.ParamWriter(file, buffer_bytes)
         for job in workers.mine([(job, job.param.numel) for job in copy.jobs]):
-            dtype = stored.tensors[job.key][1]
-            stream.add_param(file, job.param, job.key, dtype, buffer_bytes, partial(fill, job))
+            writer.add(job.param, job.key, stored.tensors[job.key][1], partial(fill, job))
         for key in copy.objects if workers.rank == 0 else ():
             file.add_object(key, stored.read_object(key))
 

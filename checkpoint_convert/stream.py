@@ -25,7 +25,7 @@ from megatron_tropd.training.checkpoint_directory import MODEL_PREFIXES
 from megatron_tropd.training.checkpoint_metadata import CheckpointError, FileRecord
 from megatron_tropd.training.checkpoint_safety import COMMON_FILE, read_dcp_metadata
 from megatron_tropd.weights.boxes import EMBED_TOKENS, LM_HEAD, Box, Index
-from megatron_tropd.weights.byte_ranges import tensor_bytes
+from megatron_tropd.weights.byte_ranges import Scratch, tensor_bytes
 from megatron_tropd.weights.files import HfCheckpoint
 from megatron_tropd.weights.stored import StoredParam, by_hf_tensor, shares
 from megatron_tropd.weights.torch_dist import (
@@ -41,7 +41,7 @@ COMMON_KEY = "common"
 
 T = TypeVar("T")
 Fill = Callable[[range, Tensor], None]
-"""Puts some rows of a parameter into a tensor of those rows, which holds zeros."""
+"""Puts some rows of a parameter into a tensor of those rows; where there is padding it holds zeros."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,17 +76,30 @@ def _rows_of(shape: Index, dtype: torch.dtype, buffer_bytes: int) -> int:
     return max(1, buffer_bytes // (math.prod(shape[1:]) * dtype.itemsize))
 
 
-def add_param(file: ChunkFile, param: StoredParam, key: str, dtype: torch.dtype, buffer_bytes: int, fill: Fill) -> None:
-    """Store one parameter under ``key``, band by band, each band cut into a target rank's columns."""
-    for rows in param.bands(_rows_of(param.shape, dtype, buffer_bytes)):
-        band = torch.zeros((len(rows), *param.shape[1:]), dtype=dtype)
-        fill(rows, band)
-        if band.ndim == 1:
-            file.add(key, (*param.at, rows.start), band.view((1,) * len(param.at) + band.shape))
-            continue
-        for first in range(0, band.shape[1], param.cut[1]):
-            piece = band[:, first : first + param.cut[1]].contiguous()
-            file.add(key, (*param.at, rows.start, first), piece.view((1,) * len(param.at) + piece.shape))
+class ParamWriter:
+    """Stores parameters in one process's file, band by band, each band cut into a target rank's columns."""
+
+    def __init__(self, file: ChunkFile, buffer_bytes: int) -> None:
+        self._file, self._buffer_bytes = file, buffer_bytes
+        self._band, self._piece = Scratch(), Scratch()
+
+    def add(self, param: StoredParam, key: str, dtype: torch.dtype, fill: Fill) -> None:
+        """Store ``param`` under ``key``; ``fill`` gives its rows."""
+        lead = (1,) * len(param.at)
+        for rows in param.bands(_rows_of(param.shape, dtype, self._buffer_bytes)):
+            band = self._band.take((len(rows), *param.shape[1:]), dtype)
+            if rows.stop > param.real_rows:
+                band.zero_()
+            fill(rows, band)
+            columns = param.shape[1] if band.ndim == 2 else 0
+            if columns <= param.cut[-1]:
+                start = (*param.at, rows.start, *(0,) * (band.ndim - 1))
+                self._file.add(key, start, band.view(lead + band.shape))
+                continue
+            for first in range(0, columns, param.cut[1]):
+                piece = self._piece.take((len(rows), min(param.cut[1], columns - first)), dtype)
+                piece.copy_(band[:, first : first + param.cut[1]])
+                self._file.add(key, (*param.at, rows.start, first), piece.view(lead + piece.shape))
 
 
 def finish(
@@ -124,6 +137,7 @@ class _HfRows:
     def __init__(self, source: HfCheckpoint) -> None:
         self._source = source
         self._digests: dict[str, hashlib._Hash] = {}
+        self._raw = Scratch()
 
     def fill(self, param: StoredParam, rows: range, band: Tensor) -> None:
         for box in param.boxes:
@@ -134,7 +148,7 @@ class _HfRows:
 
     def _fill(self, box: Box, row: int, target: Tensor) -> None:
         info = self._source.tensors[box.hf_name]
-        raw = target if target.dtype == info.dtype else torch.empty(target.shape, dtype=info.dtype)
+        raw = target if target.dtype == info.dtype else self._raw.take(target.shape, info.dtype)
         self._source.read_rows_into(box.hf_name, row, raw)
         self._digests.setdefault(box.hf_name, hashlib.sha256()).update(tensor_bytes(raw))
         if raw is not target:
@@ -164,8 +178,9 @@ def hf_to_torch_dist(
     rows = _HfRows(source)
 
     def work(file: ChunkFile) -> None:
+        writer = ParamWriter(file, buffer_bytes)
         for param in workers.mine([(param, param.numel) for param in params]):
-            add_param(file, param, param.key, dtype, buffer_bytes, partial(rows.fill, param))
+            writer.add(param, param.key, dtype, partial(rows.fill, param))
 
     written = write_file(folder, workers, work)
     tensors = {param.key: (param.global_shape, dtype) for param in params}
@@ -216,16 +231,20 @@ def check_stored(stored: TorchDistReader, params: Sequence[StoredParam], prefix:
 
 
 def _hf_bands(
-    boxes: Sequence[tuple[StoredParam, Box]], stored: TorchDistReader, buffer_bytes: int, prefix: str = ""
+    boxes: Sequence[tuple[StoredParam, Box]],
+    stored: TorchDistReader,
+    buffer_bytes: int,
+    scratch: Scratch,
+    prefix: str = "",
 ) -> Iterable[tuple[int, Tensor]]:
-    """(row, rows) of one HF tensor out of a checkpoint, in order, in the stored dtype."""
+    """(row, rows) of one HF tensor out of a checkpoint, in order, in the stored dtype; valid until the next."""
     for param, box in boxes:
         key = prefix + param.key
         dtype = stored.tensors[key][1]
         step = -(-box.size[0] // -(-box.size[0] // _rows_of(box.size, dtype, buffer_bytes)))
         for offset in range(0, box.size[0], step):
             size = (min(step, box.size[0] - offset), *box.size[1:])
-            band = torch.empty(size, dtype=dtype)
+            band = scratch.take(size, dtype)
             start = (*param.at, box.local_start[0] + offset, *box.local_start[1:])
             stored.read_into(key, start, band.view((1,) * len(param.at) + size))
             yield box.start[0] + offset, band
@@ -244,10 +263,10 @@ def hf_digests(
     """
 
     def work() -> dict[str, str]:
-        found = {}
+        found, scratch = {}, Scratch()
         for name, boxes in workers.mine(_weighted(params)):
             digest = hashlib.sha256()
-            for _, band in _hf_bands(boxes, stored, buffer_bytes, prefix):
+            for _, band in _hf_bands(boxes, stored, buffer_bytes, scratch, prefix):
                 digest.update(tensor_bytes(band.to(dtypes[name]) if dtypes else band))
             found[name] = digest.hexdigest()
         return found
@@ -323,10 +342,10 @@ def torch_dist_to_hf(
     """
 
     def work() -> dict[str, str]:
-        found = {}
+        found, scratch = {}, Scratch()
         for name, boxes in workers.mine(_weighted(params)):
             digest = hashlib.sha256()
-            for row, band in _hf_bands(boxes, stored, buffer_bytes):
+            for row, band in _hf_bands(boxes, stored, buffer_bytes, scratch):
                 digest.update(writer.write_rows(name, row, band))
             if verify:
                 writer.check_digest(name, digest.hexdigest())

@@ -71,10 +71,14 @@ def write_checkpoint(directory: Path, config: dict[str, object]) -> int:
 def child(command: str, flags: list[str], report: Path) -> None:
     """One process of a conversion."""
     from checkpoint_convert import hf_to_megatron, megatron_to_hf
+    from megatron_tropd.parallel.groups import shutdown
 
     convert = {"hf_to_megatron": hf_to_megatron.convert, "megatron_to_hf": megatron_to_hf.convert}[command]
     before = peak_bytes()
-    convert(flags)
+    try:
+        convert(flags)
+    finally:
+        shutdown()
     line = {"rank": int(os.environ.get("RANK", "0")), "imports": before, "peak": peak_bytes()}
     (report / f"{line['rank']}.json").write_text(json.dumps(line), encoding="ascii")
 

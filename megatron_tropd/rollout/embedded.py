@@ -7,7 +7,7 @@ log-probabilities are compared with.
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -35,6 +35,24 @@ def _build(hf_config_dir: Path, dtype: torch.dtype, device: torch.device) -> Pre
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.tie_weights()
     return model.to(device).eval().requires_grad_(False)
+
+
+def _by_file_name(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by the names in checkpoint files, as views: transformers 5 stacks the experts of a layer
+    (``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I]), files name each."""
+    found: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        prefix, _, kind = name.rpartition(".experts.")
+        if kind not in ("gate_up_proj", "down_proj"):
+            found[name] = weight
+            continue
+        for expert, part in enumerate(weight):
+            rows = part.chunk(2) if kind == "gate_up_proj" else (part,)
+            for projection, view in zip(
+                ("gate_proj", "up_proj") if len(rows) == 2 else ("down_proj",), rows, strict=True
+            ):
+                found[f"{prefix}.experts.{expert}.{projection}.weight"] = view
+    return found
 
 
 class EmbeddedEngine:
@@ -81,7 +99,7 @@ class EmbeddedEngine:
         model = _build(Path(hf_config_dir), dtype, torch.device(device))
         self._model: PreTrainedModel | None = model
         # Tied weights appear under both names and share storage.
-        self._weights = model.state_dict()
+        self._weights = _by_file_name(model.state_dict())
         tied = frozenset({"lm_head.weight"} if architecture.tie_word_embeddings else ())
         shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
         self._ledger = UpdateLedger(shapes, optional=tied)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +15,25 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor, row-major (little-endian machines only, as safetensors is)."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]
+
+
+class Scratch:
+    """One piece of memory under many tensors, one at a time.
+
+    Allocating each of them anew leaves the allocator with holes of many sizes: 350 MB were seen held where
+    140 MB were in use.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor with a storage of exactly its size and any values, until the next one is taken."""
+        count = math.prod(shape)
+        if count * dtype.itemsize > len(self._memory):
+            self._memory = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+        flat = torch.frombuffer(tensor_bytes(self._memory), dtype=dtype, count=count)
+        return flat.view(tuple(shape))
 
 
 class FileRanges:
