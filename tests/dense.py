@@ -117,13 +117,13 @@ def random_batch(
     start = torch.zeros(num_tokens, dtype=torch.bool)
     for index in sample.unique():
         start[(written & (sample == index)).nonzero()[:1, 0]] = True
-    old = own + uniform(-0.6, 0.6)
+    old = (own + uniform(-0.6, 0.6)).clamp(max=0.0)
     return logits, teacher, replace(
         streams, label_T=label, teacher_logprob_T=log_q.gather(1, label[:, None])[:, 0].masked_fill(~response, 0.0),
         teacher_topk_ids_TK=ids, teacher_topk_logprob_TK=values,
         teacher_entropy_T=-(log_q.exp() * log_q).nan_to_num(0.0).sum(-1),
-        rollout_logprob_T=torch.where(written, own + uniform(-2.0, 2.0), 0.0),
-        reference_logprob_T=own + uniform(-3.0, 3.0), advantage_T=torch.where(written, uniform(-2.0, 2.0), 0.0),
+        rollout_logprob_T=torch.where(written, (own + uniform(-2.0, 2.0)).clamp(max=0.0), 0.0),
+        reference_logprob_T=(own + uniform(-3.0, 3.0)).clamp(max=0.0), advantage_T=torch.where(written, uniform(-2.0, 2.0), 0.0),
         sequence_error_T=uniform(1.0, 3.0), sample_uid_T=sample, sample_start_T=start,
         written_len_T=torch.stack([(written & (sample == index)).sum() for index in sample]),
         old_logprob_T=old if several_updates else None,
