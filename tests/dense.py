@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -77,3 +79,53 @@ def dense_stats(logits: Tensor, teacher: Tensor, tokens: TokenStreams, needs: Ne
         if needs.divergence
         else None,
     )
+
+
+def random_batch(
+    *, num_tokens: int, vocab_size: int, top_k: int, seed: int, scale: float = 2.0, ties: bool = False,
+    excluded: bool = False, several_updates: bool = False,
+) -> tuple[Tensor, Tensor, TokenStreams]:  # fmt: skip
+    """(student logits, teacher logits, streams with every optional entry), all float64.
+
+    Regions are ragged; samples are runs of labels; ``scale`` of 80 gives logits to +-80 and beyond; ``ties`` rounds
+    them; ``excluded`` gives every fourth sampled token no teacher mass.
+    """
+    streams, teacher = make_streams(
+        num_tokens=num_tokens, vocab_size=vocab_size, top_k=0, seed=seed,
+        regions=torch.randint(0, 5, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist(),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(num_tokens, generator=generator, dtype=torch.float64)
+
+    teacher = (teacher / teacher.abs().max() * scale).round() if ties else teacher / teacher.abs().max() * scale
+    noise = torch.randn(num_tokens, vocab_size, generator=generator, dtype=torch.float64)
+    logits = 0.7 * teacher + (scale / 3 * noise).clamp(-scale, scale)
+    logits = logits.round() if ties else logits
+    label = torch.where(streams.label_T % 2 == 0, logits.argmax(-1), streams.label_T)  # likely tokens and any tokens
+    if excluded:
+        rows = torch.arange(0, num_tokens, 4)
+        teacher[rows, label[rows]] = -torch.inf
+    log_q, log_p = teacher.log_softmax(-1), logits.log_softmax(-1)
+    values, ids = log_q.topk(top_k, -1)
+    response = (streams.region_T == Region.GUIDANCE) | (streams.region_T == Region.ON_POLICY)
+    values = values.masked_fill(~response[:, None], -torch.inf)
+    own = log_p.gather(1, label[:, None])[:, 0]
+    written = streams.region_T == Region.ON_POLICY
+    sample = torch.arange(num_tokens) // 7
+    start = torch.zeros(num_tokens, dtype=torch.bool)
+    for index in sample.unique():
+        start[(written & (sample == index)).nonzero()[:1, 0]] = True
+    old = (own + uniform(-0.6, 0.6)).clamp(max=0.0)
+    return logits, teacher, replace(
+        streams, label_T=label, teacher_logprob_T=log_q.gather(1, label[:, None])[:, 0].masked_fill(~response, 0.0),
+        teacher_topk_ids_TK=ids, teacher_topk_logprob_TK=values,
+        teacher_entropy_T=-(log_q.exp() * log_q).nan_to_num(0.0).sum(-1),
+        rollout_logprob_T=torch.where(written, (own + uniform(-2.0, 2.0)).clamp(max=0.0), 0.0),
+        reference_logprob_T=(own + uniform(-3.0, 3.0)).clamp(max=0.0), advantage_T=torch.where(written, uniform(-2.0, 2.0), 0.0),
+        sequence_error_T=uniform(1.0, 3.0), sample_uid_T=sample, sample_start_T=start,
+        written_len_T=torch.stack([(written & (sample == index)).sum() for index in sample]),
+        old_logprob_T=old if several_updates else None,
+        old_entropy_T=uniform(0.0, 3.0) if several_updates else None,
+    )  # fmt: skip

@@ -169,7 +169,7 @@ def test_padding_prompt_and_copied_guidance_have_no_loss():
 
 
 def test_unknown_method_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'trpod' is not known; choose one of opd, fkl, .*, tropd, "):
+    with pytest.raises(ValueError, match=r"'trpod' is not known; choose one of opd, fkl, .*, tropd, "):
         make_objective("trpod", ObjectiveSettings())
 
 

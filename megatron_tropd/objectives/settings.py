@@ -74,3 +74,8 @@ class ObjectiveSettings:
     grpo_kl_coef: float = _number(0.0, "grpo: weight of a KL to the reference model")
     num_minibatches: int = 1
     """Updates per rollout batch, the flag --num-minibatches of the training section."""
+
+    def __post_init__(self) -> None:
+        for name in ("outlier_coef", "tropd_aopd_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative")

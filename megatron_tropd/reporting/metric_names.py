@@ -29,18 +29,32 @@ METRICS: dict[str, MetricInfo] = {
     "train/grad_norm": _info("norm", "Global L2 norm of the gradient, before clipping."),
     "train/learning_rate": _info("1", "Learning rate of the update."),
     "tropd/trusted_frac": _info(
-        "share", "Mean trust weight of on-policy tokens; with a hard gate, the share that it trusts."
+        "share",
+        "Mean trust weight of on-policy tokens by the method's gate; without a gate, by the paper's: min(1, q / p), "
+        "whose mean is 1 - TV(p, q).",
     ),
     "tropd/outlier_frac": _info("share", "On-policy tokens whose K1 reward is below `--outlier-threshold`."),
-    "tropd/k1_trusted": _info("nats", "Mean K1 reward log q - log p over trusted tokens (p student, q teacher)."),
-    "tropd/k1_rejected": _info("nats", "Mean K1 reward log q - log p over rejected tokens."),
+    "tropd/clamped_frac": _info("share", "On-policy tokens whose reward a bound of the method replaced."),
+    "tropd/selected_frac": _info("share", "On-policy tokens that the method's own criterion picked (entropy, stage)."),
+    "tropd/reward_mean": _info("nats", "Mean K1 reward log q - log p over on-policy tokens (p student, q teacher)."),
+    "tropd/k1_trusted": _info("nats", "Mean K1 reward, weighted by trust."),
+    "tropd/k1_rejected": _info("nats", "Mean K1 reward, weighted by 1 - trust; tokens with q = 0 left out."),
     "tropd/forward_kl_topk": _info(
-        "nats", "Mean forward KL on the teacher's top-k over on-policy tokens, trusted or not."
+        "nats", "Mean forward KL on the teacher's top-k, raw form, over on-policy tokens, trusted or not."
     ),
+    "tropd/jsd_topk": _info("nats", "Mean JSD with beta 1/2: top-k half and sampled half (TrOPD Eq. 4)."),
+    "tropd/divergence": _info("nats", "Mean full-vocabulary divergence, of a method that is made of one."),
     "tropd/teacher_topk_mass": _info("share", "Teacher probability inside its own top-k."),
     "tropd/student_topk_mass": _info("share", "Student probability inside the teacher's top-k."),
-    "tropd/reward_mean": _info("nats", "Mean K1 reward log q - log p over on-policy tokens."),
+    "tropd/topk_overlap": _info("share", "The teacher's top-k ids that are in the student's own top-k."),
     "tropd/guidance_nll": _info("nats", "Mean negative log-likelihood of guidance tokens under the student."),
+    "importance/ratio_mean": _info("1", "Mean probability ratio of a sampled token, trainer over rollout engine."),
+    "importance/truncated_frac": _info("share", "On-policy tokens with a ratio above `--tis-cap`, corrected or not."),
+    "importance/masked_frac": _info(
+        "share", "On-policy tokens outside the IcePop window, or in samples that `seq_err` masks; corrected or not."
+    ),
+    "ppo/ratio_mean": _info("1", "Mean probability ratio of a sampled token, now over before the first update."),
+    "ppo/clipped_frac": _info("share", "On-policy tokens whose ratio is outside the clip range, on either side."),
     "guidance/alpha": _info("share", "Annealed share of a teacher response that is given as guidance."),
     "guidance/frac": _info("share", "Response tokens that are guidance."),
     "guidance/len_mean": _info("tokens", "Mean guidance length of a rollout."),
@@ -48,6 +62,8 @@ METRICS: dict[str, MetricInfo] = {
     "rollout/truncated_frac": _info("share", "Rollouts that ended at the length limit."),
     "rollout/accuracy": _info("share", "Share right among the first 64 rollouts, where answers are known."),
     "student/entropy": _info("nats", "Mean entropy of the student over on-policy tokens."),
+    "student/guidance_entropy": _info("nats", "Mean entropy of the student over the tokens that `sft` imitates."),
+    "teacher/entropy": _info("nats", "Mean full-vocabulary entropy of the teacher over on-policy tokens."),
     "parity/logprob_abs_diff_mean": _info("nats", "Mean |log p| difference, rollout engine against trainer."),
     "parity/logprob_abs_diff_max": _info("nats", "Largest such difference in the step."),
     "parity/probe_abs_diff_mean": _info(
