@@ -1,0 +1,158 @@
+"""Loss and gradients of a micro-batch in one pass over its logits: three matrix products.
+
+A row-local objective's gradient with respect to a chunk's statistics is known as soon as the chunk's statistics are,
+so the gradient takes the place of the logits in the same memory and goes straight into the hidden and weight gradients.
+Backward only multiplies by the gradient of the loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.objectives.base import Objective, Regions
+from megatron_tropd.ops.chunk import ChunkLogits, RowGrads, RowStats
+from megatron_tropd.ops.products import add_weight_gradient, hidden_gradient
+from megatron_tropd.ops.source import LogitsSource
+from megatron_tropd.ops.weight_gradient import accumulator, deliver
+from megatron_tropd.types import LossOutput, Metric, StepContext, TokenStats, TokenStreams
+
+_WORTH_MOVING = 7 / 8
+"""Rows without a gradient are dropped where at most this share has one; moving the others costs a copy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gradients:
+    """What is kept from forward to backward; None where nobody asked."""
+
+    hidden: Tensor | None  # [T, H], the model's dtype
+    weight: Tensor | None  # [rows, H] fp32
+
+
+class Precomputed(torch.autograd.Function):
+    """``loss`` as a function of (hidden, weight), whose gradients are already known."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, loss: Tensor, gradients: Gradients) -> Tensor:
+        """See the class."""
+        ctx.weight = weight
+        ctx.save_for_backward(*(g for g in (gradients.hidden, gradients.weight) if g is not None))
+        ctx.has = (gradients.hidden is not None, gradients.weight is not None)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """The upstream factor is applied in fp32: a rounded one would scale every gradient."""
+        saved = list(ctx.saved_tensors)
+        hidden = saved.pop(0) if ctx.has[0] else None
+        weight = saved.pop(0) if ctx.has[1] else None
+        return (
+            None if hidden is None else (hidden.float() * upstream).to(hidden.dtype),
+            None if weight is None else deliver(ctx.weight, weight, upstream),
+            None,
+            None,
+        )
+
+
+class Totals:
+    """Sums of the objective's outputs over chunks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.denominator = torch.zeros((), dtype=torch.int64, device=device)
+        self.metrics: dict[str, Metric] = {}
+
+    def add(self, out: LossOutput, tokens: TokenStreams) -> None:
+        """One chunk's."""
+        self.loss += out.token_loss_T.detach().sum(dtype=torch.float64)
+        self.denominator += Regions.of(tokens).num_tokens if out.denominator is None else out.denominator
+        for name, metric in out.metrics.items():
+            old = self.metrics.get(name)
+            self.metrics[name] = (
+                metric if old is None else Metric(total=old.total + metric.total, count=old.count + metric.count)
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnePass:
+    """One micro-batch's work; :meth:`run` is collective over the shard's group."""
+
+    source: LogitsSource
+    objective: Objective
+    tokens: TokenStreams
+    context: StepContext
+    weight: Tensor
+    """The parameter itself."""
+    to_hidden: bool
+    to_weight: bool
+
+    def run(self, rows: Tensor) -> tuple[Totals, Gradients, Tensor]:
+        """(sums, gradients of the summed loss, log-probability of every label [T]) over the positions ``rows``."""
+        hidden = self.source.hidden
+        totals, logprob_T = Totals(hidden.device), torch.zeros(len(hidden), device=hidden.device)
+        gradients = Gradients(
+            hidden=torch.zeros_like(hidden) if self.to_hidden else None,
+            weight=accumulator(self.weight, now=False) if self.to_weight else None,
+        )
+        for index, chunk_hidden, chunk in self.source.chunks(rows):
+            stats = self.source.statistics(chunk)
+            logprob_T[index] = stats.label_logprob
+            grads = self._objective(stats, self.tokens.rows(index), totals)
+            if self.to_hidden or self.to_weight:
+                self._products(index, chunk_hidden, chunk, stats, grads, gradients)
+        return totals, gradients, logprob_T
+
+    def _objective(self, stats: RowStats, tokens: TokenStreams, totals: Totals) -> RowGrads:
+        """Autograd through the objective alone, on tensors of [C] and [C, K]."""
+        leaves = {
+            "logprob_T": stats.label_logprob,
+            "topk_logprob_TK": stats.id_logprobs if tokens.teacher_topk_ids_TK is not None else None,
+            "entropy_T": stats.entropy,
+            "divergence_T": None if stats.divergence is None else stats.divergence.value,
+        }
+        inputs = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items() if leaf is not None}
+        with torch.enable_grad():
+            out = self.objective(TokenStats(**inputs, topk_overlap_T=stats.overlap), tokens, self.context)
+            loss = out.token_loss_T.sum()
+        totals.add(out, tokens)
+        found = (
+            torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
+            if loss.requires_grad
+            else (None,) * len(inputs)
+        )
+        grads = dict(zip(inputs, found, strict=True))
+
+        def or_zero(name: str, like: Tensor) -> Tensor:
+            grad = grads.get(name)
+            return torch.zeros_like(like) if grad is None else grad
+
+        return RowGrads(
+            label=or_zero("logprob_T", stats.label_logprob),
+            ids=or_zero("topk_logprob_TK", stats.id_logprobs),
+            entropy=grads["entropy_T"],
+            divergence=grads.get("divergence_T"),
+        )
+
+    def _products(
+        self,
+        index: Tensor,
+        hidden: Tensor,
+        chunk: ChunkLogits,
+        stats: RowStats,
+        grads: RowGrads,
+        gradients: Gradients,
+    ) -> None:
+        active = grads.active().nonzero().squeeze(1)
+        if len(active) == 0:
+            return
+        if len(active) <= _WORTH_MOVING * len(index):
+            index, hidden = index[active], hidden[active]
+            chunk, stats, grads = chunk.keep(active), stats.take(active), grads.take(active)
+        grad = self.source.gradient_(chunk, stats, grads)
+        if gradients.hidden is not None:
+            gradients.hidden[index] = hidden_gradient(grad, self.source.weight)
+        if gradients.weight is not None:
+            add_weight_gradient(gradients.weight[: len(self.source.weight)], grad, hidden)

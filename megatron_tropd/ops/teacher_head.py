@@ -1,0 +1,58 @@
+"""The teacher's head: log-probability of given labels, exact top-k and entropy, a chunk of logits at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.ops.shard import VocabShard
+from megatron_tropd.ops.source import LogitsSource
+from megatron_tropd.ops.topk import exact_topk
+from megatron_tropd.types import TeacherScores
+
+
+@torch.no_grad()
+def teacher_scores(
+    hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, *, top_k: int, entropy: bool
+) -> TeacherScores:
+    """Log-probability of ``labels`` [N], exact top-k and full-vocabulary entropy of frozen logits, which stay in the
+    model's dtype.
+
+    ``hidden`` is [N, H]; the result is the same on every rank of the group.  A label beyond the
+    vocabulary (a row only the student has) has log-probability -inf, as has an id whose logit is -inf.
+
+    Raises:
+        ValueError: ``top_k`` exceeds the vocabulary; a logit is NaN or +inf (raised on every rank of the group).
+    """
+    if top_k > shard.vocab_size:
+        raise ValueError(f"--top-k {top_k} is larger than the vocabulary of {shard.vocab_size}")
+    source = LogitsSource(
+        hidden=hidden,
+        weight=weight[: shard.num_valid],
+        labels=labels,
+        ids=labels.new_zeros(len(labels), 0),
+        shard=shard,
+        chunk_tokens=shard.chunk_tokens,
+        dtype=hidden.dtype,
+    )
+    logprobs, entropies, ids, values = [], [], [], []
+    for _, _, chunk in source.chunks(torch.arange(len(labels), device=hidden.device)):
+        stats = source.statistics(chunk)
+        logprobs.append(stats.label_logprob)
+        entropies.append(stats.entropy)
+        if top_k:
+            chunk_ids, logits = exact_topk(chunk.student, top_k, shard)
+            ids.append(chunk_ids.int())
+            values.append(logits - stats.maximum[:, None] - stats.log_sum[:, None])
+    full_entropy = torch.cat(entropies)
+    if bool(bad := full_entropy.isnan().sum()):
+        raise ValueError(
+            f"the teacher gives NaN probabilities at {int(bad)} of {len(labels)} tokens: its weights or activations "
+            "hold NaN or infinity; check --teacher-hf-checkpoint / --teacher-load"
+        )
+    return TeacherScores(
+        logprob=torch.cat(logprobs).masked_fill(labels >= shard.vocab_size, -torch.inf),
+        topk_ids=torch.cat(ids) if top_k else None,
+        topk_logprobs=torch.cat(values) if top_k else None,
+        entropy=full_entropy if entropy else None,
+    )

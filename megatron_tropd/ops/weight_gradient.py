@@ -1,0 +1,42 @@
+"""Giving the gradient of the output table to whoever keeps it, in backward and in fp32.
+
+Megatron's DDP keeps an fp32 sum ``weight.main_grad`` and adds ``weight.grad``, which has the weight's dtype, to
+it in a hook of the weight's gradient accumulator.  A layer that can do better adds to ``main_grad`` itself, sets
+``grad_added_to_main_grad`` and returns a placeholder: the hook then ignores ``weight.grad`` and still counts the
+weight as ready (megatron-core 0.16.1, ``distributed_data_parallel.py`` and ``tensor_parallel/layers.py``).  A
+tied table on one stage has ``zero_out_wgrad``: its embedding's gradient arrives in ``weight.grad`` too and the
+hook adds that, so the placeholder is zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def keeps_main_grad(weight: Tensor) -> bool:
+    """Whether Megatron's DDP owns the gradient of ``weight``."""
+    return getattr(weight, "main_grad", None) is not None and hasattr(weight, "grad_added_to_main_grad")
+
+
+def accumulator(weight: Tensor, *, now: bool) -> Tensor:
+    """fp32 [rows, H] to add to: ``main_grad`` itself where backward is running (``now``), else fresh zeros."""
+    if now and keeps_main_grad(weight) and weight.main_grad.dtype == torch.float32:
+        return weight.main_grad
+    return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+
+
+def deliver(weight: Tensor, total: Tensor, upstream: Tensor | None = None) -> Tensor:
+    """The value that backward returns for ``weight``, whose gradient is ``total`` [rows, H] times ``upstream``.
+
+    ``total`` is what :func:`accumulator` gave: nothing is left to add where it is ``main_grad``.
+    """
+    if not keeps_main_grad(weight):
+        return (total if upstream is None else total * upstream).to(weight.dtype)
+    if total is not weight.main_grad:
+        if upstream is None:
+            weight.main_grad.add_(total)
+        else:
+            weight.main_grad.addcmul_(total, upstream)
+    weight.grad_added_to_main_grad = True
+    return weight.new_zeros(()).expand(weight.shape)  # one number; copied only after ``total`` is freed
