@@ -1,0 +1,79 @@
+"""Row statistics and the in-place softmax gradient in Triton; the same functions as in ``ops/rows.py``.
+
+Both read logits in their own dtype and compute in fp32 (arithmetic on bf16 is never done), use no atomics, and so give
+the same bits in every run.  Block sizes are chosen by hand: a row of 19k to 152k logits is a few dozen blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK, _WARPS = 4096, 8
+_FLOOR = tl.constexpr(-1e4)  # as FLOOR in ops/rows.py
+
+
+@triton.jit
+def _partials_kernel(logits, out, stride, num_rows, width, BLOCK: tl.constexpr):
+    """One program per row: one read of it, rescaling both sums whenever the maximum grows."""
+    row = tl.program_id(0)
+    base = logits + row.to(tl.int64) * stride
+    maximum = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    moment = tl.full((), 0.0, tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        z = tl.load(base + column, mask=column < width, other=float("-inf")).to(tl.float32)
+        # Selected, not maximum(): where NaN meets a number a hardware maximum may drop it.
+        top = tl.max(z, 0)
+        larger = tl.where(top > maximum, top, maximum)
+        safe = tl.where(larger == float("-inf"), 0.0, larger)
+        delta = maximum - safe
+        delta = tl.where(delta < _FLOOR, _FLOOR, delta)
+        shrink = tl.exp(delta)
+        shift = z - safe
+        shift = tl.where(shift < _FLOOR, _FLOOR, shift)
+        e = tl.exp(shift)
+        moment = shrink * (moment + delta * total) + tl.sum(e * shift, 0)
+        total = shrink * total + tl.sum(e, 0)
+        maximum = larger
+    tl.store(out + row, maximum)
+    tl.store(out + num_rows + row, total)
+    tl.store(out + 2 * num_rows + row, moment)
+
+
+@triton.jit
+def _gradient_kernel(
+    logits, maxima, scales, slopes, offsets, stride, width, HAS_SLOPE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program per row and block; every element is read and written by the same thread."""
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = logits + row.to(tl.int64) * stride + column
+    inside = column < width
+    shift = tl.load(place, mask=inside, other=0.0).to(tl.float32) - tl.load(maxima + row)
+    shift = tl.where(shift < _FLOOR, _FLOOR, shift)
+    factor = tl.load(scales + row)
+    if HAS_SLOPE:
+        factor = factor - tl.load(slopes + row) * (shift + tl.load(offsets + row))
+    tl.store(place, (tl.exp(shift) * factor).to(logits.dtype.element_ty), mask=inside)
+
+
+def row_partials(logits: Tensor) -> Tensor:
+    """As ``ops.rows.row_partials``, for rows that are contiguous."""
+    rows, width = logits.shape
+    out = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
+    _partials_kernel[(rows,)](logits, out, logits.stride(0), rows, width, BLOCK=_BLOCK, num_warps=_WARPS)
+    return out
+
+
+def softmax_gradient_(logits: Tensor, maximum: Tensor, scale: Tensor, slope: Tensor | None, offset: Tensor) -> None:
+    """As ``ops.rows.softmax_gradient_``, for rows that are contiguous."""
+    rows, width = logits.shape
+    numbers = [value.contiguous() for value in (maximum, scale, scale if slope is None else slope, offset)]
+    grid = (rows, triton.cdiv(width, _BLOCK))
+    _gradient_kernel[grid](
+        logits, *numbers, logits.stride(0), width, HAS_SLOPE=slope is not None, BLOCK=_BLOCK, num_warps=_WARPS
+    )
