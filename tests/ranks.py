@@ -55,13 +55,18 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=CALL_TIMEOUT_S / 2))
+    answer_calls(pipe)
+    dist.destroy_process_group()
+
+
+def answer_calls(pipe: Connection) -> None:
+    """Run what arrives until nothing more does."""
     while (call := _next_call(pipe)) is not None:
         function, args, kwargs = call
         try:
             pipe.send((True, function(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
-    dist.destroy_process_group()
 
 
 def _next_call(pipe: Connection) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
@@ -74,7 +79,7 @@ def _next_call(pipe: Connection) -> tuple[Callable[..., Any], tuple[Any, ...], d
 class RankPool:
     """``world_size`` living processes in one gloo group."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, serve: Callable[[int, int, int, Connection], None] = _serve) -> None:
         context = mp.get_context("spawn")
         port = free_port()
         self.world_size = world_size
@@ -82,7 +87,7 @@ class RankPool:
         self._processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=False)
+            process = context.Process(target=serve, args=(rank, world_size, port, theirs), daemon=False)
             process.start()
             theirs.close()
             self._pipes.append(ours)

@@ -1,0 +1,70 @@
+"""A process group beside the default one, between processes that have nothing else in common.
+
+A trainer rank and an engine's worker each have a world of their own (``init_process_group`` can be called once
+in a process).  A side group is made from a store and a back end directly and leaves both worlds alone.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+Backend = Literal["gloo", "nccl"]
+LOOPBACK = "127.0.0.1"
+
+
+def host_store(*, host: str = LOOPBACK, port: int = 0, timeout_s: float) -> dist.TCPStore:
+    """The store through which the ranks of side groups find each other; ``.port`` tells a chosen port.
+
+    One process hosts it for as long as a group lives.  It has no authentication: keep it on loopback or on a
+    private network.
+    """
+    return dist.TCPStore(host, port, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+
+
+def join_store(*, host: str = LOOPBACK, port: int, timeout_s: float) -> dist.TCPStore:
+    """Connect to the store another process hosts.
+
+    Raises:
+        ConnectionError: nobody answered in time.
+    """
+    try:
+        return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+    except (dist.DistError, RuntimeError) as error:
+        raise ConnectionError(f"no store of a side group answers at {host}:{port} within {timeout_s:g} s") from error
+
+
+def side_group(
+    store: dist.TCPStore, *, name: str, rank: int, world_size: int, backend: Backend, timeout_s: float,
+    address: str = LOOPBACK,
+) -> Any:  # fmt: skip
+    """Join the group ``name`` (new for every group of a store).  Blocks until all ``world_size`` ranks have.
+
+    Args:
+        address: This rank's own address, by which the others reach it (gloo only).
+
+    Returns:
+        The bare back end: it has ``send``, ``recv``, ``rank`` and ``size``, and is not known to
+        ``torch.distributed``'s own functions.
+
+    Raises:
+        ConnectionError: not all ranks joined in time.
+        ValueError: torch was built without NCCL.
+    """
+    mine = dist.PrefixStore(name, store)
+    timeout = timedelta(seconds=timeout_s)
+    if backend == "nccl":
+        if not dist.is_nccl_available():
+            raise ValueError("this torch has no NCCL; use gloo for weights in host memory")
+        return dist.ProcessGroupNCCL(mine, rank, world_size, timeout)
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = timeout
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    try:
+        return dist.ProcessGroupGloo(mine, rank, world_size, options)
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"rank {rank} of side group {name!r}: not all {world_size} ranks joined within {timeout_s:g} s ({error})"
+        ) from error

@@ -1,0 +1,319 @@
+"""Planned updates between real processes: byte for byte, within their memory, and failing closed."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.weights.engine_boxes import EngineLayout
+from megatron_tropd.weights.side_group import host_store
+from tests.planned_ranks import Member, deliver, serve
+from tests.ranks import RankPool
+from tests.weight_cases import CASES, Case, arch
+from tests.weight_cases import _case as make_case
+
+BUCKET = 4096
+_names = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def store():
+    return host_store(timeout_s=60)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    processes = RankPool(8, serve)
+    yield processes
+    processes.kill()
+
+
+def _new_name() -> str:
+    return f"update{next(_names)}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_byte_arrives_in_three_versions(pool, store, name):
+    """Random bits with NaN payloads, poisoned source padding; destination padding stays zero."""
+    case = CASES[name]
+    assert case.processes <= 8
+    reports = pool.run(deliver, case, store.port, _new_name(), "bfloat16", BUCKET, 3)[: case.processes]
+    sent = sum(report[0] for report in reports[: case.layout.world_size])
+    assert sent == sum(report[0] for report in reports[case.layout.world_size :]) > 0
+    assert all(report[1] <= BUCKET for report in reports)
+    assert reports[0][2] > 2, "one bucket proves little"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_other_dtypes(pool, store, dtype):
+    pool.run(deliver, CASES["key/value heads repeated"], store.port, _new_name(), dtype, BUCKET, 1)
+
+
+def _resident_mib(field: str) -> float:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def _push_and_measure(port, name, layers, bucket_bytes):
+    """Body of a pair: (MiB of weights, MiB that resident memory rose during a push, MiB of staging)."""
+    from megatron_tropd.weights.planned_transport import PlannedReceiver, PlannedSender
+
+    if int(os.environ["RANK"]) >= 2:
+        return None
+    model = replace(arch("llama", layers=layers), vocab_size=8192, hidden_size=512, ffn_hidden_size=2048)
+    case = Case(arch=model, layout=ParallelLayout(), engines=(EngineLayout(),))
+    member = Member(case, port, name, dtype="bfloat16", bucket_bytes=bucket_bytes, timeout_s=60)
+    member.sender.push(1) if member.sends else member.receiver.receive(1)  # code, sockets, threads
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in member.params.values()) / 2**20
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free must not hide what is taken
+    before = _resident_mib("VmRSS")
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")  # the high-water mark begins anew
+    if member.sends:  # an endpoint of its own: its staging memory is touched here for the first time
+        report = PlannedSender(member.plan, 0, member.params, member.group, timeout_s=60).push(2)
+    else:
+        receiver = PlannedReceiver(member.plan, 0, 0, member.params, member.group, timeout_s=60)
+        report = receiver.receive(2)
+    return weights, _resident_mib("VmHWM") - before, report.staging_bytes / 2**20
+
+
+def test_extra_memory_is_the_bucket_not_the_model(pool, store, measured):
+    """Two model sizes, one bucket size: resident memory rises by the bucket and a little of the process's own, not with the model."""
+    bucket_mib = 8
+    small, large = (
+        pool.run(_push_and_measure, store.port, _new_name(), layers, bucket_mib << 20)[:2] for layers in (2, 14)
+    )
+    for side, what in enumerate(("sender", "receiver")):
+        assert large[side][0] > 2.5 * small[side][0] > 5 * bucket_mib
+        for weights, risen, staging in (small[side], large[side]):
+            assert 0.8 * bucket_mib < staging <= bucket_mib
+            assert risen > 0.8 * bucket_mib, "the measurement does not see the staging memory"
+            measured(f"MiB a {what}'s memory rises, {weights:.0f} MiB through a bucket of 8", risen, 1.5 * bucket_mib)
+
+
+class _Tampering:
+    """A group that changes data on its way: what a faulty wire or a confused peer would do."""
+
+    def __init__(self, group, change) -> None:
+        self._group, self._change = group, change
+        self.rank, self.size, self.recv = group.rank, group.size, group.recv
+        self._messages = 0
+
+    def send(self, tensors, peer, tag):
+        if tag == 2:
+            self._messages += 1
+            self._change(self._messages, tensors[0])
+        return self._group.send(tensors, peer, tag)
+
+
+def _corrupt(number, message):
+    if number == 3:
+        message[-1] ^= 1
+
+
+def _older_version(number, message):
+    if number == 3:
+        message[8] = 1  # the version's lowest byte
+
+
+def _other_bucket(number, message):
+    if number == 3:
+        message[16] += 1
+
+
+def _no_header(number, message):
+    if number == 3:
+        message[0] = 0
+
+
+def _die(number, message):
+    if number == 3:
+        os._exit(7)
+
+
+def _hang(number, message):
+    if number == 3:
+        time.sleep(12)
+
+
+PAIR = make_case(arch("llama", layers=4), {}, (1,))
+CHANGES = {
+    "corrupt": _corrupt, "version": _older_version, "bucket": _other_bucket, "header": _no_header, "die": _die,
+    "hang": _hang,
+}  # fmt: skip
+
+
+def _faulty_update(port, name, change, timeout_s, again=False):
+    """Body of a pair: version 1 goes well, version 2 does not; what each side said, and how long it took."""
+    rank = int(os.environ["RANK"])
+    if rank >= 2:
+        return None
+    armed = []
+
+    def tamper(number, message):
+        if armed:
+            change_now = number - armed[0]
+            CHANGES[change](change_now, message)
+
+    member = Member(
+        PAIR, port, name, dtype="bfloat16", bucket_bytes=BUCKET, timeout_s=timeout_s,
+        wrap=(lambda group: _Tampering(group, tamper)) if rank == 0 else None,
+    )  # fmt: skip
+    member.update(1)
+    if rank == 0:
+        armed.append(member.sender._group._messages)
+    start = time.monotonic()
+    try:
+        member.update(2)
+    except RuntimeError as error:
+        said = f"{type(error).__name__}: {error}"
+    else:
+        said = "no error"
+    seconds = time.monotonic() - start
+    if member.sends:
+        if again:
+            CHANGES[change] = lambda number, message: None
+            member.update(3)
+        return said, seconds, None, None
+    state = (member.receiver.version, member.receiver.partial)
+    if again:
+        member.update(3)
+        assert not member.differing(3)
+        assert (member.receiver.version, member.receiver.partial) == (3, False)
+    return said, seconds, state, member.receiver.broken
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("corrupt", "checksum"),
+        ("version", "version 1 instead of 2"),
+        ("bucket", "bucket 3 instead of 2"),
+        ("header", "no header of this format"),
+    ],
+)
+def test_a_wrong_message_is_refused_and_the_next_update_heals(pool, store, change, reason):
+    sender, receiver = pool.run(_faulty_update, store.port, _new_name(), change, 60, again=True)[:2]
+    assert reason in receiver[0] and "model." in receiver[0] and "engine 0 rank 0" in receiver[0]
+    assert "engine 0 rank 0 did not take version 2" in sender[0]
+    assert receiver[2] == (1, True), "no version advance, and partial"
+
+
+def test_a_sender_that_falls_silent_is_noticed_within_the_timeout(pool, store):
+    sender, receiver = pool.run(_faulty_update, store.port, _new_name(), "hang", 3)[:2]
+    assert receiver[1] < 11 and receiver[2] == (1, True)
+    assert (
+        "TransportError: bucket 2 (model." in receiver[0]
+        and "from trainer rank 0 to engine 0 rank 0 failed" in receiver[0]
+    )
+    assert "TransportError" in sender[0] and receiver[3]
+
+
+def test_a_sender_that_dies_is_noticed_at_once(store):
+    pair = RankPool(2, serve)
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match="rank 0 died") as death:
+        pair.run(_die_and_tell, store.port, _new_name())
+    text = str(death.value)
+    assert "from trainer rank 0 to engine 0 rank 0 failed" in text and "(1, True)" in text
+    assert time.monotonic() - start < 60
+
+
+def _die_and_tell(port, name):
+    raise AssertionError(str(_faulty_update(port, name, "die", 50)))
+
+
+def _disagree(port, name, kind):
+    rank = int(os.environ["RANK"])
+    if rank >= 2:
+        return None
+    bucket = BUCKET * (1 + (kind == "plan" and rank))
+    member = Member(PAIR, port, name, dtype="bfloat16", bucket_bytes=bucket, timeout_s=60)
+    with pytest.raises(RuntimeError) as refused:
+        member.update(5 + (kind == "version" and rank))
+    if not member.sends:
+        assert (member.receiver.version, member.receiver.partial) == (-1, False), "nothing was touched"
+        assert all(not tensor.view(torch.int16).any() for tensor in member.params.values())
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("plan", "digest"), ("version", "version 5 instead of 6")])
+def test_both_sides_refuse_before_any_data_when_they_disagree(pool, store, kind, reason):
+    sender, receiver = pool.run(_disagree, store.port, _new_name(), kind)[:2]
+    assert "engine 0 rank 0 and this rank do not agree" in sender
+    assert "trainer rank 0 and this rank do not agree" in receiver and reason in receiver
+
+
+def _stale(port, name):
+    rank = int(os.environ["RANK"])
+    if rank >= 2:
+        return
+    member = Member(PAIR, port, name, dtype="bfloat16", bucket_bytes=BUCKET, timeout_s=60)
+    member.update(4)
+    if not member.sends:
+        for version in (3, 4):
+            with pytest.raises(RuntimeError, match=f"engine 0 rank 0 has version 4; version {version} is not later"):
+                member.receiver.receive(version)
+
+
+def test_an_update_that_is_not_later_is_refused(pool, store):
+    pool.run(_stale, store.port, _new_name())
+
+
+def _beside_a_world(port, world_port, name):
+    """The side group works in processes that have a default group, and leaves it working."""
+    import torch.distributed as dist
+
+    rank = int(os.environ["RANK"])
+    case = CASES["tied, pipeline, two engines"]
+    members = 4 if rank < 4 else 0  # the trainer's world; each engine rank is alone
+    if members:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{world_port}", rank=rank, world_size=4)
+    deliver(case, port, name, "bfloat16", BUCKET, 1)
+    if members:
+        total = torch.tensor([rank])
+        dist.all_reduce(total)
+        dist.destroy_process_group()
+        return total.item()
+    return None
+
+
+def test_beside_a_default_group(pool, store):
+    from tests.ranks import free_port
+
+    assert pool.run(_beside_a_world, store.port, free_port(), _new_name()) == [6] * 4 + [None] * 4
+
+
+def _wrong_parameters(port, name):
+    from megatron_tropd.weights.planned_transport import PlannedReceiver
+
+    if int(os.environ["RANK"]) != 1:
+        if int(os.environ["RANK"]) == 0:
+            Member(PAIR, port, name, dtype="bfloat16", bucket_bytes=BUCKET, timeout_s=60)
+        return []
+    member = Member(PAIR, port, name, dtype="bfloat16", bucket_bytes=BUCKET, timeout_s=60)
+    name = "model.layers.1.mlp.down_proj.weight"
+    said = []
+    for replacement in (None, member.params[name].float(), member.params[name][:-1].clone()):
+        changed = {**member.params, name: replacement}
+        if replacement is None:
+            del changed[name]
+        with pytest.raises(ValueError) as refused:
+            PlannedReceiver(member.plan, 0, 0, changed, member.group, timeout_s=1)
+        said.append(str(refused.value))
+    assert torch.is_tensor(member.params[name])
+    return said
+
+
+def test_parameters_that_do_not_fit_the_plan_are_refused(pool, store):
+    missing, dtype, shape = pool.run(_wrong_parameters, store.port, _new_name())[1]
+    assert "model.layers.1.mlp.down_proj.weight: the module has 0 of" in missing
+    assert "is torch.float32, the plan is for bfloat16" in dtype
+    assert "has shape [15, 24]; the plan needs at least [16, 24]" in shape
