@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from megatron_tropd.config import TrainConfig
 from megatron_tropd.training.blueprint import check
 from tests.hf_models import edit_config, save_hf_checkpoint
 from tests.tiny_run import flags, make_world
+from tests.torchrun_jobs import command, environment, process, wait_for_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,7 +47,7 @@ def test_a_good_configuration_passes(world, tmp_path):
         ({"tensor_model_parallel_size": 2}, 3, r"does not divide the 3 ranks torchrun started"),
         ({"teacher_tensor_model_parallel_size": 8}, 8, r"teacher: --teacher-tensor-model-parallel-size 8 does not divide the model's 4 key/value heads"),
         ({"top_k": 500}, 1, r"--top-k 500 is larger than the common vocabulary of 131"),
-        ({"objective": "trpo"}, 1, r"--objective 'trpo' is not known; choose one of opd, tropd"),
+        ({"objective": "trpo"}, 1, r"--objective 'trpo' is not known; choose one of opd, fkl"),
         ({"max_response_length": 900}, 1, r"do not fit --max-tokens-per-microbatch 48"),
         ({"max_response_length": 400, "max_tokens_per_microbatch": 999}, 1, r"exceed the student's max_position_embeddings 256"),
         ({"max_prompt_length": 2}, 1, r"train\.jsonl:2: .*3 tokens.*--max-prompt-length"),
@@ -212,19 +212,10 @@ def test_a_failed_job_says_whether_it_can_be_gone_on_with(world, tmp_path):
     assert "Run the same command again" in _lost(RuntimeError("x"), config)
 
 
-def _command(argv, nproc=2):
-    return [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(nproc),
-            "--standalone", "-m", "megatron_tropd.train", *argv]  # fmt: skip
-
-
-def _environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
 def test_bad_input_ends_the_job_with_one_message(world, tmp_path):
     argv = flags(world, tmp_path / "run", tensor_model_parallel_size=2, top_k=0, lr=-1)
     done = subprocess.run(
-        _command(argv), cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=200, check=False
+        command(argv), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode != 0
     assert done.stderr.count("configuration errors:") == 1
@@ -237,10 +228,10 @@ def test_killing_a_rank_ends_the_job_and_the_same_command_resumes(world, tmp_pat
     run_dir = tmp_path / "run"
     argv = flags(world, run_dir, train_iters=60, tensor_model_parallel_size=2, save_interval=5)
     log = (tmp_path / "log").open("w+")
-    job = subprocess.Popen(_command(argv), cwd=tmp_path, env=_environment(), stdout=log, stderr=log)
+    job = subprocess.Popen(command(argv), cwd=tmp_path, env=environment(), stdout=log, stderr=log)
     try:
-        steps = _wait_for_steps(run_dir / "metrics.jsonl", 8, job)
-        victim = _rank_process(job.pid)
+        steps = wait_for_steps(run_dir / "metrics.jsonl", 8, job)
+        victim = process(job.pid, "megatron_tropd.train")
         os.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
         assert job.wait(timeout=60) != 0
@@ -252,7 +243,7 @@ def test_killing_a_rank_ends_the_job_and_the_same_command_resumes(world, tmp_pat
     assert "Run the same command again: it resumes from the last checkpoint" in text, text[-3000:]
     assert "Signal 9 (SIGKILL) received" in text
     again = subprocess.run(
-        _command(argv), cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=300, check=False
+        command(argv), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300, check=False
     )
     assert again.returncode == 0, again.stderr[-3000:]
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -260,20 +251,3 @@ def test_killing_a_rank_ends_the_job_and_the_same_command_resumes(world, tmp_pat
     assert numbers == list(range(1, 61)), "steps are missing or twice"
     assert steps >= 8 and (run_dir / "report.html").is_file()
     assert (run_dir / "hf_export" / "model.safetensors").is_file()
-
-
-def _wait_for_steps(metrics, count, job):
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline and job.poll() is None:
-        if metrics.is_file() and (found := metrics.read_text().count('"learning_rate"')) >= count:
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"the job did not reach step {count} (exit code {job.poll()})")
-
-
-def _rank_process(launcher):
-    """One training process under torchrun."""
-    import psutil
-
-    children = psutil.Process(launcher).children(recursive=True)
-    return next(p.pid for p in children if "megatron_tropd.train" in p.cmdline())

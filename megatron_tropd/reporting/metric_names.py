@@ -69,6 +69,11 @@ METRICS: dict[str, MetricInfo] = {
     "parity/probe_abs_diff_mean": _info(
         "nats", "Mean |log p| difference on fixed sequences after a push, the worst engine's; SGLang only."
     ),
+    "engine/restarts": _info("count", "SGLang servers started anew since the run was launched."),
+    "engine/reissued": _info("count", "Prompts written again, because a server died or answered wrongly."),
+    "engine/bad_responses": _info("count", "Answers of servers that no rollout can have."),
+    "engine/stale_weights": _info("count", "Answers by other weights than those of the step."),
+    "engine/given_up": _info("count", "SGLang servers that failed too often and are not used any more."),
     "throughput/tokens_per_second": _info("tokens/s", "Response tokens of the step by wall seconds of the step."),
     "memory/peak_bytes": _info("bytes", "Peak memory of rank 0: of its GPU, or resident where it has none."),
     "time/generate": _info("s", "Wall seconds of rank 0 in generation."),

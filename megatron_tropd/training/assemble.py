@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
-from megatron_tropd.cli import ConfigError, to_flags
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.prompts import PromptSource
-from megatron_tropd.models.build import HiddenStateGPT, build_gpt_model
-from megatron_tropd.parallel.exchange import gather_objects
-from megatron_tropd.parallel.groups import ModelGroups, student_groups, teacher_groups
-from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.reporting.progress import NullProgress, Progress
-from megatron_tropd.reporting.run_directory import RunDirectory
-from megatron_tropd.reporting.sinks import Sinks, make_sinks
-from megatron_tropd.teacher.megatron import MegatronTeacher
 from megatron_tropd.training.blueprint import Blueprint
-from megatron_tropd.training.checkpoint import load_checkpoint, load_model_state
 from megatron_tropd.training.checkpointing import Checkpoints
-from megatron_tropd.training.engines import make_engines
+from megatron_tropd.training.engines import Export, make_engines
 from megatron_tropd.training.evaluations import Evaluations
 from megatron_tropd.training.guard import Guard
 from megatron_tropd.training.journal import Journal, Reader
+from megatron_tropd.training.models import make_scorers, make_student
 from megatron_tropd.training.parity import ParityAlarm, probe_sequences
 from megatron_tropd.training.rewarding import Rewarder
 from megatron_tropd.training.run import Run
-from megatron_tropd.training.sources import ModelSource
-from megatron_tropd.training.student import Student, build_student, params_dtype
+from megatron_tropd.training.run_files import RunFiles, open_files
+from megatron_tropd.training.student import Student, params_dtype
 from megatron_tropd.weights.export import HfExporter
-from megatron_tropd.weights.files import HfCheckpoint
-from megatron_tropd.weights.load import load_hf_into, local_parameters
+from megatron_tropd.weights.load import local_parameters
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids as text, without special tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,78 +38,10 @@ class Assembled:
 
     run: Run
     start_step: int
-    directory: RunDirectory | None
-    sinks: Sinks
+    files: RunFiles
 
 
-def load_weights(model: HiddenStateGPT, source: ModelSource, groups: ModelGroups, config: TrainConfig) -> None:
-    """Fill ``model`` from its Megatron checkpoint or its HF files; collective over the world."""
-    if source.megatron_dir is not None:
-        wanted = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.pg_collection.dp_cp})}
-        state, _ = load_checkpoint(source.megatron_dir, None, wanted, arch=source.arch)
-        load_model_state(model, state["model"])
-        return
-    load_hf_into(
-        model,
-        HfCheckpoint.open(source.hf_dir, source.arch),
-        source.arch,
-        groups.layout,
-        dist.get_rank(),
-        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
-    )
-
-
-def make_student(blueprint: Blueprint) -> Student:
-    """The student with its first weights."""
-    config = blueprint.config
-    groups = student_groups(
-        blueprint.models.student_layout, seed=config.training.seed, timeout_s=config.parallel.distributed_timeout_s
-    )
-    model = build_student(config, blueprint.models.student.arch, groups)
-    load_weights(model, blueprint.models.student, groups, config)
-    return Student(model, groups, config, vocab_size=blueprint.tokens.common_vocab_size)
-
-
-def make_frozen(blueprint: Blueprint, source: ModelSource, groups: ModelGroups) -> MegatronTeacher:
-    """A model that only scores, in the layout of ``groups``."""
-    config = blueprint.config
-    model = build_gpt_model(
-        source.arch,
-        groups,
-        params_dtype=params_dtype(config),
-        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
-    )
-    load_weights(model, source, groups, config)
-    return MegatronTeacher(
-        model,
-        groups,
-        vocab_size=blueprint.tokens.common_vocab_size,
-        max_tokens_per_microbatch=config.training.max_tokens_per_microbatch,
-        logits_chunk_tokens=config.training.logits_chunk_tokens,
-        offload=config.teacher.teacher_offload,
-    )
-
-
-def make_scorers(blueprint: Blueprint, student: ModelGroups) -> tuple[MegatronTeacher | None, MegatronTeacher | None]:
-    """(teacher, reference), each only where the objective needs it; collective over the world."""
-    models, frozen = blueprint.models, {}
-
-    def groups_of(layout: ParallelLayout) -> ModelGroups:
-        if layout not in frozen:
-            frozen[layout] = teacher_groups(layout, timeout_s=blueprint.config.parallel.distributed_timeout_s)
-        return frozen[layout]
-
-    teacher = reference = None
-    if models.teacher and models.teacher_layout:
-        teacher = make_frozen(blueprint, models.teacher, groups_of(models.teacher_layout))
-    if models.reference and models.reference_layout:
-        is_student = models.reference is models.student
-        groups = student if is_student else groups_of(models.reference_layout)
-        reference = make_frozen(blueprint, models.reference, groups)
-    return teacher, reference
-
-
-def make_rewarder(blueprint: Blueprint, decode: Callable[[Sequence[int]], str]) -> Rewarder | None:
+def make_rewarder(blueprint: Blueprint, decode: Decode) -> Rewarder | None:
     """The reward function with what it is given; None for an objective that reads no rewards."""
     if blueprint.reward_function is None:
         return None
@@ -129,98 +53,83 @@ def make_rewarder(blueprint: Blueprint, decode: Callable[[Sequence[int]], str]) 
     )
 
 
+def make_export(student: Student, arch: Architecture, config: TrainConfig) -> Export:
+    """The student's weights by HF name, planned once; each call is a collective export."""
+    exporter = HfExporter(
+        arch, student.groups.layout, dist.get_rank(), dtype=params_dtype(config),
+        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+    )  # fmt: skip
+    return lambda: exporter.export(local_parameters(student.model), student.groups.world)
+
+
+def make_journal(blueprint: Blueprint, decode: Decode, files: RunFiles, progress: NullProgress) -> Journal:
+    """What writes the run's story."""
+    config = blueprint.config
+    reader = Reader(
+        decode=decode,
+        answers={p.uid: p.answer for p in blueprint.prompts.prompts if p.answer is not None},
+        pattern=re.compile(config.evaluation.answer_pattern),
+    )
+    return Journal(
+        files.directory,
+        files.sinks,
+        progress,
+        reader,
+        rollout_interval=config.logging.rollout_log_interval,
+        last_step=config.training.train_iters,
+    )
+
+
 def assemble(blueprint: Blueprint) -> Assembled:
     """Build everything; collective over the world."""
-    config, arch = blueprint.config, blueprint.models.student.arch
-    checkpoints = Checkpoints(config, arch, blueprint.models.student.hf_dir)
+    config = blueprint.config
+    checkpoints = Checkpoints(config, blueprint.models.student.arch, blueprint.models.student.hf_dir)
     start_step = checkpoints.resume_step()
-    directory, sinks = _open_directory(config, start_step)
+    files = open_files(config, start_step)
     try:
-        student = make_student(blueprint)
-        source = PromptSource(blueprint.prompts.prompts, config.training.seed)
-        if start_step is not None:
-            checkpoints.resume(student, source)
-        progress = _progress(config, start_step or 0)
-        tokenizer: Any = blueprint.tokenizer
-        decode = partial(tokenizer.decode, skip_special_tokens=True)
-        reader = Reader(
-            decode=decode,
-            answers={p.uid: p.answer for p in blueprint.prompts.prompts if p.answer is not None},
-            pattern=re.compile(config.evaluation.answer_pattern),
-        )
-        journal = Journal(
-            directory,
-            sinks,
-            progress,
-            reader,
-            rollout_interval=config.logging.rollout_log_interval,
-            last_step=config.training.train_iters,
-        )
-        exporter = HfExporter(
-            arch, student.groups.layout, dist.get_rank(), dtype=params_dtype(config),
-            make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
-        )  # fmt: skip
-
-        def export() -> Iterator[tuple[str, Tensor]]:
-            return exporter.export(local_parameters(student.model), student.groups.world)
-
-        engines = None
-        if blueprint.objective.needs.rollouts or blueprint.eval_prompts:  # servers start while models are read
-            engines = make_engines(config, blueprint.models.student, blueprint.tokens, params_dtype(config), export)
-        teacher, reference = make_scorers(blueprint, student.groups)
-        whole_vocabulary = blueprint.objective.needs.divergence or config.logging.gradient_diagnostics_interval
-        table_rows = student.model.vocab_size
-        held_out = blueprint.eval_prompts.prompts if blueprint.eval_prompts else ()
-        run = Run(
-            config=config,
-            source=source,
-            student=student,
-            teacher=teacher,
-            teacher_weight=teacher.output_rows(student.groups, table_rows) if teacher and whole_vocabulary else None,
-            reference=reference,
-            rewarder=make_rewarder(blueprint, decode),
-            objective=blueprint.objective,
-            engines=engines,
-            export=export,
-            checkpoints=checkpoints,
-            guard=Guard(config.training.on_nonfinite),
-            parity=ParityAlarm(config.parity_limit, config.engine.on_parity),
-            probes=probe_sequences(blueprint.prompts.prompts),
-            evaluations=Evaluations(config, held_out, tokenizer, journal, progress),
-            journal=journal,
-            progress=progress,
-        )  # fmt: skip
+        run = _make_run(blueprint, checkpoints, files, start_step)
     except BaseException:
-        _close_files(directory, sinks)
+        files.close()
         raise
-    return Assembled(run=run, start_step=start_step or 0, directory=directory, sinks=sinks)
+    return Assembled(run=run, start_step=start_step or 0, files=files)
 
 
-def _open_directory(config: TrainConfig, start_step: int | None) -> tuple[RunDirectory | None, Sinks]:
-    """Rank 0 takes the run directory; all ranks fail alike when it cannot."""
-    directory, failure = None, ""
-    if dist.get_rank() == 0:
-        try:
-            directory = RunDirectory.create(
-                config.logging.run_dir,
-                config=to_flags(config),
-                resume=start_step is not None,
-                defaults=to_flags(TrainConfig()),
-            )
-            directory.rewind(start_step or 0)
-        except (OSError, ValueError, RuntimeError) as error:
-            failure = str(error)
-    if failure := next(filter(None, gather_objects(failure)), ""):
-        _close_files(directory, Sinks({}))
-        raise ConfigError([f"--run-dir {config.logging.run_dir}: {failure}"])
-    if directory is None:
-        return None, Sinks({})
-    sinks = make_sinks(
-        tensorboard_dir=config.logging.tensorboard_dir, wandb_project=config.logging.wandb_project,
-        wandb_exp_name=config.logging.wandb_exp_name, config=to_flags(config), run_dir=Path(config.logging.run_dir),
-        start_step=start_step or 0,
-    )  # fmt: skip
-    return directory, sinks
+def _make_run(blueprint: Blueprint, checkpoints: Checkpoints, files: RunFiles, start_step: int | None) -> Run:
+    config, objective, models = blueprint.config, blueprint.objective, blueprint.models
+    student = make_student(blueprint)
+    source = PromptSource(blueprint.prompts.prompts, config.training.seed)
+    if start_step is not None:
+        checkpoints.resume(student, source)
+    export = make_export(student, models.student.arch, config)
+    engines = None
+    if objective.needs.rollouts or blueprint.eval_prompts:  # servers start while the other models are read
+        engines = make_engines(config, models.student, blueprint.tokens, params_dtype(config), export)
+    teacher, reference = make_scorers(blueprint, student.groups)
+    whole_vocabulary = objective.needs.divergence or config.logging.gradient_diagnostics_interval
+    table_rows = student.model.vocab_size
+    decode: Decode = partial(blueprint.tokenizer.decode, skip_special_tokens=True)
+    progress = _progress(config, start_step or 0)
+    journal = make_journal(blueprint, decode, files, progress)
+    held_out = blueprint.eval_prompts.prompts if blueprint.eval_prompts else ()
+    return Run(
+        config=config,
+        source=source,
+        student=student,
+        teacher=teacher,
+        teacher_weight=teacher.output_rows(student.groups, table_rows) if teacher and whole_vocabulary else None,
+        reference=reference,
+        rewarder=make_rewarder(blueprint, decode),
+        objective=objective,
+        engines=engines,
+        export=export,
+        checkpoints=checkpoints,
+        guard=Guard(config.training.on_nonfinite),
+        parity=ParityAlarm(config.parity_limit, config.engine.on_parity),
+        probes=probe_sequences(blueprint.prompts.prompts),
+        evaluations=Evaluations(config, held_out, blueprint.tokenizer, journal, progress),
+        journal=journal,
+        progress=progress,
+    )
 
 
 def _progress(config: TrainConfig, start_step: int) -> NullProgress:
@@ -231,13 +140,6 @@ def _progress(config: TrainConfig, start_step: int) -> NullProgress:
 
 def close(assembled: Assembled) -> None:
     """Give back files, sinks and engines."""
-    _close_files(assembled.directory, assembled.sinks)
+    assembled.files.close()
     if assembled.run.engines is not None:
         assembled.run.engines.close()
-
-
-def _close_files(directory: RunDirectory | None, sinks: Sinks) -> None:
-    """Give back what rank 0 holds."""
-    sinks.close()
-    if directory is not None:
-        directory.close()

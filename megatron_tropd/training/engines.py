@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -46,7 +46,7 @@ def sglang_settings(config: TrainConfig, student: ModelSource) -> SGLangSettings
         host=engine.sglang_host,
         keys=load_keys(file=Path(engine.sglang_key_file) if engine.sglang_key_file else None),
         tp_size=engine.sglang_tp_size,
-        gpu_ids=tuple(int(gpu) for gpu in engine.rollout_gpu_ids),
+        gpu_ids=_gpu_ids(engine.rollout_gpu_ids),
         flags=tuple(word for name, words in config.sglang_flags.items() for word in (f"--{name}", *words)),
         cuda=platform.is_cuda(),
         transport=engine.update_weight_transport,
@@ -54,6 +54,12 @@ def sglang_settings(config: TrainConfig, student: ModelSource) -> SGLangSettings
         start_timeout_s=engine.sglang_start_timeout,
         request_timeout_s=engine.sglang_request_timeout,
     )
+
+
+def _gpu_ids(given: Sequence[str]) -> tuple[int, ...]:
+    if wrong := [gpu for gpu in given if not gpu.isdecimal()]:
+        raise ValueError(f"--rollout-gpu-ids {' '.join(wrong)}: expected numbers of GPUs, such as 4 5 6 7")
+    return tuple(map(int, given))
 
 
 def make_engines(
@@ -64,7 +70,7 @@ def make_engines(
     if settings := sglang_settings(config, student):
         return SGLangPool(
             settings, arch=student.arch, stop_token_ids=tokens.stop_ids, vocab_size=tokens.common_vocab_size,
-            rank=rank, world_size=world_size, gather=gather_objects, broadcast=broadcast_object, export=export,
+            rank=rank, broadcast=broadcast_object, export=export,
         )  # fmt: skip
     engine = EmbeddedEngine(
         student.hf_dir,

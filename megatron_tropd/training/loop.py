@@ -149,4 +149,14 @@ def _batch_metrics(run: Run, step: int, rollouts: Sequence[Rollout]) -> dict[str
         "guidance/len_mean": sum(r.guidance_len for r in rollouts) / count,
         "rollout/len_mean": sum(r.response_len for r in rollouts) / count,
         "rollout/truncated_frac": sum(r.finish == "length" for r in rollouts) / count,
+        **_engine_counts(run),
     }
+
+
+def _engine_counts(run: Run) -> dict[str, float]:
+    """What went wrong with the servers so far, where there are servers; on the first rank, which reports."""
+    if not isinstance(run.engines, SGLangPool):
+        return {}
+    counts = run.engines.counts
+    names = ("restarts", "reissued", "bad_responses", "stale_weights", "given_up")
+    return {f"engine/{name}": float(counts.get(name, 0)) for name in names}

@@ -107,7 +107,7 @@ class SGLangPool:
         if longest > fleet.max_tokens:
             raise EngineError(
                 f"a request of {longest} tokens (prompt and response) exceeds the {fleet.max_tokens} that the engines "
-                "hold; raise --sglang-flags '--max-total-tokens ...' or lower --max-response-length"
+                "hold; raise --sglang-max-total-tokens or lower --max-response-length"
             )
         self._runner.run(fleet.generate(job))
         return None if job.pending else job.rollouts()

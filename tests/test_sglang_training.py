@@ -1,0 +1,110 @@
+"""Runs of the command whose rollouts are written by real SGLang servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+
+import pytest
+
+from megatron_tropd.cli import ConfigError, parse, to_flags
+from megatron_tropd.training.blueprint import check
+from megatron_tropd.training.parity import ParityAlarm, ParityError, probe_sequences
+from megatron_tropd.types import Prompt
+from tests.sglang_helpers import PYTHON
+from tests.tiny_run import flags, make_world
+from tests.torchrun_jobs import command, environment, process, wait_for_steps
+
+STEPS, KILLED_AFTER = 10, 3
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def _sglang_flags(world, run_dir, **changes):
+    settings = {
+        "rollout_engine": "sglang", "sglang_python": PYTHON, "tensor_model_parallel_size": 2, "train_iters": STEPS,
+        "sglang_max_total_tokens": 2048, "sglang_max_running_requests": 16, "parity_limit": 1e-4, **changes,
+    }  # fmt: skip
+    return flags(world, run_dir, **settings)
+
+
+@pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} does not exist; `make sglang-env` makes it")
+def test_ten_steps_with_a_server_killed_in_the_fourth(world, tmp_path):
+    """The server comes back with the weights of the step; every step is made once, on tokens of its own weights."""
+    run_dir = tmp_path / "run"
+    with (tmp_path / "log").open("w+") as log:
+        job = subprocess.Popen(
+            command(_sglang_flags(world, run_dir)), cwd=tmp_path, env=environment(), stdout=log, stderr=log
+        )
+        try:
+            wait_for_steps(run_dir / "metrics.jsonl", KILLED_AFTER, job, timeout=400)
+            os.kill(process(job.pid, "sglang/launch.py"), signal.SIGKILL)
+            assert job.wait(timeout=400) == 0, (tmp_path / "log").read_text()[-4000:]
+        finally:
+            job.kill()
+    steps = [r for r in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "step"]
+    assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
+    assert [step["weight_version"] for step in steps] == list(range(1, STEPS + 1))
+    for step in steps:
+        metrics = step["metrics"]
+        assert metrics["parity/logprob_abs_diff_max"] <= 1e-4 and metrics["parity/probe_abs_diff_mean"] <= 1e-4
+        assert step["tokens"]["on_policy"] > 0
+    restarts = [step["metrics"]["engine/restarts"] for step in steps]
+    assert restarts[0] == 0 and restarts[-1] == 1, restarts
+    logs = sorted(path.name for path in (run_dir / "engines").iterdir())
+    assert logs == ["sglang-0-start-1.log", "sglang-0-start-2.log"]
+
+
+def test_flags_of_sglang_are_handed_through(world, tmp_path):
+    (tmp_path / "c.yaml").write_text("sglang-mem-fraction-static: 0.3\nsglang-disable-radix-cache: true\n")
+    config = parse(
+        [*_sglang_flags(world, tmp_path), "--config", str(tmp_path / "c.yaml"), "--sglang-log-level=warning"]
+    )
+    assert dict(config.sglang_flags) == {
+        "max-total-tokens": ("2048",), "max-running-requests": ("16",), "log-level": ("warning",),
+        "mem-fraction-static": ("0.3",), "disable-radix-cache": (),
+    }  # fmt: skip
+    assert to_flags(config)["sglang-disable-radix-cache"] is True
+    assert to_flags(config)["sglang-log-level"] == "warning"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sglang_python": "/nowhere/python"}, "--sglang-python /nowhere/python does not exist"),
+        ({"sglang_host": "0.0.0.0"}, "can be reached from other machines"),
+        ({"sglang_api_key": "secret-secret-secret"}, "--api-key cannot be passed through"),
+        ({"rollout_num_engines": 0}, "--rollout-num-engines 0 must be at least 1"),
+        ({"rollout_gpu_ids": "x"}, "--rollout-gpu-ids x"),
+        ({"rollout_engine": "vllm"}, "is not one of embedded, sglang"),
+    ],
+)
+def test_each_mistake_has_a_message_before_anything_starts(world, tmp_path, changes, message):
+    with pytest.raises(ConfigError) as error:
+        check(parse(_sglang_flags(world, tmp_path / "run", **{"sglang_python": "/bin/sh", **changes})), 2)
+    assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gap_above_the_limit_stops_or_warns():
+    assert ParityAlarm(1e-3, "stop").judge(9e-4, "rollouts of step 1") is None
+    for gap in (2e-3, float("nan")):
+        with pytest.raises(ParityError, match=r"rollouts of step 1: .* above --parity-limit 0\.001"):
+            ParityAlarm(1e-3, "stop").judge(gap, "rollouts of step 1")
+        assert "--parity-limit" in ParityAlarm(1e-3, "warn").judge(gap, "rollouts of step 1")
+
+
+def test_probes_are_the_first_prompts_with_two_tokens_or_more():
+    prompts = [
+        Prompt(uid=1, token_ids=(5,)),
+        Prompt(uid=2, token_ids=(5,), teacher_response_ids=(6, 7)),
+        Prompt(uid=3, token_ids=tuple(range(3, 100))),
+    ]
+    short, long = probe_sequences(prompts)
+    assert short.token_ids == (5, 6, 7) and len(short.logprobs) == 2
+    assert len(long.token_ids) == 64
