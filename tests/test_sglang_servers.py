@@ -166,7 +166,7 @@ def _send(sglang, engine, tensors, version, *, expected=None, names=None):
 
     async def work():
         await engine.begin_update()
-        await engine.send(builder.close(), last_of_version=version)
+        await engine.send(builder.close(), last_of_version=version, bodies={})
         await engine.end_update(version, names or list(tensors), hashes.result())
 
     sglang.run(work())

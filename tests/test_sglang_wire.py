@@ -7,6 +7,8 @@ import copy
 import http.server
 import json
 import pickle
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -346,3 +348,30 @@ def test_the_trainers_environment_stays_with_the_trainer(settings):
     picked = replace(on_gpus, gpu_ids=(4, 5, 6, 7))
     assert server_environment(picked, 0, environ)["CUDA_VISIBLE_DEVICES"] == "4,5"
     assert "SGLANG_USE_CPU_ENGINE" not in server_environment(picked, 0, environ)
+
+
+_PEAK = """
+import resource, sys
+import torch
+from megatron_tropd.rollout.sglang.buckets import BucketBuilder, bytes_message, update_body
+torch.set_num_threads(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+builder, sent = BucketBuilder(16 << 20), 0
+for i in range(int(sys.argv[1])):
+    if bucket := builder.add(f"t{i}", torch.full((1 << 20,), float(i))):  # 4 MiB each
+        sent += len(update_body([bytes_message(bucket)], weight_version=None))
+    del bucket
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, sent >> 20)
+"""
+
+
+def test_memory_of_a_push_depends_on_the_bucket_not_on_the_model():
+    peaks = []
+    for tensors in (32, 160):  # 128 and 640 MiB in buckets of 16
+        output = subprocess.run(
+            [sys.executable, "-c", _PEAK, str(tensors)], capture_output=True, text=True, timeout=300, check=True
+        ).stdout
+        peak_kib, sent_mib = map(int, output.split())
+        assert sent_mib > tensors * 4
+        peaks.append(peak_kib / 1024)
+    assert max(peaks) < 8 * 16 and abs(peaks[1] - peaks[0]) < 32, peaks

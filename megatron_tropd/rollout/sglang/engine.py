@@ -195,18 +195,26 @@ class Engine:
             await self._post("/end_weight_update", {}, what="end of an abandoned weight update")
             await self._post("/begin_weight_update", {}, what="begin of a weight update")
 
-    async def send(self, bucket: Bucket, *, last_of_version: int | None) -> None:
-        """Deliver one bucket; the version travels with the last one, and the prefix cache is flushed with it."""
-        shares = self._settings.transport == "shared" or (
-            self._settings.transport == "auto" and self.server is not None
-        )
-        message = shared_message if shares else bytes_message
+    async def send(self, bucket: Bucket, *, last_of_version: int | None, bodies: dict[int, bytes]) -> None:
+        """Deliver one bucket; the version travels with the last one, and the prefix cache is flushed with it.
+
+        ``bodies`` keeps the bucket's bytes for other engines of as many tensor-parallel ranks.
+        """
         version = None if last_of_version is None else str(last_of_version)
-        messages = [message(bucket) for _ in range(self.tp_size)]
+        if self._shares_memory:
+            body = update_body([shared_message(bucket) for _ in range(self.tp_size)], weight_version=version)
+        elif (kept := bodies.get(self.tp_size)) is not None:
+            body = kept
+        else:
+            body = bodies[self.tp_size] = update_body([bytes_message(bucket)] * self.tp_size, weight_version=version)
         names = bucket.names
         what = f"{len(names)} tensor(s) {names[0]} .. {names[-1]}"
-        body = update_body(messages, weight_version=version)
         await self._post("/update_weights_from_tensor", body, what=what, timeout_s=self._settings.request_timeout_s)
+
+    @property
+    def _shares_memory(self) -> bool:
+        transport = self._settings.transport
+        return transport == "shared" or (transport == "auto" and self.server is not None)
 
     async def end_update(self, version: int, names: Sequence[str], expected: Mapping[str, str] | None) -> None:
         """Close the session, verify, and serve ``version``.

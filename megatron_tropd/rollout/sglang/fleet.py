@@ -219,7 +219,10 @@ class Fleet:
 
     async def send(self, bucket: Bucket, *, last_of_version: int | None) -> None:
         """Deliver a bucket to every server that got all earlier ones."""
-        await self._each(self._updating(), lambda engine: engine.send(bucket, last_of_version=last_of_version))
+        bodies: dict[int, bytes] = {}
+        await self._each(
+            self._updating(), lambda engine: engine.send(bucket, last_of_version=last_of_version, bodies=bodies)
+        )
 
     async def end_update(self, version: int, names: Sequence[str], expected: Mapping[str, str] | None) -> bool:
         """Verify; returns whether every server that is not given up now serves ``version``.
