@@ -30,7 +30,7 @@ from megatron_tropd.training.agree import on_all_ranks, on_rank_zero  # noqa: E4
 from megatron_tropd.training.checkpoint import RELEASE, hf_directory, open_checkpoint, read_metadata  # noqa: E402
 from megatron_tropd.training.checkpoint_directory import model_dtype  # noqa: E402
 from megatron_tropd.training.checkpoint_metadata import CheckpointError, CheckpointMetadata  # noqa: E402
-from megatron_tropd.weights.files import HfCheckpoint, copy_sidecars  # noqa: E402
+from megatron_tropd.weights.files import copy_sidecars  # noqa: E402
 from megatron_tropd.weights.manifest import MANIFEST_FILE, HfManifest  # noqa: E402
 from megatron_tropd.weights.stored import stored_params  # noqa: E402
 from megatron_tropd.weights.writer import HfWriter, remove_other_weights  # noqa: E402
@@ -75,6 +75,8 @@ def _write(
         digests = stream.torch_dist_to_hf(
             stored, params, writer, common.buffer_bytes(args), workers, verify=iteration == RELEASE
         )
+        if args.verify:
+            stream.verify_hf(writer, digests, workers)
         written = on_rank_zero(writer.publish, ValueError)
     except BaseException:
         if workers.rank == 0:
@@ -88,8 +90,6 @@ def _write(
         copy_sidecars(hf_directory(args.load, iteration), args.save, skip=[MANIFEST_FILE])
 
     on_rank_zero(carry, ValueError)
-    if args.verify:
-        stream.verify_hf(HfCheckpoint.open(args.save), digests, workers)
     return written
 
 

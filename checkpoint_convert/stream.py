@@ -293,18 +293,18 @@ def verify_stored(
     compare(found, digests, str(folder))
 
 
-def verify_hf(written: HfCheckpoint, digests: Mapping[str, str], workers: Workers) -> None:
-    """Read written HF files again and hold every tensor against the digest of what was written.  Collective.
+def verify_hf(writer: HfWriter, digests: Mapping[str, str], workers: Workers) -> None:
+    """Read HF files again before they are published, and hold every tensor against what was written.  Collective.
 
     Raises:
         CheckpointError: on every process; names the tensors that differ.
     """
 
     def work() -> dict[str, str]:
-        names = workers.mine([(name, info.nbytes) for name, info in sorted(written.tensors.items())])
-        return {name: written.sha256(name) for name in names}
+        names = workers.mine([(name, info.nbytes) for name, info in sorted(writer.manifest.tensors.items())])
+        return {name: writer.written_sha256(name) for name in names}
 
-    compare(workers.merge(on_all_ranks(work, CheckpointError)), digests, str(written.directory))
+    compare(workers.merge(on_all_ranks(work, CheckpointError)), digests, str(writer.directory))
 
 
 def compare(found: Mapping[str, str], wanted: Mapping[str, str], where: str) -> None:

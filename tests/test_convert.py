@@ -91,7 +91,7 @@ def _save_swapped_keys_and_values(hf, save_dir):
     from megatron_tropd.parallel.groups import student_groups
     from megatron_tropd.training.checkpoint import RELEASE, save_checkpoint
     from megatron_tropd.weights.load import load_hf_into
-    from megatron_tropd.weights.manifest import HfManifest, hash_tensors
+    from megatron_tropd.weights.manifest import HfManifest
 
     release_groups()
     checkpoint = HfCheckpoint.open(hf)
@@ -102,7 +102,7 @@ def _save_swapped_keys_and_values(hf, save_dir):
         weight = model.decoder.layers[2].self_attention.linear_qkv.weight
         groups = weight.view(arch.num_query_groups, -1, arch.head_dim, arch.hidden_size)
         groups[:, -2:] = groups[:, -2:].flip(1).clone()
-    manifest = HfManifest.of(checkpoint, sha256=hash_tensors(checkpoint, 0, 1))
+    manifest = HfManifest.of(checkpoint, sha256={name: checkpoint.sha256(name) for name in checkpoint.tensors})
     save_checkpoint(
         save_dir, RELEASE, {"model": model.sharded_state_dict()}, {}, arch=arch, hf_sidecar=hf, manifest=manifest
     )

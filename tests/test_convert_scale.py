@@ -408,3 +408,30 @@ def test_memory_does_not_grow_with_the_model(ranks, tmp_path):
         )
         assert max(peaks[layers]) < 2 * largest + buffer < total / 2, peaks
     assert max(peaks[16]) < max(peaks[4]) + 2 * buffer, peaks
+
+
+def _error_with_a_bad_disk(*flags):
+    """What is written to the first file of HF weights does not arrive."""
+    from megatron_tropd.weights.writer import HfWriter
+
+    original = HfWriter.write_rows
+
+    def write_rows(self, source, row, rows):
+        data = original(self, source, row, rows)
+        if source == "model.norm.weight":
+            original(self, source, row, rows + 1)
+        return data
+
+    HfWriter.write_rows = write_rows
+    try:
+        return _error(megatron_to_hf.convert, *flags)
+    finally:
+        HfWriter.write_rows = original
+
+
+def test_files_that_did_not_arrive_are_not_published(ranks, converted, tmp_path):
+    flags = ("--load", converted / "qwen3_moe", "--save", tmp_path / "out", "--verify")
+    errors = ranks(2).run(_error_with_a_bad_disk, *flags)
+    assert len(set(errors)) == 1
+    assert "was not written right: model.norm.weight came back differently" in errors[0]
+    assert not list((tmp_path / "out").glob("*.safetensors*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -10,11 +11,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+HASH_CHUNK_BYTES = 1 << 24
+
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor, row-major (little-endian machines only, as safetensors is)."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]
+
+
+def sha256_of_range(path: Path, offset: int, nbytes: int) -> str:
+    """Digest of a range of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        while nbytes and (data := stream.read(min(nbytes, HASH_CHUNK_BYTES))):
+            digest.update(data)
+            nbytes -= len(data)
+    return digest.hexdigest()
 
 
 class Scratch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Sequence
@@ -16,12 +15,11 @@ from torch import Tensor
 
 from megatron_tropd.models.architecture import Architecture, architecture_from_hf_config, load_hf_config
 from megatron_tropd.weights.boxes import EMBED_TOKENS, LM_HEAD, hf_shapes
-from megatron_tropd.weights.byte_ranges import FileRanges
+from megatron_tropd.weights.byte_ranges import FileRanges, sha256_of_range
 from megatron_tropd.weights.safetensors_header import FileHeader, HfCheckpointError, TensorInfo, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-HASH_CHUNK_BYTES = 1 << 24
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 
 
@@ -97,13 +95,7 @@ class HfCheckpoint:
     def sha256(self, name: str) -> str:
         """Digest of a tensor's bytes as they lie in the file."""
         info = self.tensors[name]
-        digest, left = hashlib.sha256(), info.nbytes
-        with (self.directory / info.file).open("rb") as stream:
-            stream.seek(info.offset)
-            while left and (chunk := stream.read(min(left, HASH_CHUNK_BYTES))):
-                digest.update(chunk)
-                left -= len(chunk)
-        return digest.hexdigest()
+        return sha256_of_range(self.directory / info.file, info.offset, info.nbytes)
 
     def check_tied_copy(self, start: Sequence[int], size: Sequence[int]) -> None:
         """Compare whole rows of a redundant ``lm_head.weight`` with the embedding it is tied to.

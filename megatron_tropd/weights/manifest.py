@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.weights.boxes import EMBED_TOKENS, LM_HEAD, hf_shapes
@@ -141,14 +140,3 @@ class HfManifest:
         """The manifest kept in ``directory``, or None."""
         path = Path(directory) / MANIFEST_FILE
         return cls.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def hash_tensors(checkpoint: HfCheckpoint, rank: int, world_size: int) -> dict[str, str]:
-    """sha256 of every tensor's bytes, the reading shared out over the ranks.  Collective where there are several."""
-    names = sorted(checkpoint.tensors)
-    mine = {name: checkpoint.sha256(name) for name in names[rank::world_size]}
-    parts: list[dict[str, str]] = [mine]
-    if world_size > 1:
-        parts = [{}] * world_size
-        dist.all_gather_object(parts, mine)
-    return {name: digest for part in parts for name, digest in part.items()}

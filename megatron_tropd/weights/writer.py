@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.weights.byte_ranges import tensor_bytes
+from megatron_tropd.weights.byte_ranges import sha256_of_range, tensor_bytes
 from megatron_tropd.weights.files import INDEX_FILE
 from megatron_tropd.weights.manifest import HfManifest
 from megatron_tropd.weights.safetensors_header import HfCheckpointError
@@ -76,6 +76,11 @@ class HfWriter:
                 stream.seek(info.offset + row * (info.nbytes // info.shape[0]))
                 stream.write(data)
         return data
+
+    def written_sha256(self, name: str) -> str:
+        """Digest of a tensor's bytes as they lie in the unpublished file."""
+        info = self.manifest.tensors[name]
+        return sha256_of_range(self._paths[info.file], info.offset, info.nbytes)
 
     def check_digest(self, source: str, sha256: str) -> None:
         """Raise HfCheckpointError unless ``sha256`` is what the manifest recorded of the tensor (if it did)."""
