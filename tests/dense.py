@@ -83,12 +83,13 @@ def dense_stats(logits: Tensor, teacher: Tensor, tokens: TokenStreams, needs: Ne
 
 def random_batch(
     *, num_tokens: int, vocab_size: int, top_k: int, seed: int, scale: float = 2.0, ties: bool = False,
-    excluded: bool = False, several_updates: bool = False,
+    excluded: bool = False, several_updates: bool = False, models: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, TokenStreams]:  # fmt: skip
     """(student logits, teacher logits, streams with every optional entry), all float64.
 
     Regions are ragged; samples are runs of labels; ``scale`` of 80 gives logits to +-80 and beyond; ``ties`` rounds
-    them; ``excluded`` gives every fourth sampled token no teacher mass.
+    them; ``excluded`` gives every fourth sampled token no teacher mass.  ``models`` are (student, teacher) logits to use
+    instead of random ones.
     """
     streams, teacher = make_streams(
         num_tokens=num_tokens, vocab_size=vocab_size, top_k=0, seed=seed,
@@ -103,6 +104,8 @@ def random_batch(
     noise = torch.randn(num_tokens, vocab_size, generator=generator, dtype=torch.float64)
     logits = 0.7 * teacher + (scale / 3 * noise).clamp(-scale, scale)
     logits = logits.round() if ties else logits
+    if models is not None:
+        logits, teacher = models
     label = torch.where(streams.label_T % 2 == 0, logits.argmax(-1), streams.label_T)  # likely tokens and any tokens
     if excluded:
         rows = torch.arange(0, num_tokens, 4)

@@ -38,8 +38,9 @@ def oracle(method, logits, teacher, tokens, context=None, **given):
     s = SimpleNamespace(**{**DEFAULTS, **OWN.get(method, {}), **given})
     context = context or StepContext()
     losses, denominator = [], 0
-    for t in range(len(logits)):
-        row = _Row(logits[t].double(), teacher[t].double(), tokens, t, s)
+    rows = zip(logits.double().unbind(), teacher.double().unbind(), strict=True)  # unbind: one backward for all rows
+    for t, (student_row, teacher_row) in enumerate(rows):
+        row = _Row(student_row, teacher_row, tokens, t, s)
         loss, counted = logits.new_zeros((), dtype=torch.float64), 0
         if row.region == Region.GUIDANCE:
             loss, counted = _prefix_token(method, row, s), 1
@@ -75,7 +76,7 @@ class _Row:
             self.v_lp = log_p[tokens.teacher_topk_ids_TK[t]]
             self.v_present = present
         self.tokens, self.t = tokens, t
-        entropy = -sum(float(p) * math.log(float(p)) for p in self.p.detach() if p > 0)
+        entropy = float(torch.special.entr(self.p.detach()).sum())
         self.entropy = entropy if tokens.old_entropy_T is None else float(tokens.old_entropy_T[t])
 
     def stream(self, name):

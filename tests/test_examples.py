@@ -129,7 +129,7 @@ def documented(tmp_path_factory):
 
 @pytest.mark.parametrize("case", sorted(GOLDEN["cases"]))
 def test_the_documented_method_equals_golden(documented, monkeypatch, case):
-    row = methods.Method(make=lambda s: documented.ClippedReward(tau=s.outlier_threshold), guided=False)
+    row = methods.Method(make=methods.rule(lambda s: documented.ClippedReward(tau=s.outlier_threshold)))
     monkeypatch.setitem(methods.METHODS, "clip", row)
     golden = GOLDEN["cases"][case]
     sampled, tau = golden["meta"]["sampled"], golden["meta"]["tau"]

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from megatron_tropd.objectives.methods import ObjectiveSettings, make_objective
+from megatron_tropd.objectives.methods import markdown_table as methods_table
+from megatron_tropd.objectives.settings import markdown_table as settings_table
 from megatron_tropd.types import Needs, Region, StepContext
 from tests.dense import dense_stats, make_streams
 
@@ -121,15 +123,30 @@ def test_value_and_gradient_equal_golden(name, case, dtype):
     )
 
 
-def test_batch_sum_with_a_prefix_token_equals_golden():
+@pytest.mark.parametrize(
+    ("name", "method", "numbers"),
+    [
+        ("tropd_fkl_direct", "tropd", {}),
+        ("tropd_fkl_reward", "tropd", {"fkl_grad": "reward", "guidance_grad": "logratio_reward"}),
+        ("tropd_mask", "tropd_mask", {"gate": "bernoulli"}),
+    ],
+)
+def test_batch_with_a_prefix_token_equals_golden(name, method, numbers):
     golden = GOLDEN["batch"]
-    cases = [GOLDEN["cases"][name] for name, on_policy in golden["tokens"] if on_policy]
+    cases = [GOLDEN["cases"][case] for case, on_policy in golden["tokens"] if on_policy]
     prefix = golden["prefix_token"]
     cases.append({**prefix, "meta": {"sampled": prefix["sampled"]}})
     regions = [Region.ON_POLICY] * (len(cases) - 1) + [Region.GUIDANCE]
     uniform = [c["meta"]["u"] for c in cases[:-1]] + [0.5]
-    out, _ = _evaluate("tropd", {}, cases, uniform, regions)
-    assert out.token_loss_T.sum().item() == pytest.approx(golden["aggregates"]["tropd_fkl_direct"]["sum"], abs=1e-10)
+    out, grad = _evaluate(method, numbers, cases, uniform, regions)
+    aggregate = golden["aggregates"][name]
+    assert out.token_loss_T.sum().item() == pytest.approx(aggregate["sum"], abs=1e-10)
+    assert int(out.denominator) == aggregate["n_on"] + aggregate["n_prefix"]
+    mean = out.token_loss_T.sum() / out.denominator
+    assert mean.item() == pytest.approx(aggregate["token_mean_all"], abs=1e-10)
+    expected = prefix["losses"][aggregate["prefix_term"]]
+    assert out.token_loss_T[-1].item() == pytest.approx(expected["loss"], abs=1e-10)
+    torch.testing.assert_close(grad[-1], torch.tensor(expected["grad"], dtype=torch.float64), atol=1e-10, rtol=0)
 
 
 def test_a_token_the_teacher_excludes_is_never_trusted_and_never_nan():
@@ -183,3 +200,24 @@ def test_objectives_import_torch_only():
         "sys.exit(str(bad) if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_tables_of_the_docs_are_those_of_the_code():
+    document = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    assert methods_table() in document, "paste what megatron_tropd.objectives.methods.markdown_table() returns"
+    assert settings_table() in document, "paste what megatron_tropd.objectives.settings.markdown_table() returns"
+
+
+@pytest.mark.parametrize(("method", "golden_name"), sorted(SAME))
+def test_two_names_of_one_loss(method, golden_name):
+    _, numbers = METHODS[golden_name]
+    for case in CASES:
+        golden = GOLDEN["cases"][case]
+        out, _ = _evaluate(method, numbers, [golden], [golden["meta"]["u"]])
+        assert out.token_loss_T.item() == pytest.approx(golden["losses"][golden_name]["loss"], abs=1e-10, rel=1e-10)
+
+
+@pytest.mark.parametrize("method", ["opd", "clip_outlier", "mask_outlier", "reopold", "aopd"])
+def test_a_method_named_after_its_gate_does_not_read_the_flag(method):
+    plain, gated = (make_objective(method, ObjectiveSettings(gate=gate)) for gate in ("auto", "expected"))
+    assert plain == gated

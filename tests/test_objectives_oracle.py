@@ -43,11 +43,11 @@ CONTEXT = StepContext(step=40, num_steps=200, entropy_threshold=0.9)
 
 BATCHES = st.fixed_dictionaries(
     {
-        "num_tokens": st.sampled_from([1, 2, 7, 24, 200]),
+        "num_tokens": st.sampled_from([1, 7, 24, 24, 60, 200]),
         "vocab_size": st.sampled_from([7, 56, 131, 1031]),
         "top_k": st.sampled_from([1, 2, 7, 64]),
         "seed": st.integers(0, 10_000),
-        "scale": st.sampled_from([0.01, 3.0, 80.0]),
+        "scale": st.sampled_from([1.0, 3.0, 6.0, 80.0]),
         "ties": st.booleans(),
         "excluded": st.booleans(),
         "several_updates": st.booleans(),
@@ -62,7 +62,8 @@ def _runs(batch, method, numbers):
 
 
 def _evaluate(batch, method, numbers):
-    logits, teacher, tokens = random_batch(**batch)
+    variant = sum(map(ord, f"{method}{numbers}"))  # hypothesis shows all variants the same batches
+    logits, teacher, tokens = random_batch(**{**batch, "seed": batch["seed"] + variant})
     logits.requires_grad_()
     objective = make_objective(method, ObjectiveSettings(**{"top_k": batch["top_k"], **numbers}))
     stats = dense_stats(logits, teacher, tokens, objective.needs)
@@ -70,7 +71,7 @@ def _evaluate(batch, method, numbers):
 
 
 @pytest.mark.parametrize(("method", "numbers"), VARIANTS, ids=lambda value: str(value).replace(" ", ""))
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(batch=BATCHES)
 def test_loss_gradient_and_denominator_equal_the_oracle(method, numbers, batch):
     if not _runs(batch, method, numbers):
@@ -115,7 +116,7 @@ def test_any_partition_of_the_labels_adds_up_to_the_whole(method, numbers):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "sft"])
 def test_a_token_the_teacher_excludes_is_never_trusted_and_never_nan(method):
-    batch = {"num_tokens": 40, "vocab_size": 31, "top_k": 5, "seed": 3, "excluded": True}
+    batch = {"num_tokens": 200, "vocab_size": 31, "top_k": 5, "seed": 3, "excluded": True}
     logits, teacher, tokens, stats, objective = _evaluate(batch, method, {})
     if objective.needs.divergence:  # a finite divergence, as the head defines it for such a teacher
         stats = dense_stats(logits, teacher.clamp(min=-30.0), tokens, objective.needs)

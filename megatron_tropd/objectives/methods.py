@@ -46,7 +46,11 @@ def _jsd(s: ObjectiveSettings) -> Rule:
 
 
 def _tropd(s: ObjectiveSettings) -> TrustRegion:
-    return trust_region(s, "bernoulli", "forward_kl")
+    return trust_region(s, pick(s.gate, "bernoulli"), "forward_kl")
+
+
+def _tropd_official(s: ObjectiveSettings) -> Rule:
+    return trust_region(s, pick(s.gate, "bernoulli"), "forward_kl", support="renorm", grad="reward", logprob_min=-10.0)
 
 
 def _reopold_bound(s: ObjectiveSettings) -> float:
@@ -118,11 +122,11 @@ METHODS: dict[str, Method] = {
     "tropd": Method(make=rule(_tropd), guided=True, loss="w PG(R) + (1 - w) c FKL_k", source=f"{_TROPD}, Eq. 9"),
     "tropd_paper": Method(make=rule(_tropd), guided=True, loss="another name of tropd", source=_TROPD),
     "tropd_mask": Method(
-        make=rule(lambda s: trust_region(s, "threshold", "mask")), guided=True,
+        make=rule(lambda s: trust_region(s, pick(s.gate, "threshold"), "mask")), guided=True,
         loss="1[R > tau] PG(R); with --gate bernoulli: w PG(R)", source="TrOPD Table 5",
     ),
     "tropd_clip": Method(
-        make=rule(lambda s: trust_region(s, "threshold", "clip")), guided=True,
+        make=rule(lambda s: trust_region(s, pick(s.gate, "threshold"), "clip")), guided=True,
         loss="PG(max(R, tau)); with --gate bernoulli: PG(w R + (1 - w) tau)", source="TrOPD Table 5",
     ),
     "tropd_aopd": Method(
@@ -130,14 +134,13 @@ METHODS: dict[str, Method] = {
         guided=True, loss="tropd + c 1[R > 0] PG(R); or w PG(R) + c 1[R <= 0] FKL_k", source="TrOPD Table 6",
     ),
     "tropd_official": Method(
-        make=rule(lambda s: trust_region(s, "bernoulli", "forward_kl", support="renorm", grad="reward",
-                                         logprob_min=-10.0), guidance_grad="logratio_reward"),
+        make=rule(_tropd_official, guidance_grad="logratio_reward"),
         guided=True, loss="PG(w R - (1 - w) c FKL_k), renorm, log-probabilities >= -10",
         source="reports about TrOPD's published code; for replication",
     ),
     # ours
     "tropd_plus": Method(
-        make=rule(lambda s: trust_region(s, "expected", "forward_kl", support="tail")), guided=True,
+        make=rule(lambda s: trust_region(s, pick(s.gate, "expected"), "forward_kl", support="tail")), guided=True,
         loss="w PG(R) + (1 - w) c FKL_k, w = min(1, e^R), tail", source="ours",
     ),
     "tropd_floor": Method(

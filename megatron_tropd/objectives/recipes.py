@@ -70,7 +70,7 @@ def trust_region(
     """A gate and what a rejected token gets; ``tau`` instead of --outlier-threshold."""
     tau = s.outlier_threshold if tau is None else tau
     return TrustRegion(
-        gate=Gate(kind=pick(s.gate, gate), threshold=tau, margin=s.gate_margin),
+        gate=Gate(kind=gate, threshold=tau, margin=s.gate_margin),
         rejected=rejected,
         tau=tau,
         forward_kl=forward_kl(s, support, logprob_min=logprob_min) if rejected == "forward_kl" else None,

@@ -6,7 +6,7 @@ means the same for a number.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 GateKind = Literal["bernoulli", "expected", "threshold", "probability", "none"]
@@ -35,7 +35,7 @@ class ObjectiveSettings:
     """Defaults are the paper's, or its baselines' own papers' where it is silent."""
 
     top_k: int = _number(64, "teacher tokens per position for a forward KL or a JSD")
-    gate: GateKind | Auto = _number("auto", "how a token is trusted")
+    gate: GateKind | Auto = _number("auto", "how the tropd methods trust a token")
     gate_margin: float = _number(0.0, "the probability gate trusts where q(x) - p(x) is above this (AOPD)")
     outlier_threshold: float = _number(-1.72, "nats below which a K1 reward is an outlier: tau")
     outlier_coef: float = _number(1.0, "weight of the forward KL where a method adds or switches to one")
@@ -65,7 +65,7 @@ class ObjectiveSettings:
     tis_cap: float = _number(2.0, "tis: largest weight")
     icepop_low: float = _number(0.5, "icepop: a smaller trainer/engine ratio masks the token")
     icepop_high: float = _number(5.0, "icepop: a larger trainer/engine ratio masks the token")
-    sequence_error_max: float = _number(2.0, "seq_err: mean exp |log-probability difference| that masks a sample")
+    sequence_error_max: float = _number(2.0, "seq_err: mean exp of absolute log-probability gaps that masks a sample")
     ppo_clip: float = _number(0.2, "clip of the policy ratio when a rollout batch gets several updates")
     ppo_clip_high: float = _number(0.0, "its upper side; 0 for the method's own")
     grpo_denominator: Literal["samples", "tokens"] = _number(
@@ -79,3 +79,13 @@ class ObjectiveSettings:
         for name in ("outlier_coef", "tropd_aopd_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative")
+
+
+def markdown_table() -> str:
+    """The table of settings that ``docs/objectives.md`` holds; a test keeps the two equal."""
+    rows = [
+        f"| `--{field.name.replace('_', '-')}` | {str(field.default).lower()} | {field.metadata['help']} |"
+        for field in fields(ObjectiveSettings)
+        if field.metadata
+    ]
+    return "\n".join(["| flag | default | |", "|---|---|---|", *rows])
