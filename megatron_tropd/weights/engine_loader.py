@@ -17,18 +17,17 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_tropd.weights.engine_boxes import engine_boxes
-from megatron_tropd.weights.load import match_parameters
 from megatron_tropd.weights.message import TransportError
 from megatron_tropd.weights.plan_spec import PlanSpec
+from megatron_tropd.weights.planned_link import connect_receiver
 from megatron_tropd.weights.planned_transport import PlannedReceiver
-from megatron_tropd.weights.side_group import Backend, join_store, side_group
+from megatron_tropd.weights.side_group import LOOPBACK, Backend, join_store
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +51,8 @@ class LoaderRequest:
     host: str = ""
     port: int = 0
     backend: Backend = "gloo"
+    address: str = LOOPBACK
+    """The engine's own, by which the trainer's ranks reach it (gloo)."""
     timeout_s: float = 600.0
 
     def named_tensors(self) -> list[tuple[str, Tensor]]:
@@ -146,7 +147,11 @@ def _tensor_parallel_rank() -> int:
 
 def _serve(model: nn.Module, request: LoaderRequest, rank: int, store: dist.TCPStore) -> Outcome:
     if request.do == "connect":
-        receiver = _connect(model, request, rank, store)
+        receiver = connect_receiver(
+            PlanSpec.from_json(request.spec), request.digest, engine=request.engine, engine_rank=rank,
+            params=dict(model.named_parameters()), store=store, group=request.group, backend=request.backend,
+            timeout_s=request.timeout_s, version=_versions.get(request.engine, -1), address=request.address,
+        )  # fmt: skip
         _connections[request.group] = _Connection(store=store, receiver=receiver)
         return Outcome(version=receiver.version)
     if request.do == "close":
@@ -155,26 +160,3 @@ def _serve(model: nn.Module, request: LoaderRequest, rank: int, store: dist.TCPS
     report = _connections[request.group].receiver.receive(request.version)
     _versions[request.engine] = request.version
     return Outcome(version=request.version, payload_bytes=report.payload_bytes)
-
-
-def _connect(model: nn.Module, request: LoaderRequest, rank: int, store: dist.TCPStore) -> PlannedReceiver:
-    """Make the plan, hold it and the model against each other, join the group.
-
-    Raises:
-        ValueError, TransportError, ConnectionError: they do not agree, or the group did not come about.
-    """
-    spec = PlanSpec.from_json(request.spec)
-    plan = spec.build()
-    if plan.digest != request.digest:
-        raise TransportError(f"the plan made here has digest {plan.digest}, the trainer's has {request.digest}")
-    params: dict[str, Any] = dict(model.named_parameters())
-    boxes = engine_boxes(spec.arch, spec.engines[request.engine], rank)
-    match_parameters(params, boxes)
-    group = side_group(
-        store, name=request.group, rank=plan.group_rank(request.engine, rank), world_size=plan.world_size,
-        backend=request.backend, timeout_s=request.timeout_s,
-    )  # fmt: skip
-    return PlannedReceiver(
-        plan, request.engine, rank, params, group, timeout_s=request.timeout_s,
-        version=_versions.get(request.engine, -1),
-    )  # fmt: skip
