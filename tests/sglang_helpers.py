@@ -12,6 +12,7 @@ from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.rollout.sglang.pool import SGLangPool
 from megatron_tropd.rollout.sglang.settings import Keys, SGLangSettings
 from megatron_tropd.types import GenerationRequest, Rollout
+from megatron_tropd.weights.engine_loader import LOADER
 from tests.hf_models import VOCAB_SIZE, make_hf_model, save_hf_checkpoint
 
 PYTHON = Path(__file__).resolve().parent.parent / ".venv-sglang" / "bin" / "python"
@@ -77,6 +78,7 @@ def start_servers(directory: Path) -> Servers:
     settings = SGLangSettings(
         hf_dir=hf_dir, log_dir=directory / "logs", dtype="float32", python=PYTHON, num_engines=2, keys=KEYS,
         bucket_bytes=100_000, max_concurrent_prompts=4, start_timeout_s=300, request_timeout_s=120,
+        flags=("--custom-weight-loader", LOADER),
     )  # fmt: skip
     student = Student(make_hf_model("qwen3"))
     return Servers(settings=settings, arch=arch, student=student, pool=make_pool(settings, arch, student))

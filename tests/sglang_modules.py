@@ -70,12 +70,14 @@ def compare(case: dict) -> int:
     from megatron_tropd.weights.engine_boxes import EngineLayout, engine_boxes
     from megatron_tropd.weights.hf_shapes import hf_shapes
 
-    changes = {key: value for key, value in case.items() if key not in ("family", "tp", "ep")}
+    changes = {key: value for key, value in case.items() if key not in ("family", "tp", "ep", "cpu")}
     config = {**SIZES, **changes, "model_type": case["family"], "architectures": [CLASSES[case["family"]][1]]}
     arch = architecture_from_hf_config(config)
     draw = torch.Generator().manual_seed(0)
     tensors = {name: torch.rand(shape, generator=draw) for name, shape in hf_shapes(arch).items()}
-    engine = EngineLayout(tp=case["tp"], ep=case.get("ep", 1))
+    engine = EngineLayout(tp=case["tp"], ep=case.get("ep", 1), cpu=case.get("cpu", False))
+    for name in ("intermediate_size", "moe_intermediate_size"):  # as the server does before it makes its modules
+        config[name] = engine.padded_ffn_size(config[name])
     compared = 0
     for rank in range(engine.tp):
         model = module_of(config, engine.tp, engine.ep, rank)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel.layout import ParallelLayout
@@ -56,6 +56,11 @@ CASES = {
     "experts in parts": _case(arch("qwen3_moe", kv=2), {"tp": 2, "dp": 2, "ep": 2, "etp": 2}, (4, 2)),
     "experts in parts of a dense model whole": _case(arch("qwen3_moe"), {"dp": 4, "ep": 2, "etp": 2}, (4, 4)),
     "padding everywhere": _case(arch(), {"tp": 4}, (2,), (2,), divisor=1024),
+    "feed-forward padded on a CPU": replace(_case(arch(), {"tp": 2}), engines=(EngineLayout(tp=2, cpu=True),)),
+    "experts padded on a CPU": replace(
+        _case(arch("qwen3_moe"), {"dp": 2, "ep": 2}),
+        engines=(EngineLayout(tp=2, ep=2, cpu=True), EngineLayout(cpu=True)),
+    ),
 }
 BIG_CASES = {  # more ranks than a test starts processes for
     "nothing but padding on a rank": _case(arch(kv=2), {"tp": 8, "pp": 2}, (8,), divisor=128),

@@ -3,7 +3,8 @@
 Parameter names and shapes are those of SGLang 0.5.23's own modules, unquantised: q, k and v merged as [q|k|v] with
 key/value heads repeated where there are more ranks than heads; gate and up merged; the vocabulary padded to a
 multiple of 64 (of 64 x TP where that does not divide); experts stacked as ``w13_weight`` [E, 2I, H] (gate
-above up) and ``w2_weight`` [E, H, I]; a tied head is the embedding itself.
+above up) and ``w2_weight`` [E, H, I]; a tied head is the embedding itself.  A server without a GPU pads feed-forward
+columns too.  What is padded has no box.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from megatron_tropd.weights.boxes import Box, Cut, ParamBoxes, block, column_blo
 from megatron_tropd.weights.hf_shapes import EMBED_TOKENS, LM_HEAD, hf_shape
 
 VOCAB_PADDING = 64
+CPU_FFN_PADDING = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,8 @@ class EngineLayout:
 
     tp: int = 1
     ep: int = 1
+    cpu: bool = False
+    """Whether the server runs without a GPU: feed-forward columns are then padded to a multiple of 32 x TP."""
 
     @property
     def expert_tp(self) -> int:
@@ -41,6 +45,11 @@ class EngineLayout:
         multiple = VOCAB_PADDING * self.tp
         return -(-vocab_size // multiple) * multiple
 
+    def padded_ffn_size(self, size: int) -> int:
+        """Feed-forward columns over all ranks that share them, padding included."""
+        multiple = CPU_FFN_PADDING * self.tp if self.cpu else 1
+        return -(-size // multiple) * multiple
+
     def cut_errors(self, arch: Architecture) -> list[str]:
         """Why SGLang cannot cut the model this way; empty when it can."""
         if self.tp < 1 or self.ep < 1 or self.tp % self.ep:
@@ -50,13 +59,15 @@ class EngineLayout:
         if arch.num_experts:
             cuts.append((f"--sglang-ep-size {self.ep}", self.ep, arch.num_experts, "experts"))
             each = f"{tp} / --sglang-ep-size {self.ep} = {self.expert_tp}"
-            cuts.append((each, self.expert_tp, arch.moe_intermediate_size, "expert columns"))
+            cuts.append((each, self.expert_tp, self.padded_ffn_size(arch.moe_intermediate_size), "expert columns"))
         else:
-            cuts.append((tp, self.tp, arch.ffn_hidden_size, "feed-forward columns"))
+            cuts.append((tp, self.tp, self.padded_ffn_size(arch.ffn_hidden_size), "feed-forward columns"))
         errors = [f"{name} does not divide the model's {size} {what}" for name, by, size, what in cuts if size % by]
         groups = arch.num_query_groups
         if groups % self.tp and self.tp % groups:
             errors.append(f"{tp} does not divide the model's {groups} key/value heads, nor they it")
+        elif self.cpu and groups % self.tp:
+            errors.append(f"{tp} does not divide the model's {groups} key/value heads: SGLang pads heads on a CPU")
         if self.ep > 1 and not arch.num_experts:
             errors.append(f"--sglang-ep-size {self.ep}: {arch.family} has no experts")
         if arch.num_experts and arch.tie_word_embeddings:
@@ -80,13 +91,36 @@ def _qkv(arch: Architecture, engine: EngineLayout, rank: int, prefix: str, kind:
     return (q_rows + 2 * kv_rows, *rest), boxes
 
 
-def _gate_up(arch: Architecture, prefix: str, parts: int, part: int, *stack: int) -> list[Box]:
-    rows, hidden = hf_shape(arch, f"{prefix}gate_proj.weight")
-    rows //= parts
-    return [
-        block(f"{prefix}{name}.weight", part * rows, (rows, hidden), number * rows, *stack)
-        for number, name in enumerate(("gate_proj", "up_proj"))
-    ]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Share:
+    """A rank's columns of a feed-forward layer (or expert)."""
+
+    start: int
+    real: int
+    """Columns that the model has; the rest is padding."""
+    columns: int
+
+    @classmethod
+    def of(cls, engine: EngineLayout, size: int, parts: int, part: int) -> _Share:
+        columns = engine.padded_ffn_size(size) // parts
+        start = part * columns
+        return cls(start=start, real=min(max(size - start, 0), columns), columns=columns)
+
+    def gate_up(self, prefix: str, hidden: int, *stack: int) -> list[Box]:
+        """[gate; padding; up; padding]"""
+        if not self.real:
+            return []
+        return [
+            block(f"{prefix}{name}.weight", self.start, (self.real, hidden), number * self.columns, *stack)
+            for number, name in enumerate(("gate_proj", "up_proj"))
+        ]
+
+    def down(self, prefix: str, hidden: int, *stack: int) -> list[Box]:
+        """[down | padding]"""
+        if not self.real:
+            return []
+        size, start = (hidden, self.real), (0, self.start)
+        return [Box(hf_name=f"{prefix}down_proj.weight", start=start, size=size, local_start=(*stack, 0, 0))]
 
 
 def _vocab(arch: Architecture, engine: EngineLayout, rank: int, hf_name: str) -> ParamBoxes:
@@ -120,28 +154,26 @@ def _attention(arch: Architecture, engine: EngineLayout, rank: int, layer: str) 
 
 
 def _dense_mlp(arch: Architecture, engine: EngineLayout, rank: int, prefix: str) -> Iterator[ParamBoxes]:
-    boxes = _gate_up(arch, prefix, engine.tp, rank)
-    rows, hidden = boxes[0].size
-    yield ParamBoxes(names=(prefix + "gate_up_proj.weight",), shape=(2 * rows, hidden), boxes=tuple(boxes))
-    yield _columns(arch, engine, rank, prefix + "down_proj.weight")
+    share, hidden = _Share.of(engine, arch.ffn_hidden_size, engine.tp, rank), arch.hidden_size
+    gate_up, down = tuple(share.gate_up(prefix, hidden)), tuple(share.down(prefix, hidden))
+    yield ParamBoxes(names=(prefix + "gate_up_proj.weight",), shape=(2 * share.columns, hidden), boxes=gate_up)
+    yield ParamBoxes(names=(prefix + "down_proj.weight",), shape=(hidden, share.columns), boxes=down)
 
 
 def _experts(arch: Architecture, engine: EngineLayout, rank: int, prefix: str) -> Iterator[ParamBoxes]:
     yield _whole(arch, prefix + "gate.weight")
     ep_rank, part = divmod(rank, engine.expert_tp)
-    local = arch.num_experts // engine.ep
-    columns, hidden = arch.moe_intermediate_size // engine.expert_tp, arch.hidden_size
+    local, hidden = arch.num_experts // engine.ep, arch.hidden_size
+    share = _Share.of(engine, arch.moe_intermediate_size, engine.expert_tp, part)
     w13: list[Box] = []
     w2: list[Box] = []
     for number in range(local):
         expert = f"{prefix}experts.{ep_rank * local + number}."
-        w13 += _gate_up(arch, expert, engine.expert_tp, part, number)
-        down = expert + "down_proj.weight"
-        w2.append(column_block(down, hf_shape(arch, down), engine.expert_tp, part, number))
-    yield ParamBoxes(
-        names=(prefix + "experts.w13_weight",), shape=(local, 2 * columns, hidden), boxes=tuple(w13)
-    )  # fmt: skip
-    yield ParamBoxes(names=(prefix + "experts.w2_weight",), shape=(local, hidden, columns), boxes=tuple(w2))
+        w13 += share.gate_up(expert, hidden, number)
+        w2 += share.down(expert, hidden, number)
+    shapes = {"w13": (local, 2 * share.columns, hidden), "w2": (local, hidden, share.columns)}
+    for name, boxes in (("w13", w13), ("w2", w2)):
+        yield ParamBoxes(names=(f"{prefix}experts.{name}_weight",), shape=shapes[name], boxes=tuple(boxes))
 
 
 def engine_boxes(arch: Architecture, engine: EngineLayout, rank: int) -> tuple[ParamBoxes, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -100,10 +101,8 @@ def _trace(areas: Iterable[_Area], low: Index, high: Index) -> tuple[_Area, Inde
     return None
 
 
-def _tiles(rectangles: Sequence[tuple[Index, Index]], low: Index, high: Index) -> str:
-    """Why rectangles do not cover an area once each; empty when they do.  Painted on a grid of their own edges."""
-    if len(rectangles) == 1 and rectangles[0] == (low, high):
-        return ""
+def _paint(rectangles: Sequence[tuple[Index, Index]], low: Index, high: Index) -> tuple[list[np.ndarray], np.ndarray]:
+    """How often each cell of a grid is covered; the grid's lines are the edges of the rectangles and of the area."""
     edges = [
         np.unique([corner[axis] for pair in (*rectangles, (low, high)) for corner in pair]) for axis in range(len(low))
     ]
@@ -113,6 +112,18 @@ def _tiles(rectangles: Sequence[tuple[Index, Index]], low: Index, high: Index) -
             slice(*np.searchsorted(line, (b, e)).tolist()) for line, b, e in zip(edges, begin, end, strict=True)
         )
         painted[cells] += 1
+    return edges, painted
+
+
+def _overlap(a: tuple[Index, Index], b: tuple[Index, Index]) -> bool:
+    return all(max(p, q) < min(r, s) for p, q, r, s in zip(a[0], b[0], a[1], b[1], strict=True))
+
+
+def _tiles(rectangles: Sequence[tuple[Index, Index]], low: Index, high: Index) -> str:
+    """Why rectangles do not cover an area once each; empty when they do.  Painted on a grid of their own edges."""
+    if len(rectangles) == 1 and rectangles[0] == (low, high):
+        return ""
+    edges, painted = _paint(rectangles, low, high)
     for wrong, what in ((painted == 0, "written by no copy"), (painted > 1, "written more than once")):
         if wrong.any():
             cell = np.argwhere(wrong)[0]
@@ -120,28 +131,32 @@ def _tiles(rectangles: Sequence[tuple[Index, Index]], low: Index, high: Index) -
     return ""
 
 
-def _padding(params: Sequence[ParamBoxes], shapes: Mapping[str, Index], where: str) -> int:
-    """Elements without a box, after checking that boxes are disjoint and that only vocabulary rows lack one."""
+def _padding(params: Sequence[ParamBoxes], shapes: Mapping[str, Index], where: str, *, pads_mlp: bool) -> int:
+    """Elements without a box, after checking that boxes are disjoint and that nothing else than vocabulary rows (and
+    feed-forward columns of an engine that pads them) lacks one."""
     total = 0
     for param in params:
-        held = sum(_volume((0,) * len(box.size), box.size) for box in param.boxes)
-        free = _volume((0,) * len(param.shape), param.shape) - held
-        depth = len(param.shape) - (len(param.boxes[0].size) if param.boxes else len(param.shape))
+        for box in param.boxes:
+            shape = shapes.get(box.hf_name)
+            if shape is None or any(a + n > s for a, n, s in zip(box.start, box.size, shape, strict=True)):
+                raise ProofError(f"{param.names[0]} on {where} has a box outside the HF tensor {box.hf_name}")
         stacks: dict[Index, list[tuple[Index, Index]]] = {}
         for box in param.boxes:
             stack, area = _area(0, box)
             stacks.setdefault(stack, []).append((area.low, area.high))
-            shape = shapes.get(box.hf_name)
-            if shape is None or any(a + n > s for a, n, s in zip(box.start, box.size, shape, strict=True)):
-                raise ProofError(f"{param.names[0]} on {where} has a box outside the HF tensor {box.hf_name}")
-        inner = param.shape[depth:]
+        held = sum(_volume((0,) * len(box.size), box.size) for box in param.boxes)
+        free = _volume((0,) * len(param.shape), param.shape) - held
         is_table = param.names[0] in VOCABULARY_TABLES
-        for stack, rectangles in stacks.items():
-            high = (inner[0] - free // inner[1], *inner[1:]) if free and is_table else inner
-            if reason := _tiles(rectangles, (0,) * len(inner), high):
-                raise ProofError(f"the boxes of {param.names[0]} {list(stack)} on {where} are wrong: {reason}")
-        if free and not is_table:
+        if free and not (is_table or (pads_mlp and ".mlp." in param.names[0])):
             raise ProofError(f"{param.names[0]} on {where} has {free} elements without a box")
+        for stack, rectangles in stacks.items():
+            inner = param.shape[len(stack) :]
+            if any(end > extent for _, high in rectangles for end, extent in zip(high, inner, strict=True)):
+                raise ProofError(f"{param.names[0]} on {where} has a box beyond its shape {list(param.shape)}")
+            if any(_overlap(a, b) for a, b in combinations(rectangles, 2)):
+                raise ProofError(f"{param.names[0]} {list(stack)} on {where} has elements in two boxes")
+            if is_table and (reason := _tiles(rectangles, (0, 0), (inner[0] - free // inner[1], inner[1]))):
+                raise ProofError(f"the boxes of {param.names[0]} on {where} are wrong: {reason}")
         total += free
     return total
 
@@ -271,7 +286,7 @@ def prove(
             params = [engine_boxes(arch, cut, rank) for rank in range(cut.tp)]
             _check_engine_is_whole(params, shapes, engine)
             of_layout[cut] = [
-                (_atlas(p), len(p), _padding(p, shapes, f"engine {engine} rank {rank}"))
+                (_atlas(p), len(p), _padding(p, shapes, f"engine {engine} rank {rank}", pads_mlp=cut.cpu))
                 for rank, p in enumerate(params)
             ]
         for rank, (atlas, number, free) in enumerate(of_layout[cut]):

@@ -216,6 +216,15 @@ class Engine:
         transport = self._settings.transport
         return transport == "shared" or (transport == "auto" and self.server is not None)
 
+    async def call_loader(self, body: bytes, *, what: str, timeout_s: float) -> None:
+        """Have every worker call a custom weight loader with the tensors of ``body``."""
+        await self._post("/update_weights_from_tensor", body, what=what, timeout_s=timeout_s)
+
+    async def set_version(self, version: int) -> None:
+        """Name the weights that it holds now."""
+        body = {"new_version": str(version), "abort_all_requests": False}
+        await self._post("/update_weight_version", body, what=f"weight version {version}")
+
     async def end_update(self, version: int, names: Sequence[str], expected: Mapping[str, str] | None) -> None:
         """Close the session, verify, and serve ``version``.
 

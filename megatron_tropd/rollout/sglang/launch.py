@@ -1,4 +1,5 @@
-"""Starts one SGLang server.  Runs in SGLang's own environment, so it imports nothing of this package.
+"""Starts one SGLang server.  Runs in SGLang's own environment, so it imports nothing of this package; but the server's
+workers can, for a custom weight loader: it is on their path, behind everything that is installed there.
 
 Standard input carries one JSON line with the keys (``{}`` for none), and then stays open: when it closes,
 the trainer is gone, however it died, and the server ends with its whole process group.
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 
@@ -50,6 +52,7 @@ def _first_line() -> bytes:
 
 def main(argv: list[str]) -> None:
     """Serve until the parent goes."""
+    sys.path.append(str(Path(__file__).resolve().parents[3]))
     keys: dict[str, str] = json.loads(_first_line())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if keys:

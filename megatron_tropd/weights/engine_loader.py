@@ -1,0 +1,162 @@
+"""Planned updates inside an SGLang server: its workers call :func:`load` and receive their own rows.
+
+    sglang.launch_server ... --custom-weight-loader megatron_tropd.weights.engine_loader.load
+
+SGLang calls a custom loader in every tensor-parallel worker with the model and the tensors of an
+``update_weights_from_tensor`` request.  Here the one tensor is a request in JSON (:class:`LoaderRequest`):
+``connect`` makes the plan and joins the side group, ``receive`` takes one update while the trainer pushes
+it, ``close`` leaves.  An exception in a custom loader ends the whole server, so none is let out: what came
+of a request is written to the side group's store, where the trainer waits for it, and a failed update is
+refused to the trainer besides.  Needs torch and this package's pure modules, not Megatron.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_tropd.weights.message import TransportError
+from megatron_tropd.weights.plan_spec import PlanSpec
+from megatron_tropd.weights.planned_link import connect_receiver
+from megatron_tropd.weights.planned_transport import PlannedReceiver
+from megatron_tropd.weights.side_group import LOOPBACK, Backend, join_store
+
+log = logging.getLogger(__name__)
+
+LOADER = f"{__name__}.load"
+REQUEST = "megatron_tropd.request"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderRequest:
+    """What the trainer asks of an engine.  ``group`` names the side group; it is new for every connection."""
+
+    do: Literal["connect", "receive", "close"]
+    group: str
+    engine: int
+    ticket: str
+    """Under which the outcome is found; new for every request of a group."""
+    version: int = -1
+    spec: str = ""
+    """:meth:`PlanSpec.to_json` (connect only, as all that follows)."""
+    digest: str = ""
+    host: str = ""
+    port: int = 0
+    backend: Backend = "gloo"
+    address: str = LOOPBACK
+    """The engine's own, by which the trainer's ranks reach it (gloo)."""
+    timeout_s: float = 600.0
+
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """As SGLang's ``update_weights_from_tensor`` takes them."""
+        return [(REQUEST, torch.frombuffer(bytearray(json.dumps(asdict(self)).encode()), dtype=torch.uint8))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What one rank of an engine made of a request."""
+
+    error: str = ""
+    """Empty when all went well."""
+    version: int = -1
+    """Last update that arrived whole."""
+    partial: bool = False
+    """The weights are a mixture."""
+    payload_bytes: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class _Connection:
+    store: dist.TCPStore
+    receiver: PlannedReceiver
+
+
+_connections: dict[str, _Connection] = {}
+"""Of this process, by group."""
+_versions: dict[int, int] = {}
+"""Last whole update by engine, over all connections: an older one is refused after a reconnection too."""
+
+
+def outcome_key(group: str, engine: int, rank: int, ticket: str) -> str:
+    """Where in the store the outcome of a request stands."""
+    return f"outcome/{group}/{engine}/{rank}/{ticket}"
+
+
+def read_outcomes(store: dist.TCPStore, request: LoaderRequest, num_ranks: int, *, timeout_s: float) -> list[Outcome]:
+    """What every rank of an engine made of ``request``; for the trainer.
+
+    Raises:
+        TransportError: a rank said nothing in time, or not what was asked for; the message names engine
+            and rank.
+    """
+    outcomes, problems = [], []
+    for rank in range(num_ranks):
+        key = outcome_key(request.group, request.engine, rank, request.ticket)
+        try:
+            store.wait([key], timedelta(seconds=timeout_s))
+        except (dist.DistError, RuntimeError) as error:
+            said = f"said nothing about {request.do} within {timeout_s:g} s"
+            raise TransportError(f"engine {request.engine} rank {rank} {said}") from error
+        outcomes.append(Outcome(**json.loads(store.get(key))))
+        if outcomes[-1].error:
+            problems.append(f"engine {request.engine} rank {rank}: {outcomes[-1].error}")
+    if problems:
+        raise TransportError("; ".join(problems))
+    return outcomes
+
+
+def load(model: nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """SGLang's custom weight loader: do what the request says and write down what came of it."""
+    tensors: Mapping[str, Tensor] = dict(named_tensors)
+    if tensors.keys() != {REQUEST}:
+        log.error("the planned loader was given %s instead of a request; nothing was done", sorted(tensors))
+        return
+    request = LoaderRequest(**json.loads(bytes(tensors[REQUEST].tolist())))
+    rank = _tensor_parallel_rank()
+    store = None
+    try:
+        if request.do == "connect":
+            store = join_store(host=request.host, port=request.port, timeout_s=request.timeout_s)
+        else:
+            store = _connections[request.group].store
+        outcome = _serve(model, request, rank, store)
+    except Exception as error:  # an exception here would end the server
+        log.exception("planned %s of engine %d rank %d failed", request.do, request.engine, rank)
+        receiver = getattr(_connections.get(request.group), "receiver", None)
+        outcome = Outcome(
+            error=f"{type(error).__name__}: {error}", version=_versions.get(request.engine, -1),
+            partial=bool(receiver and receiver.partial),
+        )  # fmt: skip
+    if store is not None:
+        store.set(outcome_key(request.group, request.engine, rank, request.ticket), json.dumps(asdict(outcome)))
+
+
+def _tensor_parallel_rank() -> int:
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel().tp_rank
+
+
+def _serve(model: nn.Module, request: LoaderRequest, rank: int, store: dist.TCPStore) -> Outcome:
+    if request.do == "connect":
+        receiver = connect_receiver(
+            PlanSpec.from_json(request.spec), request.digest, engine=request.engine, engine_rank=rank,
+            params=dict(model.named_parameters()), store=store, group=request.group, backend=request.backend,
+            timeout_s=request.timeout_s, version=_versions.get(request.engine, -1), address=request.address,
+        )  # fmt: skip
+        _connections[request.group] = _Connection(store=store, receiver=receiver)
+        return Outcome(version=receiver.version)
+    if request.do == "close":
+        del _connections[request.group]
+        return Outcome(version=_versions.get(request.engine, -1))
+    report = _connections[request.group].receiver.receive(request.version)
+    _versions[request.engine] = request.version
+    return Outcome(version=request.version, payload_bytes=report.payload_bytes)

@@ -1,0 +1,70 @@
+"""The two ends of a planned connection, each made where its parameters are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tropd.weights.boxes import rank_boxes
+from megatron_tropd.weights.engine_boxes import engine_boxes
+from megatron_tropd.weights.load import match_parameters
+from megatron_tropd.weights.plan_spec import PlanSpec
+from megatron_tropd.weights.planned_transport import PlannedReceiver, PlannedSender
+from megatron_tropd.weights.side_group import LOOPBACK, Backend, side_group
+
+
+def connect_sender(
+    spec: PlanSpec, *, rank: int, params: Mapping[str, Tensor], store: dist.TCPStore, group: str, backend: Backend,
+    timeout_s: float, address: str = LOOPBACK,
+) -> PlannedSender:  # fmt: skip
+    """Join ``group`` as trainer rank ``rank``.  Blocks until every trainer and engine rank has joined.
+
+    Args:
+        params: The live parameters, by GPTModel name (:func:`local_parameters`).
+
+    Raises:
+        WeightMismatch, ValueError: the parameters are not those of the spec.
+        ConnectionError: not all ranks joined in time.
+    """
+    divisor = spec.make_vocab_size_divisible_by
+    match_parameters(params, rank_boxes(spec.arch, spec.layout, rank, make_vocab_size_divisible_by=divisor))
+    plan = spec.build()
+    joined = side_group(
+        store, name=group, rank=rank, world_size=plan.world_size, backend=backend, timeout_s=timeout_s, address=address
+    )
+    return PlannedSender(plan, rank, params, joined, timeout_s=timeout_s)
+
+
+def connect_receiver(
+    spec: PlanSpec, digest: str, *, engine: int, engine_rank: int, params: Mapping[str, Tensor], store: dist.TCPStore,
+    group: str, backend: Backend, timeout_s: float, version: int = -1, address: str = LOOPBACK,
+) -> PlannedReceiver:  # fmt: skip
+    """Join ``group`` as a rank of an engine; ``version`` is the last update it holds whole.
+
+    Parameters with padding are set to zero here: no update writes padding, and a server started without
+    weights has noise there.  Until the first update the receiver is then partial.
+
+    Args:
+        digest: The trainer's plan's.
+        params: The live parameters, by the names of SGLang's modules.
+
+    Raises:
+        WeightMismatch, ValueError: the parameters are not those of the spec, or the digest is another's.
+        ConnectionError: not all ranks joined in time.
+    """
+    matched = match_parameters(params, engine_boxes(spec.arch, spec.engines[engine], engine_rank))
+    plan = spec.build()
+    if plan.digest != digest:
+        raise ValueError(f"the plan made here has digest {plan.digest}, the trainer's has {digest}")
+    me = plan.group_rank(engine, engine_rank)
+    joined = side_group(
+        store, name=group, rank=me, world_size=plan.world_size, backend=backend, timeout_s=timeout_s, address=address
+    )
+    receiver = PlannedReceiver(plan, engine, engine_rank, params, joined, timeout_s=timeout_s, version=version)
+    for tensor, wanted in matched:
+        if sum(box.numel for box in wanted.boxes) < tensor.numel():
+            tensor.data.zero_()
+            receiver.partial = True
+    return receiver
