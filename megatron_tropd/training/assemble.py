@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -38,6 +37,8 @@ from megatron_tropd.training.student import Student, build_student, params_dtype
 from megatron_tropd.weights.export import HfExporter
 from megatron_tropd.weights.files import HfCheckpoint
 from megatron_tropd.weights.load import load_hf_into, local_parameters
+
+Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +118,15 @@ def make_scorers(blueprint: Blueprint, student: ModelGroups) -> tuple[MegatronTe
     return teacher, reference
 
 
-def make_rewarder(blueprint: Blueprint, decode: Callable[[Sequence[int]], str]) -> Rewarder | None:
+def _teacher_weight(blueprint: Blueprint, teacher: MegatronTeacher | None, student: Student) -> Tensor | None:
+    """Rows of the teacher's output table, where something is compared over the whole vocabulary; collective."""
+    measured = blueprint.config.logging.gradient_diagnostics_interval
+    if teacher is None or not (blueprint.objective.needs.divergence or measured):
+        return None
+    return teacher.output_rows(student.groups, student.model.vocab_size)
+
+
+def make_rewarder(blueprint: Blueprint, decode: Decode) -> Rewarder | None:
     """The reward function with what it is given; None for an objective that reads no rewards."""
     if blueprint.reward_function is None:
         return None
@@ -141,21 +150,8 @@ def assemble(blueprint: Blueprint) -> Assembled:
         if start_step is not None:
             checkpoints.resume(student, source)
         progress = _progress(config, start_step or 0)
-        tokenizer: Any = blueprint.tokenizer
-        decode = partial(tokenizer.decode, skip_special_tokens=True)
-        reader = Reader(
-            decode=decode,
-            answers={p.uid: p.answer for p in blueprint.prompts.prompts if p.answer is not None},
-            pattern=re.compile(config.evaluation.answer_pattern),
-        )
-        journal = Journal(
-            directory,
-            sinks,
-            progress,
-            reader,
-            rollout_interval=config.logging.rollout_log_interval,
-            last_step=config.training.train_iters,
-        )
+        decode = partial(blueprint.tokenizer.decode, skip_special_tokens=True)
+        journal = _journal(blueprint, directory, sinks, progress, decode)
         exporter = HfExporter(
             arch, student.groups.layout, dist.get_rank(), dtype=params_dtype(config),
             make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
@@ -168,15 +164,13 @@ def assemble(blueprint: Blueprint) -> Assembled:
         if blueprint.objective.needs.rollouts or blueprint.eval_prompts:  # servers start while models are read
             engines = make_engines(config, blueprint.models.student, blueprint.tokens, params_dtype(config), export)
         teacher, reference = make_scorers(blueprint, student.groups)
-        whole_vocabulary = blueprint.objective.needs.divergence or config.logging.gradient_diagnostics_interval
-        table_rows = student.model.vocab_size
         held_out = blueprint.eval_prompts.prompts if blueprint.eval_prompts else ()
         run = Run(
             config=config,
             source=source,
             student=student,
             teacher=teacher,
-            teacher_weight=teacher.output_rows(student.groups, table_rows) if teacher and whole_vocabulary else None,
+            teacher_weight=_teacher_weight(blueprint, teacher, student),
             reference=reference,
             rewarder=make_rewarder(blueprint, decode),
             objective=blueprint.objective,
@@ -186,7 +180,7 @@ def assemble(blueprint: Blueprint) -> Assembled:
             guard=Guard(config.training.on_nonfinite),
             parity=ParityAlarm(config.parity_limit, config.engine.on_parity),
             probes=probe_sequences(blueprint.prompts.prompts),
-            evaluations=Evaluations(config, held_out, tokenizer, journal, progress),
+            evaluations=Evaluations(config, held_out, blueprint.tokenizer, journal, progress),
             journal=journal,
             progress=progress,
         )  # fmt: skip
@@ -194,6 +188,25 @@ def assemble(blueprint: Blueprint) -> Assembled:
         _close_files(directory, sinks)
         raise
     return Assembled(run=run, start_step=start_step or 0, directory=directory, sinks=sinks)
+
+
+def _journal(
+    blueprint: Blueprint, directory: RunDirectory | None, sinks: Sinks, progress: NullProgress, decode: Decode
+) -> Journal:
+    config = blueprint.config
+    reader = Reader(
+        decode=decode,
+        answers={p.uid: p.answer for p in blueprint.prompts.prompts if p.answer is not None},
+        pattern=re.compile(config.evaluation.answer_pattern),
+    )
+    return Journal(
+        directory,
+        sinks,
+        progress,
+        reader,
+        rollout_interval=config.logging.rollout_log_interval,
+        last_step=config.training.train_iters,
+    )
 
 
 def _open_directory(config: TrainConfig, start_step: int | None) -> tuple[RunDirectory | None, Sinks]:
