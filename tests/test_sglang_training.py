@@ -17,8 +17,6 @@ from tests.sglang_helpers import PYTHON
 from tests.tiny_run import flags, make_world
 from tests.torchrun_jobs import command, environment, process, wait_for_steps
 
-STEPS, KILLED_AFTER = 10, 3
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -27,29 +25,29 @@ def world(tmp_path_factory):
 
 def _sglang_flags(world, run_dir, **changes):
     settings = {
-        "rollout_engine": "sglang", "sglang_python": PYTHON, "tensor_model_parallel_size": 2, "train_iters": STEPS,
+        "rollout_engine": "sglang", "sglang_python": PYTHON, "tensor_model_parallel_size": 2,
         "sglang_max_total_tokens": 2048, "sglang_max_running_requests": 16, "parity_limit": 1e-4, **changes,
     }  # fmt: skip
     return flags(world, run_dir, **settings)
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} does not exist; `make sglang-env` makes it")
-def test_ten_steps_with_a_server_killed_in_the_fourth(world, tmp_path):
+@pytest.mark.parametrize(("transport", "num_steps", "killed_in"), [("auto", 10, 4), ("planned", 6, 3)])
+def test_a_run_on_a_server_that_is_killed_in_the_middle(world, tmp_path, transport, num_steps, killed_in):
     """The server comes back with the weights of the step; every step is made once, on tokens of its own weights."""
     run_dir = tmp_path / "run"
+    argv = _sglang_flags(world, run_dir, train_iters=num_steps, update_weight_transport=transport)
     with (tmp_path / "log").open("w+") as log:
-        job = subprocess.Popen(
-            command(_sglang_flags(world, run_dir)), cwd=tmp_path, env=environment(), stdout=log, stderr=log
-        )
+        job = subprocess.Popen(command(argv), cwd=tmp_path, env=environment(), stdout=log, stderr=log)
         try:
-            wait_for_steps(run_dir / "metrics.jsonl", KILLED_AFTER, job, timeout=400)
+            wait_for_steps(run_dir / "metrics.jsonl", killed_in - 1, job, timeout=400)
             os.kill(process(job.pid, "sglang/launch.py"), signal.SIGKILL)
             assert job.wait(timeout=400) == 0, (tmp_path / "log").read_text()[-4000:]
         finally:
             job.kill()
     steps = [r for r in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "step"]
-    assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
-    assert [step["weight_version"] for step in steps] == list(range(1, STEPS + 1))
+    assert [step["step"] for step in steps] == list(range(1, num_steps + 1))
+    assert [step["weight_version"] for step in steps] == list(range(1, num_steps + 1))
     for step in steps:
         metrics = step["metrics"]
         assert metrics["parity/logprob_abs_diff_max"] <= 1e-4 and metrics["parity/probe_abs_diff_mean"] <= 1e-4
@@ -58,6 +56,7 @@ def test_ten_steps_with_a_server_killed_in_the_fourth(world, tmp_path):
     assert restarts[0] == 0 and restarts[-1] == 1, restarts
     logs = sorted(path.name for path in (run_dir / "engines").iterdir())
     assert logs == ["sglang-0-start-1.log", "sglang-0-start-2.log"]
+    assert "planned update" not in (tmp_path / "log").read_text(), "sent whole tensors instead"
 
 
 def test_flags_of_sglang_are_handed_through(world, tmp_path):

@@ -103,7 +103,7 @@ def _make_run(blueprint: Blueprint, checkpoints: Checkpoints, files: RunFiles, s
     export = make_export(student, models.student.arch, config)
     engines = None
     if objective.needs.rollouts or blueprint.eval_prompts:  # servers start while the other models are read
-        engines = make_engines(config, models.student, blueprint.tokens, params_dtype(config), export)
+        engines = make_engines(blueprint, student, export)
     teacher, reference = make_scorers(blueprint, student.groups)
     whole_vocabulary = objective.needs.divergence or config.logging.gradient_diagnostics_interval
     table_rows = student.model.vocab_size

@@ -17,7 +17,7 @@ from megatron_tropd.teacher.preflight import TokenizerReport, check_same_tokens,
 from megatron_tropd.training.checkpoint_directory import RELEASE, find_checkpoint, latest_iteration, read_metadata
 from megatron_tropd.training.checkpoint_metadata import check_architecture
 from megatron_tropd.training.checks import check_lengths, check_method, check_numbers
-from megatron_tropd.training.engines import sglang_settings
+from megatron_tropd.training.engine_settings import sglang_settings
 from megatron_tropd.training.findings import Findings
 from megatron_tropd.training.sources import Models, find_models
 from megatron_tropd.types import Needs

@@ -1,12 +1,11 @@
-"""Which rollout engines a run has, and how they are made."""
+"""The rollout engines of a run, as its settings ask for them."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+import os
+import socket
+from collections.abc import Callable, Iterable
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -15,10 +14,13 @@ from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.exchange import broadcast_object, gather_objects
 from megatron_tropd.rollout.embedded import EmbeddedEngine
 from megatron_tropd.rollout.pool import EnginePool
+from megatron_tropd.rollout.sglang.planned_push import PlannedPush, TrainerWeights
 from megatron_tropd.rollout.sglang.pool import SGLangPool
-from megatron_tropd.rollout.sglang.settings import SGLangSettings, load_keys
-from megatron_tropd.teacher.preflight import TokenizerReport
-from megatron_tropd.training.sources import ModelSource
+from megatron_tropd.training.blueprint import Blueprint
+from megatron_tropd.training.engine_settings import sglang_settings
+from megatron_tropd.training.student import Student, params_dtype
+from megatron_tropd.weights.load import local_parameters
+from megatron_tropd.weights.side_group import LOOPBACK
 
 Export = Callable[[], Iterable[tuple[str, Tensor]]]
 """The student's current weights by HF name, collectively over the world."""
@@ -26,58 +28,38 @@ Export = Callable[[], Iterable[tuple[str, Tensor]]]
 RolloutEngines = EnginePool | SGLangPool
 
 
-def sglang_settings(config: TrainConfig, student: ModelSource) -> SGLangSettings | None:
-    """How the SGLang servers of this run are run; None without --rollout-engine sglang.
-
-    Raises:
-        ValueError: a setting that cannot be used; nothing has been started.
-        OSError: the key file cannot be read.
-    """
-    engine = config.engine
-    if engine.rollout_engine != "sglang":
-        return None
-    return SGLangSettings(
-        hf_dir=student.hf_dir.absolute(),
-        log_dir=Path(config.logging.run_dir).absolute() / "engines",
-        dtype="bfloat16" if config.model.bf16 else "float32",
-        python=Path(engine.sglang_python or sys.executable).absolute(),
-        num_engines=engine.rollout_num_engines,
-        urls=tuple(engine.rollout_engine_urls),
-        host=engine.sglang_host,
-        keys=load_keys(file=Path(engine.sglang_key_file) if engine.sglang_key_file else None),
-        tp_size=engine.sglang_tp_size,
-        gpu_ids=_gpu_ids(engine.rollout_gpu_ids),
-        flags=tuple(word for name, words in config.sglang_flags.items() for word in (f"--{name}", *words)),
-        cuda=platform.is_cuda(),
-        transport=engine.update_weight_transport,
-        bucket_bytes=engine.update_weight_buffer_size,
-        start_timeout_s=engine.sglang_start_timeout,
-        request_timeout_s=engine.sglang_request_timeout,
-    )
-
-
-def _gpu_ids(given: Sequence[str]) -> tuple[int, ...]:
-    if wrong := [gpu for gpu in given if not gpu.isdecimal()]:
-        raise ValueError(f"--rollout-gpu-ids {' '.join(wrong)}: expected numbers of GPUs, such as 4 5 6 7")
-    return tuple(map(int, given))
-
-
-def make_engines(
-    config: TrainConfig, student: ModelSource, tokens: TokenizerReport, dtype: torch.dtype, export: Export
-) -> RolloutEngines:
+def make_engines(blueprint: Blueprint, student: Student, export: Export) -> RolloutEngines:
     """Engines without weights; the first push fills them.  Collective over the world."""
+    config, source, tokens = blueprint.config, blueprint.models.student, blueprint.tokens
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    if settings := sglang_settings(config, student):
+    if settings := sglang_settings(config, source):
+        planned = None
+        if config.engine.update_weight_transport == "planned":
+            weights = _trainer_weights(config, student, world_size)
+            planned = PlannedPush(settings, source.arch, weights, rank=rank, broadcast=broadcast_object)
         return SGLangPool(
-            settings, arch=student.arch, stop_token_ids=tokens.stop_ids, vocab_size=tokens.common_vocab_size,
-            rank=rank, broadcast=broadcast_object, export=export,
+            settings, arch=source.arch, stop_token_ids=tokens.stop_ids, vocab_size=tokens.common_vocab_size,
+            rank=rank, broadcast=broadcast_object, export=export, planned=planned,
         )  # fmt: skip
     engine = EmbeddedEngine(
-        student.hf_dir,
+        source.hf_dir,
         stop_token_ids=tokens.stop_ids,
         vocab_size=tokens.common_vocab_size,
-        dtype=dtype,
+        dtype=params_dtype(config),
         device=platform.device(),
         max_batch_size=config.rollout.rollout_max_batch_size,
     )
     return EnginePool(engine, rank=rank, world_size=world_size, gather=gather_objects)
+
+
+def _trainer_weights(config: TrainConfig, student: Student, world_size: int) -> TrainerWeights:
+    """On one machine everybody meets on loopback; on several at torchrun's master address."""
+    alone = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size
+    return TrainerWeights(
+        layout=student.groups.layout,
+        params=lambda: local_parameters(student.model),
+        gather=gather_objects,
+        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+        store_host=LOOPBACK if alone else os.environ["MASTER_ADDR"],
+        address=LOOPBACK if alone else socket.gethostbyname(socket.gethostname()),
+    )

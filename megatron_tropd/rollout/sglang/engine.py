@@ -50,6 +50,9 @@ class Engine:
         self.max_tokens = 0
         """Longest sequence, prompt and response, that it writes to the end."""
         self.tp_size = settings.tp_size
+        self.ep_size = 1
+        self.starts = 0
+        """How often it was begun with; tells one process behind the same name from the next."""
 
     @property
     def name(self) -> str:
@@ -61,6 +64,7 @@ class Engine:
     async def start(self) -> None:
         """Start (again) what was started here, and forget what the old server held; does not wait."""
         self.version, self.is_up, self.updating = None, False, False
+        self.starts += 1
         await self._disconnect()
         if self.server is None:
             self._client = Client(self.name, self._url, self._settings.keys)
@@ -94,6 +98,7 @@ class Engine:
     def _learn(self, info: dict[str, Any]) -> None:
         self.is_cpu = info.get("device") == "cpu"
         self.tp_size = int(info.get("tp_size", self._settings.tp_size))
+        self.ep_size = int(info.get("ep_size", 1))
         self.max_tokens = int(info.get("max_req_input_len", 0)) + _INPUT_RESERVE
         if info.get("dtype") != self._settings.dtype:
             raise EngineError(

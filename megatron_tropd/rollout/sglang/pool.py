@@ -20,6 +20,7 @@ from megatron_tropd.rollout.ledger import UpdateLedger
 from megatron_tropd.rollout.sglang.buckets import BucketBuilder
 from megatron_tropd.rollout.sglang.checksums import SentChecksums
 from megatron_tropd.rollout.sglang.fleet import Fleet, Job
+from megatron_tropd.rollout.sglang.planned_push import PlannedPush
 from megatron_tropd.rollout.sglang.settings import SGLangSettings
 from megatron_tropd.rollout.sglang.wire import Dialect
 from megatron_tropd.types import GenerationRequest, Rollout
@@ -47,6 +48,7 @@ class SGLangPool:
         broadcast: the first rank's value on every rank (other ranks' arguments are ignored).
         export: the weights that were pushed last, collectively, for a server that was started anew.  None: such
             a server waits for the next push, and a batch that needs it fails.
+        planned: sends updates rank to rank; ``export`` then serves what it could not deliver.
 
     Raises:
         ValueError: no stop token, one outside the vocabulary, or a vocabulary larger than the model's.
@@ -55,13 +57,15 @@ class SGLangPool:
     def __init__(
         self, settings: SGLangSettings, *, arch: Architecture, stop_token_ids: Collection[int], vocab_size: int,
         rank: int, broadcast: Callable[[Any], Any], export: Callable[[], NamedTensors] | None = None,
+        planned: PlannedPush | None = None,
     ) -> None:  # fmt: skip
         if not 1 <= vocab_size <= arch.vocab_size:
             raise ValueError(f"vocab_size is {vocab_size}; the model has {arch.vocab_size} rows")
         if not stop_token_ids or not all(0 <= token < vocab_size for token in stop_token_ids):
             raise ValueError(f"stop_token_ids {sorted(stop_token_ids)}: expected at least one id in [0, {vocab_size})")
         self._settings, self._arch, self._vocab_size = settings, arch, vocab_size
-        self._rank, self._broadcast, self._export = rank, broadcast, export
+        self._rank, self._broadcast, self._export, self._planned = rank, broadcast, export, planned
+        self._run: Callable[[Any], Any] = _no_loop
         self._ledger = UpdateLedger(hf_shapes(arch))
         self._version: int | None = None
         self._fleet: Fleet | None = None
@@ -70,6 +74,7 @@ class SGLangPool:
                 stop_token_ids=frozenset(stop_token_ids), vocab_size=vocab_size, model_vocab_size=arch.vocab_size
             )
             self._runner = asyncio.Runner()
+            self._run = self._runner.run
             self._fleet = Fleet(settings, dialect, arch.max_position_embeddings)
             self._runner.run(self._fleet.start())
 
@@ -136,14 +141,18 @@ class SGLangPool:
     def push(self, tensors: NamedTensors, version: int) -> None:
         """Give every server whole new weights, by HF name, and verify that it has them.
 
-        Every rank must pass its iterator of the same collective export; it is exhausted whatever happens.
+        Every rank must pass its iterator of the same collective export; it is exhausted whatever happens, or
+        not touched at all where updates are planned.
 
         Raises:
             EngineError: on every rank alike: a tensor is unknown, missing, repeated or of another shape or
                 dtype, or no server took the update.  Nothing is written until a whole push succeeds.
         """
         self._version = None
-        complete = self._deliver(tensors, version, only_missing=False)
+        if self._planned is not None:  # all ranks alike: the collective export is not begun, or begun anew below
+            complete = self._planned.deliver(self._fleet, self._run, version)
+        else:
+            complete = self._deliver(tensors, version, only_missing=False)
         while not complete and self._export is not None:
             complete = self._deliver(self._export(), version, only_missing=True)
         self._version = version
@@ -215,6 +224,10 @@ class SGLangPool:
         if fleet is not None:
             self._runner.run(fleet.close())
             self._runner.close()
+
+
+def _no_loop(_: Any) -> Any:
+    raise AssertionError("only the first rank speaks to the servers")
 
 
 def _answer(_: Fleet, outcome: EngineError | bool) -> bool:

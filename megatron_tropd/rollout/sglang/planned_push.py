@@ -1,0 +1,177 @@
+"""A pool's weights sent as planned: every trainer rank sends its own rows straight to the engine ranks that hold them.
+
+The connection of one plan lives until an engine is started anew or given up; the next push then makes another.
+When anything fails, on either side, nothing is served and the pool sends whole tensors through SGLang's own
+update API instead, to whichever engines then lack the version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.rollout.engine import EngineError
+from megatron_tropd.rollout.sglang.engine import Engine
+from megatron_tropd.rollout.sglang.fleet import Fleet
+from megatron_tropd.rollout.sglang.planned import PlannedEngines
+from megatron_tropd.rollout.sglang.settings import SGLangSettings
+from megatron_tropd.weights.engine_boxes import EngineLayout
+from megatron_tropd.weights.hf_shapes import hf_shapes
+from megatron_tropd.weights.message import TransportError
+from megatron_tropd.weights.plan_spec import PlanSpec
+from megatron_tropd.weights.planned_link import connect_sender
+from megatron_tropd.weights.planned_transport import PlannedSender
+from megatron_tropd.weights.side_group import LOOPBACK, host_store, join_store
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 120.0
+_PROBLEMS = (EngineError, TransportError, ConnectionError, ValueError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerWeights:
+    """The trainer's side of a plan, on each of its ranks."""
+
+    layout: ParallelLayout
+    params: Callable[[], Mapping[str, Tensor]]
+    """This rank's live parameters, by GPTModel name."""
+    gather: Callable[[Any], list[Any]]
+    """A value of every rank, on every rank."""
+    make_vocab_size_divisible_by: int
+    store_host: str = LOOPBACK
+    """Address of the first rank, by which all trainer and engine ranks find each other."""
+    address: str = LOOPBACK
+    """This rank's own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Invitation:
+    """What a rank needs to join the first rank's side group."""
+
+    spec: str
+    port: int
+    group: str
+
+
+class PlannedPush:
+    """Collective over the trainer's ranks; ``fleet`` and ``run`` (of its event loop) are the first rank's."""
+
+    def __init__(
+        self, settings: SGLangSettings, arch: Architecture, weights: TrainerWeights, *, rank: int,
+        broadcast: Callable[[Any], Any],
+    ) -> None:  # fmt: skip
+        self._settings, self._arch, self._weights, self._rank = settings, arch, weights, rank
+        self._broadcast = broadcast
+        self._store: dist.TCPStore | None = None
+        self._sender: PlannedSender | None = None
+        self._engines: PlannedEngines | None = None
+        self._connected_to: tuple[tuple[int, int], ...] = ()
+
+    def deliver(self, fleet: Fleet | None, run: Callable[[Any], Any], version: int) -> bool:
+        """One planned update; whether every server that is not given up now serves ``version``.
+
+        Raises:
+            EngineError: on every rank alike: no server is left.
+        """
+        invitation = self._from_first_rank(lambda: self._invite(fleet, run))
+        problem = self._carry_out(invitation, run, version)
+        if problems := [text for text in self._weights.gather(problem) if text]:
+            if self._rank == 0:
+                log.warning("planned update to version %d failed, sending whole tensors: %s", version, problems[0])
+            self._drop()
+            return False
+        names = list(hf_shapes(self._arch))
+        return bool(self._from_first_rank(lambda: run(fleet.end_update(version, names, None)) if fleet else None))
+
+    def _from_first_rank(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives there, everywhere; its EngineError is raised everywhere."""
+        answer: Any = None
+        if self._rank == 0:
+            try:
+                answer = work()
+            except EngineError as error:
+                answer = error
+        answer = self._broadcast(answer)
+        if isinstance(answer, EngineError):
+            raise EngineError(str(answer))
+        return answer
+
+    def _invite(self, fleet: Fleet | None, run: Callable[[Any], Any]) -> _Invitation | None:
+        """Open sessions; a new connection where the servers are not those of the present one."""
+        assert fleet is not None
+        run(fleet.begin_update())
+        engines = [engine for engine in fleet.engines if engine.updating]
+        present = tuple((engine.index, engine.starts) for engine in engines)
+        if self._sender is not None and present == self._connected_to:
+            return None
+        self._drop()
+        self._store = self._store or host_store(host=self._weights.store_host, timeout_s=CONNECT_TIMEOUT_S)
+        spec = self._spec(engines)
+        self._engines = PlannedEngines(
+            engines, spec, self._store, host=self._weights.store_host, backend=self._backend,
+            timeout_s=self._settings.request_timeout_s,
+        )  # fmt: skip
+        self._connected_to = present
+        return _Invitation(spec=spec.to_json(), port=self._store.port, group=self._engines.group)
+
+    def _spec(self, engines: list[Engine]) -> PlanSpec:
+        return PlanSpec(
+            arch=self._arch, layout=self._weights.layout, dtype=self._settings.dtype,
+            engines=tuple(EngineLayout(tp=e.tp_size, ep=e.ep_size, cpu=e.is_cpu) for e in engines),
+            bucket_bytes=self._settings.bucket_bytes,
+            make_vocab_size_divisible_by=self._weights.make_vocab_size_divisible_by,
+        )  # fmt: skip
+
+    @property
+    def _backend(self) -> Any:
+        return "nccl" if self._settings.cuda else "gloo"
+
+    def _carry_out(self, invitation: _Invitation | None, run: Callable[[Any], Any], version: int) -> str:
+        """Connect where invited, then send; returns what went wrong on this rank, if anything."""
+        try:
+            if invitation is not None:
+                self._together(run, lambda engines: engines.connect(), lambda: self._join(invitation))
+            sender = self._sender
+            assert sender is not None
+            self._together(run, lambda engines: engines.receive(version), lambda: sender.push(version))
+        except _PROBLEMS as error:
+            return f"rank {self._rank}: {error}"
+        return ""
+
+    def _join(self, invitation: _Invitation) -> None:
+        host = self._weights.store_host
+        store = self._store or join_store(host=host, port=invitation.port, timeout_s=CONNECT_TIMEOUT_S)
+        self._sender = connect_sender(
+            PlanSpec.from_json(invitation.spec), rank=self._rank, params=self._weights.params(), store=store,
+            group=invitation.group, backend=self._backend, timeout_s=self._settings.request_timeout_s,
+            address=self._weights.address,
+        )  # fmt: skip
+
+    def _together(
+        self, run: Callable[[Any], Any], control: Callable[[PlannedEngines], Any], own: Callable[[], Any]
+    ) -> None:
+        """This rank's part; on the first rank at the same time as the servers are asked for theirs."""
+        engines = self._engines
+        if engines is None:
+            own()
+            return
+
+        async def both() -> list[Any]:
+            return await asyncio.gather(control(engines), asyncio.to_thread(own), return_exceptions=True)
+
+        for outcome in run(both()):
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    def _drop(self) -> None:
+        """Forget the connection; the servers forget theirs when they are started anew or asked to connect."""
+        self._sender, self._engines, self._connected_to = None, None, ()
