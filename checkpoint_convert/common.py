@@ -39,7 +39,7 @@ def add_stream_flags(parser: argparse.ArgumentParser) -> None:
     """How much memory, and what is checked after writing."""
     parser.add_argument(
         "--buffer-mib", type=int, default=DEFAULT_BUFFER_MIB, metavar="MIB",
-        help=f"largest piece held at a time; peak memory is about three of them per process ({DEFAULT_BUFFER_MIB})",
+        help=f"largest piece held at a time; peak memory is one to three of them per process ({DEFAULT_BUFFER_MIB})",
     )  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="read what was written again and compare every hash")
 
