@@ -103,7 +103,12 @@ def check_layout(args: argparse.Namespace, arch: Architecture) -> None:
     """
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     ParallelLayout.for_world(tp * pp if min(tp, pp) > 0 else 1, tp, pp)
-    if errors := arch.check_layout(tp, pp):
+    ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size
+    if ep < 1 or (etp is not None and etp < 1):
+        raise ValueError(
+            f"--expert-model-parallel-size {ep} and --expert-tensor-parallel-size {etp} must both be at least 1"
+        )
+    if errors := arch.check_layout(tp, pp, ep=ep, etp=etp):
         raise ValueError("; ".join(errors))
 
 
