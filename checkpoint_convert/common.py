@@ -39,7 +39,7 @@ def add_stream_flags(parser: argparse.ArgumentParser) -> None:
     """How much memory, and what is checked after writing."""
     parser.add_argument(
         "--buffer-mib", type=int, default=DEFAULT_BUFFER_MIB, metavar="MIB",
-        help=f"largest piece held at a time; peak memory is about three of them per process ({DEFAULT_BUFFER_MIB})",
+        help=f"largest piece held at a time; peak memory is one to three of them per process ({DEFAULT_BUFFER_MIB})",
     )  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="read what was written again and compare every hash")
 
@@ -103,7 +103,12 @@ def check_layout(args: argparse.Namespace, arch: Architecture) -> None:
     """
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     ParallelLayout.for_world(tp * pp if min(tp, pp) > 0 else 1, tp, pp)
-    if errors := arch.check_layout(tp, pp):
+    ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size
+    if ep < 1 or (etp is not None and etp < 1):
+        raise ValueError(
+            f"--expert-model-parallel-size {ep} and --expert-tensor-parallel-size {etp} must both be at least 1"
+        )
+    if errors := arch.check_layout(tp, pp, ep=ep, etp=etp):
         raise ValueError("; ".join(errors))
 
 

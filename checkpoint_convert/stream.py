@@ -2,7 +2,8 @@
 
 Parameters are dealt out to the processes by bytes.  A process takes the rows of its parameters in order, one
 band of at most the buffer's size at a time, and hashes what goes by; nothing is read twice and nothing is
-sent but names and digests.  Peak memory above the interpreter is about three buffers.
+sent but names and digests.  Peak memory above the interpreter is one buffer, two where dtypes differ or chunks
+are cut by columns, three where both.
 """
 
 from __future__ import annotations

@@ -218,6 +218,12 @@ def test_flags_are_checked_against_the_model_and_the_world(ranks, sources, tmp_p
     assert "--tensor-model-parallel-size 3 does not divide" in one.run(_error, _to_megatron, hf, out, 3)[0]
     assert "--pipeline-model-parallel-size 3 does not divide" in one.run(_error, _to_megatron, hf, out, 1, 3)[0]
     assert "must both be at least 1" in one.run(_error, _to_megatron, hf, out, 0, 1)[0]
+    expert = ("--expert-model-parallel-size", "3")
+    assert "qwen2 has no experts" in one.run(_error, _to_megatron, hf, out, 1, 1, *expert)[0]
+    assert "does not divide the model's 4 experts" in one.run(
+        _error, _to_megatron, sources["qwen3_moe"], out, 1, 1, *expert
+    )[0]  # fmt: skip
+    assert "must both be at least 1" in one.run(_error, _to_megatron, hf, out, 1, 1, expert[0], "0")[0]
     nested = one.run(_error, _to_megatron, hf, hf / "megatron")[0]
     assert "overlap; give --save a directory of its own" in nested
     assert not out.exists()
