@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from megatron_tropd.weights.hf_shapes import hf_shapes
 from tools.model_sizes import NAMES, find_architecture
-from tools.plan_weights import main
+from tools.plan_weights import TABLE, main, table_row
 
 
 def test_text_says_what_was_planned_and_proved(capsys):
@@ -72,3 +73,15 @@ def test_named_sizes_have_as_many_parameters_as_published(name, billions):
             elements *= extent
         count += elements
     assert count / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+@pytest.mark.parametrize("line", [line for line in TABLE if "a3b" not in line and "a22b" not in line])
+def test_the_documented_table_is_what_the_command_says(line):
+    """All but the seconds, and but the large sparse models, which take some."""
+    cells = table_row(line)
+    text = (Path(__file__).resolve().parent.parent / "docs" / "weights.md").read_text()
+    rows = [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("| qwen")
+    ]
+    assert len(rows) == len(TABLE)
+    assert any(row[:3] + row[4:] == cells[:3] + cells[4:] for row in rows), cells
