@@ -121,7 +121,7 @@ class SGLangSettings:
         if not self.urls and (self.python is None or not self.python.exists()):
             raise ValueError(
                 f"--sglang-python {self.python} does not exist; make the environment with `make sglang-env` "
-                "or give the URLs of running servers with --sglang-urls"
+                "or give the URLs of running servers with --rollout-engine-urls"
             )
         addresses = [urlsplit(url).hostname or "" for url in self.urls] or [self.host]
         if self.keys is None and (public := [a for a in addresses if a not in _LOOPBACK]):
