@@ -82,6 +82,7 @@ def describe(run: Run, rollouts: Sequence[Rollout], plan: BatchPlan, step: int) 
         before = prepass(student, rollouts, plan)
     if needs.entropy_quantile is not None:
         threshold = entropy_threshold(student, rollouts, before, needs.entropy_quantile)
+        metrics["student/entropy_threshold"] = threshold
 
     def payload(index: int) -> Payload:
         reference, old = references.get(index), before.get(index)

@@ -140,6 +140,8 @@ def _evaluate(run: Run, step: int, *, whole: bool = False) -> None:
 def _batch_metrics(run: Run, step: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
     """What the rollouts themselves say."""
     count = len(rollouts)
+    if not run.objective.needs.rollouts:
+        return {"rollout/len_mean": sum(r.response_len for r in rollouts) / count}
     tokens = count_regions(rollouts)
     settings = run.config.guidance
     annealed = guidance.alpha(settings.schedule, step, settings.steps) if settings.mode != "none" else 0.0

@@ -23,7 +23,7 @@ from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.exchange import gather_objects
 from megatron_tropd.training.agree import on_all_ranks
 from megatron_tropd.training.student import Student
-from megatron_tropd.types import Metric, Microbatch, Rollout, StepContext
+from megatron_tropd.types import Metric, Microbatch, Rollout, StepContext, TokenStreams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,18 +162,24 @@ def _loss(
         settings=student.head(objective.needs),
         teacher_weight=of.teacher_weight,
     )
-    on_policy_T = Regions.of(tokens).on_policy_T
-    # After the first update of a batch the current student is no longer the one that wrote it.
-    trainer_T = out.logprob_T if tokens.old_logprob_T is None else tokens.old_logprob_T
-    gap_T = (trainer_T - tokens.rollout_logprob_T).abs()
-    metrics = {**out.metrics, "parity/logprob_abs_diff_mean": mean_over(gap_T, on_policy_T)}
+    parity, maxima = _parity(out.logprob_T, tokens) if objective.needs.rollouts else ({}, {})
     part = StepSums(
         loss_sum=float(out.loss.detach()),
         denominator=int(out.denominator),
-        sums={name: _pair(metric) for name, metric in metrics.items()},
-        maxima={"parity/logprob_abs_diff_max": float(torch.where(on_policy_T, gap_T, 0.0).max())},
+        sums={name: _pair(metric) for name, metric in {**out.metrics, **parity}.items()},
+        maxima=maxima,
     )
     return out.loss, out.denominator.int(), part
+
+
+def _parity(logprob_T: Tensor, tokens: TokenStreams) -> tuple[dict[str, Metric], dict[str, float]]:
+    """How far the trainer's log-probabilities are from those of the engine that sampled: (means, maxima)."""
+    on_policy_T = Regions.of(tokens).on_policy_T
+    # After the first update of a batch the current student is no longer the one that wrote it.
+    trainer_T = logprob_T if tokens.old_logprob_T is None else tokens.old_logprob_T
+    gap_T = (trainer_T - tokens.rollout_logprob_T).abs()
+    largest = float(torch.where(on_policy_T, gap_T, 0.0).max())
+    return {"parity/logprob_abs_diff_mean": mean_over(gap_T, on_policy_T)}, {"parity/logprob_abs_diff_max": largest}
 
 
 def _pair(metric: Metric) -> tuple[float, float]:
