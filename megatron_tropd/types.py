@@ -267,7 +267,7 @@ class StepReport:
     """One training step, as it is shown, logged and plotted: one JSON line."""
 
     step: int
-    """Number of optimizer updates done, this one included (the first step is 1)."""
+    """Number of rollout batches trained on, this one included (the first step is 1)."""
     weight_version: int
     loss: float
     grad_norm: float

@@ -21,3 +21,7 @@ def not_a_number(sample):
 
 
 a_number = 3
+
+
+def last_word(sample):
+    return float(sample.response.split()[-1].removeprefix("w"))

@@ -42,7 +42,9 @@ def test_good_streams_pass_and_so_does_a_teacher_that_excludes_tokens(tokens):
 def test_nan_and_infinity_are_named_with_their_place(tokens, name, value):
     place = _first(tokens)
     getattr(tokens, name)[place] = value
-    with pytest.raises(ValueError, match=f"{name}: 1 of 40 labels .* position {place} of sample {place // 7}: "):
+    with pytest.raises(
+        ValueError, match=f"{name}: 1 of 40 labels .* position {place} of prompt 0, sample {place // 7}: "
+    ):
         check_streams(tokens, EVERYTHING)
 
 

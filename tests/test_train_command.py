@@ -61,11 +61,55 @@ def test_a_good_configuration_passes(world, tmp_path):
         ({"response_key": "nothing"}, 1, r"--guidance ratio needs teacher responses"),
         ({"eval_data": "/nowhere.jsonl"}, 1, r"/nowhere\.jsonl: no such file.*see --eval-data"),
         ({"distributed_timeout_minutes": 0}, 1, r"--distributed-timeout-minutes 0.0 must be positive"),
+        ({"num_minibatches": 3}, 1, r"--num-minibatches 3 does not divide the --rollout-batch-size 4 prompts"),
+        ({"num_minibatches": 0}, 1, r"--num-minibatches 0 must be at least 1"),
+        ({"lr_warmup_iters": 5}, 1, r"--lr-warmup-iters 5 is above the 4 updates of the run"),
+        ({"objective": "grpo"}, 1, r"--objective grpo learns from rewards: give --reward-function package\.module:function"),
+        ({"objective": "grpo", "reward_function": "nonsense"}, 1, r"--reward-function nonsense: expected package\.module:function"),
+        ({"objective": "grpo", "reward_function": "no.such:f"}, 1, r"importing no\.such failed: ModuleNotFoundError"),
+        ({"objective": "grpo", "reward_function": "tests.reward_functions:a_number"}, 1, r"'a_number' is a int, not a function"),
+        ({"objective": "grpo", "reward_function": "tests.reward_functions:gone"}, 1, r"'gone' is not there"),
+        ({"objective": "grpo", "reward_function": "megatron_tropd.rewards:exact_match", "answer_key": "none"}, 1,
+         r"exact_match: 24 rows have no 'none' \(--answer-key\)"),
+        ({"objective": "grpo", "n_samples_per_prompt": 1, "reward_function": "tests.reward_functions:same_for_all"}, 1,
+         r"--n-samples-per-prompt 1 must be at least 2"),
+        ({"objective": "sft", "guidance": "ratio"}, 1, r"--objective sft .*writes nothing: --guidance ratio has no meaning"),
+        ({"objective": "sft", "response_key": "nothing"}, 1, r"24 of 24 rows of --prompt-data have no 'nothing' \(--response-key\)"),
+        ({"objective": "sft", "max_prompt_length": 36}, 1, r"36 \+ --max-response-length 12 \+ 1 \(the stop token\) = 49 tokens"),
+        ({"objective": "gopd", "reference_hf_checkpoint": "/nowhere"}, 1, r"reference \(--reference-hf-checkpoint\): /nowhere"),
+        ({"objective": "opd", "teacher_hf_checkpoint": None}, 1, r"the teacher is missing: give --teacher-hf-checkpoint DIR"),
+        ({"objective": "opd", "log_topk_overlap": True}, 1, r"--log-topk-overlap compares with the teacher's top-k, which --objective opd"),
+        ({"gradient_diagnostics_interval": -1}, 1, r"--gradient-diagnostics-interval -1 must not be negative"),
         ({"wandb_project": "p"}, 1, r"--wandb-project p needs the package wandb"),
     ],
 )  # fmt: skip
 def test_each_mistake_has_a_message(world, tmp_path, changes, world_size, expected):
     assert re.search(expected, _complaint(flags(world, tmp_path / "run", **changes), world_size), re.DOTALL)
+
+
+@pytest.mark.parametrize("objective", ["sft", "grpo"])
+def test_a_method_without_a_teacher_needs_none(world, tmp_path, objective):
+    changes = {"objective": objective, "reward_function": "megatron_tropd.rewards:exact_match"}
+    blueprint = check(parse(flags(world, tmp_path / "run", teacher_hf_checkpoint=None, **changes)), 2)
+    assert blueprint.models.teacher is None and blueprint.models.reference is None
+    assert blueprint.tokens.common_vocab_size == blueprint.tokens.student_vocab_size
+
+
+def test_what_a_method_leaves_aside_is_a_warning(world, tmp_path):
+    argv = flags(world, tmp_path / "run", objective="sft", reference_load="X", reward_function="no.such:f")
+    warnings = " ".join(check(parse(argv), 1).warnings)
+    for flag in ("--teacher-hf-checkpoint", "--reference-load X", "--reward-function no.such:f"):
+        assert f"--objective sft does not use {flag}" in warnings
+
+
+def test_a_reference_with_another_tokenizer(world, tmp_path):
+    def change(w):
+        path = w / "teacher" / "tokenizer.json"
+        path.write_text(path.read_text().replace('"w10"', '"other"'))
+
+    other = _corrupt(world, tmp_path, change) / "teacher"
+    text = _complaint(flags(world, tmp_path / "r", objective="gopd", reference_hf_checkpoint=other))
+    assert "choose a reference with the student's tokenizer" in text and "--reference-hf-checkpoint" in text
 
 
 def test_all_mistakes_come_in_one_message(world, tmp_path):

@@ -43,8 +43,14 @@ def unbroken(ranks, world, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("size", "layout"),
-    [(1, _layout(1, 1)), (2, _layout(2, 1, 2)), (2, _layout(1, 2)), (2, _layout(1, 1, distributed=True))],
-    ids=["TP1", "TP2", "PP2", "DP2 distributed optimizer"],
+    [
+        (1, _layout(1, 1)),
+        (2, _layout(2, 1, 2)),
+        (2, _layout(1, 2)),
+        (2, _layout(1, 1, distributed=True)),
+        (2, {**_layout(2, 1), "num_minibatches": 2, "lr_decay_style": "cosine"}),
+    ],
+    ids=["TP1", "TP2", "PP2", "DP2 distributed optimizer", "TP2, two minibatches"],
 )
 def test_resuming_on_the_same_layout_is_bit_exact(ranks, world, unbroken, tmp_path, size, layout, measured):
     argv = flags(world, tmp_path / "run", **layout)

@@ -97,9 +97,10 @@ def _bad_ids(ids_TK: Tensor, present_TK: Tensor) -> Tensor:
 def _describe(tokens: TokenStreams, name: str, bad_T: Tensor, count: int) -> str:
     first = int(bad_T.nonzero()[0, 0])
     value = getattr(tokens, name.split()[0])[first].tolist()
+    uid = int(tokens.sample_uid_T[first])  # as rng.sample_uid makes it
     shown = value if not isinstance(value, list) else value[:8]
     return (
         f"{name}: {count} of {len(bad_T)} labels cannot be used, the first at position "
-        f"{int(tokens.label_position_T[first])} of sample {int(tokens.sample_uid_T[first])}: {shown}; "
+        f"{int(tokens.label_position_T[first])} of prompt {uid >> 20}, sample {uid & (1 << 20) - 1}: {shown}; "
         "expected finite numbers, log-probabilities at most 0 (-inf only from a teacher)"
     )

@@ -62,8 +62,22 @@ METRICS: dict[str, MetricInfo] = {
     "rollout/truncated_frac": _info("share", "Rollouts that ended at the length limit."),
     "rollout/accuracy": _info("share", "Share right among the first 64 rollouts, where answers are known."),
     "student/entropy": _info("nats", "Mean entropy of the student over on-policy tokens."),
+    "student/entropy_threshold": _info("nats", "Entropy that the selected share of the rollout batch reaches; exact."),
     "student/guidance_entropy": _info("nats", "Mean entropy of the student over the tokens that `sft` imitates."),
     "teacher/entropy": _info("nats", "Mean full-vocabulary entropy of the teacher over on-policy tokens."),
+    "reward/mean": _info("reward", "Mean of `--reward-function` over the rollout batch."),
+    "reward/flat_groups_frac": _info("share", "Prompts whose samples all have one reward: their advantage is 0."),
+    "gradient/norm_reverse_kl": _info(
+        "norm", "Gradient of the exact full-vocabulary reverse KL, first update of the step."
+    ),
+    "gradient/norm_trusted_positive": _info("norm", "Gradient of trusted tokens with a positive reward alone."),
+    "gradient/norm_trusted_negative": _info("norm", "Gradient of the other trusted tokens alone."),
+    "gradient/norm_rejected": _info("norm", "Gradient of rejected tokens alone."),
+    "gradient/norm_guidance": _info("norm", "Gradient of guidance tokens alone."),
+    "gradient/cosine_trusted_positive": _info("1", "Cosine of that gradient with the exact reverse KL's."),
+    "gradient/cosine_trusted_negative": _info("1", "Cosine of that gradient with the exact reverse KL's."),
+    "gradient/cosine_rejected": _info("1", "Cosine of that gradient with the exact reverse KL's."),
+    "gradient/cosine_guidance": _info("1", "Cosine of that gradient with the exact reverse KL's."),
     "parity/logprob_abs_diff_mean": _info("nats", "Mean |log p| difference, rollout engine against trainer."),
     "parity/logprob_abs_diff_max": _info("nats", "Largest such difference in the step."),
     "parity/probe_abs_diff_mean": _info(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -82,7 +83,8 @@ def describe(run: Run, rollouts: Sequence[Rollout], plan: BatchPlan, step: int) 
         before = prepass(student, rollouts, plan)
     if needs.entropy_quantile is not None:
         threshold = entropy_threshold(student, rollouts, before, needs.entropy_quantile)
-        metrics["student/entropy_threshold"] = threshold
+        if math.isfinite(threshold):  # it is inf for a batch without a written token
+            metrics["student/entropy_threshold"] = threshold
 
     def payload(index: int) -> Payload:
         reference, old = references.get(index), before.get(index)
