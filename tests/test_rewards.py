@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from hypothesis import strategies as st
 from megatron_tropd.data.advantages import group_advantages
 from megatron_tropd.rewards import RewardSample, exact_match, load_reward_function
 from megatron_tropd.types import Prompt, Rollout
+
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def _sample(response="# 7", finished=True, answer="7"):
@@ -90,3 +94,14 @@ def test_every_rank_has_all_rewards_in_order(ranks):
 def test_a_failing_reward_names_the_prompt_on_every_rank(ranks, function, expected):
     for message in ranks(2).run(_rewards_of, f"tests.reward_functions:{function}"):
         assert expected in message
+
+
+def test_the_documented_reward_function_works(tmp_path, monkeypatch):
+    (source,) = re.findall(
+        r"```python\n# my_rewards\.py.*?\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL
+    )
+    (tmp_path / "my_rewards.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    function = load_reward_function("my_rewards:short_and_right")
+    assert function(_sample()) == pytest.approx(1 - 0.003)
+    assert function(_sample(response="6")) < 0 and function(_sample(answer=None)) < 0

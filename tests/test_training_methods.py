@@ -85,3 +85,23 @@ def test_every_method_gives_the_same_numbers_in_every_layout(ranks, world, one_r
                     continue
                 tolerance = 1e-12 if metric in EXACT else 1e-4
                 assert mine.metrics[metric] == pytest.approx(value, rel=tolerance, abs=1e-6), (method, metric)
+
+
+def test_versions_and_the_learning_rate_count_updates(ranks, world, tmp_path):
+    """Two updates per batch: a linear decay over four updates, and the engines get every second version."""
+    argv = flags(world, tmp_path / "run", train_iters=STEPS, num_minibatches=2, lr=1e-3, lr_decay_style="linear")
+    reports = ranks(1).run(reports_here, argv)[0]
+    assert [report.weight_version for report in reports] == [2, 4]
+    assert [report.learning_rate for report in reports] == pytest.approx([1e-3 * 3 / 4, 1e-3 * 1 / 4])
+
+
+def test_one_minibatch_of_everything_is_the_step_without_minibatches(ranks, world, tmp_path):
+    """The prepass changes nothing where only one update follows it: the old log-probabilities are the current ones."""
+    curves = [
+        ranks(1).run(reports_here, flags(world, tmp_path / str(i), train_iters=STEPS, objective="opd", **changes))[0]
+        for i, changes in enumerate(({}, {"importance_correction": "seq_err", "sequence_error_max": 1e6}))
+    ]
+    for plain, prepassed in zip(*curves, strict=True):
+        assert "ppo/ratio_mean" in prepassed.metrics and "ppo/ratio_mean" not in plain.metrics
+        assert prepassed.loss == pytest.approx(plain.loss, rel=1e-4)
+        assert prepassed.grad_norm == pytest.approx(plain.grad_norm, rel=1e-4)

@@ -1,0 +1,46 @@
+"""Supervised finetuning and GRPO as commands: from flags to an exported student, with no teacher anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_run import flags, make_world
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = {
+    "sft": {"objective": "sft", "tensor_model_parallel_size": 2, "eval_prompts": 2, "eval_interval": 1},
+    "grpo": {
+        "objective": "grpo", "num_minibatches": 2, "n_samples_per_prompt": 3, "eval_data": None,
+        "reward_function": "tests.reward_functions:third_of_length",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_command_trains_without_a_teacher(tmp_path, name):
+    world = make_world(tmp_path / "world")
+    changes = {"teacher_hf_checkpoint": None, "train_iters": 2, "eval_data": world / "eval.jsonl", **COMMANDS[name]}
+    argv = flags(world, tmp_path / "run", **changes)
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+               "-m", "megatron_tropd.train", *argv]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["kind"] == "step"]
+    assert [step["step"] for step in steps] == [1, 2] and all(step["verdict"] == "stepped" for step in steps)
+    assert (tmp_path / "run/hf_export/model.safetensors").is_file()
+    if name == "sft":
+        assert steps[0]["tokens"]["on_policy"] == 0 and "tropd/guidance_nll" in steps[0]["metrics"]
+        assert sorted({record["step"] for record in records if record["kind"] == "eval"}) == [0, 1, 2]
+        assert steps[0]["seconds"].get("generate", 0) < 1
+    else:
+        assert "reward/mean" in steps[0]["metrics"] and [step["weight_version"] for step in steps] == [2, 4]
