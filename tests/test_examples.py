@@ -101,10 +101,10 @@ def test_launch_scripts_fit_their_models_and_the_paper(name, tmp_path):
         assert ParallelLayout.for_world(LAUNCHERS[name], tp, pp).dp >= 1
         longest = config.data.max_prompt_length + config.data.max_response_length
         assert longest <= min(arch.max_position_embeddings, config.training.max_tokens_per_microbatch)
-    training, objective, rollout = config.training, config.objective, config.rollout
+    training, method, rollout = config.training, config.method, config.rollout
     assert (training.train_iters, training.lr, training.lr_decay_style) == (200, 5e-6, "constant")
     assert (training.adam_beta1, training.adam_beta2, training.weight_decay, training.clip_grad) == (0.9, 0.999, 0.1, 1)
-    assert (rollout.rollout_batch_size, rollout.n_samples_per_prompt, objective.top_k) == (128, 4, 64)
+    assert (rollout.rollout_batch_size, rollout.n_samples_per_prompt, method.top_k) == (128, 4, 64)
     assert (config.guidance.mode, config.guidance.schedule, config.guidance.steps) == ("ratio", "half-cosine", 200)
     assert (config.guidance.beta, config.data.max_response_length) == (0.001, 8096)
 
