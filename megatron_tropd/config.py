@@ -40,6 +40,10 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = setting(1, "tensor-parallel ranks of the student")
     pipeline_model_parallel_size: int = setting(1, "pipeline stages of the student")
+    expert_model_parallel_size: int = setting(1, "ranks over which the student's experts are spread")
+    expert_tensor_parallel_size: int = setting(
+        0, "ranks that share one expert of the student; 0 for --tensor-model-parallel-size"
+    )
     sequence_parallel: bool = setting(False, "split norms and dropout over the tensor-parallel ranks")
     use_distributed_optimizer: bool = setting(False, "split the optimizer state over the data-parallel ranks")
     distributed_timeout_minutes: float = setting(10.0, "a collective that takes longer ends the job")
@@ -58,6 +62,10 @@ class TeacherConfig:
     teacher_load: str = setting("", "Megatron checkpoint of the teacher instead of the HF weights")
     teacher_tensor_model_parallel_size: int = setting(1, "tensor-parallel ranks of the teacher")
     teacher_pipeline_model_parallel_size: int = setting(1, "pipeline stages of the teacher")
+    teacher_expert_model_parallel_size: int = setting(1, "ranks over which the teacher's experts are spread")
+    teacher_expert_tensor_parallel_size: int = setting(
+        0, "ranks that share one expert of the teacher; 0 for --teacher-tensor-model-parallel-size"
+    )
     teacher_offload: bool = setting(False, "keep the teacher in host memory between uses (GPU only)")
 
 

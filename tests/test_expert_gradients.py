@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.training.student import training_errors
+from megatron_tropd.training.sources import training_errors
 from megatron_tropd.weights.files import HfCheckpoint
 from tests.hf_models import VOCAB_SIZE, make_hf_model, save_hf_checkpoint
 

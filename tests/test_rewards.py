@@ -14,7 +14,6 @@ from megatron_tropd.data.advantages import group_advantages
 from megatron_tropd.rewards import RewardSample, exact_match, load_reward_function
 from megatron_tropd.types import Prompt, Rollout
 
-
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -86,8 +86,8 @@ def _importance(labels: Labels) -> Entries:
 
 def _sums(entries: Entries) -> dict[str, Metric]:
     """All means at once: a GPU would spend more on launching one small kernel per name than on the numbers."""
-    weight = torch.stack([weight.double() for _, weight in entries.values()])
-    value = torch.stack([value.double() for value, _ in entries.values()])
+    weight = torch.stack([weight for _, weight in entries.values()]).double()
+    value = torch.stack([value for value, _ in entries.values()]).double()
     totals = (weight * torch.where(weight != 0, value, 0.0)).sum(1)  # a value without weight may be infinite
     counts = weight.sum(1)
     return {name: Metric(total=totals[i], count=counts[i]) for i, name in enumerate(entries)}

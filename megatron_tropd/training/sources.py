@@ -48,6 +48,26 @@ class _Flags:
     prefix: Literal["", "teacher-"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cut:
+    """Sizes of a layout as the flags give them."""
+
+    tp: int
+    pp: int
+    ep: int
+    etp: int
+
+    def layout(self, world_size: int, owner: Literal["", "teacher-"]) -> ParallelLayout:
+        """The layout that fills the world."""
+        return ParallelLayout.for_world(world_size, self.tp, self.pp, ep=self.ep, etp=self.etp or None, owner=owner)
+
+    def errors(self, arch: Architecture, owner: str) -> list[str]:
+        """Why ``arch`` cannot be cut so."""
+        if min(self.tp, self.pp, self.ep) < 1:
+            return []  # making the layout says so
+        return arch.check_layout(self.tp, self.pp, ep=self.ep, etp=self.etp or None, owner=owner)
+
+
 STUDENT = _Flags(who="student", hf="--hf-checkpoint", megatron="--pretrained-checkpoint", prefix="")
 TEACHER = _Flags(who="teacher", hf="--teacher-hf-checkpoint", megatron="--teacher-load", prefix="teacher-")
 REFERENCE = _Flags(who="reference", hf="--reference-hf-checkpoint", megatron="--reference-load", prefix="teacher-")
@@ -58,20 +78,30 @@ def find_models(config: TrainConfig, needs: Needs, world_size: int, found: Findi
 
     A reference of its own is cut as the teacher is; without one it is the student as it starts, cut as the student.
     """
-    parallel, cut = config.parallel, config.teacher
-    student, student_layout = _find(
-        STUDENT, config.model.hf_checkpoint, config.model.pretrained_checkpoint,
-        parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, world_size, found,
+    parallel, frozen = config.parallel, config.teacher
+    cut = _Cut(
+        tp=parallel.tensor_model_parallel_size, pp=parallel.pipeline_model_parallel_size,
+        ep=parallel.expert_model_parallel_size, etp=parallel.expert_tensor_parallel_size,
     )  # fmt: skip
-    tp, pp = cut.teacher_tensor_model_parallel_size, cut.teacher_pipeline_model_parallel_size
+    student, student_layout = _find(
+        STUDENT, config.model.hf_checkpoint, config.model.pretrained_checkpoint, cut, world_size, found
+    )
+    if student and student_layout:
+        errors = training_errors(student.arch, student_layout, sequence_parallel=parallel.sequence_parallel)
+        found.errors.extend(f"student: {error}" for error in errors)
+    cut = _Cut(
+        tp=frozen.teacher_tensor_model_parallel_size, pp=frozen.teacher_pipeline_model_parallel_size,
+        ep=frozen.teacher_expert_model_parallel_size, etp=frozen.teacher_expert_tensor_parallel_size,
+    )  # fmt: skip
     teacher = teacher_layout = None
     if needs.teacher:
-        hf, megatron = cut.teacher_hf_checkpoint, cut.teacher_load
-        teacher, teacher_layout = _find(TEACHER, hf, megatron, tp, pp, world_size, found)
+        teacher, teacher_layout = _find(
+            TEACHER, frozen.teacher_hf_checkpoint, frozen.teacher_load, cut, world_size, found
+        )
     reference, reference_layout = (student, student_layout) if needs.reference_logprob else (None, None)
     hf, megatron = config.reference.reference_hf_checkpoint, config.reference.reference_load
     if needs.reference_logprob and (hf or megatron):
-        reference, reference_layout = _find(REFERENCE, hf, megatron, tp, pp, world_size, found)
+        reference, reference_layout = _find(REFERENCE, hf, megatron, cut, world_size, found)
     if found.errors or student is None or student_layout is None:
         return None
     return Models(
@@ -81,14 +111,29 @@ def find_models(config: TrainConfig, needs: Needs, world_size: int, found: Findi
 
 
 def _find(
-    flags: _Flags, hf_checkpoint: str, megatron: str, tp: int, pp: int, world_size: int, found: Findings
+    flags: _Flags, hf_checkpoint: str, megatron: str, cut: _Cut, world_size: int, found: Findings
 ) -> tuple[ModelSource | None, ParallelLayout | None]:
     source = found.attempt(lambda: _source(hf_checkpoint, megatron, flags))
-    layout = found.attempt(lambda: ParallelLayout.for_world(world_size, tp, pp, owner=flags.prefix))
-    if source and tp > 0 and pp > 0:
-        errors = source.arch.check_layout(tp, pp, owner=flags.prefix)
-        found.errors.extend(f"{flags.who}: {error}" for error in errors)
+    layout = found.attempt(lambda: cut.layout(world_size, flags.prefix))
+    if source:
+        found.errors.extend(f"{flags.who}: {error}" for error in cut.errors(source.arch, flags.prefix))
     return source, layout
+
+
+def training_errors(arch: Architecture, layout: ParallelLayout, *, sequence_parallel: bool) -> list[str]:
+    """Why megatron-core cannot train a model that it can run in this layout; empty when it can."""
+    errors = []
+    if arch.num_experts and layout.tp > 1 and not sequence_parallel:
+        errors.append(
+            f"a model with experts trains at --tensor-model-parallel-size {layout.tp} only with --sequence-parallel"
+        )
+    if arch.num_experts and layout.ep == 1 and layout.expert_tp != layout.tp:
+        # Experts then count as dense layers, whose gradients are added over data-parallel ranks alone.
+        errors.append(
+            f"--expert-tensor-parallel-size {layout.expert_tp} other than --tensor-model-parallel-size {layout.tp} "
+            "trains only with --expert-model-parallel-size above 1: megatron-core would lose gradients"
+        )
+    return errors
 
 
 def _source(hf_checkpoint: str, megatron: str, flags: _Flags) -> ModelSource:
