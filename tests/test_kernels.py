@@ -23,7 +23,7 @@ APART = ROOT / ".venv" / "triton"
 def _run(what, tmp_path, **environment):
     if importlib.util.find_spec("triton") is None and not (APART / "triton").is_dir():
         pytest.skip("triton is not installed (the module's docstring says how)")
-    paths = os.pathsep.join([str(ROOT), str(APART)])
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", ""), str(APART)])
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernel_checks", what],
         env={**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path), **environment},
@@ -46,6 +46,5 @@ def test_interpreted_kernels_equal_float64(tmp_path, measured):
 
 
 def test_kernels_compile_for_a_gpu(tmp_path):
-    environment = {"TRITON_INTERPRET": "0"}
-    sizes = _run("compile", tmp_path, **environment)
+    sizes = _run("compile", tmp_path, TRITON_INTERPRET="0")
     assert len(sizes) == 4 and all(size > 1000 for size in sizes.values())
