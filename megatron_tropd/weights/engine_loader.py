@@ -33,20 +33,21 @@ log = logging.getLogger(__name__)
 
 LOADER = f"{__name__}.load"
 REQUEST = "megatron_tropd.request"
+Request = Literal["connect", "receive", "close"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderRequest:
     """What the trainer asks of an engine.  ``group`` names the side group; it is new for every connection."""
 
-    do: Literal["connect", "receive", "close"]
+    do: Request
     group: str
     engine: int
     ticket: str
     """Under which the outcome is found; new for every request of a group."""
     version: int = -1
     spec: str = ""
-    """:meth:`PlanSpec.to_json` (connect only, as all that follows)."""
+    """:meth:`PlanSpec.to_json`; this and all that follows is for ``connect``."""
     digest: str = ""
     host: str = ""
     port: int = 0

@@ -82,7 +82,7 @@ def difference(got: Header, expected: Header) -> str:
 def checksum(data: Tensor) -> int:
     """32 bits that change with any byte of ``data`` [uint8]: CRC-32 in host memory, a weighted sum on a GPU."""
     if data.device.type == "cpu":
-        return zlib.crc32(memoryview(data.numpy()))
+        return zlib.crc32(data.numpy().data)
     total = 0
     for start in range(0, data.numel(), _SUM_CHUNK):
         part = data[start : start + _SUM_CHUNK].to(torch.int64)

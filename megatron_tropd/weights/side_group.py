@@ -58,8 +58,10 @@ def side_group(
     if backend == "nccl":
         if not dist.is_nccl_available():
             raise ValueError("this torch has no NCCL; use gloo for weights in host memory")
-        return dist.ProcessGroupNCCL(mine, rank, world_size, timeout)
-    options = dist.ProcessGroupGloo._Options()
+        nccl = dist.ProcessGroupNCCL.Options()
+        nccl._timeout = timeout
+        return dist.ProcessGroupNCCL(mine, rank, world_size, nccl)
+    options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # the stubs lack it
     options._timeout = timeout
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
     try:

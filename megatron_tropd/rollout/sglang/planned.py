@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megatron_tropd.rollout.engine import EngineError
 from megatron_tropd.rollout.sglang.engine import Engine
-from megatron_tropd.weights.engine_loader import LOADER, LoaderRequest, read_outcomes
+from megatron_tropd.weights.engine_loader import LOADER, LoaderRequest, Request, read_outcomes
 from megatron_tropd.weights.message import TransportError
 from megatron_tropd.weights.plan_spec import PlanSpec
 from megatron_tropd.weights.side_group import LOOPBACK, Backend
@@ -66,7 +66,7 @@ class PlannedEngines:
         Raises:
             EngineError: naming engine and rank.
         """
-        await self._ask(do="connect")
+        await self._ask("connect")
 
     async def receive(self, version: int) -> None:
         """Have every worker take the update that the trainer pushes, and give the engines its version.
@@ -74,7 +74,7 @@ class PlannedEngines:
         Raises:
             EngineError: some rank did not take it whole; no engine was told the version.
         """
-        await self._ask(do="receive", version=version)
+        await self._ask("receive", version)
         await asyncio.gather(*(engine.set_version(version) for engine in self._engines))
 
     async def close(self) -> None:
@@ -83,26 +83,25 @@ class PlannedEngines:
         Raises:
             EngineError: naming engine and rank.
         """
-        await self._ask(do="close")
+        await self._ask("close")
 
-    async def _ask(self, **fields: str | int) -> None:
+    async def _ask(self, do: Request, version: int = -1) -> None:
         ticket = str(next(self._tickets))
-        connecting = fields["do"] == "connect"
-        details = {
-            "spec": self._spec.to_json(), "digest": self._digest, "host": self._host, "port": self._store.port,
-            "backend": self._backend, "timeout_s": self._timeout_s,
-        }  # fmt: skip
+        spec = self._spec.to_json() if do == "connect" else ""
         requests = [
-            LoaderRequest(group=self.group, engine=number, ticket=ticket, **fields, **(details if connecting else {}))
+            LoaderRequest(
+                do=do, group=self.group, engine=number, ticket=ticket, version=version, spec=spec, digest=self._digest,
+                host=self._host, port=self._store.port, backend=self._backend, timeout_s=self._timeout_s,
+            )
             for number in range(len(self._engines))
-        ]
+        ]  # fmt: skip
         asked = zip(self._engines, requests, strict=True)
         results = await asyncio.gather(*(self._ask_one(*pair) for pair in asked), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, EngineError | TransportError):
                 raise result
         if problems := [str(result) for result in results if isinstance(result, BaseException)]:
-            raise EngineError(f"planned update ({fields['do']}): " + "; ".join(problems))
+            raise EngineError(f"planned update ({do}): " + "; ".join(problems))
 
     async def _ask_one(self, engine: Engine, request: LoaderRequest) -> None:
         body = loader_body(request, engine.tp_size)
