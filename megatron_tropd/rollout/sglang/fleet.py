@@ -140,6 +140,7 @@ class Fleet:
             RequestRefused: a server answered 4xx.
             EngineError: a prompt failed too often.
         """
+        await self._check(job.version)
         running: dict[asyncio.Task[dict[int, Rollout]], tuple[Engine, Group]] = {}
         try:
             while job.pending or running:
@@ -157,6 +158,23 @@ class Fleet:
         except BaseException:
             await self._abandon(running)
             raise
+
+    async def _check(self, version: int) -> None:
+        """Find out who died or lost its weights while nothing was asked, before prompts are handed out."""
+        ready = [engine for engine in self.engines if engine.version == version]
+        results = await asyncio.gather(*(engine.check_health() for engine in ready), return_exceptions=True)
+        for engine, result in zip(ready, results, strict=True):
+            if isinstance(result, EngineDown):
+                await self._failed(engine, result)
+            elif isinstance(result, EngineError):
+                self._out_of_rotation(engine)
+            elif result is not None:
+                raise result
+
+    def _out_of_rotation(self, engine: Engine) -> None:
+        """Until the next push."""
+        self.counts["stale_weights"] += 1
+        engine.version = None
 
     def _least_loaded(self, version: int) -> Engine | None:
         """All samples of a prompt go to one server, whose cache then holds their prefix."""
@@ -183,8 +201,7 @@ class Fleet:
         if isinstance(failure, BadResponse):
             self.counts["bad_responses"] += 1
         elif isinstance(failure, StaleWeights):
-            self.counts["stale_weights"] += 1
-            engine.version = None  # until the next push
+            self._out_of_rotation(engine)
         elif engine.version == job.version:  # the first of its requests to say so
             await self._failed(engine, failure)
 
