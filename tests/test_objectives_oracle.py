@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -145,3 +146,33 @@ def test_what_no_loss_reads_has_no_influence():
         assert torch.equal(clean, poisoned), method
         assert torch.count_nonzero(poisoned[unread]) == 0 and torch.count_nonzero(grad[unread]) == 0, method
         assert grad.isfinite().all(), method
+
+
+TOP_K_VARIANTS = [  # a divergence over the vocabulary is made by the head, and tested there
+    (method, numbers)
+    for method, numbers in VARIANTS
+    if not make_objective(method, ObjectiveSettings(**numbers)).needs.divergence
+]
+
+
+@pytest.mark.parametrize(("method", "numbers"), TOP_K_VARIANTS, ids=lambda value: str(value).replace(" ", ""))
+def test_fp32_is_near_the_oracle_with_logits_of_80(method, numbers):
+    batch = {"num_tokens": 200, "vocab_size": 131, "top_k": 16, "scale": 80.0, "seed": 8, "several_updates": True}
+    logits, teacher, tokens = random_batch(**batch)
+    narrow = {
+        name: value.float()
+        for name in tokens.__dataclass_fields__
+        if (value := getattr(tokens, name)) is not None and value.dtype == torch.float64 and name != "uniform_T"
+    }
+    logits, teacher, tokens = logits.float().requires_grad_(), teacher.float(), replace(tokens, **narrow)
+    objective = make_objective(method, ObjectiveSettings(**{"top_k": 16, **numbers}))
+    stats = dense_stats(logits, teacher, tokens, objective.needs)
+    out = objective(stats, tokens, CONTEXT)
+    (grad,) = torch.autograd.grad(out.token_loss_T.sum(), logits)
+    assert out.token_loss_T.dtype == torch.float32
+    copy = logits.detach().double().requires_grad_()
+    expected, denominator = oracle(method, copy, teacher, tokens, CONTEXT, **numbers)
+    (exact,) = torch.autograd.grad(expected.sum(), copy)
+    error = float((out.token_loss_T.double() - expected).abs().sum() / expected.abs().sum())
+    assert error <= 2e-6 and float((grad.double() - exact).norm() / exact.norm()) <= 1e-5
+    assert out.denominator is None or int(out.denominator) == denominator
