@@ -148,13 +148,16 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherScores:
-    """The teacher's payload for the response tokens of one rollout, all fp32 natural logs."""
+    """The teacher's payload for the response tokens of one rollout, all fp32 natural logs.
+
+    Of a prefix nothing but the log-probability is ever read, so the rest covers the W written tokens alone.
+    """
 
     logprob: Tensor  # [R] log q(x_t | x_<t) of the token that stands there
-    topk_ids: Tensor | None = None  # [R, K] int32, by (log-probability descending, id ascending)
-    topk_logprobs: Tensor | None = None  # [R, K]
-    entropy: Tensor | None = None  # [R] over the full vocabulary
-    hidden: Tensor | None = None  # [R, H_teacher], in the teacher's dtype
+    topk_ids: Tensor | None = None  # [W, K] int32, by (log-probability descending, id ascending)
+    topk_logprobs: Tensor | None = None  # [W, K]
+    entropy: Tensor | None = None  # [W] over the full vocabulary
+    hidden: Tensor | None = None  # [W, H_teacher], in the teacher's dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,9 +177,9 @@ class TokenStreams:
     written_len_T: Tensor  # int64, ON_POLICY labels of the whole sample; 0 on padding
     teacher_logprob_T: Tensor  # fp32, 0 where not a response token
     teacher_topk_ids_TK: Tensor | None = None  # int64
-    teacher_topk_logprob_TK: Tensor | None = None  # fp32, -inf where not a response token
-    teacher_entropy_T: Tensor | None = None  # fp32
-    teacher_hidden_TH: Tensor | None = None  # the teacher's dtype
+    teacher_topk_logprob_TK: Tensor | None = None  # fp32, -inf where not ON_POLICY
+    teacher_entropy_T: Tensor | None = None  # fp32, 0 where not ON_POLICY
+    teacher_hidden_TH: Tensor | None = None  # the teacher's dtype, 0 where not ON_POLICY
     reference_logprob_T: Tensor | None = None  # fp32
     old_logprob_T: Tensor | None = None  # fp32, the student before the first update on this batch
     old_entropy_T: Tensor | None = None  # fp32, from the same pass

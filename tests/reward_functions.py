@@ -24,4 +24,6 @@ a_number = 3
 
 
 def last_word(sample):
-    return float(sample.response.split()[-1].removeprefix("w"))
+    """The number in the last word (w50 is 50)."""
+    digits = "".join(c for c in sample.response.split(" ")[-1] if c.isdigit())
+    return float(digits or 0)

@@ -34,12 +34,14 @@ def make_rollout(prompt_uid=0, sample_index=0, prompt=1, guidance=0, written=1):
 
 
 def make_scores(rollout):
+    """The log-probability covers the response, everything else what the student wrote."""
     tokens = torch.tensor(rollout.token_ids[rollout.prompt_len :], dtype=torch.float32)
+    written = tokens[rollout.guidance_len :]
     return TeacherScores(
         logprob=-tokens / 4,
-        topk_ids=torch.stack([tokens, tokens + 1], dim=-1).int(),
-        topk_logprobs=torch.stack([-tokens / 8, -tokens], dim=-1),
-        entropy=tokens / 2,
+        topk_ids=torch.stack([written, written + 1], dim=-1).int(),
+        topk_logprobs=torch.stack([-written / 8, -written], dim=-1),
+        entropy=written / 2,
     )
 
 
@@ -154,14 +156,14 @@ def check_position(batch, at, position, rollout):
         region = Region.ON_POLICY
     assert batch.streams.region_T[at] == region
     assert batch.streams.rollout_logprob_T[at] == (-name if region == Region.ON_POLICY else 0)
-    if region == Region.PROMPT:
-        assert (
-            batch.streams.teacher_logprob_T[at] == 0 and torch.isneginf(batch.streams.teacher_topk_logprob_TK[at]).all()
-        )
+    streams = batch.streams
+    assert streams.teacher_logprob_T[at] == (0 if region == Region.PROMPT else -name / 4)
+    if region == Region.ON_POLICY:
+        assert streams.teacher_entropy_T[at] == name / 2
+        assert streams.teacher_topk_ids_TK[at].tolist() == [name, name + 1]
+        assert streams.teacher_topk_logprob_TK[at].tolist() == [-name / 8, -name]
     else:
-        assert batch.streams.teacher_logprob_T[at] == -name / 4 and batch.streams.teacher_entropy_T[at] == name / 2
-        assert batch.streams.teacher_topk_ids_TK[at].tolist() == [name, name + 1]
-        assert batch.streams.teacher_topk_logprob_TK[at].tolist() == [-name / 8, -name]
+        assert streams.teacher_entropy_T[at] == 0 and torch.isneginf(streams.teacher_topk_logprob_TK[at]).all()
 
 
 def check_padding(batch, where, token=0, uid=-1):
@@ -222,9 +224,9 @@ def test_payloads_must_match():
         with pytest.raises(ValueError, match=match):
             pack([rollout], payloads, num_tokens=8, needs=needs)
 
-    refused(r"prompt 9 sample 0: teacher top-k ids has shape \(3, 2\), expected \(3, 4\)", [scores], Needs(top_k=4))
+    refused(r"prompt 9 sample 0: teacher top-k ids has shape \(2, 2\), expected \(2, 4\)", [scores], Needs(top_k=4))
     refused(
-        r"entropy has shape None, expected \(3,\)",
+        r"entropy has shape None, expected \(2,\)",
         [Payload(teacher=TeacherScores(logprob=torch.zeros(3)))],
         Needs(teacher_entropy=True),
     )
@@ -251,15 +253,16 @@ def test_every_stream_reaches_its_label_and_exists_only_where_asked():
     payloads = []
     for rollout in rollouts:
         names = torch.tensor(rollout.token_ids[rollout.prompt_len :], dtype=torch.float32)
+        own = names[rollout.guidance_len :]
         scores = make_scores(rollout)
-        hidden = torch.stack([names, -names, 2 * names], 1).bfloat16()
+        hidden = torch.stack([own, -own, 2 * own], 1).bfloat16()
         payloads.append(
             Payload(
                 teacher=TeacherScores(
                     logprob=scores.logprob, topk_ids=scores.topk_ids, topk_logprobs=scores.topk_logprobs,
                     entropy=scores.entropy, hidden=hidden,
                 ),
-                reference_logprob=names * 3, old_logprob=names * 5, old_entropy=names * 7,
+                reference_logprob=names * 3, old_logprob=names * 5, old_entropy=own * 7,
                 advantage=float(rollout.prompt_uid),
             )
         )  # fmt: skip
@@ -268,10 +271,11 @@ def test_every_stream_reaches_its_label_and_exists_only_where_asked():
     response = streams.region_T > Region.PROMPT
     names = torch.where(response, streams.label_T, 0).float()
     assert torch.equal(streams.reference_logprob_T, names * 3)
-    assert torch.equal(streams.old_logprob_T, names * 5) and torch.equal(streams.old_entropy_T, names * 7)
-    assert streams.teacher_hidden_TH.dtype == torch.bfloat16
-    assert torch.equal(streams.teacher_hidden_TH, torch.stack([names, -names, 2 * names], 1).bfloat16())
     written = streams.region_T == Region.ON_POLICY
+    own = torch.where(written, names, 0)
+    assert torch.equal(streams.old_logprob_T, names * 5) and torch.equal(streams.old_entropy_T, own * 7)
+    assert streams.teacher_hidden_TH.dtype == torch.bfloat16
+    assert torch.equal(streams.teacher_hidden_TH, torch.stack([own, -own, 2 * own], 1).bfloat16())
     prompt_uid = (streams.sample_uid_T >> 20).float()
     assert torch.equal(streams.advantage_T, torch.where(written, prompt_uid, 0.0))
     for rollout in rollouts:

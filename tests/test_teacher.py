@@ -68,8 +68,9 @@ def _expected(variant):
         labels = torch.tensor(rollout.token_ids[rollout.prompt_len :])
         known = labels < COMMON_VOCAB
         own = log_q.gather(1, labels.clamp(max=COMMON_VOCAB - 1)[:, None])[:, 0].masked_fill(~known, -torch.inf)
-        top = log_q.topk(TOP_K)
-        yield own, top.indices, top.values, -(log_q.exp() * log_q).sum(-1)
+        written = log_q[rollout.guidance_len :]  # of a prefix only the log-probability is sent
+        top = written.topk(TOP_K)
+        yield own, top.indices, top.values, -(written.exp() * written).sum(-1)
 
 
 CASES = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from tests.tiny_run import flags, make_world, reports_here
@@ -105,3 +107,18 @@ def test_one_minibatch_of_everything_is_the_step_without_minibatches(ranks, worl
         assert "ppo/ratio_mean" in prepassed.metrics and "ppo/ratio_mean" not in plain.metrics
         assert prepassed.loss == pytest.approx(plain.loss, rel=1e-4)
         assert prepassed.grad_norm == pytest.approx(plain.grad_norm, rel=1e-4)
+
+
+def test_every_method_of_the_table_makes_a_finite_step_after_a_prefix(ranks, world, tmp_path):
+    from megatron_tropd.objectives.methods import METHODS as TABLE
+
+    argvs = {}
+    for name in TABLE:
+        changes = {"reward_function": "tests.reward_functions:last_word"} if name == "grpo" else {}
+        argvs[name] = flags(
+            world, tmp_path / name, objective=name, train_iters=1, guidance="none" if name == "sft" else "ratio",
+            guidance_steps=2, guidance_schedule="linear", fkl_support="tail" if name == "tropd" else None, **changes,
+        )  # fmt: skip
+    for name, (report,) in ranks(1).run(_train, argvs)[0].items():
+        assert math.isfinite(report.loss) and 0 < report.grad_norm < 1e4, name
+        assert report.verdict == "stepped" and report.tokens["guidance"] > 0, name

@@ -9,15 +9,19 @@ from torch import Tensor
 
 from megatron_tropd.types import Needs, Region, Rollout, TeacherScores, TokenStreams
 
+_Source = tuple[str, Tensor | None, Tensor | None, slice]
+"""(name, stream, what arrived, the labels it is for)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Payload:
-    """Numbers of one rollout with R response tokens, from wherever they were made; None where nobody asked."""
+    """Numbers of one rollout with R response tokens, W of them written by the student, from wherever they were made;
+    None where nobody asked."""
 
     teacher: TeacherScores | None = None
     reference_logprob: Tensor | None = None  # [R] fp32
     old_logprob: Tensor | None = None  # [R] fp32, the student before the first update on the batch
-    old_entropy: Tensor | None = None  # [R] fp32
+    old_entropy: Tensor | None = None  # [W] fp32
     advantage: float | None = None
     """Group advantage of the whole sample."""
 
@@ -67,26 +71,30 @@ def write_payload(streams: TokenStreams, start: int, rollout: Rollout, payload: 
     Raises:
         ValueError: a number that ``needs`` asks for is missing, or is of another shape than the response.
     """
-    response = rollout.response_len
     first = start + rollout.prompt_len - 1  # response token r is the label at position prompt_len - 1 + r
-    written = slice(first + rollout.guidance_len, first + response)
-    sources: list[tuple[str, Tensor | None, Tensor | None, tuple[int, ...]]] = [
-        ("reference log-probability", streams.reference_logprob_T, payload.reference_logprob, (response,)),
-        ("old log-probability", streams.old_logprob_T, payload.old_logprob, (response,)),
-        ("old entropy", streams.old_entropy_T, payload.old_entropy, (response,)),
+    response = slice(first, first + rollout.response_len)
+    written = slice(first + rollout.guidance_len, response.stop)
+    sources: list[_Source] = [
+        ("reference log-probability", streams.reference_logprob_T, payload.reference_logprob, response),
+        ("old log-probability", streams.old_logprob_T, payload.old_logprob, response),
+        ("old entropy", streams.old_entropy_T, payload.old_entropy, written),
     ]
     if needs.teacher:
-        sources += _teacher_sources(streams, payload.teacher, response, needs.top_k)
-    for name, target, source, expected in sources:
+        scores = payload.teacher
+        sources.append(
+            ("teacher log-probability", streams.teacher_logprob_T, None if scores is None else scores.logprob, response)
+        )
+        sources += _teacher_extras(streams, scores, written)
+    for name, target, source, place in sources:
         if target is None:
             continue
-        found = None if source is None else tuple(source.shape)
+        found, expected = None if source is None else tuple(source.shape), tuple(target[place].shape)
         if source is None or found != expected:
             raise ValueError(
                 f"prompt {rollout.prompt_uid} sample {rollout.sample_index}: {name} has shape {found}, expected "
-                f"{expected} ({response} response tokens)"
+                f"{expected} ({rollout.response_len} response tokens, {len(rollout.logprobs)} written)"
             )
-        target[first : first + response] = source.to(target)
+        target[place] = source.to(target)
     if streams.advantage_T is not None:
         if payload.advantage is None:
             raise ValueError(f"prompt {rollout.prompt_uid} sample {rollout.sample_index} has no advantage")
@@ -96,17 +104,15 @@ def write_payload(streams: TokenStreams, start: int, rollout: Rollout, payload: 
         streams.sequence_error_T[written] = gap.abs().exp().mean()
 
 
-def _teacher_sources(
-    streams: TokenStreams, scores: TeacherScores | None, response: int, top_k: int
-) -> list[tuple[str, Tensor | None, Tensor | None, tuple[int, ...]]]:
-    """(name, stream, what the teacher sent, expected shape)."""
-    if scores is None:
-        return [("teacher log-probability", streams.teacher_logprob_T, None, (response,))]
-    hidden, topk = streams.teacher_hidden_TH, (response, top_k)
+def _teacher_extras(streams: TokenStreams, scores: TeacherScores | None, written: slice) -> list[_Source]:
+    """What the teacher sends of written tokens alone."""
+    parts = {
+        "teacher top-k ids": ("topk_ids", streams.teacher_topk_ids_TK),
+        "teacher top-k log-probabilities": ("topk_logprobs", streams.teacher_topk_logprob_TK),
+        "teacher entropy": ("entropy", streams.teacher_entropy_T),
+        "teacher hidden states": ("hidden", streams.teacher_hidden_TH),
+    }
     return [
-        ("teacher log-probability", streams.teacher_logprob_T, scores.logprob, (response,)),
-        ("teacher top-k ids", streams.teacher_topk_ids_TK, scores.topk_ids, topk),
-        ("teacher top-k log-probabilities", streams.teacher_topk_logprob_TK, scores.topk_logprobs, topk),
-        ("teacher entropy", streams.teacher_entropy_T, scores.entropy, (response,)),
-        ("teacher hidden states", hidden, scores.hidden, (response, 0 if hidden is None else hidden.shape[1])),
+        (name, target, None if scores is None else getattr(scores, field), written)
+        for name, (field, target) in parts.items()
     ]

@@ -91,8 +91,8 @@ class MegatronTeacher:
 
     def _payload(self, rollout: Rollout, want: ScoreRequest) -> dict[str, TensorSpec]:
         """Fields of TeacherScores that are sent for ``rollout``, in order."""
-        length = rollout.response_len
-        specs = {"logprob": TensorSpec(shape=(length,), dtype=torch.float32)}
+        length = len(rollout.logprobs)
+        specs = {"logprob": TensorSpec(shape=(rollout.response_len,), dtype=torch.float32)}
         if want.top_k:
             specs["topk_ids"] = TensorSpec(shape=(length, want.top_k), dtype=torch.int32)
             specs["topk_logprobs"] = TensorSpec(shape=(length, want.top_k), dtype=torch.float32)

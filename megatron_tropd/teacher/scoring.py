@@ -21,12 +21,18 @@ from megatron_tropd.parallel.groups import ModelGroups
 from megatron_tropd.types import Microbatch, Region, Rollout, ScoreRequest, TeacherScores
 
 Head = Callable[[Tensor, Microbatch], TeacherScores]
-"""(output of the last stage, micro-batch) -> scores of its :func:`response_rows`, in packed order."""
+"""(output of the last stage, micro-batch) -> log-probabilities of its :func:`response_rows` and everything else of
+its :func:`written_rows`, in packed order."""
 
 
 def response_rows(batch: Microbatch) -> Tensor:
-    """Packed positions of the labels that are response tokens, int64 [N]."""
+    """Packed positions of the labels that are response tokens, int64 [R]."""
     return (batch.streams.region_T > Region.PROMPT).nonzero().squeeze(1)
+
+
+def written_rows(batch: Microbatch) -> Tensor:
+    """Packed positions of the labels that the student wrote, int64 [W]."""
+    return (batch.streams.region_T == Region.ON_POLICY).nonzero().squeeze(1)
 
 
 @torch.no_grad()
@@ -66,11 +72,13 @@ def score_rollouts(
         raise ValueError("; ".join(failures))
     scored = {}
     for indices, scores in zip(mine, outputs, strict=False):  # no outputs before the last stage
-        start = 0
+        response = written = 0
         for index in indices:
-            stop = start + rollouts[index].response_len
-            scored[index] = _map(scores, lambda value, rows=slice(start, stop): value[rows])
-            start = stop
+            rollout = rollouts[index]
+            rows = slice(written, written := written + len(rollout.logprobs))
+            part = _map(scores, lambda value, rows=rows: value[rows])
+            logprob = scores.logprob[response : (response := response + rollout.response_len)]
+            scored[index] = replace(part, logprob=logprob)
     return scored
 
 
@@ -100,17 +108,23 @@ class FrozenHead:
 
     def __call__(self, hidden: Tensor, batch: Microbatch) -> TeacherScores:
         """See :data:`Head`."""
-        rows = response_rows(batch)
-        hidden = gather_hidden(hidden, self.shard, sequence_parallel=False).squeeze(1)[rows]
-        scores = teacher_scores(
-            hidden,
-            self.model.lm_head_weight(),
-            batch.streams.label_T[rows],
-            self.shard,
-            top_k=self.want.top_k,
-            entropy=self.want.entropy,
+        hidden = gather_hidden(hidden, self.shard, sequence_parallel=False).squeeze(1)
+        region_T = batch.streams.region_T
+        prefix = ((region_T == Region.GUIDANCE) | (region_T == Region.GUIDANCE_COPY)).nonzero().squeeze(1)
+        written = written_rows(batch)
+        scores = self._score(hidden[written], batch.streams.label_T[written], self.want)
+        logprob_T = torch.zeros(len(hidden), device=hidden.device)
+        logprob_T[written] = scores.logprob
+        logprob_T[prefix] = self._score(hidden[prefix], batch.streams.label_T[prefix], ScoreRequest()).logprob
+        return replace(
+            scores,
+            logprob=logprob_T[response_rows(batch)],
+            hidden=hidden[written] if self.want.hidden else None,
         )
-        return replace(scores, hidden=hidden if self.want.hidden else None)
+
+    def _score(self, hidden: Tensor, labels: Tensor, want: ScoreRequest) -> TeacherScores:
+        weight = self.model.lm_head_weight()
+        return teacher_scores(hidden, weight, labels, self.shard, top_k=want.top_k, entropy=want.entropy)
 
 
 def _map(scores: TeacherScores, change: Callable[[Tensor], Tensor]) -> TeacherScores:

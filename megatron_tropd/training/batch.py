@@ -82,7 +82,7 @@ def describe(run: Run, rollouts: Sequence[Rollout], plan: BatchPlan, step: int) 
     if needs.prepass:
         before = prepass(student, rollouts, plan)
     if needs.entropy_quantile is not None:
-        threshold = entropy_threshold(student, rollouts, before, needs.entropy_quantile)
+        threshold = entropy_threshold(student, before, needs.entropy_quantile)
         if math.isfinite(threshold):  # it is inf for a batch without a written token
             metrics["student/entropy_threshold"] = threshold
 

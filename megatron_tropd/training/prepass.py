@@ -10,13 +10,14 @@ from torch import Tensor
 from megatron_tropd.data.packing import BatchPlan
 from megatron_tropd.ops.vocab_parallel import quantile_threshold, student_token_stats
 from megatron_tropd.parallel import platform
-from megatron_tropd.teacher.scoring import response_rows, score_rollouts
+from megatron_tropd.teacher.scoring import response_rows, score_rollouts, written_rows
 from megatron_tropd.training.student import Student
 from megatron_tropd.types import Microbatch, Needs, Rollout, TeacherScores
 
 
 def prepass(student: Student, rollouts: Sequence[Rollout], plan: BatchPlan) -> dict[int, TeacherScores]:
-    """Log-probability and entropy of every response token, by rollout index, where the rollout is trained on.
+    """Log-probability of every response token and entropy of every written one, by rollout index, where the rollout
+    is trained on.
 
     One pass over the micro-batches of the updates themselves, so the numbers are already on the ranks that need
     them: every rank of the last stage of the replica that owns a rollout; {} elsewhere.  0 for the tokens that no
@@ -32,9 +33,10 @@ def prepass(student: Student, rollouts: Sequence[Rollout], plan: BatchPlan) -> d
             sequence_parallel=student.model.config.sequence_parallel,
             settings=student.head(Needs()),
         )
-        rows = response_rows(batch)
         assert stats.entropy_T is not None, "the head always has it"
-        return TeacherScores(logprob=stats.logprob_T[rows], entropy=stats.entropy_T[rows])
+        return TeacherScores(
+            logprob=stats.logprob_T[response_rows(batch)], entropy=stats.entropy_T[written_rows(batch)]
+        )
 
     found: dict[int, TeacherScores] = {}
     for minibatch in plan.minibatches:
@@ -42,22 +44,15 @@ def prepass(student: Student, rollouts: Sequence[Rollout], plan: BatchPlan) -> d
     return found
 
 
-def entropy_threshold(
-    student: Student, rollouts: Sequence[Rollout], before: Mapping[int, TeacherScores], share: float
-) -> float:
+def entropy_threshold(student: Student, before: Mapping[int, TeacherScores], share: float) -> float:
     """The entropy that the ``share`` of the batch's written tokens with the highest entropy reach, exact and the
     same in every layout (see :func:`quantile_threshold`).  Collective over the world.
 
     Args:
         student: tells which ranks speak: the first of each replica's last stage.
-        rollouts: of the batch.
         before: the prepass.
         share: in (0, 1].
     """
     speaks = student.groups.is_last_stage and student.groups.coords.tp == 0
-    mine = [
-        scores.entropy[rollouts[index].guidance_len :]
-        for index, scores in before.items()
-        if speaks and scores.entropy is not None
-    ]
+    mine = [scores.entropy for scores in before.values() if speaks and scores.entropy is not None]
     return quantile_threshold(torch.cat([torch.empty(0), *mine]).to(platform.device()), share)
