@@ -11,14 +11,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.packing import PackPlan
 from megatron_tropd.objectives.base import Objective, Regions
 from megatron_tropd.objectives.diagnostics import GRADIENT_REGIONS, only_region
 from megatron_tropd.training.step import Batch, forward_backward
-from megatron_tropd.training.student import Student
+from megatron_tropd.training.student import Gradient, Student
 from megatron_tropd.types import LossOutput, Needs, StepContext, TokenStats, TokenStreams
 
 
@@ -51,7 +50,7 @@ def gradient_diagnostics(student: Student, objective: Objective, batch: Batch, p
     collective over the world.
     """
 
-    def gradient(objective: Objective) -> tuple[list[Tensor], float]:
+    def gradient(objective: Objective) -> tuple[Gradient, float]:
         forward_backward(student, objective, batch, plan)
         parts = student.gradient()
         return parts, math.sqrt(student.inner_product(parts, parts))
@@ -59,7 +58,7 @@ def gradient_diagnostics(student: Student, objective: Objective, batch: Batch, p
     metrics, exact, exact_norm = {}, None, 0.0
     if objective.needs.teacher:
         parts, exact_norm = gradient(ReverseKl())
-        exact = [part.clone() for part in parts]
+        exact = [[part.clone() for part in of_optimizer] for of_optimizer in parts]
         metrics["gradient/norm_reverse_kl"] = exact_norm
     for region in GRADIENT_REGIONS:
         parts, norm = gradient(only_region(objective, region))

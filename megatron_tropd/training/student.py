@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +27,8 @@ SHARDED_STATE_METADATA = {
     "chained_optim_avoid_prefix": True,
 }
 
+Gradient = list[list[Tensor]]
+"""fp32 tensors of each optimizer."""
 _SLICE = 1 << 24
 """Elements of a gradient that are turned into fp64 at one time."""
 _SET_BY_FLAGS = ("max_lr", "min_lr", "betas", "eps")
@@ -104,23 +105,29 @@ class Student:
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
 
-    def gradient(self) -> list[Tensor]:
-        """This rank's part of the finished gradient, fp32: over all ranks every parameter is there exactly once (tied
-        and replicated ones are left out where another rank has them).  Read it before the next pass."""
+    def gradient(self) -> Gradient:
+        """This rank's part of the finished gradient: over all ranks every parameter is there exactly once (tied and
+        replicated ones are left out where another rank has them).  Read it before the next pass."""
         self.optimizer.prepare_grads()
-        chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-        return [grad for optimizer in chained for grad in optimizer.get_main_grads_for_grad_norm()]
+        return [optimizer.get_main_grads_for_grad_norm() for optimizer in self._optimizers]
 
-    def inner_product(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    def inner_product(self, left: Gradient, right: Gradient) -> float:
         """Of two gradients of this student, over all parameters; the same number on every rank.  Collective over the
         ranks that share a gradient."""
-        total = torch.zeros((), dtype=torch.float64, device=platform.device())
-        for mine, other in zip(left, right, strict=True):
-            for a, b in zip(mine.flatten().split(_SLICE), other.flatten().split(_SLICE), strict=True):
-                total += (a.double() * b.double()).sum()
-        chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-        torch.distributed.all_reduce(total, group=chained[0].get_grad_stats_parallel_group())
-        return float(total)
+        total = 0.0
+        for optimizer, mine, other in zip(self._optimizers, left, right, strict=True):
+            part = torch.zeros((), dtype=torch.float64, device=platform.device())
+            for a, b in zip(mine, other, strict=True):
+                for x, y in zip(a.flatten().split(_SLICE), b.flatten().split(_SLICE), strict=True):
+                    part += (x.double() * y.double()).sum()
+            torch.distributed.all_reduce(part, group=optimizer.get_grad_stats_parallel_group())
+            total += float(part)
+        return total
+
+    @property
+    def _optimizers(self) -> list[Any]:
+        """One for each set of parameters that is reduced over its own ranks; experts have one of their own."""
+        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
 
     @property
     def learning_rate(self) -> float:
