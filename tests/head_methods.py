@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.objectives.base import Regions
-from megatron_tropd.objectives.importance import policy_gradient
 from megatron_tropd.objectives.methods import ObjectiveSettings, make_objective
 from megatron_tropd.types import LossOutput, Needs, Region, StepContext, TokenStats, TokenStreams
 from tests.dense import tropd_losses
@@ -59,7 +58,7 @@ class EveryFifth:
         chosen = Regions.of(tokens).on_policy_T & (tokens.label_position_T % 5 == 1)
         advantage = (0.5 + tokens.uniform_T).float()
         return LossOutput(
-            token_loss_T=torch.where(chosen, policy_gradient(advantage, stats, tokens), 0.0),
+            token_loss_T=torch.where(chosen, -advantage * (stats.logprob_T - stats.logprob_T.detach()).exp(), 0.0),
             denominator=chosen.sum(),
         )
 

@@ -11,6 +11,7 @@ used where they are installed (requirements/benchmark.txt) and named as absent w
 from __future__ import annotations
 
 import argparse
+import os
 import platform as machine
 import sys
 import time
@@ -122,7 +123,9 @@ def hardware(device: torch.device, threads: int) -> dict[str, Any]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return {"GPU": name, "torch": torch.__version__, "CUDA": torch.version.cuda}
-    return {"CPU": machine.processor() or machine.machine(), "threads": threads, "torch": torch.__version__}
+    names = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    name = next((line.split(":")[1].strip() for line in names if line.startswith("model name")), machine.machine())
+    return {"CPU": name, "cores": os.cpu_count(), "threads": threads, "torch": torch.__version__}
 
 
 def main() -> None:

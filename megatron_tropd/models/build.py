@@ -25,8 +25,8 @@ from megatron_tropd.types import Microbatch
 
 
 class HiddenStateGPT(GPTModel):
-    """A GPTModel whose last stage returns hidden states: logits are made, chunk by chunk, by
-    ``ops/vocab_parallel.py`` and nowhere else."""
+    """A GPTModel whose last stage returns hidden states: logits are made, chunk by chunk, in
+    ``ops/`` and nowhere else."""
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """[T, 1, H] ([T / tp, 1, H] under sequence parallelism)."""

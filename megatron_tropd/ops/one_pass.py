@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_tropd.objectives.base import Objective, Regions
 from megatron_tropd.ops.chunk import ChunkLogits, RowGrads, RowStats
 from megatron_tropd.ops.products import add_weight_gradient, hidden_gradient
+from megatron_tropd.ops.records import map_tensors
 from megatron_tropd.ops.source import LogitsSource
 from megatron_tropd.ops.weight_gradient import accumulator, deliver
 from megatron_tropd.types import LossOutput, Metric, StepContext, TokenStats, TokenStreams
@@ -76,6 +77,20 @@ class Totals:
             )
 
 
+_DIFFERENTIABLE = ("logprob_T", "topk_logprob_TK", "entropy_T", "divergence_T")
+
+
+def _token_stats(stats: RowStats, tokens: TokenStreams) -> TokenStats:
+    """A chunk's statistics as an objective sees them."""
+    return TokenStats(
+        logprob_T=stats.label_logprob,
+        topk_logprob_TK=stats.id_logprobs if tokens.teacher_topk_ids_TK is not None else None,
+        entropy_T=stats.entropy,
+        divergence_T=None if stats.divergence is None else stats.divergence.value,
+        topk_overlap_T=None if stats.overlap is None else stats.overlap.detach(),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnePass:
     """One micro-batch's work; :meth:`run` is collective over the shard's group."""
@@ -100,39 +115,31 @@ class OnePass:
         for index, chunk_hidden, chunk in self.source.chunks(rows):
             stats = self.source.statistics(chunk)
             logprob_T[index] = stats.label_logprob
-            grads = self._objective(stats, self.tokens.rows(index), totals)
-            if self.to_hidden or self.to_weight:
-                self._products(index, chunk_hidden, chunk, stats, grads, gradients)
+            tokens = self.tokens.rows(index)
+            if not (self.to_hidden or self.to_weight):
+                totals.add(self.objective(_token_stats(stats, tokens), tokens, self.context), tokens)
+                continue
+            out, grads = self._differentiate(stats, tokens)
+            totals.add(out, tokens)
+            self._products(index, chunk_hidden, chunk, stats, grads, gradients)
         return totals, gradients, logprob_T
 
-    def _objective(self, stats: RowStats, tokens: TokenStreams, totals: Totals) -> RowGrads:
+    def _differentiate(self, stats: RowStats, tokens: TokenStreams) -> tuple[LossOutput, RowGrads]:
         """Autograd through the objective alone, on tensors of [C] and [C, K]."""
-        leaves = {
-            "logprob_T": stats.label_logprob,
-            "topk_logprob_TK": stats.id_logprobs if tokens.teacher_topk_ids_TK is not None else None,
-            "entropy_T": stats.entropy,
-            "divergence_T": None if stats.divergence is None else stats.divergence.value,
-        }
-        inputs = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items() if leaf is not None}
+        leaves = _token_stats(map_tensors(stats, lambda value: value.detach().requires_grad_()), tokens)
+        wanted = {name: value for name in _DIFFERENTIABLE if (value := getattr(leaves, name)) is not None}
         with torch.enable_grad():
-            out = self.objective(TokenStats(**inputs, topk_overlap_T=stats.overlap), tokens, self.context)
+            out = self.objective(leaves, tokens, self.context)
             loss = out.token_loss_T.sum()
-        totals.add(out, tokens)
-        found = (
-            torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
-            if loss.requires_grad
-            else (None,) * len(inputs)
-        )
-        grads = dict(zip(inputs, found, strict=True))
-
-        def or_zero(name: str, like: Tensor) -> Tensor:
-            grad = grads.get(name)
-            return torch.zeros_like(like) if grad is None else grad
-
-        return RowGrads(
-            label=or_zero("logprob_T", stats.label_logprob),
-            ids=or_zero("topk_logprob_TK", stats.id_logprobs),
-            entropy=grads["entropy_T"],
+        grads: dict[str, Tensor | None] = {}
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+            grads = dict(zip(wanted, found, strict=True))
+        label, ids = grads.get("logprob_T"), grads.get("topk_logprob_TK")
+        return out, RowGrads(
+            label=torch.zeros_like(stats.label_logprob) if label is None else label,
+            ids=torch.zeros_like(stats.id_logprobs) if ids is None else ids,
+            entropy=grads.get("entropy_T"),
             divergence=grads.get("divergence_T"),
         )
 

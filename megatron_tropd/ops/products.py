@@ -1,8 +1,8 @@
 """The three matrix products of the head: logits, hidden gradient, weight gradient.
 
 Operands are in the model's dtype; the weight gradient is summed over chunks in fp32.  On CUDA a product of bf16
-operands accumulates in fp32 and may leave its result in fp32 (``out_dtype``).  A CPU has no such product and its bf16
-one is slow in some layouts, so there operands of a slice of the vocabulary are turned into fp32 first.
+operands accumulates in fp32 and may leave its result in fp32 (``out_dtype``, torch 2.8).  A CPU has no such product
+and its bf16 one is slow in some layouts, so there operands of a slice of the vocabulary are turned into fp32 first.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_CPU_SLICE = 4096
-"""Vocabulary rows whose fp32 copies exist at one time on a CPU."""
+_SLICE = 4096
+"""Vocabulary rows whose fp32 copies exist at one time where operands have to be turned into fp32."""
+
+_HAS_OUT_DTYPE = "dtype_out" in torch.ops.aten.addmm.overloads() and "dtype_out" in torch.ops.aten.mm.overloads()
 
 
 def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
@@ -22,7 +24,7 @@ def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
         return
     if out.dtype == hidden.dtype and _is_plain(hidden):
         torch.mm(hidden, weight.t(), out=out)
-    elif hidden.is_cuda:
+    elif hidden.is_cuda and _HAS_OUT_DTYPE:
         torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
     else:
         wide = hidden.float()
@@ -44,7 +46,7 @@ def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     """``total`` [v, H] fp32 += grad' [v, C] hidden [C, H]."""
     if hidden.dtype == torch.float32:
         total.addmm_(grad.t(), hidden)
-    elif hidden.is_cuda:
+    elif hidden.is_cuda and _HAS_OUT_DTYPE:
         torch.addmm(total, grad.to(hidden.dtype).t(), hidden, out_dtype=torch.float32, out=total)
     else:
         wide = hidden.float()
@@ -58,5 +60,5 @@ def _is_plain(operand: Tensor) -> bool:
 
 
 def _slices(size: int) -> Iterator[slice]:
-    for start in range(0, size, _CPU_SLICE):
-        yield slice(start, min(start + _CPU_SLICE, size))
+    for start in range(0, size, _SLICE):
+        yield slice(start, min(start + _SLICE, size))

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import LogLocator, NullLocator
+
 from megatron_tropd.reporting import figure_style
 
 from .measure import Row
@@ -47,12 +49,15 @@ def plot(tables: Sequence[tuple[str, Sequence[Row]]], directory: Path) -> list[P
             if row.name == name and row.peak_bytes and row.ratio
         ]
         if points:
-            marker = figure_style.MARKERS[index % len(figure_style.MARKERS)]
-            colour = figure_style.PALETTE[index % len(figure_style.PALETTE)]
+            count = len(figure_style.PALETTE)
+            marker = figure_style.MARKERS[(index + index // count) % len(figure_style.MARKERS)]
+            colour = figure_style.PALETTE[index % count]
             axes.plot(*zip(*points, strict=True), marker, label=name, color=colour, markersize=8)
-    axes.set_xscale("log")
-    axes.set_xlabel("peak memory beyond inputs and gradients, MB")
     figure_style.finish(axes, "Head and loss: time and memory", "time / three matrix products", legend=False)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("peak memory beyond inputs and gradients, MB")
     axes.axhline(1.0, color="#888888", linewidth=0.8, linestyle=":")
     figure_style.add_legend(axes, loc="upper left", bbox_to_anchor=(1.0, 1.0))
