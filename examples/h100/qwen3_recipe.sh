@@ -9,8 +9,10 @@
 #   TEACHER   Hugging Face directory of Qwen3-8B
 #   PROMPTS   .jsonl or .parquet with the columns prompt and response (a response of the teacher), docs/data.md
 #   RUN_DIR   directory of the run; on a file system that all nodes share
-# and, if you have held-out prompts with the column answer:
-#   EVAL_DATA .jsonl or .parquet
+# and, where it applies:
+#   EVAL_DATA      held-out prompts with the column answer, .jsonl or .parquet
+#   SGLANG_PYTHON  interpreter of SGLang's environment, if it is not the trainer's
+#   ENGINE_URLS    SGLang servers that run already, instead of eight started on the first node
 
 : "${STUDENT:?set it to the Hugging Face directory of the student}"
 : "${TEACHER:?set it to the Hugging Face directory of the teacher}"
@@ -41,9 +43,17 @@ fi
 ROLLOUT_ARGS=(
     --rollout-batch-size 128
     --n-samples-per-prompt 4
-    # KV cache: 28 layers x 2 x 8 heads x 128 x 2 bytes = 0.11 MB a token, 1.2 GB for a sequence of 10144 tokens.
-    --rollout-max-batch-size 16
+    --rollout-engine sglang
+    --sglang-python "${SGLANG_PYTHON:-$(command -v python)}" # an environment with SGLang; it may be the trainer's
+    --sglang-mem-fraction-static 0.3 # of a GPU: 3.4 GB of weights, the rest KV cache, 0.11 MB a token
+    --update-weight-transport planned
 )
+if [[ -n "${ENGINE_URLS:-}" ]]; then # servers that run already, started with the flags of docs/sglang.md
+    # shellcheck disable=SC2206
+    ROLLOUT_ARGS+=(--rollout-engine-urls ${ENGINE_URLS})
+else # one server on each GPU of the first node, beside the trainer
+    ROLLOUT_ARGS+=(--rollout-num-engines 8)
+fi
 
 OBJECTIVE_ARGS=(
     --objective tropd
