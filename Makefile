@@ -68,4 +68,4 @@ $(SGLANG_VENV)/.ready: requirements/sglang-cpu.txt $(wildcard tools/sglang_cpu/*
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

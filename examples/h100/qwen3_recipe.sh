@@ -46,7 +46,6 @@ ROLLOUT_ARGS=(
     --rollout-engine sglang
     --sglang-python "${SGLANG_PYTHON:-$(command -v python)}" # an environment with SGLang; it may be the trainer's
     --sglang-mem-fraction-static 0.3 # of a GPU: 3.4 GB of weights, the rest KV cache, 0.11 MB a token
-    --update-weight-transport planned
 )
 if [[ -n "${ENGINE_URLS:-}" ]]; then # servers that run already, started with the flags of docs/sglang.md
     # shellcheck disable=SC2206
