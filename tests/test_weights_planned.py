@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 
@@ -317,3 +318,9 @@ def test_parameters_that_do_not_fit_the_plan_are_refused(pool, store):
     assert "model.layers.1.mlp.down_proj.weight: the module has 0 of" in missing
     assert "is torch.float32, the plan is for bfloat16" in dtype
     assert "has shape [15, 24]; the plan needs at least [16, 24]" in shape
+
+
+def test_the_store_listens_on_its_own_address_only():
+    store = host_store(timeout_s=20)
+    listening = [c.laddr for c in psutil.Process().net_connections("tcp") if c.laddr.port == store.port]
+    assert {address.ip for address in listening} == {"127.0.0.1"}

@@ -6,6 +6,7 @@ in a process).  A side group is made from a store and a back end directly and le
 
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -18,10 +19,16 @@ LOOPBACK = "127.0.0.1"
 def host_store(*, host: str = LOOPBACK, port: int = 0, timeout_s: float) -> dist.TCPStore:
     """The store through which the ranks of side groups find each other; ``.port`` tells a chosen port.
 
-    One process hosts it for as long as a group lives.  It has no authentication: keep it on loopback or on a
-    private network.
+    One process hosts it for as long as a group lives.  It listens on the address ``host`` alone; it has no
+    authentication: keep it on loopback or on a private network.
     """
-    return dist.TCPStore(host, port, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+    listener = socket.create_server((host, port))
+    chosen = listener.getsockname()[1]
+    # Told only a port, TCPStore would listen on every address of the machine.  It closes the descriptor itself.
+    return dist.TCPStore(
+        host, chosen, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False,
+        master_listen_fd=listener.detach(), use_libuv=True,
+    )  # fmt: skip
 
 
 def join_store(*, host: str = LOOPBACK, port: int, timeout_s: float) -> dist.TCPStore:
