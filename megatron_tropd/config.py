@@ -126,10 +126,11 @@ class EngineConfig:
     rollout_num_engines: int = setting(1, "SGLang servers to start")
     rollout_gpu_ids: list[str] = setting([], "GPUs of the servers started here, in order; default: from 0 on")
     rollout_engine_urls: list[str] = setting([], "SGLang servers that run already, instead of starting some")
-    update_weight_transport: Literal["auto", "shared", "bytes", "planned"] = setting(
+    update_weight_transport: Literal["auto", "shared", "bytes", "planned", "planned-shared"] = setting(
         "auto",
         "how weights reach SGLang: whole tensors in shared memory of one host or as bytes over HTTP (auto: shared with "
-        "own servers), or planned: every rank's own rows straight to the engine ranks that hold them",
+        "own servers), or planned: every rank's own rows straight to the engine ranks that hold them, by messages or "
+        "(planned-shared) in memory they share where they can",
     )
     update_weight_buffer_size: int = setting(512 << 20, "bytes of weights in one message")
     sglang_python: str = setting("", "interpreter of SGLang's environment; default: this one")

@@ -13,6 +13,11 @@ from megatron_tropd.training.sources import ModelSource
 from megatron_tropd.weights.engine_loader import LOADER
 
 
+def is_planned(config: TrainConfig) -> bool:
+    """Whether weights go rank to rank, and whole tensors only when that fails."""
+    return config.engine.update_weight_transport in ("planned", "planned-shared")
+
+
 def sglang_settings(config: TrainConfig, student: ModelSource) -> SGLangSettings | None:
     """How the SGLang servers of this run are run; None without --rollout-engine sglang.
 
@@ -36,10 +41,10 @@ def sglang_settings(config: TrainConfig, student: ModelSource) -> SGLangSettings
         gpu_ids=_gpu_ids(engine.rollout_gpu_ids),
         flags=(
             *(word for name, words in config.sglang_flags.items() for word in (f"--{name}", *words)),
-            *(("--custom-weight-loader", LOADER) if engine.update_weight_transport == "planned" else ()),
+            *(("--custom-weight-loader", LOADER) if is_planned(config) else ()),
         ),
         cuda=platform.is_cuda(),
-        transport="auto" if engine.update_weight_transport == "planned" else engine.update_weight_transport,
+        transport="auto" if is_planned(config) else engine.update_weight_transport,
         bucket_bytes=engine.update_weight_buffer_size,
         start_timeout_s=engine.sglang_start_timeout,
         request_timeout_s=engine.sglang_request_timeout,

@@ -17,7 +17,7 @@ from megatron_tropd.rollout.pool import EnginePool
 from megatron_tropd.rollout.sglang.planned_push import PlannedPush, TrainerWeights
 from megatron_tropd.rollout.sglang.pool import SGLangPool
 from megatron_tropd.training.blueprint import Blueprint
-from megatron_tropd.training.engine_settings import sglang_settings
+from megatron_tropd.training.engine_settings import is_planned, sglang_settings
 from megatron_tropd.training.student import Student, params_dtype
 from megatron_tropd.weights.load import local_parameters
 from megatron_tropd.weights.side_group import LOOPBACK
@@ -34,9 +34,11 @@ def make_engines(blueprint: Blueprint, student: Student, export: Export) -> Roll
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if settings := sglang_settings(config, source):
         planned = None
-        if config.engine.update_weight_transport == "planned":
-            weights = _trainer_weights(config, student, world_size)
-            planned = PlannedPush(settings, source.arch, weights, rank=rank, broadcast=broadcast_object)
+        if is_planned(config):
+            planned = PlannedPush(
+                settings, source.arch, _trainer_weights(config, student, world_size), rank=rank,
+                broadcast=broadcast_object, shared=config.engine.update_weight_transport == "planned-shared",
+            )  # fmt: skip
         return SGLangPool(
             settings, arch=source.arch, stop_token_ids=tokens.stop_ids, vocab_size=tokens.common_vocab_size,
             rank=rank, broadcast=broadcast_object, export=export, planned=planned,

@@ -55,6 +55,8 @@ class LoaderRequest:
     address: str = LOOPBACK
     """The engine's own, by which the trainer's ranks reach it (gloo)."""
     timeout_s: float = 600.0
+    shared: bool = False
+    """Whether payloads stay in the trainer's memory where this engine can open it."""
 
     def named_tensors(self) -> list[tuple[str, Tensor]]:
         """As SGLang's ``update_weights_from_tensor`` takes them."""
@@ -148,10 +150,12 @@ def _tensor_parallel_rank() -> int:
 
 def _serve(model: nn.Module, request: LoaderRequest, rank: int, store: dist.TCPStore) -> Outcome:
     if request.do == "connect":
+        _connections.clear()  # the trainer left without a word; staging memory, its own too, lives as long as they do
         receiver = connect_receiver(
             PlanSpec.from_json(request.spec), request.digest, engine=request.engine, engine_rank=rank,
             params=dict(model.named_parameters()), store=store, group=request.group, backend=request.backend,
             timeout_s=request.timeout_s, version=_versions.get(request.engine, -1), address=request.address,
+            shared=request.shared,
         )  # fmt: skip
         _connections[request.group] = _Connection(store=store, receiver=receiver)
         return Outcome(version=receiver.version)

@@ -28,6 +28,7 @@ class Kind(Enum):
 
     HELLO = b"H"
     DATA = b"D"
+    TAKEN = b"T"
     ACKNOWLEDGED = b"A"
     REFUSED = b"R"
 
@@ -77,6 +78,14 @@ def difference(got: Header, expected: Header) -> str:
         if a != b:
             return f"{name.replace('_', ' ')} {getattr(a, 'name', a)} instead of {getattr(b, 'name', b)}"
     return ""
+
+
+def disagreement(frame: Tensor, expected: Header) -> str:
+    """What of the header at the beginning of ``frame`` [uint8] is not as expected, empty when all is."""
+    try:
+        return difference(Header.unpack(bytes(frame[:HEADER_BYTES].tolist())), expected)
+    except ValueError as error:
+        return str(error)
 
 
 def checksum(data: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -17,29 +18,43 @@ from megatron_tropd.weights.side_group import LOOPBACK, Backend, side_group
 
 def connect_sender(
     spec: PlanSpec, *, rank: int, params: Mapping[str, Tensor], store: dist.TCPStore, group: str, backend: Backend,
-    timeout_s: float, address: str = LOOPBACK,
+    timeout_s: float, address: str = LOOPBACK, shared: bool = False,
 ) -> PlannedSender:  # fmt: skip
     """Join ``group`` as trainer rank ``rank``.  Blocks until every trainer and engine rank has joined.
 
     Args:
         params: The live parameters, by GPTModel name (:func:`local_parameters`).
+        shared: Payloads for engine ranks that can open this rank's memory stay in it; all ranks say the same.
 
     Raises:
         WeightMismatch, ValueError: the parameters are not those of the spec.
-        ConnectionError: not all ranks joined in time.
+        ConnectionError, TransportError: not all ranks joined in time.
     """
     divisor = spec.make_vocab_size_divisible_by
     match_parameters(params, rank_boxes(spec.arch, spec.layout, rank, make_vocab_size_divisible_by=divisor))
     plan = spec.build()
-    joined = side_group(
-        store, name=group, rank=rank, world_size=plan.world_size, backend=backend, timeout_s=timeout_s, address=address
+    joined, shared_over = _join(
+        store, group, rank, plan.world_size, backend=backend, timeout_s=timeout_s, address=address, shared=shared
     )
-    return PlannedSender(plan, rank, params, joined, timeout_s=timeout_s)
+    return PlannedSender(plan, rank, params, joined, timeout_s=timeout_s, shared_over=shared_over)
+
+
+def _join(
+    store: dist.TCPStore, group: str, rank: int, world_size: int, *, backend: Backend, timeout_s: float, address: str,
+    shared: bool,
+) -> tuple[Any, Any]:  # fmt: skip
+    """The group of the payloads, and the one of the frames where memory is shared: NCCL carries nothing between
+    two ranks on one GPU."""
+    options = {"rank": rank, "world_size": world_size, "timeout_s": timeout_s, "address": address}
+    joined = side_group(store, name=group, backend=backend, **options)
+    if not shared or backend == "gloo":
+        return joined, joined if shared else None
+    return joined, side_group(store, name=f"{group}-frames", backend="gloo", **options)
 
 
 def connect_receiver(
     spec: PlanSpec, digest: str, *, engine: int, engine_rank: int, params: Mapping[str, Tensor], store: dist.TCPStore,
-    group: str, backend: Backend, timeout_s: float, version: int = -1, address: str = LOOPBACK,
+    group: str, backend: Backend, timeout_s: float, version: int = -1, address: str = LOOPBACK, shared: bool = False,
 ) -> PlannedReceiver:  # fmt: skip
     """Join ``group`` as a rank of an engine; ``version`` is the last update it holds whole.
 
@@ -49,20 +64,23 @@ def connect_receiver(
     Args:
         digest: The trainer's plan's.
         params: The live parameters, by the names of SGLang's modules.
+        shared: As :func:`connect_sender`'s.
 
     Raises:
         WeightMismatch, ValueError: the parameters are not those of the spec, or the digest is another's.
-        ConnectionError: not all ranks joined in time.
+        ConnectionError, TransportError: not all ranks joined in time.
     """
     matched = match_parameters(params, engine_boxes(spec.arch, spec.engines[engine], engine_rank))
     plan = spec.build()
     if plan.digest != digest:
         raise ValueError(f"the plan made here has digest {plan.digest}, the trainer's has {digest}")
     me = plan.group_rank(engine, engine_rank)
-    joined = side_group(
-        store, name=group, rank=me, world_size=plan.world_size, backend=backend, timeout_s=timeout_s, address=address
+    joined, shared_over = _join(
+        store, group, me, plan.world_size, backend=backend, timeout_s=timeout_s, address=address, shared=shared
     )
-    receiver = PlannedReceiver(plan, engine, engine_rank, params, joined, timeout_s=timeout_s, version=version)
+    receiver = PlannedReceiver(
+        plan, engine, engine_rank, params, joined, timeout_s=timeout_s, version=version, shared_over=shared_over
+    )
     for tensor, wanted in matched:
         if sum(box.numel for box in wanted.boxes) < tensor.numel():
             tensor.data.zero_()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -19,16 +19,25 @@ def by_bucket(messages: Sequence[Message]) -> list[list[Message]]:
     return [list(group) for _, group in groupby(messages, key=lambda message: message.bucket)]
 
 
-class Staging:
-    """Memory for the messages of a rank; messages of bucket n lie in half n % 2."""
+def half_sizes(buckets: Sequence[Sequence[Message]]) -> list[int]:
+    """Bytes of each half of the staging memory that the messages of a rank need."""
+    sizes = [sum(HEADER_BYTES + message.payload_bytes for message in bucket) for bucket in buckets]
+    return [max(sizes[half::STAGING_HALVES], default=0) for half in range(STAGING_HALVES)]
 
-    def __init__(self, buckets: Sequence[Sequence[Message]], itemsize: int, device: torch.device) -> None:
-        sizes = [sum(HEADER_BYTES + message.payload_bytes for message in bucket) for bucket in buckets]
+
+class Staging:
+    """Memory for the messages of a rank; messages of bucket n lie in half n % 2.
+
+    Args:
+        buckets: The messages, bucket by bucket; the same give the same places in whichever process.
+        allocate: Gives the memory of a half, by its bytes [uint8].
+    """
+
+    def __init__(
+        self, buckets: Sequence[Sequence[Message]], itemsize: int, allocate: Callable[[int], Tensor]
+    ) -> None:  # fmt: skip
         self._itemsize = itemsize
-        self._halves = [
-            torch.empty(max(sizes[half::STAGING_HALVES], default=0), dtype=torch.uint8, device=device)
-            for half in range(STAGING_HALVES)
-        ]
+        self._halves = [allocate(size) for size in half_sizes(buckets)]
 
     @property
     def num_bytes(self) -> int:

@@ -67,10 +67,10 @@ class PlannedPush:
 
     def __init__(
         self, settings: SGLangSettings, arch: Architecture, weights: TrainerWeights, *, rank: int,
-        broadcast: Callable[[Any], Any],
+        broadcast: Callable[[Any], Any], shared: bool = False,
     ) -> None:  # fmt: skip
         self._settings, self._arch, self._weights, self._rank = settings, arch, weights, rank
-        self._broadcast = broadcast
+        self._broadcast, self._shared = broadcast, shared
         self._store: dist.TCPStore | None = None
         self._sender: PlannedSender | None = None
         self._engines: PlannedEngines | None = None
@@ -118,7 +118,7 @@ class PlannedPush:
         spec = self._spec(engines)
         self._engines = PlannedEngines(
             engines, spec, self._store, host=self._weights.store_host, backend=self._backend,
-            timeout_s=self._settings.request_timeout_s,
+            timeout_s=self._settings.request_timeout_s, shared=self._shared,
         )  # fmt: skip
         self._connected_to = present
         return _Invitation(spec=spec.to_json(), port=self._store.port, group=self._engines.group)
@@ -153,7 +153,7 @@ class PlannedPush:
         self._sender = connect_sender(
             PlanSpec.from_json(invitation.spec), rank=self._rank, params=self._weights.params(), store=store,
             group=invitation.group, backend=self._backend, timeout_s=self._settings.request_timeout_s,
-            address=self._weights.address,
+            address=self._weights.address, shared=self._shared,
         )  # fmt: skip
 
     def _together(
