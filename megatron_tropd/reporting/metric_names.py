@@ -87,6 +87,7 @@ METRICS: dict[str, MetricInfo] = {
     "engine/reissued": _info("count", "Prompts written again, because a server died or answered wrongly."),
     "engine/bad_responses": _info("count", "Answers of servers that no rollout can have."),
     "engine/stale_weights": _info("count", "Answers by other weights than those of the step."),
+    "engine/planned_failed": _info("count", "Planned updates that failed; whole tensors were sent instead."),
     "engine/given_up": _info("count", "SGLang servers that failed too often and are not used any more."),
     "throughput/tokens_per_second": _info("tokens/s", "Response tokens of the step by wall seconds of the step."),
     "memory/peak_bytes": _info("bytes", "Peak memory of rank 0: of its GPU, or resident where it has none."),

@@ -57,11 +57,20 @@ def make_engines(blueprint: Blueprint, student: Student, export: Export) -> Roll
 def _trainer_weights(config: TrainConfig, student: Student, world_size: int) -> TrainerWeights:
     """On one machine everybody meets on loopback; on several at torchrun's master address."""
     alone = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size
+    host = LOOPBACK if alone else os.environ["MASTER_ADDR"]
     return TrainerWeights(
         layout=student.groups.layout,
         params=lambda: local_parameters(student.model),
         gather=gather_objects,
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
-        store_host=LOOPBACK if alone else os.environ["MASTER_ADDR"],
-        address=LOOPBACK if alone else socket.gethostbyname(socket.gethostname()),
+        store_host=host,
+        address=_own_address(host),
     )
+
+
+def _own_address(peer: str) -> str:
+    """The address by which ``peer`` sees this machine.  A host name may resolve to a loopback address; a route
+    does not."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 9))  # sends nothing
+        return str(probe.getsockname()[0])

@@ -160,5 +160,5 @@ def _engine_counts(run: Run) -> dict[str, float]:
     if not isinstance(run.engines, SGLangPool):
         return {}
     counts = run.engines.counts
-    names = ("restarts", "reissued", "bad_responses", "stale_weights", "given_up")
+    names = ("restarts", "reissued", "bad_responses", "stale_weights", "given_up", "planned_failed")
     return {f"engine/{name}": float(counts.get(name, 0)) for name in names}

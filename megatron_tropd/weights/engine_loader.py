@@ -55,6 +55,8 @@ class LoaderRequest:
     address: str = LOOPBACK
     """The engine's own, by which the trainer's ranks reach it (gloo)."""
     timeout_s: float = 600.0
+    run_name: str = ""
+    """Names the trainer's run: another one may begin with an earlier version."""
     shared: bool = False
     """Whether payloads stay in the trainer's memory where this engine can open it."""
 
@@ -84,8 +86,8 @@ class _Connection:
 
 _connections: dict[str, _Connection] = {}
 """Of this process, by group."""
-_versions: dict[int, int] = {}
-"""Last whole update by engine, over all connections: an older one is refused after a reconnection too."""
+_versions: dict[tuple[str, int], int] = {}
+"""Last whole update by run and engine, over all connections: an older one is refused after a reconnection too."""
 
 
 def outcome_key(group: str, engine: int, rank: int, ticket: str) -> str:
@@ -135,7 +137,7 @@ def load(model: nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         log.exception("planned %s of engine %d rank %d failed", request.do, request.engine, rank)
         receiver = getattr(_connections.get(request.group), "receiver", None)
         outcome = Outcome(
-            error=f"{type(error).__name__}: {error}", version=_versions.get(request.engine, -1),
+            error=f"{type(error).__name__}: {error}", version=_versions.get((request.run_name, request.engine), -1),
             partial=bool(receiver and receiver.partial),
         )  # fmt: skip
     if store is not None:
@@ -154,14 +156,14 @@ def _serve(model: nn.Module, request: LoaderRequest, rank: int, store: dist.TCPS
         receiver = connect_receiver(
             PlanSpec.from_json(request.spec), request.digest, engine=request.engine, engine_rank=rank,
             params=dict(model.named_parameters()), store=store, group=request.group, backend=request.backend,
-            timeout_s=request.timeout_s, version=_versions.get(request.engine, -1), address=request.address,
-            shared=request.shared,
+            timeout_s=request.timeout_s, version=_versions.get((request.run_name, request.engine), -1),
+            address=request.address, shared=request.shared,
         )  # fmt: skip
         _connections[request.group] = _Connection(store=store, receiver=receiver)
         return Outcome(version=receiver.version)
     if request.do == "close":
         del _connections[request.group]
-        return Outcome(version=_versions.get(request.engine, -1))
+        return Outcome(version=_versions.get((request.run_name, request.engine), -1))
     report = _connections[request.group].receiver.receive(request.version)
-    _versions[request.engine] = request.version
+    _versions[request.run_name, request.engine] = request.version
     return Outcome(version=request.version, payload_bytes=report.payload_bytes)

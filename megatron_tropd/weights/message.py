@@ -89,15 +89,16 @@ def disagreement(frame: Tensor, expected: Header) -> str:
 
 
 def checksum(data: Tensor) -> int:
-    """32 bits that change with any byte of ``data`` [uint8]: CRC-32 in host memory, a weighted sum on a GPU."""
+    """32 bits that change with any one byte of ``data`` [uint8]: CRC-32 in host memory, on a GPU the sum of bytes
+    times odd weights modulo 2**32."""
     if data.device.type == "cpu":
         return zlib.crc32(data.numpy().data)
-    total = 0
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
     for start in range(0, data.numel(), _SUM_CHUNK):
         part = data[start : start + _SUM_CHUNK].to(torch.int64)
         weight = torch.arange(start, start + part.numel(), device=data.device) * 2 + 1  # odd: every byte counts
-        total += int((part * weight).sum())
-    return (total ^ (total >> 32)) & 0xFFFFFFFF
+        total += (part * weight).sum()  # wraps at 2**64, a multiple of the modulus
+    return int(total) & 0xFFFFFFFF
 
 
 def describe(message: Message) -> str:

@@ -13,7 +13,7 @@ from megatron_tropd.weights.engine_boxes import engine_boxes
 from megatron_tropd.weights.load import match_parameters
 from megatron_tropd.weights.plan_spec import PlanSpec
 from megatron_tropd.weights.planned_transport import PlannedReceiver, PlannedSender
-from megatron_tropd.weights.side_group import LOOPBACK, Backend, side_group
+from megatron_tropd.weights.side_group import JOIN_TIMEOUT_S, LOOPBACK, Backend, side_group
 
 
 def connect_sender(
@@ -45,7 +45,7 @@ def _join(
 ) -> tuple[Any, Any]:  # fmt: skip
     """The group of the payloads, and the one of the frames where memory is shared: NCCL carries nothing between
     two ranks on one GPU."""
-    options = {"rank": rank, "world_size": world_size, "timeout_s": timeout_s, "address": address}
+    options = {"rank": rank, "world_size": world_size, "timeout_s": min(timeout_s, JOIN_TIMEOUT_S), "address": address}
     joined = side_group(store, name=group, backend=backend, **options)
     if not shared or backend == "gloo":
         return joined, joined if shared else None

@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 Backend = Literal["gloo", "nccl"]
 LOOPBACK = "127.0.0.1"
+JOIN_TIMEOUT_S = 120.0
+"""Until all ranks of a group must be there; what they then wait for is another matter."""
 
 
 def host_store(*, host: str = LOOPBACK, port: int = 0, timeout_s: float) -> dist.TCPStore:

@@ -49,12 +49,13 @@ class PlannedEngines:
 
     def __init__(
         self, engines: Sequence[Engine], spec: PlanSpec, store: dist.TCPStore, *, host: str = LOOPBACK,
-        backend: Backend = "gloo", timeout_s: float, shared: bool = False,
+        backend: Backend = "gloo", timeout_s: float, shared: bool = False, run_name: str = "", address: str = LOOPBACK,
     ) -> None:  # fmt: skip
         if len(engines) != len(spec.engines):
             raise ValueError(f"{len(engines)} engines were given for a plan of {len(spec.engines)}")
         self._engines, self._spec, self._store = engines, spec, store
         self._host, self._backend, self._timeout_s, self._shared = host, backend, timeout_s, shared
+        self._run_name, self._address = run_name, address
         self._digest = spec.build().digest
         self._tickets = count()
         self.group = f"weights-{uuid.uuid4().hex}"
@@ -92,7 +93,7 @@ class PlannedEngines:
             LoaderRequest(
                 do=do, group=self.group, engine=number, ticket=ticket, version=version, spec=spec, digest=self._digest,
                 host=self._host, port=self._store.port, backend=self._backend, timeout_s=self._timeout_s,
-                shared=self._shared,
+                shared=self._shared, run_name=self._run_name, address=self._address,
             )
             for number in range(len(self._engines))
         ]  # fmt: skip

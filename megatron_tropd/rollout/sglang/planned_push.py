@@ -2,13 +2,15 @@
 
 The connection of one plan lives until an engine is started anew or given up; the next push then makes another.
 When anything fails, on either side, nothing is served and the pool sends whole tensors through SGLang's own
-update API instead, to whichever engines then lack the version.
+update API instead, to whichever engines then lack the version.  After two failures in a row it does so for the
+rest of the run.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +27,6 @@ from megatron_tropd.rollout.sglang.planned import PlannedEngines
 from megatron_tropd.rollout.sglang.settings import SGLangSettings
 from megatron_tropd.weights.engine_boxes import EngineLayout
 from megatron_tropd.weights.hf_shapes import hf_shapes
-from megatron_tropd.weights.message import TransportError
 from megatron_tropd.weights.plan_spec import PlanSpec
 from megatron_tropd.weights.planned_link import connect_sender
 from megatron_tropd.weights.planned_transport import PlannedSender
@@ -34,7 +35,10 @@ from megatron_tropd.weights.side_group import LOOPBACK, host_store, join_store
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 120.0
-_PROBLEMS = (EngineError, TransportError, ConnectionError, ValueError)
+MAX_FAILURES = 2
+"""In a row; a failure may cost a whole --sglang-request-timeout, so it is not tried for ever."""
+_PROBLEMS = (RuntimeError, OSError, ValueError)
+"""EngineError, TransportError and what torch raises are RuntimeErrors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +54,7 @@ class TrainerWeights:
     store_host: str = LOOPBACK
     """Address of the first rank, by which all trainer and engine ranks find each other."""
     address: str = LOOPBACK
-    """This rank's own."""
+    """This rank's own; the servers started by the first rank share its."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,31 +79,45 @@ class PlannedPush:
         self._sender: PlannedSender | None = None
         self._engines: PlannedEngines | None = None
         self._connected_to: tuple[tuple[int, int], ...] = ()
+        self._run_name = uuid.uuid4().hex
+        self._failures = 0
 
     def deliver(self, fleet: Fleet | None, run: Callable[[Any], Any], version: int) -> bool:
         """One planned update; whether every server that is not given up now serves ``version``.
 
+        False also where planned updates were given up.
+
         Raises:
             EngineError: on every rank alike: no server is left.
         """
+        if self._failures >= MAX_FAILURES:
+            return False
         invitation = self._from_first_rank(lambda: self._invite(fleet, run))
         problem = self._carry_out(invitation, run, version)
         if problems := [text for text in self._weights.gather(problem) if text]:
-            if self._rank == 0:
-                log.warning("planned update to version %d failed, sending whole tensors: %s", version, problems[0])
-            self._drop()
+            self._failed(fleet, version, problems[0])
             return False
+        self._failures = 0
         names = list(hf_shapes(self._arch))
         return bool(self._from_first_rank(lambda: run(fleet.end_update(version, names, None)) if fleet else None))
 
+    def _failed(self, fleet: Fleet | None, version: int, problem: str) -> None:
+        self._failures += 1
+        self._drop()
+        if fleet is not None:
+            fleet.counts["planned_failed"] += 1
+            log.warning("planned update to version %d failed, sending whole tensors: %s", version, problem)
+            if self._failures == MAX_FAILURES:
+                log.error("planned updates failed %d times in a row and are given up for this run", MAX_FAILURES)
+
     def _from_first_rank(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` gives there, everywhere; its EngineError is raised everywhere."""
+        """What ``work`` gives there, everywhere; whatever it raises is an EngineError everywhere."""
         answer: Any = None
         if self._rank == 0:
             try:
                 answer = work()
-            except EngineError as error:
-                answer = error
+            except Exception as error:  # the other ranks are waiting for an answer
+                answer = error if isinstance(error, EngineError) else EngineError(f"{type(error).__name__}: {error}")
         answer = self._broadcast(answer)
         if isinstance(answer, EngineError):
             raise EngineError(str(answer))
@@ -118,7 +136,8 @@ class PlannedPush:
         spec = self._spec(engines)
         self._engines = PlannedEngines(
             engines, spec, self._store, host=self._weights.store_host, backend=self._backend,
-            timeout_s=self._settings.request_timeout_s, shared=self._shared,
+            timeout_s=self._settings.request_timeout_s, shared=self._shared, run_name=self._run_name,
+            address=self._weights.address,
         )  # fmt: skip
         self._connected_to = present
         return _Invitation(spec=spec.to_json(), port=self._store.port, group=self._engines.group)

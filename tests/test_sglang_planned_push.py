@@ -1,0 +1,72 @@
+"""A pool whose weights are planned, on real servers: what it does when a planned update fails."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.rollout.sglang.planned import PlannedEngines
+from megatron_tropd.rollout.sglang.planned_push import MAX_FAILURES, PlannedPush, TrainerWeights
+from megatron_tropd.weights.boxes import rank_boxes
+from tests.planned_ranks import as_torch, fill
+from tests.sglang_helpers import check_rollouts, params, requests_of
+
+POISON = 0x7FC00001
+
+
+@pytest.fixture
+def pool(sglang):
+    """One trainer rank; its parameters are always those of ``sglang.student``."""
+    layout, student = ParallelLayout(), sglang.student
+
+    def live():
+        hf = {name: tensor.numpy().view(np.uint32) for name, tensor in student.model.state_dict().items()}
+        return as_torch(fill(rank_boxes(sglang.arch, layout, 0), hf, POISON, "float32"), "float32")
+
+    held = live()
+
+    def current():
+        return {name: held[name] for name in held}
+
+    def refresh():
+        for name, tensor in live().items():
+            held[name].copy_(tensor)
+
+    weights = TrainerWeights(
+        layout=layout, params=current, gather=lambda value: [value], make_vocab_size_divisible_by=128
+    )
+    planned = PlannedPush(sglang.settings, sglang.arch, weights, rank=0, broadcast=lambda value: value)
+    made = sglang.other_pool(planned=planned)
+    made.refresh = refresh
+    yield made
+    made.close()
+    sglang.push()  # the next test finds servers that its own pool knows
+
+
+def _push(sglang, pool, measured) -> None:
+    version = sglang.student.change()
+    pool.refresh()
+    pool.push(sglang.student.export, version)
+    requests = requests_of(4, max_new=8)
+    worst = check_rollouts(pool.generate(requests, params(), version), requests, sglang.student.model, version)
+    measured("SGLang's log-probabilities after a push of a planned pool, against transformers", worst, 1e-5)
+
+
+def test_a_failed_planned_update_is_made_good_and_planned_again(sglang, pool, monkeypatch, measured):
+    _push(sglang, pool, measured)
+    assert pool.counts.get("planned_failed", 0) == 0
+    receive = PlannedEngines.receive
+    with monkeypatch.context() as broken:  # the engines expect another version, and refuse
+        broken.setattr(PlannedEngines, "receive", lambda self, version: receive(self, version + 1))
+        _push(sglang, pool, measured)
+    assert pool.counts["planned_failed"] == 1
+    _push(sglang, pool, measured)
+    assert pool.counts["planned_failed"] == 1, "a new connection did not work"
+
+
+def test_planned_updates_are_given_up_after_failures_in_a_row(sglang, pool, monkeypatch, measured):
+    monkeypatch.setattr(PlannedEngines, "connect", lambda self: self._ask("receive", 0))  # nobody is connected
+    for _ in range(MAX_FAILURES + 1):
+        _push(sglang, pool, measured)
+    assert pool.counts["planned_failed"] == MAX_FAILURES
