@@ -53,12 +53,17 @@ def _push(sglang, pool, measured) -> None:
     measured("SGLang's log-probabilities after a push of a planned pool, against transformers", worst, 1e-5)
 
 
+def _break(monkeypatch) -> None:
+    """The engines expect another version than is sent, and refuse."""
+    receive = PlannedEngines.receive
+    monkeypatch.setattr(PlannedEngines, "receive", lambda self, version: receive(self, version + 1))
+
+
 def test_a_failed_planned_update_is_made_good_and_planned_again(sglang, pool, monkeypatch, measured):
     _push(sglang, pool, measured)
     assert pool.counts.get("planned_failed", 0) == 0
-    receive = PlannedEngines.receive
-    with monkeypatch.context() as broken:  # the engines expect another version, and refuse
-        broken.setattr(PlannedEngines, "receive", lambda self, version: receive(self, version + 1))
+    with monkeypatch.context() as broken:
+        _break(broken)
         _push(sglang, pool, measured)
     assert pool.counts["planned_failed"] == 1
     _push(sglang, pool, measured)
@@ -66,7 +71,7 @@ def test_a_failed_planned_update_is_made_good_and_planned_again(sglang, pool, mo
 
 
 def test_planned_updates_are_given_up_after_failures_in_a_row(sglang, pool, monkeypatch, measured):
-    monkeypatch.setattr(PlannedEngines, "connect", lambda self: self._ask("receive", 0))  # nobody is connected
+    _break(monkeypatch)
     for _ in range(MAX_FAILURES + 1):
         _push(sglang, pool, measured)
     assert pool.counts["planned_failed"] == MAX_FAILURES
