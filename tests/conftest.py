@@ -19,6 +19,11 @@ from tests.ranks import RankPools  # noqa: E402  (torch must be patched before M
 _MEASURED: dict[str, tuple[float, float]] = {}
 
 
+def pytest_collection_modifyitems(items):
+    """Tests on the shared servers come last: idle servers and idle ranks take time from each other."""
+    items.sort(key=lambda item: "sglang" in item.fixturenames)
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """Pools of real gloo ranks: ``ranks(2).run(function, *args)``."""

@@ -55,18 +55,26 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=CALL_TIMEOUT_S / 2))
-    answer_calls(pipe)
+    answer_calls(pipe, after=_release_groups)
     dist.destroy_process_group()
 
 
-def answer_calls(pipe: Connection) -> None:
-    """Run what arrives until nothing more does."""
+def _release_groups() -> None:
+    """Each gloo group keeps a thread that wakes a hundred times a second; dozens of them, on idle ranks, would
+    take the cores away from the tests of other world sizes."""
+    if groups := sys.modules.get("megatron_tropd.parallel.groups"):
+        groups.release_groups()
+
+
+def answer_calls(pipe: Connection, after: Callable[[], None] = lambda: None) -> None:
+    """Run what arrives until nothing more does, and ``after`` when a call was answered."""
     while (call := _next_call(pipe)) is not None:
         function, args, kwargs = call
         try:
             pipe.send((True, function(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        after()
 
 
 def _next_call(pipe: Connection) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:

@@ -99,6 +99,7 @@ class Link:
 def link(sglang):
     link = Link(sglang)
     yield link
+    link.sglang.run(link.engines.close())
     link.trainers.kill()
 
 
