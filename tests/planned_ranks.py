@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -70,7 +72,10 @@ def as_numpy(tensors, dtype: str) -> dict[str, np.ndarray]:
 class Member:
     """One process of a run: its plan, its group, its parameters, sender or receiver."""
 
-    def __init__(self, case: Case, port: int, name: str, *, dtype: str, bucket_bytes: int, timeout_s: float, wrap=None):
+    def __init__(
+        self, case: Case, port: int, name: str, *, dtype: str, bucket_bytes: int, timeout_s: float, wrap=None,
+        shared: bool = False,
+    ) -> None:  # fmt: skip
         from megatron_tropd.weights.boxes import rank_boxes
         from megatron_tropd.weights.engine_boxes import engine_boxes
         from megatron_tropd.weights.plan import build_plan
@@ -86,13 +91,14 @@ class Member:
         self.group = side_group(
             store, name=name, rank=self.rank, world_size=case.processes, backend="gloo", timeout_s=60
         )
-        group = wrap(self.group) if wrap else self.group
+        self.wrapped = group = wrap(self.group) if wrap else self.group
+        connection = {"timeout_s": timeout_s, "shared_over": group if shared else None}
         world = case.layout.world_size
         self.sends = self.rank < world
         if self.sends:
             self.boxes = rank_boxes(case.arch, case.layout, self.rank, **options)
             self.params = as_torch(fill(self.boxes, hf_bits(case, 0, dtype), POISON[dtype], dtype), dtype)
-            self.sender = PlannedSender(self.plan, self.rank, self.params, group, timeout_s=timeout_s)
+            self.sender = PlannedSender(self.plan, self.rank, self.params, group, **connection)
             return
         engine, rank = next(
             (number, at)
@@ -103,7 +109,7 @@ class Member:
         self.boxes = engine_boxes(case.arch, case.engines[engine], rank)
         zeros = {p.names[-1]: np.zeros(p.shape, BITS[dtype]) for p in self.boxes}
         self.params = as_torch(zeros, dtype)
-        self.receiver = PlannedReceiver(self.plan, engine, rank, self.params, group, timeout_s=timeout_s)
+        self.receiver = PlannedReceiver(self.plan, engine, rank, self.params, group, **connection)
 
     def train(self, version: int) -> None:
         """New weights in the same memory; padding stays poisoned."""
@@ -127,11 +133,39 @@ class Member:
         return [name for name in expected if not np.array_equal(mine[name], expected[name])]
 
 
-def deliver(case: Case, port: int, name: str, dtype: str, bucket_bytes: int, versions: int):
-    """Body: every version in turn; (payload bytes, staging bytes, buckets) of this rank, None when it has no part."""
+@contextmanager
+def elsewhere(hidden: bool):
+    """Handles made here name another process, as they would on another machine: nobody can open this rank's memory."""
+    getpid = os.getpid
+    if hidden:
+        os.getpid = lambda: 1
+    try:
+        yield
+    finally:
+        os.getpid = getpid
+
+
+def shared_mappings() -> list[str]:
+    """What this process still holds of shared staging memory."""
+    with open("/proc/self/maps") as maps:
+        held = [line.strip() for line in maps if "memfd:tropd" in line]
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    return held + [link for link in links if os.path.islink(link) and "memfd:tropd" in os.readlink(link)]
+
+
+def deliver(
+    case: Case, port: int, name: str, dtype: str, bucket_bytes: int, versions: int, *, shared: bool = False,
+    hidden: tuple[int, ...] = (),
+):  # fmt: skip
+    """Body: every version in turn; the last report and the number of buckets, None when this rank has no part.
+
+    Args:
+        hidden: Trainer ranks whose memory nobody can open.
+    """
     if int(os.environ["RANK"]) >= case.processes:
         return None
-    member = Member(case, port, name, dtype=dtype, bucket_bytes=bucket_bytes, timeout_s=60)
+    with elsewhere(int(os.environ["RANK"]) in hidden):
+        member = Member(case, port, name, dtype=dtype, bucket_bytes=bucket_bytes, timeout_s=60, shared=shared)
     report = None
     for version in range(1, versions + 1):
         report = member.update(version)
@@ -139,4 +173,8 @@ def deliver(case: Case, port: int, name: str, dtype: str, bucket_bytes: int, ver
         if not member.sends:
             assert not member.differing(version), member.differing(version)[:5]
             assert member.receiver.version == version and not member.receiver.partial
-    return report.payload_bytes, report.staging_bytes, member.plan.num_buckets
+    num_buckets = member.plan.num_buckets
+    del member
+    gc.collect()
+    assert not shared_mappings()
+    return report, num_buckets

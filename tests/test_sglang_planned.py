@@ -23,7 +23,7 @@ POISON = 0x7FC00001
 _held: dict = {}  # of a trainer process
 
 
-def _join(spec_json, port, group):
+def _join(spec_json, port, group, shared):
     """Body: a trainer rank with poisoned parameters joins the group."""
     import os
 
@@ -37,7 +37,8 @@ def _join(spec_json, port, group):
     tensors = as_torch(poisoned, spec.dtype)
     store = join_store(port=port, timeout_s=TIMEOUT_S)
     sender = connect_sender(
-        spec, rank=rank, params=tensors, store=store, group=group, backend="gloo", timeout_s=TIMEOUT_S
+        spec, rank=rank, params=tensors, store=store, group=group, backend="gloo", timeout_s=TIMEOUT_S,
+        shared=shared,
     )  # fmt: skip
     _held.update(boxes=boxes, params=tensors, sender=sender, dtype=spec.dtype)
 
@@ -48,7 +49,8 @@ def _push(hf, version):
     for param in _held["boxes"]:
         _held["params"][param.names[0]].copy_(new[param.names[-1]])
     try:
-        return _held["sender"].push(version).payload_bytes
+        report = _held["sender"].push(version)
+        return report.payload_bytes, report.shared_bytes
     except RuntimeError as error:
         return str(error)
 
@@ -56,7 +58,7 @@ def _push(hf, version):
 class Link:
     """Two trainer ranks (TP 2) and the two servers, driven from here as a trainer's first rank would."""
 
-    def __init__(self, sglang) -> None:
+    def __init__(self, sglang, *, shared: bool = False) -> None:
         self.sglang = sglang
         self.spec = PlanSpec(
             arch=sglang.arch, layout=ParallelLayout(tp=2), engines=(EngineLayout(cpu=True),) * 2, dtype="float32",
@@ -64,9 +66,9 @@ class Link:
         )  # fmt: skip
         self.store = host_store(timeout_s=TIMEOUT_S)
         self.trainers = RankPool(2, serve)
-        self.engines = PlannedEngines(sglang.engines, self.spec, self.store, timeout_s=TIMEOUT_S)
+        self.engines = PlannedEngines(sglang.engines, self.spec, self.store, timeout_s=TIMEOUT_S, shared=shared)
         self.begin()
-        self._together(self.engines.connect(), _join, self.spec.to_json(), self.store.port, self.engines.group)
+        self._together(self.engines.connect(), _join, self.spec.to_json(), self.store.port, self.engines.group, shared)
 
     def begin(self) -> None:
         self.sglang.run(self.sglang.pool._fleet.begin_update())
@@ -116,7 +118,7 @@ def test_engines_hold_what_the_trainer_holds_after_every_update(link, measured):
         if number:
             link.begin()
         link.push(version)
-        assert all(sent > 0 for sent in link.said)
+        assert all(sent > 0 and shared == 0 for sent, shared in link.said)
         link.end(version)
         _error(link, version, measured, "SGLang's log-probabilities after a planned update, against transformers")
 
@@ -146,3 +148,22 @@ def test_an_update_that_is_refused_leaves_the_engines_out_of_rotation(link, meas
     link.push(version)
     link.end(version)
     _error(link, version, measured, "SGLang's log-probabilities after a planned update, against transformers")
+
+
+def test_engines_read_the_trainers_memory(sglang, measured):
+    """The servers are no children of the trainer's processes.  The connection of before is closed on both sides."""
+    link = Link(sglang, shared=True)
+    try:
+        for number in range(2):
+            version = sglang.student.change()
+            if number:
+                link.begin()
+            link.push(version)
+            assert all(sent == shared > 0 for sent, shared in link.said)
+            link.end(version)
+        _error(
+            link, version, measured, "SGLang's log-probabilities after an update in shared memory, against transformers"
+        )
+        sglang.run(link.engines.close())
+    finally:
+        link.trainers.kill()

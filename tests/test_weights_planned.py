@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import os
 import time
@@ -13,9 +14,10 @@ import pytest
 import torch
 
 from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.weights.channel import DATA_TAG
 from megatron_tropd.weights.engine_boxes import EngineLayout
 from megatron_tropd.weights.side_group import host_store
-from tests.planned_ranks import Member, deliver, serve
+from tests.planned_ranks import Member, deliver, serve, shared_mappings
 from tests.ranks import RankPool
 from tests.weight_cases import CASES, Case, arch
 from tests.weight_cases import _case as make_case
@@ -40,16 +42,37 @@ def _new_name() -> str:
     return f"update{next(_names)}"
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_byte_arrives_in_three_versions(pool, store, name):
+SHARED = (
+    "tied, pipeline, two engines", "key/value heads repeated", "virtual pipeline", "engines of several widths",
+    "experts in parts",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "shared"), [*((name, False) for name in CASES), *((name, True) for name in SHARED)])
+def test_every_byte_arrives_in_three_versions(pool, store, name, shared):
     """Random bits with NaN payloads, poisoned source padding; destination padding stays zero."""
     case = CASES[name]
     assert case.processes <= 8
-    reports = pool.run(deliver, case, store.port, _new_name(), "bfloat16", BUCKET, 3)[: case.processes]
-    sent = sum(report[0] for report in reports[: case.layout.world_size])
-    assert sent == sum(report[0] for report in reports[case.layout.world_size :]) > 0
-    assert all(report[1] <= BUCKET for report in reports)
-    assert reports[0][2] > 2, "one bucket proves little"
+    answers = pool.run(deliver, case, store.port, _new_name(), "bfloat16", BUCKET, 3, shared=shared)[: case.processes]
+    reports, world = [report for report, _ in answers], case.layout.world_size
+    sent, received = (sum(report.payload_bytes for report in part) for part in (reports[:world], reports[world:]))
+    assert sent == received > 0
+    assert all(report.staging_bytes <= BUCKET for report in reports)
+    assert all(report.shared_bytes == report.payload_bytes * shared for report in reports)
+    assert all(report.staging_bytes == 0 for report in reports[world:]) == shared, "a receiver needs none of its own"
+    assert answers[0][1] > 2, "one bucket proves little"
+
+
+def test_pairs_that_cannot_share_send_messages(pool, store):
+    """Of four trainer ranks, two are as if on another machine; every engine rank hears of both kinds."""
+    case = CASES["fewer key/value heads than ranks on both sides"]
+    bodies = {"shared": True, "hidden": (0, 3)}
+    answers = pool.run(deliver, case, store.port, _new_name(), "bfloat16", BUCKET, 3, **bodies)
+    for rank, (report, _) in enumerate(answers[:4]):
+        assert report.shared_bytes == (0 if rank in (0, 3) else report.payload_bytes)
+    received = [report for report, _ in answers[4:]]
+    assert any(0 < report.shared_bytes < report.payload_bytes for report in received)
+    assert all(report.staging_bytes <= BUCKET for report in received)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -62,7 +85,7 @@ def _resident_mib(field: str) -> float:
         return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def _push_and_measure(port, name, layers, bucket_bytes):
+def _push_and_measure(port, name, layers, bucket_bytes, shared):
     """Body of a pair: (MiB of weights, MiB that resident memory rose during a push, MiB of staging)."""
     from megatron_tropd.weights.planned_transport import PlannedReceiver, PlannedSender
 
@@ -77,41 +100,53 @@ def _push_and_measure(port, name, layers, bucket_bytes):
     before = _resident_mib("VmRSS")
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")  # the high-water mark begins anew
+    options = {"timeout_s": 60, "shared_over": member.group if shared else None}
     if member.sends:  # an endpoint of its own: its staging memory is touched here for the first time
-        report = PlannedSender(member.plan, 0, member.params, member.group, timeout_s=60).push(2)
+        report = PlannedSender(member.plan, 0, member.params, member.group, **options).push(2)
     else:
-        receiver = PlannedReceiver(member.plan, 0, 0, member.params, member.group, timeout_s=60)
+        receiver = PlannedReceiver(member.plan, 0, 0, member.params, member.group, **options)
         report = receiver.receive(2)
     return weights, _resident_mib("VmHWM") - before, report.staging_bytes / 2**20
 
 
-def test_extra_memory_is_the_bucket_not_the_model(pool, store, measured):
-    """Two model sizes, one bucket size: resident memory rises by the bucket and a little of the process's own, not with the model."""
-    bucket_mib = 8
+@pytest.mark.parametrize("shared", [False, True])
+def test_extra_memory_is_the_bucket_not_the_model(pool, store, measured, shared):
+    """Two model sizes, one bucket size: resident memory rises by the bucket and a little of the process's own, not with
+    the model.  Shared, the receiver's is the sender's, and it has none besides."""
+    bucket_mib, how = 8, "in shared memory" if shared else "by messages"
     small, large = (
-        pool.run(_push_and_measure, store.port, _new_name(), layers, bucket_mib << 20)[:2] for layers in (2, 14)
+        pool.run(_push_and_measure, store.port, _new_name(), layers, bucket_mib << 20, shared)[:2] for layers in (2, 14)
     )
     for side, what in enumerate(("sender", "receiver")):
         assert large[side][0] > 2.5 * small[side][0] > 5 * bucket_mib
         for weights, risen, staging in (small[side], large[side]):
-            assert 0.8 * bucket_mib < staging <= bucket_mib
+            own = 0 if shared and what == "receiver" else 0.8 * bucket_mib
+            assert own <= staging <= (own and bucket_mib)
             assert risen > 0.8 * bucket_mib, "the measurement does not see the staging memory"
-            measured(f"MiB a {what}'s memory rises, {weights:.0f} MiB through a bucket of 8", risen, 1.5 * bucket_mib)
+            claim = f"MiB a {what}'s memory rises, {weights:.0f} MiB through a bucket of 8 {how}"
+            measured(claim, risen, 1.5 * bucket_mib)
 
 
 class _Tampering:
-    """A group that changes data on its way: what a faulty wire or a confused peer would do."""
+    """A group that changes data on its way, or loses its process: what a faulty wire or a confused peer would do."""
 
     def __init__(self, group, change) -> None:
         self._group, self._change = group, change
-        self.rank, self.size, self.recv = group.rank, group.size, group.recv
-        self._messages = 0
+        self.rank, self.size = group.rank, group.size
+        self.messages = 0
+
+    def _count(self, data, tag):
+        if tag == DATA_TAG:
+            self.messages += 1
+            self._change(self.messages, data)
 
     def send(self, tensors, peer, tag):
-        if tag == 2:
-            self._messages += 1
-            self._change(self._messages, tensors[0])
+        self._count(tensors[0], tag)
         return self._group.send(tensors, peer, tag)
+
+    def recv(self, tensors, peer, tag):
+        self._count(tensors[0], tag)
+        return self._group.recv(tensors, peer, tag)
 
 
 def _corrupt(number, message):
@@ -151,25 +186,30 @@ CHANGES = {
 }  # fmt: skip
 
 
-def _faulty_update(port, name, change, timeout_s, again=False):
-    """Body of a pair: version 1 goes well, version 2 does not; what each side said, and how long it took."""
+def _faulty_update(port, name, change, timeout_s, again=False, shared=False, at=0):
+    """Body of a pair: version 1 goes well, version 2 does not by the fault of rank ``at``; what each side said, and how
+    long it took."""
     rank = int(os.environ["RANK"])
     if rank >= 2:
         return None
     armed = []
 
     def tamper(number, message):
-        if armed:
-            change_now = number - armed[0]
-            CHANGES[change](change_now, message)
+        if not armed:
+            return
+        number -= armed[0]
+        if shared and change == "corrupt" and number == 3:  # the payload is not on the wire
+            sender = member.sender
+            message = sender._staging.cut(number - 1, sender._buckets[number - 1])[0]
+        CHANGES[change](number, message)
 
     member = Member(
         PAIR, port, name, dtype="bfloat16", bucket_bytes=BUCKET, timeout_s=timeout_s,
-        wrap=(lambda group: _Tampering(group, tamper)) if rank == 0 else None,
+        wrap=(lambda group: _Tampering(group, tamper)) if rank == at else None, shared=shared,
     )  # fmt: skip
     member.update(1)
-    if rank == 0:
-        armed.append(member.sender._group._messages)
+    if rank == at:
+        armed.append(member.wrapped.messages)
     start = time.monotonic()
     try:
         member.update(2)
@@ -178,9 +218,9 @@ def _faulty_update(port, name, change, timeout_s, again=False):
     else:
         said = "no error"
     seconds = time.monotonic() - start
+    armed.clear()
     if member.sends:
         if again:
-            CHANGES[change] = lambda number, message: None
             member.update(3)
         return said, seconds, None, None
     state = (member.receiver.version, member.receiver.partial)
@@ -192,43 +232,75 @@ def _faulty_update(port, name, change, timeout_s, again=False):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "reason", "shared"),
     [
-        ("corrupt", "checksum"),
-        ("version", "version 1 instead of 2"),
-        ("bucket", "bucket 3 instead of 2"),
-        ("header", "no header of this format"),
+        ("corrupt", "checksum", False),
+        ("corrupt", "checksum", True),
+        ("version", "version 1 instead of 2", False),
+        ("version", "version 1 instead of 2", True),
+        ("bucket", "bucket 3 instead of 2", False),
+        ("header", "no header of this format", False),
     ],
 )
-def test_a_wrong_message_is_refused_and_the_next_update_heals(pool, store, change, reason):
-    sender, receiver = pool.run(_faulty_update, store.port, _new_name(), change, 60, again=True)[:2]
+def test_a_wrong_message_is_refused_and_the_next_update_heals(pool, store, change, reason, shared):
+    sender, receiver = pool.run(_faulty_update, store.port, _new_name(), change, 60, again=True, shared=shared)[:2]
     assert reason in receiver[0] and "model." in receiver[0] and "engine 0 rank 0" in receiver[0]
     assert "engine 0 rank 0 did not take version 2" in sender[0]
     assert receiver[2] == (1, True), "no version advance, and partial"
 
 
-def test_a_sender_that_falls_silent_is_noticed_within_the_timeout(pool, store):
-    sender, receiver = pool.run(_faulty_update, store.port, _new_name(), "hang", 3)[:2]
-    assert receiver[1] < 11 and receiver[2] == (1, True)
-    assert (
-        "TransportError: bucket 2 (model." in receiver[0]
-        and "from trainer rank 0 to engine 0 rank 0 failed" in receiver[0]
-    )
-    assert "TransportError" in sender[0] and receiver[3]
+@pytest.mark.parametrize(("at", "shared"), [(0, False), (1, True)])
+def test_a_peer_that_falls_silent_is_noticed_within_the_timeout(pool, store, at, shared):
+    """The sender without, the receiver with shared memory, which the sender then must not fill again."""
+    answers = pool.run(_faulty_update, store.port, _new_name(), "hang", 3, shared=shared, at=at)[:2]
+    said, seconds, *_ = answers[1 - at]
+    assert seconds < 11
+    assert f"TransportError: bucket {2 if at == 0 else 1} (model." in said, "at 1, not yet taken"
+    assert "from trainer rank 0 to engine 0 rank 0 failed" in said
+    assert "TransportError" in answers[at][0] and answers[1][2] == (1, True) and answers[1][3]
 
 
-def test_a_sender_that_dies_is_noticed_at_once(store):
+@pytest.mark.parametrize(("at", "shared"), [(0, False), (1, True)])
+def test_a_peer_that_dies_is_noticed_at_once(store, at, shared):
+    """The sender without, the receiver with shared memory, of which nothing is left afterwards."""
     pair = RankPool(2, serve)
     start = time.monotonic()
-    with pytest.raises(AssertionError, match="rank 0 died") as death:
-        pair.run(_die_and_tell, store.port, _new_name())
+    with pytest.raises(AssertionError, match=f"rank {at} died") as death:
+        pair.run(_die_and_tell, store.port, _new_name(), at, shared)
     text = str(death.value)
-    assert "from trainer rank 0 to engine 0 rank 0 failed" in text and "(1, True)" in text
+    assert "from trainer rank 0 to engine 0 rank 0 failed" in text
+    assert ("(1, True)" in text) == (at == 0), "a receiver is partial"
+    assert "left: []" in text
     assert time.monotonic() - start < 60
 
 
-def _die_and_tell(port, name):
-    raise AssertionError(str(_faulty_update(port, name, "die", 50)))
+def _die_and_tell(port, name, at, shared):
+    outcome = _faulty_update(port, name, "die", 50, shared=shared, at=at)
+    gc.collect()
+    raise AssertionError(f"{outcome} left: {shared_mappings()}")
+
+
+def _read_slowly(port, name):
+    """Body of a pair: the receiver is slower than the sender by far."""
+    if int(os.environ["RANK"]) >= 2:
+        return
+    member = Member(PAIR, port, name, dtype="bfloat16", bucket_bytes=BUCKET, timeout_s=60, shared=True)
+    if member.sends:
+        member.update(1)
+        return
+    unpack = member.receiver._unpack
+
+    def slow(message, part):
+        time.sleep(0.05)
+        unpack(message, part)
+
+    member.receiver._unpack = slow
+    member.update(1)
+    assert not member.differing(1)
+
+
+def test_memory_that_is_still_being_read_is_not_filled_again(pool, store):
+    pool.run(_read_slowly, store.port, _new_name())
 
 
 def _disagree(port, name, kind):
