@@ -92,7 +92,7 @@ class Member:
             store, name=name, rank=self.rank, world_size=case.processes, backend="gloo", timeout_s=60
         )
         self.wrapped = group = wrap(self.group) if wrap else self.group
-        connection = {"timeout_s": timeout_s, "shared_over": group if shared else None}
+        connection = {"timeout_s": timeout_s, "shared": shared}
         world = case.layout.world_size
         self.sends = self.rank < world
         if self.sends:

@@ -100,7 +100,7 @@ def _push_and_measure(port, name, layers, bucket_bytes, shared):
     before = _resident_mib("VmRSS")
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")  # the high-water mark begins anew
-    options = {"timeout_s": 60, "shared_over": member.group if shared else None}
+    options = {"timeout_s": 60, "shared": shared}
     if member.sends:  # an endpoint of its own: its staging memory is touched here for the first time
         report = PlannedSender(member.plan, 0, member.params, member.group, **options).push(2)
     else:

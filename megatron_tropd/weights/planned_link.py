@@ -33,22 +33,19 @@ def connect_sender(
     divisor = spec.make_vocab_size_divisible_by
     match_parameters(params, rank_boxes(spec.arch, spec.layout, rank, make_vocab_size_divisible_by=divisor))
     plan = spec.build()
-    joined, shared_over = _join(
-        store, group, rank, plan.world_size, backend=backend, timeout_s=timeout_s, address=address, shared=shared
-    )
-    return PlannedSender(plan, rank, params, joined, timeout_s=timeout_s, shared_over=shared_over)
+    joined, frames = _join(store, group, rank, plan.world_size, backend=backend, timeout_s=timeout_s, address=address)
+    return PlannedSender(plan, rank, params, joined, timeout_s=timeout_s, frames=frames, shared=shared)
 
 
 def _join(
-    store: dist.TCPStore, group: str, rank: int, world_size: int, *, backend: Backend, timeout_s: float, address: str,
-    shared: bool,
-) -> tuple[Any, Any]:  # fmt: skip
-    """The group of the payloads, and the one of the frames where memory is shared: NCCL carries nothing between
-    two ranks on one GPU."""
+    store: dist.TCPStore, group: str, rank: int, world_size: int, *, backend: Backend, timeout_s: float, address: str
+) -> tuple[Any, Any | None]:
+    """The group of the payloads, and one of gloo for the frames where that is another: over NCCL two ranks that
+    both receive before they send would wait for ever, and two ranks on one GPU cannot talk at all."""
     options = {"rank": rank, "world_size": world_size, "timeout_s": min(timeout_s, JOIN_TIMEOUT_S), "address": address}
     joined = side_group(store, name=group, backend=backend, **options)
-    if not shared or backend == "gloo":
-        return joined, joined if shared else None
+    if backend == "gloo":
+        return joined, None
     return joined, side_group(store, name=f"{group}-frames", backend="gloo", **options)
 
 
@@ -75,11 +72,17 @@ def connect_receiver(
     if plan.digest != digest:
         raise ValueError(f"the plan made here has digest {plan.digest}, the trainer's has {digest}")
     me = plan.group_rank(engine, engine_rank)
-    joined, shared_over = _join(
-        store, group, me, plan.world_size, backend=backend, timeout_s=timeout_s, address=address, shared=shared
-    )
+    joined, frames = _join(store, group, me, plan.world_size, backend=backend, timeout_s=timeout_s, address=address)
     receiver = PlannedReceiver(
-        plan, engine, engine_rank, params, joined, timeout_s=timeout_s, version=version, shared_over=shared_over
+        plan,
+        engine,
+        engine_rank,
+        params,
+        joined,
+        timeout_s=timeout_s,
+        version=version,
+        frames=frames,
+        shared=shared,
     )
     for tensor, wanted in matched:
         if sum(box.numel for box in wanted.boxes) < tensor.numel():

@@ -16,7 +16,7 @@ import struct
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,9 @@ from megatron_tropd.weights.plan import STAGING_HALVES, Message, WeightPlan
 from megatron_tropd.weights.shared_memory import SharedSegment
 from megatron_tropd.weights.sharing import accept, offer
 from megatron_tropd.weights.staging import Staging, by_bucket, check_parameters, half_sizes
-from megatron_tropd.weights.wire import Wire
+from megatron_tropd.weights.wire import Flight, Wire
 
-HELLO_TAG, ACKNOWLEDGE_TAG = 1, 3
+HELLO_TAG, ACKNOWLEDGE_TAG, OPEN_TAG = 1, 3, 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +52,13 @@ class TransferReport:
 class _Endpoint:
     """What sender and receiver have in common: parameters, peers, groups.
 
-    ``group`` carries payloads, where the weights are.  ``shared_over`` is a gloo group of the same ranks (the
-    same one if it is gloo): with it, memory is shared between the ranks that can, and all frames are its.
+    ``group`` carries payloads, where the weights are.  ``frames`` is a gloo group of the same ranks (None: the
+    same one, which then is gloo): hellos, acknowledgements and the headers of shared memory are its.
     """
 
     def __init__(
         self, plan: WeightPlan, messages: tuple[Message, ...], params: dict[str, Tensor], peers: Mapping[int, str],
-        *, group: Any, shared_over: Any | None, me: int, timeout_s: float,
+        *, group: Any, frames: Any | None, me: int, timeout_s: float,
     ) -> None:  # fmt: skip
         if group.size() != plan.world_size or group.rank() != me:
             raise ValueError(
@@ -69,9 +69,21 @@ class _Endpoint:
         self._buckets, self._num_messages = by_bucket(messages), len(messages)
         self._device = next((tensor.device for tensor in params.values()), torch.device("cpu"))
         self._data = self._control = Wire(group, self._device, timeout_s)
-        if shared_over is not None and shared_over is not group:
-            self._control = Wire(shared_over, torch.device("cpu"), timeout_s)
+        if frames is not None:
+            self._control = Wire(frames, torch.device("cpu"), timeout_s)
         self._channels: Mapping[int, Channel] = dict.fromkeys(peers, PointToPoint(self._data))
+
+    def _open_pairs(self, begin: Callable[[Tensor, int, int, str], Flight]) -> None:
+        """Have NCCL make its communicator of every pair, in an order that is one for all ranks.
+
+        The first message of a pair makes it, in a call that waits for the other side; met in the order of
+        buckets, ranks could wait for each other in a circle.
+        """
+        if self._data.device.type == "cpu":
+            return
+        for peer in sorted(self._peers):
+            if not self._channels[peer].shared:
+                begin(self._data.empty(1), peer, OPEN_TAG, f"first message with {self._peers[peer]}").wait()
 
     def _share_with(self, peers: Iterable[int]) -> None:
         shared = SharedMemory(self._control)
@@ -122,7 +134,7 @@ def _extend(running: int, value: int) -> int:
 class PlannedSender(_Endpoint):
     """Sends one trainer rank's part of every update.
 
-    With ``shared_over`` its staging memory is shared memory, which every receiver that can opens now: blocks
+    With ``shared`` its staging memory is shared memory, which every receiver that can opens now: blocks
     until all receivers have answered.
 
     Example:
@@ -132,22 +144,24 @@ class PlannedSender(_Endpoint):
 
     def __init__(
         self, plan: WeightPlan, rank: int, params: Mapping[str, Tensor], group: Any, *, timeout_s: float,
-        shared_over: Any | None = None,
+        frames: Any | None = None, shared: bool = False,
     ) -> None:  # fmt: skip
         messages = plan.for_sender(rank)
         wanted = [(copy.source_names, copy, copy.source_slices) for message in messages for copy in message.copies]
         peers = {plan.group_rank(m.engine, m.engine_rank): f"engine {m.engine} rank {m.engine_rank}" for m in messages}
         super().__init__(
-            plan, messages, check_parameters(params, wanted, plan.dtype), peers, group=group, shared_over=shared_over,
+            plan, messages, check_parameters(params, wanted, plan.dtype), peers, group=group, frames=frames,
             me=rank, timeout_s=timeout_s,
         )  # fmt: skip
-        if shared_over is None:
+        if not shared:
             self._staging = Staging(self._buckets, plan.itemsize, self._data.empty)
+            self._open_pairs(self._data.send)
             return
         segments = [SharedSegment(size, self._device) for size in half_sizes(self._buckets)]
         halves = iter(segments)
         self._staging = Staging(self._buckets, plan.itemsize, lambda size: next(halves).memory)
         self._share_with(offer(self._control, segments, peers))
+        self._open_pairs(self._data.send)
 
     @torch.no_grad()
     def push(self, version: int) -> TransferReport:
@@ -206,29 +220,30 @@ class PlannedReceiver(_Endpoint):
     """Receives one engine rank's part of every update into its own parameters, in place.
 
     ``version`` is the last update that arrived whole; while ``partial``, the weights are a mixture and the
-    engine must not answer.  With ``shared_over`` it opens its senders' memory now, where it can: blocks until
+    engine must not answer.  With ``shared`` it opens its senders' memory now, where it can: blocks until
     all have offered it.
     """
 
     def __init__(
         self, plan: WeightPlan, engine: int, engine_rank: int, params: Mapping[str, Tensor], group: Any,
-        *, timeout_s: float, version: int = -1, shared_over: Any | None = None,
+        *, timeout_s: float, version: int = -1, frames: Any | None = None, shared: bool = False,
     ) -> None:  # fmt: skip
         messages = plan.for_receiver(engine, engine_rank)
         wanted = [((copy.name,), copy, copy.slices) for message in messages for copy in message.copies]
         super().__init__(
             plan, messages, check_parameters(params, wanted, plan.dtype),
             {message.source: f"trainer rank {message.source}" for message in messages}, group=group,
-            shared_over=shared_over, me=plan.group_rank(engine, engine_rank), timeout_s=timeout_s,
+            frames=frames, me=plan.group_rank(engine, engine_rank), timeout_s=timeout_s,
         )  # fmt: skip
         self._name = f"engine {engine} rank {engine_rank}"
         self.version, self.partial = version, False
         opened: dict[int, list[Tensor]] = {}
-        if shared_over is not None:
+        if shared:
             theirs = {source: by_bucket(plan.for_sender(source)) for source in self._peers}
             sizes = {source: half_sizes(buckets) for source, buckets in theirs.items()}
             opened = accept(self._control, sizes, self._peers)
             self._share_with(opened)
+        self._open_pairs(self._data.receive)
         own = [[message for message in bucket if message.source not in opened] for bucket in self._buckets]
         self._staging = Staging(own, plan.itemsize, self._data.empty)
         self._parts = _places(self._staging, own)
