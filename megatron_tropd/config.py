@@ -137,9 +137,9 @@ class EngineConfig:
     sglang_host: str = setting("127.0.0.1", "address of the servers; any but a loopback one needs keys")
     sglang_key_file: str = setting("", "YAML with api-key and admin-api-key, instead of the environment")
     sglang_tp_size: int = setting(1, "tensor-parallel ranks of each server")
-    sglang_start_timeout: float = setting(600.0, "seconds until a started server must answer")
+    sglang_start_timeout: float = setting(240.0, "seconds until a started server must answer")
     sglang_request_timeout: float = setting(
-        600.0, "seconds for the samples of one prompt, and for one message of weights"
+        300.0, "seconds for the samples of one prompt, and for one message of weights"
     )
     parity_limit: float = setting(
         0.0, "mean |log p| difference of engine and trainer, in nats, that is an alarm; 0: 1e-3 in fp32, 0.1 in bf16"

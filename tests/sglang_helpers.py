@@ -78,7 +78,7 @@ def start_servers(directory: Path) -> Servers:
     settings = SGLangSettings(
         hf_dir=hf_dir, log_dir=directory / "logs", dtype="float32", python=PYTHON, num_engines=2, keys=KEYS,
         bucket_bytes=100_000, max_concurrent_prompts=4, start_timeout_s=300, request_timeout_s=120,
-        flags=("--custom-weight-loader", LOADER),
+        weight_loader=LOADER,
     )  # fmt: skip
     student = Student(make_hf_model("qwen3"))
     return Servers(settings=settings, arch=arch, student=student, pool=make_pool(settings, arch, student))

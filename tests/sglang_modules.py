@@ -67,7 +67,7 @@ def compare(case: dict) -> int:
     import torch
 
     from megatron_tropd.models.architecture import architecture_from_hf_config
-    from megatron_tropd.weights.engine_boxes import EngineLayout, engine_boxes
+    from megatron_tropd.weights.engine_boxes import EngineLayout, engine_boxes, parameter_names
     from megatron_tropd.weights.hf_shapes import hf_shapes
 
     changes = {key: value for key, value in case.items() if key not in ("family", "tp", "ep", "cpu")}
@@ -84,6 +84,7 @@ def compare(case: dict) -> int:
         model.load_weights((name, tensor.clone()) for name, tensor in tensors.items())
         held = dict(model.named_parameters())
         boxes = engine_boxes(arch, engine, rank)
+        assert held.keys() == parameter_names(arch, tensors), "what a pushed server is expected to hold"
         assert held.keys() == {p.names[0] for p in boxes}, held.keys() ^ {p.names[0] for p in boxes}
         for param in boxes:
             mine = held[param.names[0]]

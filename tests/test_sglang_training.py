@@ -6,11 +6,14 @@ import json
 import os
 import signal
 import subprocess
+from dataclasses import replace
 
 import pytest
 
 from megatron_tropd.cli import ConfigError, parse, to_flags
 from megatron_tropd.training.blueprint import check
+from megatron_tropd.training.engine_checks import check_engine_layout
+from megatron_tropd.training.findings import Findings
 from megatron_tropd.training.parity import ParityAlarm, ParityError, probe_sequences
 from megatron_tropd.types import Prompt
 from tests.sglang_helpers import PYTHON
@@ -78,6 +81,12 @@ def test_flags_of_sglang_are_handed_through(world, tmp_path):
         ({"sglang_python": "/nowhere/python"}, "--sglang-python /nowhere/python does not exist"),
         ({"sglang_host": "0.0.0.0"}, "can be reached from other machines"),
         ({"sglang_api_key": "secret-secret-secret"}, "--api-key cannot be passed through"),
+        ({"distributed_timeout_minutes": 9}, "240 s + --sglang-request-timeout 300 s = 540 s"),
+        ({"sglang_start_timeout": 0}, "--sglang-start-timeout 0 must be positive"),
+        ({"adam_eps": 0}, "--adam-eps 0.0 must be positive"),
+        ({"update_weight_transport": "planned", "sglang_tp_size": 3}, "--sglang-tp-size 3 does not divide"),
+        ({"update_weight_transport": "planned", "update_weight_buffer_size": 64}, "--update-weight-buffer-size"),
+        ({"update_weight_transport": "planned", "rollout_engine_urls": "http://10.0.0.7:30000"}, "choose bytes"),
         ({"rollout_num_engines": 0}, "--rollout-num-engines 0 must be at least 1"),
         ({"rollout_gpu_ids": "x"}, "--rollout-gpu-ids x"),
         ({"rollout_engine": "vllm"}, "is not one of embedded, sglang"),
@@ -88,6 +97,27 @@ def test_each_mistake_has_a_message_before_anything_starts(world, tmp_path, chan
         check(parse(_sglang_flags(world, tmp_path / "run", **{"sglang_python": "/bin/sh", **changes})), 2)
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_tied_experts_are_refused(world, tmp_path):
+    """SGLang's model of them would keep a head of its own, which nothing is pushed to."""
+    argv = _sglang_flags(world, tmp_path / "run", sglang_python="/bin/sh")
+    models = check(parse(argv), 2).models
+    arch = replace(models.student.arch, family="qwen3_moe", num_experts=4, tie_word_embeddings=True)
+    found = Findings()
+    check_engine_layout(parse(argv), replace(models, student=replace(models.student, arch=arch)), found)
+    assert len(found.errors) == 1 and "tie_word_embeddings); use --rollout-engine embedded" in found.errors[0]
+
+
+def test_what_the_engine_does_not_read_is_a_warning(world, tmp_path):
+    changes = {"rollout_engine": "embedded", "rollout_num_engines": 3}
+    warnings = check(parse(_sglang_flags(world, tmp_path / "run", **changes)), 2).warnings
+    for flag in ("--rollout-num-engines", "--sglang-python", "--sglang-max-total-tokens"):
+        assert f"--rollout-engine embedded does not use {flag}" in warnings
+    assert not any("parity" in warning for warning in warnings)
+    urls = {"update_weight_transport": "planned", "rollout_engine_urls": "http://127.0.0.1:30000"}
+    (warning,) = check(parse(_sglang_flags(world, tmp_path / "run", **urls)), 2).warnings
+    assert "--custom-weight-loader megatron_tropd.weights.engine_loader.load" in warning
 
 
 def test_a_gap_above_the_limit_stops_or_warns():

@@ -294,6 +294,14 @@ def settings(tmp_path):
         ({"flags": ("--host=0.0.0.0",)}, r"--host cannot be passed"),
         ({"flags": ("--trust-remote-code",)}, "never run"),
         ({"flags": ("--enable-deterministic-inference",)}, "same random numbers"),
+        ({"flags": ("--dtype", "half")}, r"--dtype cannot be passed.*trainer's"),
+        ({"flags": ("--pp-size=2",)}, r"--pp-size cannot be passed.*pipeline"),
+        ({"flags": ("--dp-size", "2")}, r"--dp-size cannot be passed.*--rollout-num-engines"),
+        ({"flags": ("--quantization", "fp8")}, r"--quantization cannot be passed"),
+        ({"flags": ("--custom-weight-loader", "x.y")}, r"--custom-weight-loader cannot.*planned sets it"),
+        ({"urls": ("127.0.0.1:30000",)}, r"127.0.0.1:30000: expected http://host:port"),
+        ({"urls": ("http://127.0.0.1:x",)}, r"expected http://host:port"),
+        ({"urls": ("http://127.0.0.1",)}, r"expected http://host:port"),
         ({"num_engines": 0}, "at least 1"),
         ({"num_engines": 2, "tp_size": 2, "gpu_ids": (0, 1, 2)}, "3 GPU ids for 2 engines of 2"),
     ],
@@ -308,7 +316,7 @@ def test_public_addresses_are_fine_with_keys_and_never_show_them(settings):
     assert KEYS.api not in repr(public) and KEYS.admin not in repr(public)
     started = replace(settings, urls=(), host="0.0.0.0", python=Path(__file__), keys=KEYS)
     everything = repr(
-        (server_arguments(started, 1, 2), server_environment(started, 0, {"TROPD_SGLANG_API_KEY": KEYS.api}))
+        (server_arguments(started, 0, 1, 2), server_environment(started, 0, {"TROPD_SGLANG_API_KEY": KEYS.api}))
     )
     assert KEYS.api not in everything and KEYS.admin not in everything
 
@@ -331,10 +339,10 @@ def test_keys_come_from_the_environment_or_a_private_file(tmp_path):
 
 
 def test_flags_of_the_user_replace_defaults(settings):
-    ours = server_arguments(settings, 4000, 128)
+    ours = server_arguments(settings, 0, 4000, 128)
     assert ours[ours.index("--attention-backend") + 1] == "torch_native"
     assert ours[ours.index("--context-length") + 1] == "136"
-    theirs = server_arguments(replace(settings, flags=("--max-total-tokens=99", "--log-level", "error")), 4000, 128)
+    theirs = server_arguments(replace(settings, flags=("--max-total-tokens=99", "--log-level", "error")), 0, 4000, 128)
     assert "--max-total-tokens" not in theirs and theirs[-3:] == ["--max-total-tokens=99", "--log-level", "error"]
 
 
@@ -343,11 +351,25 @@ def test_the_trainers_environment_stays_with_the_trainer(settings):
     on_cpu = server_environment(settings, 0, environ)
     assert on_cpu["HOME"] == "/h" and not on_cpu.keys() & {"RANK", "MASTER_PORT", "PYTHONPATH", "TORCHELASTIC_RUN_ID"}
     assert on_cpu["SGLANG_USE_CPU_ENGINE"] == "1"
-    on_gpus = replace(settings, cuda=True, tp_size=2, num_engines=2)
-    assert server_environment(on_gpus, 1, environ)["CUDA_VISIBLE_DEVICES"] == "2,3"
-    picked = replace(on_gpus, gpu_ids=(4, 5, 6, 7))
-    assert server_environment(picked, 0, environ)["CUDA_VISIBLE_DEVICES"] == "4,5"
-    assert "SGLANG_USE_CPU_ENGINE" not in server_environment(picked, 0, environ)
+
+
+def test_a_server_sees_the_trainers_gpus_unless_its_own_are_scattered(settings):
+    """A handle of shared memory names the trainer's GPU.  (Not run on a GPU.)"""
+    environ = {"CUDA_VISIBLE_DEVICES": "8,9,10,11,12,13,14,15"}
+    in_order = replace(settings, cuda=True, tp_size=2, num_engines=2)
+    picked = replace(in_order, gpu_ids=(4, 5, 6, 7))
+    for changed, index, base in ((in_order, 1, "2"), (picked, 0, "4")):
+        ours = server_arguments(changed, index, 4000, 128)
+        assert ours[ours.index("--base-gpu-id") + 1] == base
+        assert server_environment(changed, index, environ) == server_environment(changed, 0, environ)
+        assert server_environment(changed, index, environ)["CUDA_VISIBLE_DEVICES"] == environ["CUDA_VISIBLE_DEVICES"]
+        assert "SGLANG_USE_CPU_ENGINE" not in server_environment(changed, index, environ)
+    scattered = replace(in_order, gpu_ids=(0, 2, 4, 5))
+    assert "--base-gpu-id" not in server_arguments(scattered, 0, 4000, 128)
+    assert server_environment(scattered, 0, environ)["CUDA_VISIBLE_DEVICES"] == "8,10"
+    assert server_environment(scattered, 0, {})["CUDA_VISIBLE_DEVICES"] == "0,2"
+    with pytest.raises(ValueError, match="use --update-weight-transport bytes"):
+        replace(scattered, transport="shared")
 
 
 _PEAK = """

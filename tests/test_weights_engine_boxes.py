@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tropd.weights.engine_boxes import EngineLayout, engine_boxes
+from megatron_tropd.weights.engine_boxes import EngineLayout, engine_boxes, parameter_names
 from megatron_tropd.weights.hf_shapes import hf_shapes
 from tests.test_weights_boxes import DENSE, _numbered, make_arch
 
@@ -121,3 +121,16 @@ def test_an_engine_holds_the_whole_model(family, tp, ep, tied):
 def test_what_sglang_cannot_cut_is_refused_by_flag(arch, engine, message):
     with pytest.raises(ValueError, match=message):
         engine_boxes(arch, engine, 0)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen3_moe"])
+def test_the_parameters_that_hf_tensors_fill(family):
+    """Their names do not depend on the cut; one is expected only when all its parts were sent."""
+    arch = make_arch(family)
+    names = list(hf_shapes(arch))
+    held = parameter_names(arch, names)
+    for tp in (1, 2, 4):
+        assert held == {param.names[0] for param in engine_boxes(arch, EngineLayout(tp=tp), tp - 1)}
+    lost = "model.layers.0.mlp.experts.1.up_proj.weight" if arch.num_experts else "model.layers.0.mlp.up_proj.weight"
+    merged = "model.layers.0.mlp.experts.w13_weight" if arch.num_experts else "model.layers.0.mlp.gate_up_proj.weight"
+    assert held - parameter_names(arch, [name for name in names if name != lost]) == {merged}

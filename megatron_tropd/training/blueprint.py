@@ -17,6 +17,7 @@ from megatron_tropd.teacher.preflight import TokenizerReport, check_same_tokens,
 from megatron_tropd.training.checkpoint_directory import RELEASE, find_checkpoint, latest_iteration, read_metadata
 from megatron_tropd.training.checkpoint_metadata import check_architecture
 from megatron_tropd.training.checks import check_lengths, check_method, check_numbers
+from megatron_tropd.training.engine_checks import check_engine_flags, check_engine_layout
 from megatron_tropd.training.engine_settings import sglang_settings
 from megatron_tropd.training.findings import Findings
 from megatron_tropd.training.sources import Models, find_models
@@ -46,6 +47,7 @@ def check(config: TrainConfig, world_size: int) -> Blueprint:
     """
     found = Findings()
     check_numbers(config, found)
+    check_engine_flags(config, found)
     objective = found.attempt(lambda: make_objective(config.objective.objective, config.objective_settings))
     if objective:
         check_method(config, objective, found)
@@ -57,6 +59,7 @@ def check(config: TrainConfig, world_size: int) -> Blueprint:
     assert models and objective
     check_lengths(config, models, objective, found)
     found.attempt(lambda: sglang_settings(config, models.student))
+    check_engine_layout(config, models, found)
     found.attempt(lambda: _check_resume(config, models.student.arch))
     tokens = found.attempt(lambda: _tokens(models))
     if tokens:

@@ -42,6 +42,7 @@ def check_numbers(config: TrainConfig, found: Findings) -> None:
         found.require(value >= 0, f"--{name} {value} must not be negative")
     minutes = config.parallel.distributed_timeout_minutes
     found.require(minutes > 0, f"--distributed-timeout-minutes {minutes} must be positive")
+    found.require(training.adam_eps > 0, f"--adam-eps {training.adam_eps} must be positive")
     found.require(training.lr > 0, f"--lr {training.lr} must be positive")
     found.require(0 <= training.adam_beta1 < 1, f"--adam-beta1 {training.adam_beta1} must be in [0, 1)")
     found.require(0 <= training.adam_beta2 < 1, f"--adam-beta2 {training.adam_beta2} must be in [0, 1)")

@@ -39,10 +39,8 @@ def sglang_settings(config: TrainConfig, student: ModelSource) -> SGLangSettings
         keys=load_keys(file=Path(engine.sglang_key_file) if engine.sglang_key_file else None),
         tp_size=engine.sglang_tp_size,
         gpu_ids=_gpu_ids(engine.rollout_gpu_ids),
-        flags=(
-            *(word for name, words in config.sglang_flags.items() for word in (f"--{name}", *words)),
-            *(("--custom-weight-loader", LOADER) if is_planned(config) else ()),
-        ),
+        flags=tuple(word for name, words in config.sglang_flags.items() for word in (f"--{name}", *words)),
+        weight_loader=LOADER if is_planned(config) else "",
         cuda=platform.is_cuda(),
         transport="auto" if is_planned(config) else engine.update_weight_transport,
         bucket_bytes=engine.update_weight_buffer_size,

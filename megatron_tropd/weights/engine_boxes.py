@@ -9,7 +9,7 @@ columns too.  What is padded has no box.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from megatron_tropd.models.architecture import Architecture
@@ -196,3 +196,14 @@ def engine_boxes(arch: Architecture, engine: EngineLayout, rank: int) -> tuple[P
     if not arch.tie_word_embeddings:
         params.append(_vocab(arch, engine, rank, LM_HEAD))
     return tuple(params)
+
+
+def parameter_names(arch: Architecture, hf_names: Collection[str]) -> set[str]:
+    """Parameters of an engine that the HF tensors ``hf_names`` fill; how the engine is cut does not change their names.
+
+    Raises:
+        ValueError: SGLang has no such model.
+    """
+    given = set(hf_names)
+    params = engine_boxes(arch, EngineLayout(), 0)
+    return {param.names[0] for param in params if all(box.hf_name in given for box in param.boxes)}

@@ -20,12 +20,6 @@ _MERGED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up
 _ORDER = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 
-def sglang_name(hf_name: str) -> str:
-    """The server's parameter that an HF tensor goes into."""
-    match = _PARTS.fullmatch(hf_name)
-    return f"{match[1]}{_MERGED[match[2]]}_proj.{match[3]}" if match else hf_name
-
-
 def _padded(tensor: Tensor, dim: int, multiple: int) -> Tensor:
     shape = list(tensor.shape)
     if shape[dim] % multiple == 0:
@@ -61,7 +55,8 @@ class SentChecksums:
         if match is None:
             self._hashes[hf_name] = _digest([held])
             return
-        name, order = sglang_name(hf_name), _ORDER[_MERGED[match[2]]]
+        merged = _MERGED[match[2]]
+        name, order = f"{match[1]}{merged}_proj.{match[3]}", _ORDER[merged]
         parts = self._waiting.setdefault(name, {})
         parts[match[2]] = held
         if len(parts) == len(order):

@@ -34,7 +34,7 @@ def _given(flags: tuple[str, ...]) -> set[str]:
     return {flag.partition("=")[0] for flag in flags if flag.startswith("--")}
 
 
-def server_arguments(settings: SGLangSettings, port: int, max_positions: int) -> list[str]:
+def server_arguments(settings: SGLangSettings, index: int, port: int, max_positions: int) -> list[str]:
     """Arguments of ``sglang.launch_server``; the user's own flags replace defaults of the same name."""
     given = _given(settings.flags)
     wanted: dict[str, str | None] = {
@@ -49,6 +49,10 @@ def server_arguments(settings: SGLangSettings, port: int, max_positions: int) ->
         "--context-length": str(max_positions + _SPARE_POSITIONS),
         **(_CUDA_DEFAULTS if settings.cuda else _CPU_DEFAULTS),
     }
+    if settings.cuda and not settings.hides_gpus(index):
+        wanted["--base-gpu-id"] = str(settings.gpus_of(index)[0])
+    if settings.weight_loader:
+        wanted["--custom-weight-loader"] = settings.weight_loader
     arguments = []
     for flag, value in wanted.items():
         if flag not in given:
@@ -56,9 +60,9 @@ def server_arguments(settings: SGLangSettings, port: int, max_positions: int) ->
     return [*arguments, *settings.flags]
 
 
-def server_command(settings: SGLangSettings, port: int, max_positions: int) -> list[str]:
+def server_command(settings: SGLangSettings, index: int, port: int, max_positions: int) -> list[str]:
     """argv of the server process.  -P: the launcher's folder is no place to import from."""
-    return [str(settings.python), "-P", str(LAUNCHER), *server_arguments(settings, port, max_positions)]
+    return [str(settings.python), "-P", str(LAUNCHER), *server_arguments(settings, index, port, max_positions)]
 
 
 def server_environment(settings: SGLangSettings, index: int, environ: Mapping[str, str]) -> dict[str, str]:
@@ -71,10 +75,11 @@ def server_environment(settings: SGLangSettings, index: int, environ: Mapping[st
         "PYTHONUNBUFFERED": "1",
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
     }
-    if settings.cuda:
-        gpus = settings.gpu_ids or tuple(range(settings.num_engines * settings.tp_size))
-        mine = gpus[index * settings.tp_size : (index + 1) * settings.tp_size]
-        kept["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))
-    else:
+    if not settings.cuda:
         kept["SGLANG_USE_CPU_ENGINE"] = "1"
+    elif settings.hides_gpus(index):  # else --base-gpu-id names them: a handle names the trainer's GPU, to be seen too
+        visible = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        mine = settings.gpus_of(index)
+        names = [visible[gpu] if gpu < len(visible) and visible[gpu] else str(gpu) for gpu in mine]
+        kept["CUDA_VISIBLE_DEVICES"] = ",".join(names)
     return kept

@@ -8,15 +8,16 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.rollout.engine import EngineError, SamplingParams
 from megatron_tropd.rollout.sglang.buckets import Bucket, bytes_message, shared_message, update_body
-from megatron_tropd.rollout.sglang.checksums import sglang_name
 from megatron_tropd.rollout.sglang.client import Client
 from megatron_tropd.rollout.sglang.errors import BadResponse, EngineDown, RequestRefused, StaleWeights
 from megatron_tropd.rollout.sglang.server import ServerProcess
 from megatron_tropd.rollout.sglang.settings import SGLangSettings
 from megatron_tropd.rollout.sglang.wire import Dialect, Group, generate_body, read_samples, read_scores, score_body
 from megatron_tropd.types import GenerationRequest, Rollout
+from megatron_tropd.weights.engine_boxes import parameter_names
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,10 @@ class Engine:
     ``version`` is the weight version it may be asked to write with; None keeps it out of rotation.
     """
 
-    def __init__(self, index: int, settings: SGLangSettings, server: ServerProcess | None, url: str = "") -> None:
-        self.index, self._settings, self.server, self._url = index, settings, server, url
+    def __init__(
+        self, index: int, settings: SGLangSettings, arch: Architecture, server: ServerProcess | None, url: str = ""
+    ) -> None:
+        self.index, self._settings, self._arch, self.server, self._url = index, settings, arch, server, url
         self._client: Client | None = None
         self.version: int | None = None
         self.checksum: str | None = None
@@ -219,7 +222,9 @@ class Engine:
     @property
     def _shares_memory(self) -> bool:
         transport = self._settings.transport
-        return transport == "shared" or (transport == "auto" and self.server is not None)
+        if transport == "auto" and self.server is not None:
+            return not (self._settings.cuda and self._settings.hides_gpus(self.index))
+        return transport == "shared"
 
     async def call_loader(self, body: bytes, *, what: str, timeout_s: float) -> None:
         """Have every worker call a custom weight loader with the tensors of ``body``."""
@@ -262,7 +267,7 @@ class Engine:
         held: dict[str, str] = {}
         for rank in answer["ranks"]:
             held |= rank["checksums"]
-        sent = {sglang_name(name) for name in names}
+        sent = parameter_names(self._arch, names)
         if wrong := sorted(held.keys() ^ sent):
             side = "was never sent" if wrong[0] in held else "is unknown to it and was skipped"
             raise StaleWeights(f"{self.name}: {len(wrong)} tensor(s) missed, first {wrong[0]}, which {side}")

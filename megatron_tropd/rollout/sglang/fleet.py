@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.rollout.engine import EngineError, SamplingParams
 from megatron_tropd.rollout.sglang.buckets import Bucket
 from megatron_tropd.rollout.sglang.engine import Engine
@@ -66,13 +67,13 @@ class Fleet:
     ``counts`` tells what went wrong so far: restarts, reissued, bad_responses, stale_weights, given_up.
     """
 
-    def __init__(self, settings: SGLangSettings, dialect: Dialect, max_positions: int) -> None:
+    def __init__(self, settings: SGLangSettings, dialect: Dialect, arch: Architecture) -> None:
         self._settings, self._dialect = settings, dialect
         if settings.urls:
-            self.engines = [Engine(i, settings, None, url.rstrip("/")) for i, url in enumerate(settings.urls)]
+            self.engines = [Engine(i, settings, arch, None, url.rstrip("/")) for i, url in enumerate(settings.urls)]
         else:
-            servers = [ServerProcess(settings, i, max_positions) for i in range(settings.num_engines)]
-            self.engines = [Engine(i, settings, server) for i, server in enumerate(servers)]
+            servers = [ServerProcess(settings, i, arch.max_position_embeddings) for i in range(settings.num_engines)]
+            self.engines = [Engine(i, settings, arch, server) for i, server in enumerate(servers)]
         self.counts: Counter[str] = Counter()
         self._checksums: dict[int, set[str]] = {}
         """What servers of each tensor-parallel size said of the weights of the version being served."""

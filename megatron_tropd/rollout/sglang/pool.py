@@ -75,7 +75,7 @@ class SGLangPool:
             )
             self._runner = asyncio.Runner()
             self._run = self._runner.run
-            self._fleet = Fleet(settings, dialect, arch.max_position_embeddings)
+            self._fleet = Fleet(settings, dialect, arch)
             self._runner.run(self._fleet.start())
 
     @property
@@ -180,7 +180,8 @@ class SGLangPool:
             run = self._runner.run
             run(fleet.begin_update(but_not_with=version if only_missing else None))
             builder = BucketBuilder(self._settings.bucket_bytes)
-            hashes = SentChecksums() if all(e.is_cpu and e.tp_size == 1 for e in fleet.engines if e.updating) else None
+            plain = all(e.is_cpu and e.tp_size == 1 for e in fleet.engines if e.updating)
+            hashes = SentChecksums() if plain and not self._arch.num_experts else None
             names = []
             for name, tensor in stream:
                 self._ledger.receive(name, tuple(tensor.shape))

@@ -55,7 +55,7 @@ class ServerProcess:
         self.log = settings.log_dir / f"sglang-{self._index}-start-{self._starts}.log"
         with open(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
             self._process = subprocess.Popen(
-                server_command(settings, port, self._max_positions),
+                server_command(settings, self._index, port, self._max_positions),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

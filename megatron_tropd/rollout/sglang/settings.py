@@ -16,6 +16,12 @@ API_KEY_VARIABLE = "TROPD_SGLANG_API_KEY"
 ADMIN_KEY_VARIABLE = "TROPD_SGLANG_ADMIN_API_KEY"
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``."""
+    return host in _LOOPBACK
+
+
 _OWN_FLAGS: dict[str, str] = {
     "--api-key": f"set {API_KEY_VARIABLE} or the key file",
     "--admin-api-key": f"set {ADMIN_KEY_VARIABLE} or the key file",
@@ -27,7 +33,16 @@ _OWN_FLAGS: dict[str, str] = {
     "--tp-size": "use --sglang-tp-size",
     "--tensor-parallel-size": "use --sglang-tp-size",
     "--tp": "use --sglang-tp-size",
+    "--pp-size": "pipeline stages are not supported: weights are pushed to tensor-parallel ranks",
+    "--pipeline-parallel-size": "pipeline stages are not supported: weights are pushed to tensor-parallel ranks",
+    "--dp-size": "use --rollout-num-engines: every replica needs a weight version of its own",
+    "--data-parallel-size": "use --rollout-num-engines: every replica needs a weight version of its own",
+    "--dtype": "it is the trainer's: --bf16 or fp32",
+    "--device": "it is the trainer's",
+    "--base-gpu-id": "use --rollout-gpu-ids",
+    "--quantization": "the trainer's weights are pushed as they are, and every value is verified",
     "--load-format": "weights come from the trainer",
+    "--custom-weight-loader": "--update-weight-transport planned sets it",
     "--skip-tokenizer-init": "it is always set: only token ids travel",
     "--trust-remote-code": "code of a checkpoint is never run",
     "--enable-deterministic-inference": "it gives all samples of one prompt the same random numbers",
@@ -100,6 +115,8 @@ class SGLangSettings:
     """The servers' GPUs, ``tp_size`` for each in order; empty: 0, 1, 2, ..."""
     flags: tuple[str, ...] = ()
     """Further arguments of ``sglang.launch_server``, as on its command line."""
+    weight_loader: str = ""
+    """Module path of the function that a planned transport has the servers' workers call; empty: none."""
     cuda: bool = False
     """Whether the servers run on GPUs."""
     transport: Literal["auto", "shared", "bytes"] = "auto"
@@ -108,8 +125,8 @@ class SGLangSettings:
     bucket_bytes: int = 512 << 20
     max_concurrent_prompts: int = 64
     """Prompts in flight at one server; the others wait here, for whichever server is free first."""
-    start_timeout_s: float = 600.0
-    request_timeout_s: float = 600.0
+    start_timeout_s: float = 240.0
+    request_timeout_s: float = 300.0
     """Deadline of one prompt's samples, and of one bucket of weights."""
     max_failures: int = 5
     """A server that failed more often than this in one run is given up."""
@@ -123,14 +140,42 @@ class SGLangSettings:
                 f"--sglang-python {self.python} does not exist; make the environment with `make sglang-env` "
                 "or give the URLs of running servers with --rollout-engine-urls"
             )
+        for url in self.urls:
+            _check_url(url)
         addresses = [urlsplit(url).hostname or "" for url in self.urls] or [self.host]
-        if self.keys is None and (public := [a for a in addresses if a not in _LOOPBACK]):
+        if self.keys is None and (public := [a for a in addresses if not is_loopback(a)]):
             raise ValueError(
                 f"SGLang at {', '.join(public)} can be reached from other machines, and whoever reaches it can replace "
                 f"weights and run code: set {API_KEY_VARIABLE} and {ADMIN_KEY_VARIABLE}, or keep to 127.0.0.1"
             )
         if self.gpu_ids and len(self.gpu_ids) != self.num_engines * self.tp_size:
             raise ValueError(f"{len(self.gpu_ids)} GPU ids for {self.num_engines} engines of {self.tp_size} GPUs each")
+        if self.transport == "shared" and self.cuda and any(self.hides_gpus(i) for i in range(self.num_engines)):
+            raise ValueError(
+                f"--rollout-gpu-ids {' '.join(map(str, self.gpu_ids))}: an engine's GPUs do not follow one another, so it "
+                "sees no others and cannot open the trainer's memory; use --update-weight-transport bytes"
+            )
         for flag in self.flags:
             if reason := _OWN_FLAGS.get(flag.partition("=")[0]):
                 raise ValueError(f"{flag.partition('=')[0]} cannot be passed through to SGLang: {reason}")
+
+    def gpus_of(self, index: int) -> tuple[int, ...]:
+        """GPUs of server number ``index``, numbered as this process sees them."""
+        gpus = self.gpu_ids or tuple(range(self.num_engines * self.tp_size))
+        return gpus[index * self.tp_size : (index + 1) * self.tp_size]
+
+    def hides_gpus(self, index: int) -> bool:
+        """Whether server ``index`` sees its own GPUs only, which --base-gpu-id cannot name because they do not follow
+        one another.  It then cannot open a handle of the trainer's GPU."""
+        mine = self.gpus_of(index)
+        return mine != tuple(range(mine[0], mine[0] + len(mine)))
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port and parts.path in ("", "/")
+    except ValueError:  # a port that is no number
+        good = False
+    if not good:
+        raise ValueError(f"--rollout-engine-urls {url}: expected http://host:port")
