@@ -47,7 +47,7 @@ class Servers:
     def push(self) -> int:
         """Give both servers new weights."""
         version = self.student.change()
-        self.pool.push(self.student.export(), version)
+        self.pool.push(self.student.export, version)
         return version
 
     @property

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sglang_helpers import PYTHON, check_rollouts, params, requests_of
+from tests.sglang_helpers import PYTHON, check_rollouts, params, reference_logprobs, requests_of
 
 
 def _kill_when_busy(sglang, victims) -> threading.Thread:
@@ -60,6 +60,18 @@ def test_all_servers_are_killed_while_they_write(sglang):
     _generate_while_killing(sglang, sglang.engines, version)
     assert sglang.pool.counts["restarts"] == before + 2
     assert {engine.version for engine in sglang.engines} == {version}
+
+
+def test_a_server_that_is_killed_before_a_probe_is_given_its_weights_again_and_asked_again(sglang):
+    version = sglang.push()
+    before = sglang.pool.counts.get("restarts", 0)
+    os.killpg(sglang.engines[0].server.pid, signal.SIGKILL)
+    tokens = [3, 7, 11, 19, 5]
+    scores = sglang.pool.score([tokens], version)
+    assert sglang.pool.counts["restarts"] == before + 1 and len(scores) == 2
+    reference = reference_logprobs(sglang.student.model, tokens)
+    for (of_engine,) in scores.values():
+        assert max(abs(a - b) for a, b in zip(of_engine, reference, strict=True)) < 1e-5
 
 
 _TRAINER = """

@@ -131,7 +131,7 @@ def test_both_transports_leave_the_same_weights(link):
     link.end(version)
     planned = [engine.checksum for engine in link.sglang.engines]
     student.version += 1
-    link.sglang.pool.push(student.export(), student.version)  # the same model through SGLang's update API
+    link.sglang.pool.push(student.export, student.version)  # the same model through SGLang's update API
     assert planned[0] is not None
     assert [engine.checksum for engine in link.sglang.engines] == planned
 

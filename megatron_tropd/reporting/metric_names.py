@@ -89,6 +89,7 @@ METRICS: dict[str, MetricInfo] = {
     "engine/stale_weights": _info("count", "Answers by other weights than those of the step."),
     "engine/planned_failed": _info("count", "Planned updates that failed; whole tensors were sent instead."),
     "engine/given_up": _info("count", "SGLang servers that failed too often and are not used any more."),
+    "engine/unverified": _info("count", "Pushes to SGLang servers that cannot hash their weights."),
     "throughput/tokens_per_second": _info("tokens/s", "Response tokens of the step by wall seconds of the step."),
     "memory/peak_bytes": _info("bytes", "Peak memory of rank 0: of its GPU, or resident where it has none."),
     "time/generate": _info("s", "Wall seconds of rank 0 in generation."),

@@ -45,10 +45,10 @@ class EnginePool:
             raise EngineError(f"rollouts were written by weight versions {sorted(stale)}, the trainer is at {version}")
         return [answers[i % self._world_size][i // self._world_size] for i in range(len(requests))]
 
-    def push(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Give every engine whole new weights, by HF name."""
+    def push(self, export: Callable[[], Iterable[tuple[str, Tensor]]], version: int) -> None:
+        """Give every engine whole new weights, by HF name, of the collective export that ``export`` begins."""
         self.engine.begin_update(version)
-        self.engine.update(tensors)
+        self.engine.update(export())
         self.engine.end_update(version)
 
     def close(self) -> None:

@@ -77,4 +77,10 @@ def _check_planned(config: TrainConfig, models: Models, found: Findings) -> None
         dtype="bfloat16" if config.model.bf16 else "float32", bucket_bytes=engine.update_weight_buffer_size,
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
     )  # fmt: skip
-    found.attempt(spec.build)
+    try:
+        spec.build()
+    except ValueError as error:
+        found.errors.append(
+            f"--update-weight-transport planned, --update-weight-buffer-size {engine.update_weight_buffer_size}: "
+            f"{error}"
+        )

@@ -114,7 +114,7 @@ def push_weights(run: Run) -> dict[str, float]:
     if engines is None or engines.weight_version == student.version:
         return {}
     with run.progress.phase("push"):
-        engines.push(run.export(), student.version)
+        engines.push(run.export, student.version)
         if not isinstance(engines, SGLangPool) or not run.probes:
             return {}
         gaps = probe(student, engines, run.probes, max_tokens=run.config.training.max_tokens_per_microbatch)
@@ -160,5 +160,5 @@ def _engine_counts(run: Run) -> dict[str, float]:
     if not isinstance(run.engines, SGLangPool):
         return {}
     counts = run.engines.counts
-    names = ("restarts", "reissued", "bad_responses", "stale_weights", "given_up", "planned_failed")
+    names = ("restarts", "reissued", "bad_responses", "stale_weights", "given_up", "unverified", "planned_failed")
     return {f"engine/{name}": float(counts.get(name, 0)) for name in names}

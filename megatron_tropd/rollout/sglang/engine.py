@@ -46,7 +46,9 @@ class Engine:
         self.is_cpu = False
         self.is_up = False
         self.updating = False
-        self.failures = 0
+        self.verified = False
+        """Whether it hashed the weights of the last update, and they are those that were sent."""
+        self.failures = self.good_pushes = 0
         self.given_up = False
         self.last_error = "not started"
         self.prompts_in_flight = self.tokens_in_flight = 0
@@ -256,6 +258,7 @@ class Engine:
         self.version, self.updating = version, False
 
     async def _verify(self, version: int, names: Sequence[str], expected: Mapping[str, str] | None) -> None:
+        self.verified, self.checksum = False, None
         info = await self._get("/model_info")
         if info.get("weight_version") != str(version):
             raise StaleWeights(f"{self.name} says weight version {info.get('weight_version')} after version {version}")
@@ -273,7 +276,7 @@ class Engine:
             raise StaleWeights(f"{self.name}: {len(wrong)} tensor(s) missed, first {wrong[0]}, which {side}")
         if expected is not None and (wrong := sorted(name for name in held if held[name] != expected.get(name))):
             raise StaleWeights(f"{self.name}: {len(wrong)} tensor(s) differ from what was sent, first {wrong[0]}")
-        self.checksum = answer.get("per_engine_checksum")
+        self.verified, self.checksum = True, answer.get("per_engine_checksum")
 
     # ---- HTTP ----
 

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 _MAX_ATTEMPTS = 4
 """Of one prompt: a request that brings down every server it meets must end the run, not the servers."""
 
+_GOOD_PUSHES = 20
+"""Without a failure in between, after which earlier failures of an engine do not count any more."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Job:
@@ -64,7 +67,8 @@ def _nothing_written(request: GenerationRequest, version: int) -> Rollout:
 class Fleet:
     """All servers of a run, seen from the one rank that speaks to them.
 
-    ``counts`` tells what went wrong so far: restarts, reissued, bad_responses, stale_weights, given_up.
+    ``counts`` tells what went wrong so far: restarts, reissued, bad_responses, stale_weights, given_up,
+    unverified (pushes to a server that cannot hash its weights).
     """
 
     def __init__(self, settings: SGLangSettings, dialect: Dialect, arch: Architecture) -> None:
@@ -111,7 +115,7 @@ class Fleet:
 
     async def _failed(self, engine: Engine, error: EngineError) -> None:
         engine.version, engine.is_up, engine.updating = None, False, False
-        engine.failures += 1
+        engine.failures, engine.good_pushes = engine.failures + 1, 0
         engine.last_error = str(error)
         if engine.failures > self._settings.max_failures:
             engine.given_up = True
@@ -217,13 +221,31 @@ class Fleet:
         busy = {engine.index: engine for engine, _ in running.values()}
         await asyncio.gather(*(engine.abort_all() for engine in busy.values()), return_exceptions=True)
 
-    async def score(self, sequences: Sequence[Sequence[int]], version: int) -> dict[str, list[tuple[float, ...]]]:
-        """Log-probabilities of the sequences by every engine that holds ``version``, by engine name."""
+    async def score(
+        self, sequences: Sequence[Sequence[int]], version: int
+    ) -> dict[str, list[tuple[float, ...]]] | None:
+        """Log-probabilities of the sequences by every engine, by its name; None if one that is not given up lacks
+        ``version``, before or now: it is started anew, and wants the weights.
+
+        Raises:
+            RequestRefused, BadResponse: of any engine.
+        """
+        found: dict[str, list[tuple[float, ...]]] = {}
+
+        async def work(engine: Engine) -> None:
+            scores = await asyncio.gather(*(engine.score(sequence, self._dialect) for sequence in sequences))
+            found[engine.name] = list(scores)
+
         ready = [engine for engine in self.engines if engine.version == version]
-        scores = await asyncio.gather(
-            *(asyncio.gather(*(engine.score(sequence, self._dialect) for sequence in sequences)) for engine in ready)
-        )
-        return {engine.name: list(of_engine) for engine, of_engine in zip(ready, scores, strict=True)}
+        results = await asyncio.gather(*(work(engine) for engine in ready), return_exceptions=True)
+        for engine, result in zip(ready, results, strict=True):
+            if isinstance(result, EngineDown):
+                await self._failed(engine, result)
+            elif isinstance(result, StaleWeights):
+                self._out_of_rotation(engine)
+            elif isinstance(result, BaseException):
+                raise result
+        return found if all(engine.version == version for engine in self._usable()) else None
 
     # ---- weights ----
 
@@ -251,7 +273,11 @@ class Fleet:
         await self._each(self._updating(), lambda engine: engine.end_update(version, names, expected))
         usable = self._usable()
         for engine in usable:
-            if engine.version == version and engine.checksum:
+            if engine.version != version:
+                continue
+            self._forgive(engine)
+            self.counts["unverified"] += not engine.verified
+            if engine.checksum:
                 self._checksums.setdefault(engine.tp_size, set()).add(engine.checksum)
         if any(len(checksums) > 1 for checksums in self._checksums.values()):
             for engine in usable:
@@ -261,6 +287,12 @@ class Fleet:
                 "exported again for a restarted engine are not those of that version"
             )
         return all(engine.version == version for engine in usable)
+
+    def _forgive(self, engine: Engine) -> None:
+        """What failed long ago is no reason to give an engine up."""
+        engine.good_pushes += 1
+        if engine.good_pushes >= _GOOD_PUSHES:
+            engine.failures = 0
 
     def _updating(self) -> list[Engine]:
         return [engine for engine in self.engines if engine.updating]

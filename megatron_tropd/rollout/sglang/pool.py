@@ -8,6 +8,7 @@ was started anew and was given the current weights, for which all ranks export t
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,12 @@ from megatron_tropd.rollout.sglang.wire import Dialect
 from megatron_tropd.types import GenerationRequest, Rollout
 from megatron_tropd.weights.boxes import hf_shapes
 
-NamedTensors = Iterable[tuple[str, Tensor]]
+log = logging.getLogger(__name__)
+
+Export = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Begins an export of whole tensors by HF name."""
+
+_SCORE_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +58,12 @@ class SGLangPool:
 
     Raises:
         ValueError: no stop token, one outside the vocabulary, or a vocabulary larger than the model's.
+        EngineError: on every rank alike: a server cannot be started.
     """
 
     def __init__(
         self, settings: SGLangSettings, *, arch: Architecture, stop_token_ids: Collection[int], vocab_size: int,
-        rank: int, broadcast: Callable[[Any], Any], export: Callable[[], NamedTensors] | None = None,
+        rank: int, broadcast: Callable[[Any], Any], export: Export | None = None,
         planned: PlannedPush | None = None,
     ) -> None:  # fmt: skip
         if not 1 <= vocab_size <= arch.vocab_size:
@@ -76,7 +83,7 @@ class SGLangPool:
             self._runner = asyncio.Runner()
             self._run = self._runner.run
             self._fleet = Fleet(settings, dialect, arch)
-            self._runner.run(self._fleet.start())
+        self._on_first_rank(lambda fleet, _: self._runner.run(fleet.start()), None)
 
     @property
     def weight_version(self) -> int | None:
@@ -85,7 +92,8 @@ class SGLangPool:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What went wrong so far, on the first rank: restarts, reissued, bad_responses, stale_weights, given_up."""
+        """What went wrong so far, on the first rank: restarts, reissued, bad_responses, stale_weights, given_up,
+        unverified."""
         return {} if self._fleet is None else dict(self._fleet.counts)
 
     # ---- generation ----
@@ -102,10 +110,14 @@ class SGLangPool:
         check_requests(requests, vocab_size=self._vocab_size, max_positions=self._arch.max_position_embeddings)
         job = Job(requests=requests, params=params, version=version) if self._rank == 0 else None
         while (rollouts := self._on_first_rank(self._write, job)) is None:
-            if self._export is None:
-                raise EngineError("every engine lost its weights, and this pool was given no way to export them again")
-            self._deliver(self._export(), version, only_missing=True)
+            self._deliver_again(version)
         return list(rollouts)
+
+    def _deliver_again(self, version: int) -> None:
+        """To whoever lost the weights that are served; no other engine is written to."""
+        if self._export is None:
+            raise EngineError("engines lost their weights, and this pool was given no way to export them again")
+        self._deliver(self._export, version, only_missing=True)
 
     def _write(self, fleet: Fleet, job: Job) -> list[Rollout] | None:
         longest = max((len(r.token_ids) + r.max_new_tokens for r in job.requests), default=0)
@@ -120,84 +132,88 @@ class SGLangPool:
     def score(self, sequences: Sequence[Sequence[int]], version: int) -> dict[str, list[tuple[float, ...]]]:
         """Log-probability of every token but the first of each sequence, by every engine, on every rank.
 
-        A probe: the trainer compares them with its own.
+        A probe: the trainer compares them with its own.  An engine that died is started anew, given the weights
+        of ``version`` again and asked again.
 
         Raises:
-            EngineError: on every rank alike.
+            EngineError: on every rank alike; also when engines keep dying of it.
         """
         for token_ids in sequences:
             if len(token_ids) < 2 or not all(0 <= token < self._vocab_size for token in token_ids):
                 raise EngineError(
                     f"cannot score {list(token_ids)[:8]}: expected two or more ids below {self._vocab_size}"
                 )
-        scores: dict[str, list[tuple[float, ...]]] = self._on_first_rank(self._score, (sequences, version))
-        return scores
+        for attempt in range(_SCORE_ATTEMPTS):
+            if attempt:
+                self._deliver_again(version)
+            scores: dict[str, list[tuple[float, ...]]] | None = self._on_first_rank(self._score, (sequences, version))
+            if scores is not None:
+                return scores
+        raise EngineError(f"engines failed to score the probes of weight version {version} {_SCORE_ATTEMPTS} times")
 
-    def _score(self, fleet: Fleet, job: tuple[Sequence[Sequence[int]], int]) -> dict[str, list[tuple[float, ...]]]:
+    def _score(
+        self, fleet: Fleet, job: tuple[Sequence[Sequence[int]], int]
+    ) -> dict[str, list[tuple[float, ...]]] | None:
         return self._runner.run(fleet.score(*job))
 
     # ---- weights ----
 
-    def push(self, tensors: NamedTensors, version: int) -> None:
+    def push(self, export: Export, version: int) -> None:
         """Give every server whole new weights, by HF name, and verify that it has them.
 
-        Every rank must pass its iterator of the same collective export; it is exhausted whatever happens, or
-        not touched at all where updates are planned.
+        Args:
+            export: begins this rank's part of the same collective export; it is not called where updates are planned.
+            version: of the weights.
 
         Raises:
-            EngineError: on every rank alike: a tensor is unknown, missing, repeated or of another shape or
-                dtype, or no server took the update.  Nothing is written until a whole push succeeds.
+            EngineError: on every rank alike: the export failed on the first rank, a tensor is unknown, missing,
+                repeated or of another shape or dtype, or no server took the update.  Nothing is written until a
+                whole push succeeds.
         """
         self._version = None
         if self._planned is not None:  # all ranks alike: the collective export is not begun, or begun anew below
             complete = self._planned.deliver(self._fleet, self._run, version)
         else:
-            complete = self._deliver(tensors, version, only_missing=False)
+            complete = self._deliver(export, version, only_missing=False)
         while not complete and self._export is not None:
-            complete = self._deliver(self._export(), version, only_missing=True)
+            complete = self._deliver(self._export, version, only_missing=True)
         self._version = version
 
-    def _deliver(self, tensors: NamedTensors, version: int, *, only_missing: bool) -> bool:
+    def _deliver(self, export: Export, version: int, *, only_missing: bool) -> bool:
         """One pass over the weights; whether every server that is not given up now holds them."""
-        stream = iter(tensors)
-        failure: EngineError | None = None
+        stream = iter(export())
+        failure: Exception | None = None
         complete = False
         if self._fleet is not None:
             try:
                 complete = self._send_all(self._fleet, stream, version, only_missing)
-            except EngineError as error:
+            except Exception as error:  # of any kind: the other ranks wait for the outcome
+                self._ledger.refuse(_reason(error))
                 failure = error
-            except BaseException as error:
-                self._ledger.refuse(f"{type(error).__name__}: {error}")
-                raise
         for _ in stream:  # the export is collective: the other ranks wait for us in it
             pass
         return bool(self._on_first_rank(_answer, failure or complete))
 
     def _send_all(self, fleet: Fleet, stream: Iterator[tuple[str, Tensor]], version: int, only_missing: bool) -> bool:
         self._ledger.begin(version)
-        try:
-            run = self._runner.run
-            run(fleet.begin_update(but_not_with=version if only_missing else None))
-            builder = BucketBuilder(self._settings.bucket_bytes)
-            plain = all(e.is_cpu and e.tp_size == 1 for e in fleet.engines if e.updating)
-            hashes = SentChecksums() if plain and not self._arch.num_experts else None
-            names = []
-            for name, tensor in stream:
-                self._ledger.receive(name, tuple(tensor.shape))
-                self._check_dtype(name, tensor)
-                names.append(name)
-                if hashes is not None:
-                    hashes.add(name, tensor)
-                if full := builder.add(name, tensor):
-                    run(fleet.send(full, last_of_version=None))
-                    del full
-            self._ledger.end(version)
-            run(fleet.send(builder.close(), last_of_version=version))
-            return run(fleet.end_update(version, names, hashes.result() if hashes else None))
-        except EngineError as error:
-            self._ledger.refuse(str(error))
-            raise
+        run = self._runner.run
+        run(fleet.begin_update(but_not_with=version if only_missing else None))
+        builder = BucketBuilder(self._settings.bucket_bytes)
+        plain = all(e.is_cpu and e.tp_size == 1 for e in fleet.engines if e.updating)
+        hashes = SentChecksums() if plain and not self._arch.num_experts else None
+        names = []
+        for name, tensor in stream:
+            self._ledger.receive(name, tuple(tensor.shape))
+            self._check_dtype(name, tensor)
+            names.append(name)
+            if hashes is not None:
+                hashes.add(name, tensor)
+            if full := builder.add(name, tensor):
+                run(fleet.send(full, last_of_version=None))
+                del full
+        self._ledger.end(version)
+        run(fleet.send(builder.close(), last_of_version=version))
+        return run(fleet.end_update(version, names, hashes.result() if hashes else None))
 
     def _check_dtype(self, name: str, tensor: Tensor) -> None:
         given = str(tensor.dtype).removeprefix("torch.")
@@ -207,13 +223,14 @@ class SGLangPool:
     # ---- ranks ----
 
     def _on_first_rank(self, work: Callable[[Fleet, Any], Any], argument: Any) -> Any:
-        """What ``work`` returns there, everywhere; an EngineError is raised everywhere."""
+        """What ``work`` returns there, everywhere; whatever it raises becomes an EngineError everywhere."""
         answer: Any = None
         if self._fleet is not None:
             try:
                 answer = work(self._fleet, argument)
-            except EngineError as error:
-                answer = _Failure(str(error))
+            except Exception as error:  # of any kind: the other ranks wait in the broadcast
+                log.debug("the first rank failed", exc_info=True)
+                answer = _Failure(_reason(error))
         answer = self._broadcast(answer)
         if isinstance(answer, _Failure):
             raise EngineError(answer.reason)
@@ -231,7 +248,11 @@ def _no_loop(_: Any) -> Any:
     raise AssertionError("only the first rank speaks to the servers")
 
 
-def _answer(_: Fleet, outcome: EngineError | bool) -> bool:
-    if isinstance(outcome, EngineError):
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+
+
+def _answer(_: Fleet, outcome: Exception | bool) -> bool:
+    if isinstance(outcome, Exception):
         raise outcome
     return outcome

@@ -152,8 +152,8 @@ class SGLangSettings:
             raise ValueError(f"{len(self.gpu_ids)} GPU ids for {self.num_engines} engines of {self.tp_size} GPUs each")
         if self.transport == "shared" and self.cuda and any(self.hides_gpus(i) for i in range(self.num_engines)):
             raise ValueError(
-                f"--rollout-gpu-ids {' '.join(map(str, self.gpu_ids))}: an engine's GPUs do not follow one another, so it "
-                "sees no others and cannot open the trainer's memory; use --update-weight-transport bytes"
+                f"--rollout-gpu-ids {' '.join(map(str, self.gpu_ids))}: an engine's GPUs do not follow one another, "
+                "so it sees no others and cannot open the trainer's memory; use --update-weight-transport bytes"
             )
         for flag in self.flags:
             if reason := _OWN_FLAGS.get(flag.partition("=")[0]):
