@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from megatron_tropd.config import TrainConfig
 
 SGLANG_PREFIX = "sglang-"
 """Of flags that are SGLang's own, unless config.py has them."""
+_MISSPELLED = 0.9
+"""Likeness from which a name is taken for one of ours: above that of SGLang's ep-size and our tp-size (0.86)."""
 
 
 class ConfigError(ValueError):
@@ -129,14 +131,15 @@ def _unknown(name: str, where: str, known: Sequence[str]) -> str:
     return f"unknown {where} {'--' if where == 'flag' else ''}{name}{hint}"
 
 
-def _split_sglang(rest: Sequence[str]) -> tuple[dict[str, tuple[str, ...] | None], list[str]]:
-    """(flags for SGLang with the words after each, everything else), from words that are no flags of ours."""
+def _split_sglang(argv: Sequence[str], own: Collection[str]) -> tuple[dict[str, tuple[str, ...] | None], list[str]]:
+    """(flags for SGLang with the words after each, everything else), before argparse takes words out of the middle."""
     passed: dict[str, tuple[str, ...] | None] = {}
     others: list[str] = []
     current: str | None = None
-    for word in rest:
-        if word.startswith("--" + SGLANG_PREFIX):
-            current, _, value = word.removeprefix("--" + SGLANG_PREFIX).partition("=")
+    for word in argv:
+        name, _, value = word.removeprefix("--").partition("=")
+        if word.startswith("--" + SGLANG_PREFIX) and name not in own:
+            current = name.removeprefix(SGLANG_PREFIX)
             passed[current] = (value,) if value else ()
         elif word.startswith("--") or current is None:
             current = None
@@ -144,6 +147,18 @@ def _split_sglang(rest: Sequence[str]) -> tuple[dict[str, tuple[str, ...] | None
         else:
             passed[current] = (*(passed[current] or ()), word)
     return passed, others
+
+
+def _sglang_errors(names: Collection[str], own: Collection[str]) -> list[str]:
+    """Names that cannot be SGLang's, and those that look like one of ours misspelled."""
+    ours = [name.removeprefix(SGLANG_PREFIX) for name in own if name.startswith(SGLANG_PREFIX)]
+    errors = []
+    for name in names:
+        if not name or "_" in name:
+            errors.append(f"--{SGLANG_PREFIX}{name}: expected the name of an SGLang flag, words joined by '-'")
+        elif close := difflib.get_close_matches(name, ours, n=1, cutoff=_MISSPELLED):
+            errors.append(f"unknown flag --{SGLANG_PREFIX}{name}; did you mean --{SGLANG_PREFIX}{close[0]}?")
+    return errors
 
 
 def _words(value: Any) -> tuple[str, ...] | None:
@@ -162,8 +177,8 @@ def parse(argv: Sequence[str]) -> TrainConfig:
         ConfigError: unknown flags and keys, and values of a wrong type, all in one message.
     """
     flags = _flags()
+    sglang, argv = _split_sglang(argv, flags)
     namespace, rest = make_parser().parse_known_args(argv)
-    sglang, rest = _split_sglang(rest)
     errors = [
         _unknown(word.removeprefix("--").split("=")[0], "flag", list(flags)) if word.startswith("--")
         else f"unexpected argument {word!r}"
@@ -192,6 +207,7 @@ def parse(argv: Sequence[str]) -> TrainConfig:
             values[section][f.name] = _coerce(f"--{name}", given, kind)
         except ConfigError as error:
             errors.extend(error.errors)
+    errors.extend(_sglang_errors(sglang, flags))
     if errors:
         raise ConfigError(errors)
     parts = {section: cls(**values[section]) for section, cls in sections().items()}

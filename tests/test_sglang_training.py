@@ -75,6 +75,26 @@ def test_flags_of_sglang_are_handed_through(world, tmp_path):
     assert to_flags(config)["sglang-log-level"] == "warning"
 
 
+def test_words_after_another_flag_are_not_sglangs():
+    with pytest.raises(ConfigError, match="unexpected argument 'b'"):
+        parse(["--sglang-lora-paths", "a", "--lr", "1e-5", "b"])
+    config = parse(["--sglang-lora-paths", "a", "b", "--lr", "1e-5", "--sglang-ep-size", "2"])
+    assert config.sglang_flags == {"lora-paths": ("a", "b"), "ep-size": ("2",)} and config.training.lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--sglang-key-fil", "did you mean --sglang-key-file"),
+        ("--sglang-", "expected the name"),
+        ("--sglang-mem_fraction", "joined by '-'"),
+    ],
+)
+def test_a_misspelled_flag_is_not_handed_to_sglang(word, message):
+    with pytest.raises(ConfigError, match=message):
+        parse([word, "x"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
