@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -86,15 +87,16 @@ def assemble(blueprint: Blueprint) -> Assembled:
     checkpoints = Checkpoints(config, blueprint.models.student.arch, blueprint.models.student.hf_dir)
     start_step = checkpoints.resume_step()
     files = open_files(config, start_step)
-    try:
-        run = _make_run(blueprint, checkpoints, files, start_step)
-    except BaseException:
-        files.close()
-        raise
+    with ExitStack() as on_failure:
+        on_failure.callback(files.close)
+        run = _make_run(blueprint, checkpoints, files, start_step, on_failure)
+        on_failure.pop_all()
     return Assembled(run=run, start_step=start_step or 0, files=files)
 
 
-def _make_run(blueprint: Blueprint, checkpoints: Checkpoints, files: RunFiles, start_step: int | None) -> Run:
+def _make_run(
+    blueprint: Blueprint, checkpoints: Checkpoints, files: RunFiles, start_step: int | None, on_failure: ExitStack
+) -> Run:
     config, objective, models = blueprint.config, blueprint.objective, blueprint.models
     student = make_student(blueprint)
     source = PromptSource(blueprint.prompts.prompts, config.training.seed)
@@ -104,6 +106,7 @@ def _make_run(blueprint: Blueprint, checkpoints: Checkpoints, files: RunFiles, s
     engines = None
     if objective.needs.rollouts or blueprint.eval_prompts:  # servers start while the other models are read
         engines = make_engines(blueprint, student, export)
+        on_failure.callback(engines.close)
     teacher, reference = make_scorers(blueprint, student.groups)
     whole_vocabulary = objective.needs.divergence or config.logging.gradient_diagnostics_interval
     table_rows = student.model.vocab_size

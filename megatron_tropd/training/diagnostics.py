@@ -46,8 +46,8 @@ def gradient_diagnostics(student: Student, objective: Objective, batch: Batch, p
     """Gradient norm of every region of ``plan`` and its cosine with the exact reverse-KL gradient, by metric name.
 
     Costs five forward and backward passes and one more copy of the gradient (without a teacher there is nothing to
-    compare with: four, and no copy).  A cosine with a gradient of zero is absent.  Leaves no gradient behind;
-    collective over the world.
+    compare with: four, and no copy).  A cosine with a gradient of zero is absent; what is not finite is
+    reported as it is.  Leaves no gradient behind; collective over the world.
     """
 
     def gradient(objective: Objective) -> tuple[Gradient, float]:
@@ -66,4 +66,4 @@ def gradient_diagnostics(student: Student, objective: Objective, batch: Batch, p
         if exact and norm and exact_norm:
             metrics[f"gradient/cosine_{region}"] = student.inner_product(parts, exact) / (norm * exact_norm)
     student.zero_grad()
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return metrics

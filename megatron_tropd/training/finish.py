@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_tropd.reporting.report import write_report
+from megatron_tropd.training.agree import on_all_ranks
 from megatron_tropd.training.assemble import Assembled
 from megatron_tropd.training.sources import ModelSource
 from megatron_tropd.training.student import params_dtype
@@ -18,14 +21,27 @@ HF_EXPORT = "hf_export"
 
 
 def write_results(assembled: Assembled, source: ModelSource) -> None:
-    """Export to RUN_DIR/hf_export and write RUN_DIR/report.html; collective over the world."""
+    """Export to RUN_DIR/hf_export and write RUN_DIR/report.html; collective over the world.
+
+    Raises:
+        RanksDisagree: on every rank, if the first one could not write.
+    """
+    tensors = iter(assembled.run.export())
+
+    def take_part() -> None:
+        try:
+            if dist.get_rank() == 0:
+                _write(assembled, source, tensors)
+        finally:
+            for _ in tensors:  # every rank takes part in the whole export, whatever became of the files
+                pass
+
+    on_all_ranks(take_part)
+
+
+def _write(assembled: Assembled, source: ModelSource, tensors: Iterator[tuple[str, Tensor]]) -> None:
     run = assembled.run
     run_dir = Path(run.config.logging.run_dir)
-    tensors = run.export()
-    if dist.get_rank():
-        for _ in tensors:  # every rank takes part in the export; one writes
-            pass
-        return
     manifest = _file_layout(source.hf_dir) or HfManifest.default(source.arch, params_dtype(run.config))
     write_hf_files(run_dir / HF_EXPORT, manifest, source.arch, tensors, verify=False)
     copy_sidecars(source.hf_dir, run_dir / HF_EXPORT, skip=[MANIFEST_FILE])

@@ -26,6 +26,11 @@ from megatron_tropd.training.student import Student
 from megatron_tropd.types import Metric, Microbatch, Rollout, StepContext, TokenStreams
 
 
+def _larger(a: float, b: float) -> float:
+    """The maximum; NaN if either is, which ``max`` would hide or not by their order."""
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSums:
     """What some of the labels of a step gave, still as sums: of a micro-batch, an update, a rollout batch."""
@@ -46,7 +51,7 @@ class StepSums:
         maxima: dict[str, float] = {}
         for part in parts:
             for name, value in part.maxima.items():
-                maxima[name] = max(value, maxima.get(name, value))
+                maxima[name] = _larger(value, maxima.get(name, value))
         finite = all(math.isfinite(part.loss_sum) for part in parts)
         return cls(
             loss_sum=math.fsum(part.loss_sum for part in parts) if finite else math.nan,
