@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from megatron_tropd.config import EngineConfig, TrainConfig
 from megatron_tropd.parallel import platform
 from megatron_tropd.rollout.sglang.settings import is_loopback
+from megatron_tropd.training.engine_settings import is_planned
 from megatron_tropd.training.findings import Findings
 from megatron_tropd.training.sources import Models
 from megatron_tropd.weights.engine_boxes import EngineLayout
@@ -49,22 +50,21 @@ def check_engine_layout(config: TrainConfig, models: Models, found: Findings) ->
     arch = models.student.arch
     errors = EngineLayout().cut_errors(arch)  # of the model itself, whatever the cut
     found.errors.extend(f"{error}; use --rollout-engine embedded" for error in errors)
-    if config.engine.update_weight_transport == "planned" and not errors:
+    if is_planned(config) and not errors:
         _check_planned(config, models, found)
 
 
 def _check_planned(config: TrainConfig, models: Models, found: Findings) -> None:
     engine = config.engine
+    flag = f"--update-weight-transport {engine.update_weight_transport}"
     if urls := engine.rollout_engine_urls:
         far = [url for url in urls if not is_loopback(urlsplit(url).hostname or "")]
         found.require(
             not far,
-            f"--update-weight-transport planned reaches servers of this host only, not {', '.join(far)} of "
-            "--rollout-engine-urls: choose bytes",
+            f"{flag} reaches servers of this host only, not {', '.join(far)} of --rollout-engine-urls: choose bytes",
         )
         found.warnings.append(
-            f"--update-weight-transport planned: the servers of --rollout-engine-urls must run with "
-            f"--custom-weight-loader {LOADER}"
+            f"{flag}: the servers of --rollout-engine-urls must run with --custom-weight-loader {LOADER}"
         )
         return  # how they are cut is theirs to say
     ep_sizes = [words[0] for name in _EP_FLAGS if (words := config.sglang_flags.get(name))]
@@ -80,7 +80,4 @@ def _check_planned(config: TrainConfig, models: Models, found: Findings) -> None
     try:
         spec.build()
     except ValueError as error:
-        found.errors.append(
-            f"--update-weight-transport planned, --update-weight-buffer-size {engine.update_weight_buffer_size}: "
-            f"{error}"
-        )
+        found.errors.append(f"{flag}, --update-weight-buffer-size {engine.update_weight_buffer_size}: {error}")
