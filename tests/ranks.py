@@ -13,6 +13,7 @@ Importing Megatron costs seconds, so every test that needs n ranks shares the sa
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing as mp
 import os
 import signal
@@ -64,6 +65,7 @@ def _release_groups() -> None:
     take the cores away from the tests of other world sizes."""
     if groups := sys.modules.get("megatron_tropd.parallel.groups"):
         groups.release_groups()
+        gc.collect()  # models and optimizers hold their groups in cycles
 
 
 def answer_calls(pipe: Connection, after: Callable[[], None] = lambda: None) -> None:

@@ -74,7 +74,9 @@ def probe(student: Student, engines: SGLangPool, probes: Sequence[Rollout], *, m
         probes, num_minibatches=1, data_parallel_size=layout.dp, max_tokens=max_tokens, multiple_of=layout.tp
     )
     speaks = student.groups.is_last_stage and student.groups.coords.tp == 0
-    mine = {index: scores.logprob.tolist() for index, scores in prepass(student, probes, plan).items() if speaks}
+    # Scores of given tokens are over all rows of the model, also those that no other model knows.
+    scored_here = prepass(student, probes, plan, vocab_size=engines.model_vocab_size)
+    mine = {index: scores.logprob.tolist() for index, scores in scored_here.items() if speaks}
     trainer = {index: values for part in gather_objects(mine) for index, values in part.items()}
     return {name: _mean_difference(of_engine, trainer) for name, of_engine in scored.items()}
 

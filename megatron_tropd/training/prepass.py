@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,21 +16,26 @@ from megatron_tropd.training.student import Student
 from megatron_tropd.types import Microbatch, Needs, Rollout, TeacherScores
 
 
-def prepass(student: Student, rollouts: Sequence[Rollout], plan: BatchPlan) -> dict[int, TeacherScores]:
+def prepass(
+    student: Student, rollouts: Sequence[Rollout], plan: BatchPlan, *, vocab_size: int | None = None
+) -> dict[int, TeacherScores]:
     """Log-probability of every response token and entropy of every written one, by rollout index, where the rollout
     is trained on.
 
     One pass over the micro-batches of the updates themselves, so the numbers are already on the ranks that need
     them: every rank of the last stage of the replica that owns a rollout; {} elsewhere.  0 for the tokens that no
     loss reads (the prefix in the 2nd, 3rd, ... sample of a prompt).  Collective over the world.
+
+    ``vocab_size``: the ids that probabilities are over; by default those that all models know.
     """
+    shard = student.shard if vocab_size is None else replace(student.shard, vocab_size=vocab_size)
 
     def head(hidden: Tensor, batch: Microbatch) -> TeacherScores:
         stats = student_token_stats(
             hidden,
             student.model.lm_head_weight(),
             batch.streams,
-            student.shard,
+            shard,
             sequence_parallel=student.model.config.sequence_parallel,
             settings=student.head(Needs()),
         )

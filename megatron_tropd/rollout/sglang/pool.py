@@ -91,6 +91,11 @@ class SGLangPool:
         return self._version
 
     @property
+    def model_vocab_size(self) -> int:
+        """Rows of the student's vocabulary, which :meth:`score` is over."""
+        return self._arch.vocab_size
+
+    @property
     def counts(self) -> dict[str, int]:
         """What went wrong so far, on the first rank: restarts, reissued, bad_responses, stale_weights, given_up,
         unverified."""
