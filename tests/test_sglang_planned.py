@@ -101,7 +101,6 @@ class Link:
 def link(sglang):
     link = Link(sglang)
     yield link
-    link.sglang.run(link.engines.close())
     link.trainers.kill()
 
 
@@ -151,7 +150,8 @@ def test_an_update_that_is_refused_leaves_the_engines_out_of_rotation(link, meas
 
 
 def test_engines_read_the_trainers_memory(sglang, measured):
-    """The servers are no children of the trainer's processes.  They leave at the end."""
+    """The servers are no children of the trainer's processes.  Connecting ends the connection of before, and this one
+    is closed: afterwards the servers are in no group."""
     link = Link(sglang, shared=True)
     try:
         for number in range(2):
