@@ -82,16 +82,17 @@ class PlannedPush:
         self._run_name = uuid.uuid4().hex
         self._failures = 0
 
+    @property
+    def given_up(self) -> bool:
+        """Whether it failed too often to be tried again in this run; the same on every rank."""
+        return self._failures >= MAX_FAILURES
+
     def deliver(self, fleet: Fleet | None, run: Callable[[Any], Any], version: int) -> bool:
         """One planned update; whether every server that is not given up now serves ``version``.
-
-        False also where planned updates were given up.
 
         Raises:
             EngineError: on every rank alike: no server is left.
         """
-        if self._failures >= MAX_FAILURES:
-            return False
         invitation = self._from_first_rank(lambda: self._invite(fleet, run))
         problem = self._carry_out(invitation, run, version)
         if problems := [text for text in self._weights.gather(problem) if text]:
@@ -107,7 +108,7 @@ class PlannedPush:
         if fleet is not None:
             fleet.counts["planned_failed"] += 1
             log.warning("planned update to version %d failed, sending whole tensors: %s", version, problem)
-            if self._failures == MAX_FAILURES:
+            if self.given_up:
                 log.error("planned updates failed %d times in a row and are given up for this run", MAX_FAILURES)
 
     def _from_first_rank(self, work: Callable[[], Any]) -> Any:

@@ -176,7 +176,8 @@ class SGLangPool:
                 whole push succeeds.
         """
         self._version = None
-        if self._planned is not None:  # all ranks alike: the collective export is not begun, or begun anew below
+        # All ranks alike: the collective export is not begun, or begun anew below.
+        if self._planned is not None and not self._planned.given_up:
             complete = self._planned.deliver(self._fleet, self._run, version)
         else:
             complete = self._deliver(export, version, only_missing=False)
