@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -251,6 +251,22 @@ def _hf_bands(
             yield box.start[0] + offset, band
 
 
+def _hf_tensors(
+    stored: TorchDistReader, params: Sequence[StoredParam], buffer_bytes: int, workers: Workers, prefix: str = ""
+) -> Iterator[tuple[str, Iterable[tuple[int, Tensor]]]]:
+    """The HF tensors of this process by name, each as its bands, which must be read before the next tensor."""
+    scratch = Scratch()
+    for name, boxes in workers.mine(_weighted(params)):
+        yield name, _hf_bands(boxes, stored, buffer_bytes, scratch, prefix)
+
+
+def _sha256(parts: Iterable[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
 def hf_digests(
     stored: TorchDistReader, params: Sequence[StoredParam], dtypes: Mapping[str, torch.dtype] | None,
     buffer_bytes: int, workers: Workers, *, prefix: str = "",
@@ -264,13 +280,10 @@ def hf_digests(
     """
 
     def work() -> dict[str, str]:
-        found, scratch = {}, Scratch()
-        for name, boxes in workers.mine(_weighted(params)):
-            digest = hashlib.sha256()
-            for _, band in _hf_bands(boxes, stored, buffer_bytes, scratch, prefix):
-                digest.update(tensor_bytes(band.to(dtypes[name]) if dtypes else band))
-            found[name] = digest.hexdigest()
-        return found
+        return {
+            name: _sha256(tensor_bytes(band.to(dtypes[name]) if dtypes else band) for _, band in bands)
+            for name, bands in _hf_tensors(stored, params, buffer_bytes, workers, prefix)
+        }
 
     return workers.merge(on_all_ranks(work, CheckpointError))
 
@@ -343,14 +356,12 @@ def torch_dist_to_hf(
     """
 
     def work() -> dict[str, str]:
-        found, scratch = {}, Scratch()
-        for name, boxes in workers.mine(_weighted(params)):
-            digest = hashlib.sha256()
-            for row, band in _hf_bands(boxes, stored, buffer_bytes, scratch):
-                digest.update(writer.write_rows(name, row, band))
+        found: dict[str, str] = {}
+        for name, bands in _hf_tensors(stored, params, buffer_bytes, workers):
+            digest = _sha256(writer.write_rows(name, row, band) for row, band in bands)
             if verify:
-                writer.check_digest(name, digest.hexdigest())
-            found.update(dict.fromkeys(writer.names(name), digest.hexdigest()))
+                writer.check_digest(name, digest)
+            found.update(dict.fromkeys(writer.names(name), digest))
         return found
 
     return workers.merge(on_all_ranks(work, CheckpointError))

@@ -81,7 +81,7 @@ def check_head(dtype):
     from megatron_tropd.objectives.methods import ObjectiveSettings, make_objective
     from megatron_tropd.ops.one_pass import OnePass
     from megatron_tropd.ops.shard import VocabShard
-    from megatron_tropd.ops.source import make_source, response_rows
+    from megatron_tropd.ops.source import loss_rows, make_source
 
     tokens, vocab, size = 12, 1031, 16
     generator = torch.Generator().manual_seed(4)
@@ -97,7 +97,7 @@ def check_head(dtype):
         tokens=streams, context=StepContext(), weight=weight, to_hidden=True, to_weight=True,
     )  # fmt: skip
     with torch.no_grad():
-        totals, gradients, _ = work.run(response_rows(streams))
+        totals, gradients, _ = work.run(loss_rows(streams))
     wide = [value.double().requires_grad_() for value in (hidden, weight)]
     losses = tropd_losses(wide[0] @ wide[1].t(), streams, beta=0.3)
     losses.sum().backward()

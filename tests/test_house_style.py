@@ -21,6 +21,11 @@ def _id(path):
     return str(path.relative_to(ROOT))
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=_id)
+def test_tests_are_small_files_too(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=_id)
 def test_small_files_and_functions_ascii_and_safe_loading(path):
     text = path.read_text(encoding="utf-8")

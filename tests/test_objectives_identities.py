@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tropd.objectives.diagnostics import GRADIENT_REGIONS, joint_needs, only_region, region_masks
+from megatron_tropd.objectives.diagnostics import GRADIENT_REGIONS, only_region, region_masks
 from megatron_tropd.objectives.importance import Importance, policy_gradient
 from megatron_tropd.objectives.methods import METHODS, ObjectiveSettings, make_objective
 from megatron_tropd.types import Needs, Region, StepContext
@@ -212,15 +212,6 @@ def test_regions_of_a_hard_gate_are_its_own_decision():
         masks = region_masks(objective, stats, tokens, CONTEXT)
         expected = (tokens.region_T == Region.ON_POLICY) & trusted(tokens.teacher_logprob_T - stats.logprob_T)
         assert torch.equal(masks["trusted_positive"] | masks["trusted_negative"], expected), method
-
-
-def test_joint_needs_serve_both_or_say_why_not():
-    tropd, exact = (make_objective(name, ObjectiveSettings()).needs for name in ("tropd", "full_rkl"))
-    assert joint_needs(tropd, exact) == Needs(top_k=64, divergence="reverse_kl")
-    jsd = make_objective("gkd_jsd", ObjectiveSettings(jsd_beta=0.2)).needs
-    assert joint_needs(tropd, jsd).divergence_beta == 0.2
-    with pytest.raises(ValueError, match="need divergence 'reverse_kl' and 'jsd'"):
-        joint_needs(exact, jsd)
 
 
 def test_several_minibatches_and_sequence_errors_ask_for_old_logprobs():

@@ -32,7 +32,8 @@ def test_coordinates_are_megatrons(layout):
 
     order = "tp-cp-ep-dp-pp"
     dense = RankGenerator(tp=layout.tp, ep=1, dp=layout.dp, pp=layout.pp, cp=layout.cp, order=order)
-    expert = RankGenerator(tp=layout.expert_tp, ep=layout.ep, dp=layout.expert_dp, pp=layout.pp, cp=1, order=order)
+    replicas = layout.stage_size // (layout.expert_tp * layout.ep)
+    expert = RankGenerator(tp=layout.expert_tp, ep=layout.ep, dp=replicas, pp=layout.pp, cp=1, order=order)
     for generator, axes in ((dense, {"tp": "tp", "cp": "cp", "dp": "dp", "pp": "pp"}),
                             (expert, {"tp": "etp", "ep": "ep", "dp": "edp", "pp": "pp"})):  # fmt: skip
         for token, varying in axes.items():

@@ -16,7 +16,7 @@ from megatron_tropd.training.engine_checks import check_engine_layout
 from megatron_tropd.training.findings import Findings
 from megatron_tropd.training.parity import ParityAlarm, ParityError, probe_sequences
 from megatron_tropd.types import Prompt
-from tests.sglang_helpers import PYTHON
+from tests.sglang_helpers import KEYS, PYTHON
 from tests.tiny_run import flags, make_world
 from tests.torchrun_jobs import command, environment, process, wait_for_steps
 
@@ -60,6 +60,47 @@ def test_a_run_on_a_server_that_is_killed_in_the_middle(world, tmp_path, transpo
     logs = sorted(path.name for path in (run_dir / "engines").iterdir())
     assert logs == ["sglang-0-start-1.log", "sglang-0-start-2.log"]
     assert "planned update" not in (tmp_path / "log").read_text(), "sent whole tensors instead"
+
+
+def _steps_then_other_weights(argv):
+    """On this rank: the metrics of every step, and what a push of weights that were not trained comes to."""
+    import torch.distributed as dist
+
+    from megatron_tropd.training.assemble import assemble, close
+    from megatron_tropd.training.loop import push_weights, train_step
+
+    assembled = assemble(check(parse(argv), dist.get_world_size()))
+    run = assembled.run
+    try:
+        push_weights(run)
+        steps = [train_step(run, step)[0].metrics for step in range(run.config.training.train_iters)]
+
+        def other():
+            for name, tensor in run.export():
+                yield name, tensor * 1.5 if name == "model.norm.weight" else tensor
+
+        run.student.version += 1
+        with pytest.raises(ParityError) as error:
+            push_weights(replace(run, export=other))
+    finally:
+        close(assembled)
+    return steps, str(error.value)
+
+
+def test_servers_given_by_url_and_weights_that_were_not_trained(ranks, sglang, world, tmp_path):
+    """Two servers of somebody else, weights as bytes.  Whole and hashed as they were sent, wrong weights are still
+    found before anything is written by them."""
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(f"api-key: {KEYS.api}\nadmin-api-key: {KEYS.admin}\n")
+    keys.chmod(0o600)
+    argv = flags(
+        world, tmp_path / "run", hf_checkpoint=sglang.settings.hf_dir, train_iters=2, tensor_model_parallel_size=2,
+        rollout_engine="sglang", sglang_key_file=keys, parity_limit=1e-4,
+    )  # fmt: skip
+    argv += ["--rollout-engine-urls", *(engine.server.url for engine in sglang.engines)]
+    (steps, message), _ = ranks(2).run(_steps_then_other_weights, argv)
+    assert all(metrics["parity/logprob_abs_diff_max"] <= 1e-4 for metrics in steps)
+    assert "weight version 3, engine 0" in message and "above --parity-limit 0.0001" in message
 
 
 def test_flags_of_sglang_are_handed_through(world, tmp_path):

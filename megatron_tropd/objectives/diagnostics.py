@@ -72,23 +72,3 @@ def region_masks(
         "rejected": on_policy_T & ~trusted_T,
         "guidance": regions.guidance_T,
     }
-
-
-def joint_needs(first: Needs, second: Needs) -> Needs:
-    """What serves two objectives on one batch, such as a method and the exact reverse KL it is compared with.
-
-    Raises:
-        ValueError: they ask for different top-k sizes, divergences or quantiles.
-    """
-    merged = {}
-    for name in first.__dataclass_fields__:
-        one, other = getattr(first, name), getattr(second, name)
-        if name == "divergence_beta":
-            merged[name] = one if first.divergence else other
-        elif isinstance(one, bool):
-            merged[name] = one or other
-        elif one and other and one != other:
-            raise ValueError(f"two objectives on one batch need {name} {one!r} and {other!r}")
-        else:
-            merged[name] = one or other
-    return Needs(**merged)

@@ -16,7 +16,7 @@ from megatron_tropd.objectives.base import Objective, Regions
 from megatron_tropd.ops.divergence import DivergenceSpec
 from megatron_tropd.ops.one_pass import OnePass, Precomputed
 from megatron_tropd.ops.shard import VocabShard
-from megatron_tropd.ops.source import LogitsSource, make_source, response_rows
+from megatron_tropd.ops.source import LogitsSource, loss_rows, make_source
 from megatron_tropd.ops.token_stats import RecomputedStats
 from megatron_tropd.types import Metric, Needs, StepContext, TokenStats, TokenStreams
 
@@ -82,7 +82,7 @@ def student_token_stats(
             the rows of the teacher's output table for those ids of this rank that both models know.
     """
     flat = gather_hidden(hidden, shard, sequence_parallel=sequence_parallel).squeeze(1)
-    rows = response_rows(tokens)
+    rows = loss_rows(tokens)
     source = _source(flat, weight, tokens, shard, len(rows), settings, needs, teacher_weight)
     label, topk, entropy, divergence, overlap = RecomputedStats.apply(flat, weight, source, rows)
 
@@ -131,7 +131,7 @@ def head_loss(
             logprob_T=stats.logprob_T.detach(),
         )
     flat = gather_hidden(hidden, shard, sequence_parallel=sequence_parallel).squeeze(1)
-    rows = response_rows(tokens)
+    rows = loss_rows(tokens)
     grad = torch.is_grad_enabled()
     with torch.no_grad():
         work = OnePass(

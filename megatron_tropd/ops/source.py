@@ -15,7 +15,7 @@ from megatron_tropd.ops.shard import VocabShard
 from megatron_tropd.types import Region, TokenStreams
 
 
-def response_rows(tokens: TokenStreams) -> Tensor:
+def loss_rows(tokens: TokenStreams) -> Tensor:
     """Packed positions whose label some loss may read; prompts and padding never reach the head."""
     region = tokens.region_T
     return ((region == Region.GUIDANCE) | (region == Region.ON_POLICY)).nonzero().squeeze(1)

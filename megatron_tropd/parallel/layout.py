@@ -107,11 +107,6 @@ class ParallelLayout:
         return self.tp if self.etp is None else self.etp
 
     @property
-    def expert_dp(self) -> int:
-        """Replicas of every expert."""
-        return self.stage_size // (self.expert_tp * self.ep)
-
-    @property
     def chunks(self) -> int:
         """Model chunks (GPTModels) of a rank."""
         return 1 if self.vpp is None else self.vpp

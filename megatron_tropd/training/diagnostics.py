@@ -8,32 +8,15 @@ with the gradient of the full-vocabulary reverse KL on the student's tokens.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-
-import torch
 
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.packing import PackPlan
-from megatron_tropd.objectives.base import Objective, Regions
+from megatron_tropd.objectives.base import Objective
 from megatron_tropd.objectives.diagnostics import GRADIENT_REGIONS, only_region
+from megatron_tropd.objectives.methods import make_objective
+from megatron_tropd.objectives.settings import ObjectiveSettings
 from megatron_tropd.training.step import Batch, forward_backward
 from megatron_tropd.training.student import Gradient, Student
-from megatron_tropd.types import LossOutput, Needs, StepContext, TokenStats, TokenStreams
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReverseKl:
-    """KL(p | q) over the whole vocabulary on the student's tokens: what on-policy distillation descends."""
-
-    @property
-    def needs(self) -> Needs:
-        """A divergence."""
-        return Needs(divergence="reverse_kl")
-
-    def __call__(self, stats: TokenStats, tokens: TokenStreams, context: StepContext) -> LossOutput:
-        """The divergence of every on-policy label."""
-        assert stats.divergence_T is not None, "the head was asked for it"
-        return LossOutput(token_loss_T=torch.where(Regions.of(tokens).on_policy_T, stats.divergence_T, 0.0))
 
 
 def diagnostics_due(config: TrainConfig, step: int) -> bool:
@@ -57,7 +40,7 @@ def gradient_diagnostics(student: Student, objective: Objective, batch: Batch, p
 
     metrics, exact, exact_norm = {}, None, 0.0
     if objective.needs.teacher:
-        parts, exact_norm = gradient(ReverseKl())
+        parts, exact_norm = gradient(make_objective("full_rkl", ObjectiveSettings(guidance_beta=0.0)))
         exact = [[part.clone() for part in of_optimizer] for of_optimizer in parts]
         metrics["gradient/norm_reverse_kl"] = exact_norm
     for region in GRADIENT_REGIONS:

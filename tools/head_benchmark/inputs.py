@@ -23,11 +23,6 @@ class Sizes:
     top_k: int = 64
     dtype: torch.dtype = torch.float32
 
-    @property
-    def useful_flops(self) -> float:
-        """Of the three products; what is computed twice is not counted."""
-        return 6.0 * self.tokens * self.hidden * self.vocab
-
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:

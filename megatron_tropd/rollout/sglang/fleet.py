@@ -230,20 +230,21 @@ class Fleet:
         Raises:
             RequestRefused, BadResponse: of any engine.
         """
-        found: dict[str, list[tuple[float, ...]]] = {}
 
-        async def work(engine: Engine) -> None:
-            scores = await asyncio.gather(*(engine.score(sequence, self._dialect) for sequence in sequences))
-            found[engine.name] = list(scores)
+        async def work(engine: Engine) -> list[tuple[float, ...]]:
+            return await asyncio.gather(*(engine.score(sequence, self._dialect) for sequence in sequences))
 
         ready = [engine for engine in self.engines if engine.version == version]
         results = await asyncio.gather(*(work(engine) for engine in ready), return_exceptions=True)
+        found: dict[str, list[tuple[float, ...]]] = {}
         for engine, result in zip(ready, results, strict=True):
-            if isinstance(result, EngineDown):
+            if isinstance(result, list):
+                found[engine.name] = result
+            elif isinstance(result, EngineDown):
                 await self._failed(engine, result)
             elif isinstance(result, StaleWeights):
                 self._out_of_rotation(engine)
-            elif isinstance(result, BaseException):
+            else:
                 raise result
         return found if all(engine.version == version for engine in self._usable()) else None
 

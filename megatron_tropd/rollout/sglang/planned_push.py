@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.rollout.engine import EngineError
 from megatron_tropd.rollout.sglang.engine import Engine
+from megatron_tropd.rollout.sglang.first_rank import FirstRank
 from megatron_tropd.rollout.sglang.fleet import Fleet
 from megatron_tropd.rollout.sglang.planned import PlannedEngines
 from megatron_tropd.rollout.sglang.settings import SGLangSettings
@@ -73,8 +73,8 @@ class PlannedPush:
         self, settings: SGLangSettings, arch: Architecture, weights: TrainerWeights, *, rank: int,
         broadcast: Callable[[Any], Any], shared: bool = False,
     ) -> None:  # fmt: skip
-        self._settings, self._arch, self._weights, self._rank = settings, arch, weights, rank
-        self._broadcast, self._shared = broadcast, shared
+        self._settings, self._arch, self._weights, self._shared = settings, arch, weights, shared
+        self._first = FirstRank(rank=rank, broadcast=broadcast)
         self._store: dist.TCPStore | None = None
         self._sender: PlannedSender | None = None
         self._engines: PlannedEngines | None = None
@@ -93,14 +93,14 @@ class PlannedPush:
         Raises:
             EngineError: on every rank alike: no server is left.
         """
-        invitation = self._from_first_rank(lambda: self._invite(fleet, run))
+        invitation = self._first.ask(lambda: self._invite(fleet, run))
         problem = self._carry_out(invitation, run, version)
         if problems := [text for text in self._weights.gather(problem) if text]:
             self._failed(fleet, version, problems[0])
             return False
         self._failures = 0
         names = list(hf_shapes(self._arch))
-        return bool(self._from_first_rank(lambda: run(fleet.end_update(version, names, None)) if fleet else None))
+        return bool(self._first.ask(lambda: run(fleet.end_update(version, names, None)) if fleet else None))
 
     def _failed(self, fleet: Fleet | None, version: int, problem: str) -> None:
         self._failures += 1
@@ -110,19 +110,6 @@ class PlannedPush:
             log.warning("planned update to version %d failed, sending whole tensors: %s", version, problem)
             if self.given_up:
                 log.error("planned updates failed %d times in a row and are given up for this run", MAX_FAILURES)
-
-    def _from_first_rank(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` gives there, everywhere; whatever it raises is an EngineError everywhere."""
-        answer: Any = None
-        if self._rank == 0:
-            try:
-                answer = work()
-            except Exception as error:  # the other ranks are waiting for an answer
-                answer = error if isinstance(error, EngineError) else EngineError(f"{type(error).__name__}: {error}")
-        answer = self._broadcast(answer)
-        if isinstance(answer, EngineError):
-            raise EngineError(str(answer))
-        return answer
 
     def _invite(self, fleet: Fleet | None, run: Callable[[Any], Any]) -> _Invitation | None:
         """Open sessions; a new connection where the servers are not those of the present one."""
@@ -164,14 +151,14 @@ class PlannedPush:
             assert sender is not None
             self._together(run, lambda engines: engines.receive(version), lambda: sender.push(version))
         except _PROBLEMS as error:
-            return f"rank {self._rank}: {error}"
+            return f"rank {self._first.rank}: {error}"
         return ""
 
     def _join(self, invitation: _Invitation) -> None:
         host = self._weights.store_host
         store = self._store or join_store(host=host, port=invitation.port, timeout_s=CONNECT_TIMEOUT_S)
         self._sender = connect_sender(
-            PlanSpec.from_json(invitation.spec), rank=self._rank, params=self._weights.params(), store=store,
+            PlanSpec.from_json(invitation.spec), rank=self._first.rank, params=self._weights.params(), store=store,
             group=invitation.group, backend=self._backend, timeout_s=self._settings.request_timeout_s,
             address=self._weights.address, shared=self._shared,
         )  # fmt: skip

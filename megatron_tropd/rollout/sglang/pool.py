@@ -8,9 +8,7 @@ was started anew and was given the current weights, for which all ranks export t
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +18,7 @@ from megatron_tropd.rollout.engine import EngineError, SamplingParams, check_req
 from megatron_tropd.rollout.ledger import UpdateLedger
 from megatron_tropd.rollout.sglang.buckets import BucketBuilder
 from megatron_tropd.rollout.sglang.checksums import SentChecksums
+from megatron_tropd.rollout.sglang.first_rank import FirstRank, reason
 from megatron_tropd.rollout.sglang.fleet import Fleet, Job
 from megatron_tropd.rollout.sglang.planned_push import PlannedPush
 from megatron_tropd.rollout.sglang.settings import SGLangSettings
@@ -27,19 +26,10 @@ from megatron_tropd.rollout.sglang.wire import Dialect
 from megatron_tropd.types import GenerationRequest, Rollout
 from megatron_tropd.weights.boxes import hf_shapes
 
-log = logging.getLogger(__name__)
-
 Export = Callable[[], Iterable[tuple[str, Tensor]]]
 """Begins an export of whole tensors by HF name."""
 
 _SCORE_ATTEMPTS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """What the first rank tells the others when its part failed."""
-
-    reason: str
 
 
 class SGLangPool:
@@ -71,19 +61,26 @@ class SGLangPool:
         if not stop_token_ids or not all(0 <= token < vocab_size for token in stop_token_ids):
             raise ValueError(f"stop_token_ids {sorted(stop_token_ids)}: expected at least one id in [0, {vocab_size})")
         self._settings, self._arch, self._vocab_size = settings, arch, vocab_size
-        self._rank, self._broadcast, self._export, self._planned = rank, broadcast, export, planned
+        self._first, self._export, self._planned = FirstRank(rank=rank, broadcast=broadcast), export, planned
         self._run: Callable[[Any], Any] = _no_loop
         self._ledger = UpdateLedger(hf_shapes(arch))
         self._version: int | None = None
         self._fleet: Fleet | None = None
-        if rank == 0:
+        if self._first.is_me:
             dialect = Dialect(
                 stop_token_ids=frozenset(stop_token_ids), vocab_size=vocab_size, model_vocab_size=arch.vocab_size
             )
             self._runner = asyncio.Runner()
             self._run = self._runner.run
             self._fleet = Fleet(settings, dialect, arch)
-        self._on_first_rank(lambda fleet, _: self._runner.run(fleet.start()), None)
+        self._first.ask(lambda: self._run(self._servers.start()))
+
+    @property
+    def _servers(self) -> Fleet:
+        """On the first rank alone."""
+        if self._fleet is None:
+            raise EngineError("the engines are closed")
+        return self._fleet
 
     @property
     def weight_version(self) -> int | None:
@@ -113,8 +110,8 @@ class SGLangPool:
         if self._version != version:
             raise EngineError(f"the engines hold weight version {self._version}, the trainer is at {version}")
         check_requests(requests, vocab_size=self._vocab_size, max_positions=self._arch.max_position_embeddings)
-        job = Job(requests=requests, params=params, version=version) if self._rank == 0 else None
-        while (rollouts := self._on_first_rank(self._write, job)) is None:
+        job = Job(requests=requests, params=params, version=version)
+        while (rollouts := self._first.ask(lambda: self._write(job))) is None:
             self._deliver_again(version)
         return list(rollouts)
 
@@ -124,14 +121,15 @@ class SGLangPool:
             raise EngineError("engines lost their weights, and this pool was given no way to export them again")
         self._deliver(self._export, version, only_missing=True)
 
-    def _write(self, fleet: Fleet, job: Job) -> list[Rollout] | None:
+    def _write(self, job: Job) -> list[Rollout] | None:
+        fleet = self._servers
         longest = max((len(r.token_ids) + r.max_new_tokens for r in job.requests), default=0)
         if longest > fleet.max_tokens:
             raise EngineError(
                 f"a request of {longest} tokens (prompt and response) exceeds the {fleet.max_tokens} that the engines "
                 "hold; raise --sglang-max-total-tokens or lower --max-response-length"
             )
-        self._runner.run(fleet.generate(job))
+        self._run(fleet.generate(job))
         return None if job.pending else job.rollouts()
 
     def score(self, sequences: Sequence[Sequence[int]], version: int) -> dict[str, list[tuple[float, ...]]]:
@@ -151,15 +149,13 @@ class SGLangPool:
         for attempt in range(_SCORE_ATTEMPTS):
             if attempt:
                 self._deliver_again(version)
-            scores: dict[str, list[tuple[float, ...]]] | None = self._on_first_rank(self._score, (sequences, version))
+            scores = self._first.ask(lambda: self._score(sequences, version))
             if scores is not None:
                 return scores
         raise EngineError(f"engines failed to score the probes of weight version {version} {_SCORE_ATTEMPTS} times")
 
-    def _score(
-        self, fleet: Fleet, job: tuple[Sequence[Sequence[int]], int]
-    ) -> dict[str, list[tuple[float, ...]]] | None:
-        return self._runner.run(fleet.score(*job))
+    def _score(self, sequences: Sequence[Sequence[int]], version: int) -> dict[str, list[tuple[float, ...]]] | None:
+        return self._run(self._servers.score(sequences, version))  # type: ignore[no-any-return]
 
     # ---- weights ----
 
@@ -194,15 +190,21 @@ class SGLangPool:
             try:
                 complete = self._send_all(self._fleet, stream, version, only_missing)
             except Exception as error:  # of any kind: the other ranks wait for the outcome
-                self._ledger.refuse(_reason(error))
+                self._ledger.refuse(reason(error))
                 failure = error
         for _ in stream:  # the export is collective: the other ranks wait for us in it
             pass
-        return bool(self._on_first_rank(_answer, failure or complete))
+
+        def outcome() -> bool:
+            if failure is not None:
+                raise failure
+            return complete
+
+        return self._first.ask(outcome)
 
     def _send_all(self, fleet: Fleet, stream: Iterator[tuple[str, Tensor]], version: int, only_missing: bool) -> bool:
         self._ledger.begin(version)
-        run = self._runner.run
+        run = self._run
         run(fleet.begin_update(but_not_with=version if only_missing else None))
         builder = BucketBuilder(self._settings.bucket_bytes)
         plain = all(e.is_cpu and e.tp_size == 1 for e in fleet.engines if e.updating)
@@ -219,28 +221,12 @@ class SGLangPool:
                 del full
         self._ledger.end(version)
         run(fleet.send(builder.close(), last_of_version=version))
-        return run(fleet.end_update(version, names, hashes.result() if hashes else None))
+        return bool(run(fleet.end_update(version, names, hashes.result() if hashes else None)))
 
     def _check_dtype(self, name: str, tensor: Tensor) -> None:
         given = str(tensor.dtype).removeprefix("torch.")
         if given != self._settings.dtype:
             self._ledger.fail(f"tensor {name} is {given}, the engines hold {self._settings.dtype}")
-
-    # ---- ranks ----
-
-    def _on_first_rank(self, work: Callable[[Fleet, Any], Any], argument: Any) -> Any:
-        """What ``work`` returns there, everywhere; whatever it raises becomes an EngineError everywhere."""
-        answer: Any = None
-        if self._fleet is not None:
-            try:
-                answer = work(self._fleet, argument)
-            except Exception as error:  # of any kind: the other ranks wait in the broadcast
-                log.debug("the first rank failed", exc_info=True)
-                answer = _Failure(_reason(error))
-        answer = self._broadcast(answer)
-        if isinstance(answer, _Failure):
-            raise EngineError(answer.reason)
-        return answer
 
     def close(self) -> None:
         """Stop the servers that were started here.  May be called twice."""
@@ -252,13 +238,3 @@ class SGLangPool:
 
 def _no_loop(_: Any) -> Any:
     raise AssertionError("only the first rank speaks to the servers")
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
-
-
-def _answer(_: Fleet, outcome: Exception | bool) -> bool:
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
