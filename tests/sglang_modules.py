@@ -62,6 +62,17 @@ def module_of(config: dict, tp: int, ep: int, rank: int):
         return model
 
 
+def padded_by_sglang(config: dict, tp: int) -> dict:
+    """What a server without a GPU makes of a config before it makes its modules."""
+    from sglang.srt.configs.update_config import get_moe_padding_size, update_intermediate_size
+
+    names = ("intermediate_size", "moe_intermediate_size")
+    sizes = SimpleNamespace(**{name: config[name] for name in names})
+    for name in names:
+        update_intermediate_size(sizes, name, tp * get_moe_padding_size(None))
+    return {**config, **{name: getattr(sizes, name) for name in names}}
+
+
 def compare(case: dict) -> int:
     """Every parameter of every rank after ``load_weights`` against its boxes; the number of parameters."""
     import torch
@@ -76,8 +87,8 @@ def compare(case: dict) -> int:
     draw = torch.Generator().manual_seed(0)
     tensors = {name: torch.rand(shape, generator=draw) for name, shape in hf_shapes(arch).items()}
     engine = EngineLayout(tp=case["tp"], ep=case.get("ep", 1), cpu=case.get("cpu", False))
-    for name in ("intermediate_size", "moe_intermediate_size"):  # as the server does before it makes its modules
-        config[name] = engine.padded_ffn_size(config[name])
+    if engine.cpu:
+        config = padded_by_sglang(config, engine.tp)
     compared = 0
     for rank in range(engine.tp):
         model = module_of(config, engine.tp, engine.ep, rank)
