@@ -21,8 +21,8 @@ CASES = (
     {"family": "qwen3_moe", "tp": 2},
     {"family": "qwen3_moe", "tp": 4, "ep": 2},
     {"family": "qwen3_moe", "tp": 4, "ep": 4},
-    {"family": "llama", "tp": 2, "intermediate_size": 48, "cpu": True},
-    {"family": "qwen3_moe", "tp": 2, "ep": 2, "moe_intermediate_size": 40, "cpu": True},
+    {"family": "llama", "tp": 2, "intermediate_size": 80, "cpu": True},
+    {"family": "qwen3_moe", "tp": 2, "ep": 2, "moe_intermediate_size": 72, "cpu": True},
 )
 
 
