@@ -25,6 +25,11 @@ class EnginePool:
         """What this rank's engine writes with; None while it has no whole set."""
         return self.engine.weight_version
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What went wrong so far and was made good; nothing can with these engines."""
+        return {}
+
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int) -> list[Rollout]:
         """Rollouts of all requests, on every rank.
 

@@ -143,6 +143,8 @@ def _progress(config: TrainConfig, start_step: int) -> NullProgress:
 
 def close(assembled: Assembled) -> None:
     """Give back files, sinks and engines."""
-    assembled.files.close()
-    if assembled.run.engines is not None:
-        assembled.run.engines.close()
+    try:
+        assembled.files.close()
+    finally:
+        if assembled.run.engines is not None:
+            assembled.run.engines.close()

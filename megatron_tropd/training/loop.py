@@ -86,11 +86,11 @@ def _update(run: Run, batch: Batch, plan: BatchPlan, step: int) -> _Outcome:
     verdict: Literal["stepped", "skipped"] = "stepped"
     for minibatch in plan.minibatches:
         sums.append(forward_backward(student, run.objective, batch, minibatch))
-        if PARITY in sums[-1].metrics:  # before a weight moves on these tokens
-            _judge_parity(run, sums[-1].metrics[PARITY], f"rollouts of step {step + 1}")
         norms.append(student.grad_norm())
         learning_rate = student.learning_rate
         if run.guard.judge(step=step + 1, loss=sums[-1].loss, grad_norm=norms[-1]) == "stepped":
+            if PARITY in sums[-1].metrics:
+                _judge_parity(run, sums[-1].metrics[PARITY], f"rollouts of step {step + 1}")
             student.step()
         else:
             student.skip()
@@ -140,7 +140,7 @@ def _evaluate(run: Run, step: int, *, whole: bool = False) -> None:
 def _batch_metrics(run: Run, step: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
     """What the rollouts themselves say."""
     count = len(rollouts)
-    if not run.objective.needs.rollouts:
+    if run.engines is None or not run.objective.needs.rollouts:
         return {"rollout/len_mean": sum(r.response_len for r in rollouts) / count}
     tokens = count_regions(rollouts)
     settings = run.config.guidance
@@ -151,14 +151,5 @@ def _batch_metrics(run: Run, step: int, rollouts: Sequence[Rollout]) -> dict[str
         "guidance/len_mean": sum(r.guidance_len for r in rollouts) / count,
         "rollout/len_mean": sum(r.response_len for r in rollouts) / count,
         "rollout/truncated_frac": sum(r.finish == "length" for r in rollouts) / count,
-        **_engine_counts(run),
+        **{f"engine/{name}": float(count) for name, count in run.engines.counts.items()},
     }
-
-
-def _engine_counts(run: Run) -> dict[str, float]:
-    """What went wrong with the servers so far, where there are servers; on the first rank, which reports."""
-    if not isinstance(run.engines, SGLangPool):
-        return {}
-    counts = run.engines.counts
-    names = ("restarts", "reissued", "bad_responses", "stale_weights", "given_up", "unverified", "planned_failed")
-    return {f"engine/{name}": float(counts.get(name, 0)) for name in names}

@@ -20,6 +20,9 @@ from megatron_tropd.types import GenerationRequest, Rollout
 
 log = logging.getLogger(__name__)
 
+COUNTS = ("restarts", "reissued", "bad_responses", "stale_weights", "given_up", "unverified", "planned_failed")
+"""``engine/...`` of docs/metrics.md."""
+
 _MAX_ATTEMPTS = 4
 """Of one prompt: a request that brings down every server it meets must end the run, not the servers."""
 
@@ -67,8 +70,7 @@ def _nothing_written(request: GenerationRequest, version: int) -> Rollout:
 class Fleet:
     """All servers of a run, seen from the one rank that speaks to them.
 
-    ``counts`` tells what went wrong so far: restarts, reissued, bad_responses, stale_weights, given_up,
-    unverified (pushes to a server that cannot hash its weights).
+    ``counts`` tells what went wrong so far, by the names of ``COUNTS``.
     """
 
     def __init__(self, settings: SGLangSettings, dialect: Dialect, arch: Architecture) -> None:
@@ -78,7 +80,7 @@ class Fleet:
         else:
             servers = [ServerProcess(settings, i, arch.max_position_embeddings) for i in range(settings.num_engines)]
             self.engines = [Engine(i, settings, arch, server) for i, server in enumerate(servers)]
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
         self._checksums: dict[int, set[str]] = {}
         """What servers of each tensor-parallel size said of the weights of the version being served."""
 

@@ -94,8 +94,7 @@ class SGLangPool:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What went wrong so far, on the first rank: restarts, reissued, bad_responses, stale_weights, given_up,
-        unverified."""
+        """What went wrong so far, by the names of ``fleet.COUNTS``; on the first rank, {} elsewhere."""
         return {} if self._fleet is None else dict(self._fleet.counts)
 
     # ---- generation ----
