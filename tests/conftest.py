@@ -33,12 +33,13 @@ def ranks():
 
 
 @pytest.fixture(scope="session")
-def sglang(tmp_path_factory):
+def sglang(tmp_path_factory, ranks):
     """Two real SGLang servers with a pool on them; each test pushes weights of its own."""
     from tests.sglang_helpers import PYTHON, start_servers
 
     if not PYTHON.exists():
         pytest.skip(f"{PYTHON} does not exist; `make sglang-env` makes SGLang's environment")
+    ranks.close()  # whoever needs ranks from here on starts them anew
     servers = start_servers(tmp_path_factory.mktemp("sglang"))
     yield servers
     servers.pool.close()

@@ -39,6 +39,7 @@ def _gradients(directory, layout):
     from megatron_tropd.models.build import build_gpt_model, forward_hidden
     from megatron_tropd.ops.vocab_parallel import VocabShard, gather_hidden
     from megatron_tropd.parallel.groups import student_groups
+    from megatron_tropd.training.student import break_cycles
     from megatron_tropd.types import Rollout
     from megatron_tropd.weights.export import export_hf
     from megatron_tropd.weights.load import load_hf_into, local_parameters
@@ -78,6 +79,7 @@ def _gradients(directory, layout):
         forward_step_func=lambda batches, m: (forward_hidden(m, next(batches)), loss), data_iterator=iter([batch]),
         model=[ddp], num_microbatches=1, seq_length=size, micro_batch_size=1, forward_only=False,
     )  # fmt: skip
+    break_cycles(model)
     grads = {name: parameter.main_grad for name, parameter in local_parameters(ddp).items()}
     return {name: tensor.clone() for name, tensor in export_hf(grads, arch, layout, dist.group.WORLD)}
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import distributed_c10d
@@ -80,8 +81,9 @@ def init_distributed(timeout_s: float = DEFAULT_TIMEOUT_S) -> tuple[int, int]:
 
 
 def release_groups() -> None:
-    """Give back every group but the world.  Megatron's destroy_model_parallel only forgets its groups,
-    and each of gloo's keeps its threads."""
+    """Give back every group but the world.  Megatron's destroy_model_parallel only forgets its groups, and each of
+    gloo's keeps its threads; its cache of rotary embeddings keeps their modules, and with them their groups."""
+    getattr(RotaryEmbedding.forward, "cache_clear", lambda: None)()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     for group in list(distributed_c10d._world.pg_map):

@@ -142,7 +142,8 @@ def _progress(config: TrainConfig, start_step: int) -> NullProgress:
 
 
 def close(assembled: Assembled) -> None:
-    """Give back files, sinks and engines."""
+    """Give back files, sinks, engines and the student's memory."""
+    assembled.run.student.close()
     try:
         assembled.files.close()
     finally:

@@ -91,6 +91,10 @@ class Student:
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
 
+    def close(self) -> None:
+        """No more steps: the weights may be freed."""
+        break_cycles(self.model)
+
     def head(self, needs: Needs) -> HeadSettings:
         """How the vocabulary head computes what ``needs`` asks for."""
         return replace(self._head, topk_overlap=self._head.topk_overlap and needs.top_k > 0)
@@ -167,6 +171,16 @@ class Student:
             group.update(setting)
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
         self.version = version
+
+
+def break_cycles(model: HiddenStateGPT) -> None:
+    """Let a model that was trained be freed.  Two cycles lead through autograd's nodes to DDP's gradient hooks, where
+    Python's collector cannot see them: from the config by the optimizer's fp32 shards, and from the probabilities that
+    an expert dispatcher keeps of its last pass.  Weights and process groups would stay as long as the process lives."""
+    model.config.grad_scale_func = None
+    for module in model.modules():
+        if dispatcher := getattr(module, "token_dispatcher", None):
+            dispatcher.probs = None
 
 
 def _wrap(model: HiddenStateGPT, parallel: ParallelConfig) -> DistributedDataParallel:
