@@ -12,6 +12,7 @@ from megatron_tropd.rollout.engine import EngineError
 from megatron_tropd.rollout.sglang.checksums import SentChecksums
 from megatron_tropd.rollout.sglang.planned import PlannedEngines
 from megatron_tropd.weights.engine_boxes import EngineLayout
+from megatron_tropd.weights.places import location
 from megatron_tropd.weights.plan_spec import PlanSpec
 from megatron_tropd.weights.side_group import host_store
 from tests.planned_ranks import as_torch, fill, serve
@@ -66,9 +67,11 @@ class Link:
         )  # fmt: skip
         self.store = host_store(timeout_s=TIMEOUT_S)
         self.trainers = RankPool(2, serve)
-        self.engines = PlannedEngines(sglang.engines, self.spec, self.store, timeout_s=TIMEOUT_S, shared=shared)
+        self.engines = PlannedEngines(sglang.engines, self.store, timeout_s=TIMEOUT_S, shared=shared)
         self.begin()
-        self._together(self.engines.connect(), _join, self.spec.to_json(), self.store.port, self.engines.group, shared)
+        self._together(
+            self.engines.connect(self.spec), _join, self.spec.to_json(), self.store.port, self.engines.group, shared
+        )
 
     def begin(self) -> None:
         self.sglang.run(self.sglang.pool._fleet.begin_update())
@@ -102,6 +105,10 @@ def link(sglang):
     link = Link(sglang)
     yield link
     link.trainers.kill()
+
+
+def test_engines_say_where_their_weights_are(link):
+    assert link.sglang.run(link.engines.locate()) == [[location([])]] * 2
 
 
 def _error(link, version, measured, claim) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,8 @@ from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.rollout.sglang.planned import PlannedEngines
 from megatron_tropd.rollout.sglang.planned_push import MAX_FAILURES, PlannedPush, TrainerWeights
 from megatron_tropd.weights.boxes import rank_boxes
+from megatron_tropd.weights.plan import Place
+from megatron_tropd.weights.plan_spec import PlanSpec
 from tests.planned_ranks import as_torch, fill
 from tests.sglang_helpers import check_rollouts, params, requests_of
 
@@ -62,12 +66,30 @@ def _break(monkeypatch) -> None:
 def test_a_failed_planned_update_is_made_good_and_planned_again(sglang, pool, monkeypatch, measured):
     _push(sglang, pool, measured)
     assert pool.counts.get("planned_failed", 0) == 0
+    plan, here = pool._planned._sender.plan, Place(node=0, gpu=0)
+    assert (plan.source_places, plan.engine_places) == ((here,), ((here,), (here,)))
     with monkeypatch.context() as broken:
         _break(broken)
         _push(sglang, pool, measured)
     assert pool.counts["planned_failed"] == 1
     _push(sglang, pool, measured)
     assert pool.counts["planned_failed"] == 1, "a new connection did not work"
+
+
+def _lose_a_tensor(monkeypatch) -> None:
+    build = PlanSpec.build
+
+    def without_the_last(spec):
+        plan = build(spec)
+        return replace(plan, messages=plan.messages[:-1])
+
+    monkeypatch.setattr(PlanSpec, "build", without_the_last)
+
+
+def test_a_plan_that_is_not_whole_is_not_carried_out(sglang, pool, monkeypatch, measured, caplog):
+    _lose_a_tensor(monkeypatch)
+    _push(sglang, pool, measured)
+    assert pool.counts["planned_failed"] == 1 and "of engine 1 rank 0: elements from" in caplog.text
 
 
 def test_planned_updates_are_given_up_after_failures_in_a_row(sglang, pool, monkeypatch, measured):

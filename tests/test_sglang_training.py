@@ -35,7 +35,9 @@ def _sglang_flags(world, run_dir, **changes):
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} does not exist; `make sglang-env` makes it")
-@pytest.mark.parametrize(("transport", "num_steps", "killed_in"), [("auto", 10, 4), ("planned", 6, 3)])
+@pytest.mark.parametrize(
+    ("transport", "num_steps", "killed_in"), [("auto", 10, 4), ("planned", 4, 2), ("planned-shared", 4, 2)]
+)
 def test_a_run_on_a_server_that_is_killed_in_the_middle(world, tmp_path, transport, num_steps, killed_in):
     """The server comes back with the weights of the step; every step is made once, on tokens of its own weights."""
     run_dir = tmp_path / "run"

@@ -4,10 +4,11 @@
 
 SGLang calls a custom loader in every tensor-parallel worker with the model and the tensors of an
 ``update_weights_from_tensor`` request.  Here the one tensor is a request in JSON (:class:`LoaderRequest`):
-``connect`` makes the plan and joins the side group, ``receive`` takes one update while the trainer pushes
-it, ``close`` leaves.  An exception in a custom loader ends the whole server, so none is let out: what came
-of a request is written to the side group's store, where the trainer waits for it, and a failed update is
-refused to the trainer besides.  Needs torch and this package's pure modules, not Megatron.
+``locate`` says where the worker's weights are, ``connect`` makes the plan and joins the side group, ``receive``
+takes one update while the trainer pushes it, ``close`` leaves.  An exception in a custom loader ends the whole
+server, so none is let out: what came of a request is written to the side group's store, where the trainer waits
+for it, and a failed update is refused to the trainer besides.  Needs torch and this package's pure modules, not
+Megatron.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_tropd.weights.message import TransportError
+from megatron_tropd.weights.places import Location, location
 from megatron_tropd.weights.plan_spec import PlanSpec
 from megatron_tropd.weights.planned_link import connect_receiver
 from megatron_tropd.weights.planned_transport import PlannedReceiver
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 
 LOADER = f"{__name__}.load"
 REQUEST = "megatron_tropd.request"
-Request = Literal["connect", "receive", "close"]
+Request = Literal["locate", "connect", "receive", "close"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,7 @@ class LoaderRequest:
     """Under which the outcome is found; new for every request of a group."""
     version: int = -1
     spec: str = ""
-    """:meth:`PlanSpec.to_json`; this and all that follows is for ``connect``."""
+    """:meth:`PlanSpec.to_json`; this and all that follows is for ``connect``, host and port also for ``locate``."""
     digest: str = ""
     host: str = ""
     port: int = 0
@@ -76,6 +78,15 @@ class Outcome:
     partial: bool = False
     """The weights are a mixture."""
     payload_bytes: int = 0
+    location: Location | None = None
+    """Where its weights are; the answer to ``locate``."""
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Outcome:
+        """Inverse of ``json.dumps(asdict(outcome))``."""
+        value = json.loads(text)
+        at = value["location"]
+        return cls(**{**value, "location": at and Location(**at)})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,7 +121,7 @@ def read_outcomes(store: dist.TCPStore, request: LoaderRequest, num_ranks: int, 
         except (dist.DistError, RuntimeError) as error:
             said = f"said nothing about {request.do} within {timeout_s:g} s"
             raise TransportError(f"engine {request.engine} rank {rank} {said}") from error
-        outcomes.append(Outcome(**json.loads(store.get(key))))
+        outcomes.append(Outcome.from_json(store.get(key)))
         if outcomes[-1].error:
             problems.append(f"engine {request.engine} rank {rank}: {outcomes[-1].error}")
     if problems:
@@ -128,7 +139,7 @@ def load(model: nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
     rank = _tensor_parallel_rank()
     store = None
     try:
-        if request.do == "connect":
+        if request.do in ("locate", "connect"):
             store = join_store(host=request.host, port=request.port, timeout_s=request.timeout_s)
         else:
             store = _connections[request.group].store
@@ -151,6 +162,8 @@ def _tensor_parallel_rank() -> int:
 
 
 def _serve(model: nn.Module, request: LoaderRequest, rank: int, store: dist.TCPStore) -> Outcome:
+    if request.do == "locate":
+        return Outcome(location=location(model.parameters()))
     if request.do == "connect":
         _connections.clear()  # the trainer left without a word; staging memory, its own too, lives as long as they do
         receiver = connect_receiver(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 from megatron_tropd.models.architecture import Architecture, RopeScaling
 from megatron_tropd.parallel.layout import ParallelLayout
@@ -26,12 +27,12 @@ class PlanSpec:
     make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR
 
     def build(self) -> WeightPlan:
-        """The plan; equal for equal specs, wherever it is made."""
-        return build_plan(
-            self.arch, self.layout, self.engines, dtype=self.dtype, bucket_bytes=self.bucket_bytes,
-            source_places=self.source_places, engine_places=self.engine_places,
-            make_vocab_size_divisible_by=self.make_vocab_size_divisible_by,
-        )  # fmt: skip
+        """The plan; equal for equal specs, wherever it is made.
+
+        Raises:
+            PlanError, ValueError: as :func:`build_plan`.
+        """
+        return _build(self)
 
     def to_json(self) -> str:
         """Text of the spec."""
@@ -59,3 +60,13 @@ class PlanSpec:
             return cls(**{**value, **given})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the inputs of a weight plan: {error!r}") from error
+
+
+@lru_cache(maxsize=1)
+def _build(spec: PlanSpec) -> WeightPlan:
+    """Remembers the last: whoever connects asks for digest, proof and messages, and a large plan takes seconds."""
+    return build_plan(
+        spec.arch, spec.layout, spec.engines, dtype=spec.dtype, bucket_bytes=spec.bucket_bytes,
+        source_places=spec.source_places, engine_places=spec.engine_places,
+        make_vocab_size_divisible_by=spec.make_vocab_size_divisible_by,
+    )  # fmt: skip

@@ -4,7 +4,7 @@ The weights themselves travel from every trainer rank straight to every engine r
 (``weights/planned_transport.py``); what goes over HTTP is a request of a few hundred bytes.  Servers must
 run with ``--custom-weight-loader megatron_tropd.weights.engine_loader.load``.  Each call here is made while all
 trainer ranks make theirs: :meth:`PlannedEngines.connect` with ``connect_sender``,
-:meth:`PlannedEngines.receive` with ``PlannedSender.push``.
+:meth:`PlannedEngines.receive` with ``PlannedSender.push``; only :meth:`PlannedEngines.locate` needs nobody else.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import torch.distributed as dist
 
 from megatron_tropd.rollout.engine import EngineError
 from megatron_tropd.rollout.sglang.engine import Engine
-from megatron_tropd.weights.engine_loader import LOADER, LoaderRequest, Request, read_outcomes
+from megatron_tropd.weights.engine_loader import LOADER, LoaderRequest, Outcome, Request, read_outcomes
 from megatron_tropd.weights.message import TransportError
+from megatron_tropd.weights.places import Location
 from megatron_tropd.weights.plan_spec import PlanSpec
 from megatron_tropd.weights.side_group import LOOPBACK, Backend
 
@@ -45,29 +46,37 @@ def loader_body(request: LoaderRequest, num_ranks: int) -> bytes:
 
 
 class PlannedEngines:
-    """The engines of a plan, number by number, over one side group."""
+    """The engines of a plan, in the order of their numbers, over one side group."""
 
     def __init__(
-        self, engines: Sequence[Engine], spec: PlanSpec, store: dist.TCPStore, *, host: str = LOOPBACK,
+        self, engines: Sequence[Engine], store: dist.TCPStore, *, host: str = LOOPBACK,
         backend: Backend = "gloo", timeout_s: float, shared: bool = False, run_name: str = "", address: str = LOOPBACK,
     ) -> None:  # fmt: skip
-        if len(engines) != len(spec.engines):
-            raise ValueError(f"{len(engines)} engines were given for a plan of {len(spec.engines)}")
-        self._engines, self._spec, self._store = engines, spec, store
+        self._engines, self._store = engines, store
         self._host, self._backend, self._timeout_s, self._shared = host, backend, timeout_s, shared
         self._run_name, self._address = run_name, address
-        self._digest = spec.build().digest
         self._tickets = count()
         self.group = f"weights-{uuid.uuid4().hex}"
         """Name of the side group; tell the trainer's ranks."""
 
-    async def connect(self) -> None:
-        """Have every worker make the plan and join the group; inside an update session of every engine.
+    async def locate(self) -> list[list[Location]]:
+        """Where the weights of every rank of every engine are.
 
         Raises:
             EngineError: naming engine and rank.
         """
-        await self._ask("connect")
+        return [[one.location for one in ranks if one.location] for ranks in await self._ask("locate")]
+
+    async def connect(self, spec: PlanSpec) -> None:
+        """Have every worker make the plan of ``spec`` and join the group; inside an update session of every engine.
+
+        Raises:
+            EngineError: naming engine and rank.
+            ValueError: the plan is of another number of engines.
+        """
+        if len(self._engines) != len(spec.engines):
+            raise ValueError(f"{len(self._engines)} engines were given for a plan of {len(spec.engines)}")
+        await self._ask("connect", spec=spec)
 
     async def receive(self, version: int) -> None:
         """Have every worker take the update that the trainer pushes, and give the engines its version.
@@ -75,7 +84,7 @@ class PlannedEngines:
         Raises:
             EngineError: some rank did not take it whole; no engine was told the version.
         """
-        await self._ask("receive", version)
+        await self._ask("receive", version=version)
         await asyncio.gather(*(engine.set_version(version) for engine in self._engines))
 
     async def close(self) -> None:
@@ -86,12 +95,13 @@ class PlannedEngines:
         """
         await self._ask("close")
 
-    async def _ask(self, do: Request, version: int = -1) -> None:
+    async def _ask(self, do: Request, *, version: int = -1, spec: PlanSpec | None = None) -> list[list[Outcome]]:
+        """What every rank of every engine made of it."""
         ticket = str(next(self._tickets))
-        spec = self._spec.to_json() if do == "connect" else ""
+        text, digest = (spec.to_json(), spec.build().digest) if spec else ("", "")
         requests = [
             LoaderRequest(
-                do=do, group=self.group, engine=number, ticket=ticket, version=version, spec=spec, digest=self._digest,
+                do=do, group=self.group, engine=number, ticket=ticket, version=version, spec=text, digest=digest,
                 host=self._host, port=self._store.port, backend=self._backend, timeout_s=self._timeout_s,
                 shared=self._shared, run_name=self._run_name, address=self._address,
             )
@@ -99,16 +109,22 @@ class PlannedEngines:
         ]  # fmt: skip
         asked = zip(self._engines, requests, strict=True)
         results = await asyncio.gather(*(self._ask_one(*pair) for pair in asked), return_exceptions=True)
+        problems, outcomes = [], []
         for result in results:
-            if isinstance(result, BaseException) and not isinstance(result, EngineError | TransportError):
+            if isinstance(result, EngineError | TransportError):
+                problems.append(str(result))
+            elif isinstance(result, BaseException):
                 raise result
-        if problems := [str(result) for result in results if isinstance(result, BaseException)]:
+            else:
+                outcomes.append(result)
+        if problems:
             raise EngineError(f"planned update ({do}): " + "; ".join(problems))
+        return outcomes
 
-    async def _ask_one(self, engine: Engine, request: LoaderRequest) -> None:
+    async def _ask_one(self, engine: Engine, request: LoaderRequest) -> list[Outcome]:
         body = loader_body(request, engine.tp_size)
         # A worker may wait as long as the group allows for each of its messages; the request must outlive that.
         await engine.call_loader(body, what=f"planned {request.do}", timeout_s=2 * self._timeout_s)
-        await asyncio.to_thread(
+        return await asyncio.to_thread(
             read_outcomes, self._store, request, engine.tp_size, timeout_s=_ANSWER_TIMEOUT_S
         )  # fmt: skip

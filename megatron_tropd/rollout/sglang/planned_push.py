@@ -1,9 +1,9 @@
 """A pool's weights sent as planned: every trainer rank sends its own rows straight to the engine ranks that hold them.
 
-The connection of one plan lives until an engine is started anew or given up; the next push then makes another.
-When anything fails, on either side, nothing is served and the pool sends whole tensors through SGLang's own
-update API instead, to whichever engines then lack the version.  After two failures in a row it does so for the
-rest of the run.
+The connection of one plan lives until an engine is started anew or given up; the next push then makes another: it asks
+the engines where their weights are, plans, proves the plan and has everybody join.  When anything fails, on either
+side, nothing is served and the pool sends whole tensors through SGLang's own update API instead, to whichever engines
+then lack the version.  After two failures in a row it does so for the rest of the run.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ from megatron_tropd.rollout.sglang.planned import PlannedEngines
 from megatron_tropd.rollout.sglang.settings import SGLangSettings
 from megatron_tropd.weights.engine_boxes import EngineLayout
 from megatron_tropd.weights.hf_shapes import hf_shapes
+from megatron_tropd.weights.message import TransportError
+from megatron_tropd.weights.places import Location, location, places, ranks_on_one_gpu
 from megatron_tropd.weights.plan_spec import PlanSpec
 from megatron_tropd.weights.planned_link import connect_sender
 from megatron_tropd.weights.planned_transport import PlannedSender
+from megatron_tropd.weights.proof import prove
 from megatron_tropd.weights.side_group import LOOPBACK, host_store, join_store
 
 log = logging.getLogger(__name__)
@@ -61,9 +64,16 @@ class TrainerWeights:
 class _Invitation:
     """What a rank needs to join the first rank's side group."""
 
-    spec: str
+    spec: PlanSpec
     port: int
     group: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Problem:
+    """Why there is no plan to join."""
+
+    text: str
 
 
 class PlannedPush:
@@ -80,6 +90,7 @@ class PlannedPush:
         self._engines: PlannedEngines | None = None
         self._connected_to: tuple[tuple[int, int], ...] = ()
         self._run_name = uuid.uuid4().hex
+        self._locations: list[Location] = []
         self._failures = 0
 
     @property
@@ -93,6 +104,8 @@ class PlannedPush:
         Raises:
             EngineError: on every rank alike: no server is left.
         """
+        if not self._locations:
+            self._locations = self._weights.gather(location(self._weights.params().values()))
         invitation = self._first.ask(lambda: self._invite(fleet, run))
         problem = self._carry_out(invitation, run, version)
         if problems := [text for text in self._weights.gather(problem) if text]:
@@ -111,7 +124,7 @@ class PlannedPush:
             if self.given_up:
                 log.error("planned updates failed %d times in a row and are given up for this run", MAX_FAILURES)
 
-    def _invite(self, fleet: Fleet | None, run: Callable[[Any], Any]) -> _Invitation | None:
+    def _invite(self, fleet: Fleet | None, run: Callable[[Any], Any]) -> _Invitation | _Problem | None:
         """Open sessions; a new connection where the servers are not those of the present one."""
         assert fleet is not None
         run(fleet.begin_update())
@@ -121,32 +134,54 @@ class PlannedPush:
             return None
         self._drop()
         self._store = self._store or host_store(host=self._weights.store_host, timeout_s=CONNECT_TIMEOUT_S)
-        spec = self._spec(engines)
         self._engines = PlannedEngines(
-            engines, spec, self._store, host=self._weights.store_host, backend=self._backend,
+            engines, self._store, host=self._weights.store_host, backend=self._backend,
             timeout_s=self._settings.request_timeout_s, shared=self._shared, run_name=self._run_name,
             address=self._weights.address,
         )  # fmt: skip
         self._connected_to = present
-        return _Invitation(spec=spec.to_json(), port=self._store.port, group=self._engines.group)
+        try:
+            spec = self._proved_spec(engines, run(self._engines.locate()))
+        except _PROBLEMS as error:
+            return _Problem(text=f"rank {self._first.rank}: {error}")
+        return _Invitation(spec=spec, port=self._store.port, group=self._engines.group)
 
-    def _spec(self, engines: list[Engine]) -> PlanSpec:
-        return PlanSpec(
+    def _proved_spec(self, engines: list[Engine], at: list[list[Location]]) -> PlanSpec:
+        """Of a plan for engines whose ranks are ``at``, which holds by a proof that does not believe the planner.
+
+        Raises:
+            TransportError: NCCL would have to send between ranks on one GPU.
+            ProofError, PlanError: there is no such plan.
+        """
+        if self._backend == "nccl" and not self._shared and (pair := ranks_on_one_gpu(self._locations, at)):
+            raise TransportError(
+                f"{pair} are on one GPU, where NCCL cannot send from one to the other; pass "
+                "--update-weight-transport planned-shared"
+            )
+        source_places, engine_places = places(self._locations, at)
+        spec = PlanSpec(
             arch=self._arch, layout=self._weights.layout, dtype=self._settings.dtype,
             engines=tuple(EngineLayout(tp=e.tp_size, ep=e.ep_size, cpu=e.is_cpu) for e in engines),
-            bucket_bytes=self._settings.bucket_bytes,
+            bucket_bytes=self._settings.bucket_bytes, source_places=source_places, engine_places=engine_places,
             make_vocab_size_divisible_by=self._weights.make_vocab_size_divisible_by,
         )  # fmt: skip
+        divisor = spec.make_vocab_size_divisible_by
+        proof = prove(spec.build(), spec.arch, spec.layout, make_vocab_size_divisible_by=divisor)
+        log.info("weights of %d engines are planned: %d bytes, each once, by proof", len(engines), proof.bytes_sent)
+        return spec
 
     @property
     def _backend(self) -> Any:
         return "nccl" if self._settings.cuda else "gloo"
 
-    def _carry_out(self, invitation: _Invitation | None, run: Callable[[Any], Any], version: int) -> str:
+    def _carry_out(self, invitation: _Invitation | _Problem | None, run: Callable[[Any], Any], version: int) -> str:
         """Connect where invited, then send; returns what went wrong on this rank, if anything."""
+        if isinstance(invitation, _Problem):
+            return invitation.text
         try:
             if invitation is not None:
-                self._together(run, lambda engines: engines.connect(), lambda: self._join(invitation))
+                spec = invitation.spec
+                self._together(run, lambda engines: engines.connect(spec), lambda: self._join(invitation))
             sender = self._sender
             assert sender is not None
             self._together(run, lambda engines: engines.receive(version), lambda: sender.push(version))
@@ -158,7 +193,7 @@ class PlannedPush:
         host = self._weights.store_host
         store = self._store or join_store(host=host, port=invitation.port, timeout_s=CONNECT_TIMEOUT_S)
         self._sender = connect_sender(
-            PlanSpec.from_json(invitation.spec), rank=self._first.rank, params=self._weights.params(), store=store,
+            invitation.spec, rank=self._first.rank, params=self._weights.params(), store=store,
             group=invitation.group, backend=self._backend, timeout_s=self._settings.request_timeout_s,
             address=self._weights.address, shared=self._shared,
         )  # fmt: skip
