@@ -50,14 +50,13 @@ def plan_copy(stored: TorchDistReader, params: Sequence[StoredParam], *, weights
         CheckpointError: the checkpoint is of another model, or holds a tensor whose meaning is not known.
     """
     prefixes = [""]
-    for key in sorted(stored.tensors):
-        prefix = key[: match.start()] if (match := _MODEL_KEY.search(key)) else None
-        if prefix is None and not weights_only:
+    for key in [] if weights_only else sorted(stored.tensors):
+        if not (match := _MODEL_KEY.search(key)):
             raise CheckpointError(
                 f"{key} is no state of a weight, so it is not known how to cut it; convert the weights alone "
                 "(--no-load-optim)"
             )
-        if prefix not in (None, *prefixes) and not weights_only:
+        if (prefix := key[: match.start()]) not in prefixes:
             prefixes.append(prefix)
     for prefix in prefixes:
         stream.check_stored(stored, params, prefix)

@@ -10,6 +10,8 @@ hook adds that, so the placeholder is zeros.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,14 @@ def keeps_main_grad(weight: Tensor) -> bool:
     return getattr(weight, "main_grad", None) is not None and hasattr(weight, "grad_added_to_main_grad")
 
 
+def _main_grad(weight: Any) -> Tensor:
+    return weight.main_grad  # type: ignore[no-any-return]
+
+
 def accumulator(weight: Tensor, *, now: bool) -> Tensor:
     """fp32 [rows, H] to add to: ``main_grad`` itself where backward is running (``now``), else fresh zeros."""
-    if now and keeps_main_grad(weight) and weight.main_grad.dtype == torch.float32:
-        return weight.main_grad
+    if now and keeps_main_grad(weight) and (kept := _main_grad(weight)).dtype == torch.float32:
+        return kept
     return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
 
 
@@ -33,10 +39,11 @@ def deliver(weight: Tensor, total: Tensor, upstream: Tensor | None = None) -> Te
     """
     if not keeps_main_grad(weight):
         return (total if upstream is None else total * upstream).to(weight.dtype)
-    if total is not weight.main_grad:
+    kept = _main_grad(weight)
+    if total is not kept:
         if upstream is None:
-            weight.main_grad.add_(total)
+            kept.add_(total)
         else:
-            weight.main_grad.addcmul_(total, upstream)
-    weight.grad_added_to_main_grad = True
+            kept.addcmul_(total, upstream)
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # Megatron's, as main_grad
     return weight.new_zeros(()).expand(weight.shape)  # one number; copied only after ``total`` is freed

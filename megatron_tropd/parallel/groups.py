@@ -36,7 +36,7 @@ class ModelGroups:
     @property
     def world(self) -> dist.ProcessGroup:
         """All ranks of the layout (today: all ranks of the job)."""
-        return dist.group.WORLD
+        return dist.group.WORLD  # type: ignore[return-value]  # None where there is no process group
 
     @property
     def is_first_stage(self) -> bool:

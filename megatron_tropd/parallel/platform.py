@@ -231,7 +231,8 @@ def _patch_norm_sequence_parallel() -> None:
 class _ThreadContext:
     """The part of a multiprocessing context that Megatron's checkpoint writer uses, on threads."""
 
-    Queue = JoinableQueue = staticmethod(queue.Queue)
+    Queue: Any = staticmethod(queue.Queue)
+    JoinableQueue: Any = Queue
 
     @staticmethod
     def Process(*, target: Any, kwargs: dict[str, Any]) -> threading.Thread:

@@ -23,7 +23,7 @@ from megatron_tropd.types import GenerationRequest, Rollout
 try:
     from transformers.initialization import no_init_weights
 except ImportError:  # transformers 4
-    from transformers.modeling_utils import no_init_weights
+    from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined,no-redef]
 
 
 def _build(hf_config_dir: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def score_rollouts(
         for index in indices:
             rollout = rollouts[index]
             rows = slice(written, written := written + len(rollout.logprobs))
-            part = _map(scores, lambda value, rows=rows: value[rows])
+            part = _map(scores, itemgetter(rows))
             logprob = scores.logprob[response : (response := response + rollout.response_len)]
             scored[index] = replace(part, logprob=logprob)
     return scored
@@ -128,5 +129,6 @@ class FrozenHead:
 
 
 def _map(scores: TeacherScores, change: Callable[[Tensor], Tensor]) -> TeacherScores:
-    parts = {f.name: getattr(scores, f.name) for f in fields(scores)}
-    return TeacherScores(**{name: None if value is None else change(value) for name, value in parts.items()})
+    parts: dict[str, Any] = {f.name: getattr(scores, f.name) for f in fields(scores)}
+    changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in parts.items()}
+    return TeacherScores(**changed)

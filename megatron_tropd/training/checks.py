@@ -27,7 +27,7 @@ def check_numbers(config: TrainConfig, found: Findings) -> None:
         "sglang-tp-size": config.engine.sglang_tp_size,
         "update-weight-buffer-size": config.engine.update_weight_buffer_size,
     }  # fmt: skip
-    not_negative = {
+    not_negative: dict[str, float] = {
         "min-lr": training.min_lr, "weight-decay": training.weight_decay, "clip-grad": training.clip_grad,
         "lr-warmup-iters": training.lr_warmup_iters, "save-interval": config.checkpoint.save_interval,
         "eval-interval": config.evaluation.eval_interval, "eval-prompts": config.evaluation.eval_prompts,
@@ -36,8 +36,8 @@ def check_numbers(config: TrainConfig, found: Findings) -> None:
         "gradient-diagnostics-interval": config.logging.gradient_diagnostics_interval,
         "rollout-log-interval": config.logging.rollout_log_interval, "outlier-coef": method.outlier_coef,
     }  # fmt: skip
-    for name, value in at_least_one.items():
-        found.require(value >= 1, f"--{name} {value} must be at least 1")
+    for name, count in at_least_one.items():
+        found.require(count >= 1, f"--{name} {count} must be at least 1")
     for name, value in not_negative.items():
         found.require(value >= 0, f"--{name} {value} must not be negative")
     minutes = config.parallel.distributed_timeout_minutes

@@ -39,8 +39,9 @@ class Sending(Protocol):
 class Arrival(Protocol):
     """A message on its way, seen from its receiver."""
 
-    part: Tensor
-    """Its memory; the payload lies behind ``HEADER_BYTES``."""
+    @property
+    def part(self) -> Tensor:
+        """Its memory; the payload lies behind ``HEADER_BYTES``."""
 
     def wait(self) -> Tensor:
         """Until it has arrived; its header [uint8].

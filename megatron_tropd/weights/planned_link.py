@@ -42,11 +42,14 @@ def _join(
 ) -> tuple[Any, Any | None]:
     """The group of the payloads, and one of gloo for the frames where that is another: over NCCL two ranks that
     both receive before they send would wait for ever, and two ranks on one GPU cannot talk at all."""
-    options = {"rank": rank, "world_size": world_size, "timeout_s": min(timeout_s, JOIN_TIMEOUT_S), "address": address}
-    joined = side_group(store, name=group, backend=backend, **options)
-    if backend == "gloo":
-        return joined, None
-    return joined, side_group(store, name=f"{group}-frames", backend="gloo", **options)
+
+    def join(name: str, backend: Backend) -> Any:
+        return side_group(
+            store, name=name, rank=rank, world_size=world_size, backend=backend, address=address,
+            timeout_s=min(timeout_s, JOIN_TIMEOUT_S),
+        )  # fmt: skip
+
+    return join(group, backend), None if backend == "gloo" else join(f"{group}-frames", "gloo")
 
 
 def connect_receiver(

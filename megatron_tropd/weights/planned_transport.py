@@ -16,8 +16,9 @@ import struct
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ class _Endpoint:
     ``group`` carries payloads, where the weights are.  ``frames`` is a gloo group of the same ranks (None: the
     same one, which then is gloo): hellos, acknowledgements and the headers of shared memory are its.
     """
+
+    _staging: Staging
 
     def __init__(
         self, plan: WeightPlan, messages: tuple[Message, ...], params: dict[str, Tensor], peers: Mapping[int, str],
@@ -131,6 +134,11 @@ def _extend(running: int, value: int) -> int:
     return zlib.crc32(struct.pack("<I", value), running)
 
 
+def _next(halves: Iterator[Tensor], num_bytes: int) -> Tensor:
+    """Memory that is there already, as :class:`Staging` asks for it."""
+    return next(halves)
+
+
 class PlannedSender(_Endpoint):
     """Sends one trainer rank's part of every update.
 
@@ -158,8 +166,8 @@ class PlannedSender(_Endpoint):
             self._open_pairs(self._data.send)
             return
         segments = [SharedSegment(size, self._device) for size in half_sizes(self._buckets)]
-        halves = iter(segments)
-        self._staging = Staging(self._buckets, plan.itemsize, lambda size: next(halves).memory)
+        halves = iter([segment.memory for segment in segments])
+        self._staging = Staging(self._buckets, plan.itemsize, partial(_next, halves))
         self._share_with(offer(self._control, segments, peers))
         self._open_pairs(self._data.send)
 
@@ -248,8 +256,7 @@ class PlannedReceiver(_Endpoint):
         self._staging = Staging(own, plan.itemsize, self._data.empty)
         self._parts = _places(self._staging, own)
         for source, halves in opened.items():
-            memory = iter(halves)
-            view = Staging(theirs[source], plan.itemsize, lambda size, memory=memory: next(memory))
+            view = Staging(theirs[source], plan.itemsize, partial(_next, iter(halves)))
             self._parts.update(_places(view, theirs[source]))
 
     @torch.no_grad()

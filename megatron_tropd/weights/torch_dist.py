@@ -91,7 +91,7 @@ class ChunkFile:
         offset = self._written
         if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
             tensor = tensor.clone()  # torch.save would write the whole storage of a view
-        torch.save(tensor, self)
+        torch.save(tensor, self)  # type: ignore[arg-type]  # write() and flush() are all it calls
         self._chunks.append(Chunk(key=key, start=start, size=tuple(tensor.shape), place=self._since(offset)))
 
     def add_object(self, key: str, data: bytes) -> None:

@@ -80,6 +80,6 @@ def server_environment(settings: SGLangSettings, index: int, environ: Mapping[st
     elif settings.hides_gpus(index):  # else --base-gpu-id names them: a handle names the trainer's GPU, to be seen too
         visible = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         mine = settings.gpus_of(index)
-        names = [visible[gpu] if gpu < len(visible) and visible[gpu] else str(gpu) for gpu in mine]
-        kept["CUDA_VISIBLE_DEVICES"] = ",".join(names)
+        own = [visible[gpu] if gpu < len(visible) and visible[gpu] else str(gpu) for gpu in mine]
+        kept["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     return kept

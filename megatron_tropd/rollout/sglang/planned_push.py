@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,7 +207,7 @@ class PlannedPush:
             own()
             return
 
-        async def both() -> list[Any]:
+        async def both() -> Sequence[Any]:
             return await asyncio.gather(control(engines), asyncio.to_thread(own), return_exceptions=True)
 
         for outcome in run(both()):
