@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {
@@ -122,7 +123,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> list[dict[str, object]]:
     """Both conversions; what was measured, with the sizes that the bound is about."""
-    config = {**COMMON, **MODELS[args.model], **{key: int(value) for key, value in args.set}}
+    config: dict[str, Any] = {**COMMON, **MODELS[args.model], **{key: int(value) for key, value in args.set}}
     if args.layers:
         config["num_hidden_layers"] = args.layers
     work = Path(tempfile.mkdtemp(prefix="conversion-", dir=args.work_dir))
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> list[dict[str, object]]:
         print(f"{total / 1e9:.2f} GB written in {time.monotonic() - start:.0f} s", file=sys.stderr)
         sizes = {
             "model_bytes": total,
-            "largest_tensor_bytes": 2 * int(config["vocab_size"]) * int(config["hidden_size"]),
+            "largest_tensor_bytes": 2 * config["vocab_size"] * config["hidden_size"],
             "buffer_bytes": args.buffer_mib << 20,
         }
         there = ["--hf-checkpoint", str(work / "hf"), "--save", str(work / "megatron"), *common]

@@ -46,6 +46,7 @@ def naive_tropd(inputs: Inputs) -> Tensor:
 
 def _tropd(inputs: Inputs, log_p: Tensor, teacher_topk: Any, teacher: Tensor) -> Tensor:
     tokens = inputs.tokens
+    assert tokens.teacher_topk_ids_TK is not None
     own = log_p.gather(1, tokens.label_T[:, None])[:, 0]
     reward = teacher - own.detach()
     trusted = _trusted(inputs, tokens.teacher_logprob_T - own.detach())

@@ -7,9 +7,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .contenders import REFERENCES, Contender, three_products
 from .inputs import Inputs, Sizes, make_inputs
@@ -53,9 +55,14 @@ def accuracy(contender: Contender, sizes: Sizes, device: torch.device) -> float:
     )
     expected = REFERENCES[contender.loss](wide)
     expected.backward()
-    pairs = [(loss, expected.detach())]
-    pairs += [(inputs.hidden.grad, wide.hidden.grad), (inputs.weight.grad, wide.weight.grad)]
-    return max(float((ours.double() - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
+    ours = [loss, inputs.hidden.grad, inputs.weight.grad]
+    theirs = [expected.detach(), wide.hidden.grad, wide.weight.grad]
+    return max(_relative(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _relative(ours: Tensor | None, theirs: Tensor | None) -> float:
+    assert ours is not None and theirs is not None, "backward gave no gradient"
+    return float((ours.double() - theirs).norm() / theirs.norm())
 
 
 def memory(contender: Contender, sizes: Sizes, device: torch.device) -> int:
@@ -102,7 +109,7 @@ def times(
             if contender.name in failed:
                 continue
             try:
-                seconds = _timed(lambda contender=contender: forward_backward(contender, inputs), device)
+                seconds = _timed(partial(forward_backward, contender, inputs), device)
             except torch.OutOfMemoryError:
                 failed[contender.name] = "out of memory"
                 inputs.clear()

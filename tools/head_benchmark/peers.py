@@ -45,7 +45,8 @@ def _module_from(package: str, path: str, stubs: dict[str, dict[str, Any]]) -> A
 def _verl_topk() -> Callable[[Inputs], Tensor]:
     nothing = {"preprocess_bshd_engine": None, "preprocess_thd_engine": None}
     config = {"DistillationConfig": object, "DistillationLossConfig": object}
-    stubs = {name: {} for name in ("verl", "verl.models", "verl.models.mcore", "verl.workers")}
+    empty = ("verl", "verl.models", "verl.models.mcore", "verl.workers")
+    stubs: dict[str, dict[str, Any]] = {name: {} for name in empty}
     stubs |= {"verl.models.mcore.util": nothing, "verl.workers.config": config}
     function = _module_from("verl", "trainer/distillation/megatron/losses.py", stubs)._VocabParallelKLDivergence
 
