@@ -43,14 +43,10 @@ class CopyPlan:
     """Values that are not tensors; carried over byte for byte."""
 
 
-def plan_copy(stored: TorchDistReader, params: Sequence[StoredParam], *, weights_only: bool) -> CopyPlan:
-    """What to copy.  An optimizer keeps tensors of the shapes of the weights, under their keys with a prefix.
-
-    Raises:
-        CheckpointError: the checkpoint is of another model, or holds a tensor whose meaning is not known.
-    """
+def _prefixes(stored: TorchDistReader) -> list[str]:
+    """Of the weights, which have none, and of every state that is kept for each of them."""
     prefixes = [""]
-    for key in [] if weights_only else sorted(stored.tensors):
+    for key in sorted(stored.tensors):
         if not (match := _MODEL_KEY.search(key)):
             raise CheckpointError(
                 f"{key} is no state of a weight, so it is not known how to cut it; convert the weights alone "
@@ -58,6 +54,16 @@ def plan_copy(stored: TorchDistReader, params: Sequence[StoredParam], *, weights
             )
         if (prefix := key[: match.start()]) not in prefixes:
             prefixes.append(prefix)
+    return prefixes
+
+
+def plan_copy(stored: TorchDistReader, params: Sequence[StoredParam], *, weights_only: bool) -> CopyPlan:
+    """What to copy.  An optimizer keeps tensors of the shapes of the weights, under their keys with a prefix.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model, or holds a tensor whose meaning is not known.
+    """
+    prefixes = [""] if weights_only else _prefixes(stored)
     for prefix in prefixes:
         stream.check_stored(stored, params, prefix)
     jobs = [CopyJob(prefix=prefix, param=param) for prefix in prefixes for param in params]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
-from contextlib import contextmanager
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
+from unittest.mock import patch
 
 import numpy as np
 
@@ -133,16 +134,9 @@ class Member:
         return [name for name in expected if not np.array_equal(mine[name], expected[name])]
 
 
-@contextmanager
 def elsewhere(hidden: bool):
     """Handles made here name another process, as they would on another machine: nobody can open this rank's memory."""
-    getpid = os.getpid
-    if hidden:
-        os.getpid = lambda: 1
-    try:
-        yield
-    finally:
-        os.getpid = getpid
+    return patch.object(os, "getpid", lambda: 1) if hidden else nullcontext()
 
 
 def shared_mappings() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,11 +19,8 @@ SMALL_BUFFER = 700
 def run_streamed(command, *flags):
     """A conversion in many small bands."""
     release_groups()
-    original, common.buffer_bytes = common.buffer_bytes, lambda args: SMALL_BUFFER
-    try:
+    with patch.object(common, "buffer_bytes", lambda args: SMALL_BUFFER):
         command([str(flag) for flag in flags])
-    finally:
-        common.buffer_bytes = original
 
 
 def error_of(command, *flags):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -43,11 +44,8 @@ def _swap_keys_and_values(args, arch, divisor):
 
 
 def _error_with_swapped_keys_and_values(*flags):
-    original, common.target_params = common.target_params, _swap_keys_and_values
-    try:
+    with patch.object(common, "target_params", _swap_keys_and_values):
         return error_of(hf_to_megatron.convert, *flags)
-    finally:
-        common.target_params = original
 
 
 def _error_with_a_flipped_bit(*flags):
@@ -62,11 +60,8 @@ def _error_with_a_flipped_bit(*flags):
             tensor.view(torch.uint8).view(-1)[0] ^= 1
         original(self, key, start, tensor)
 
-    ChunkFile.add = add
-    try:
+    with patch.object(ChunkFile, "add", add):
         return error_of(hf_to_megatron.convert, *flags)
-    finally:
-        ChunkFile.add = original
 
 
 def test_wrong_conversions_are_not_published(ranks, sources, tmp_path):
@@ -186,11 +181,8 @@ def _error_with_a_bad_disk(*flags):
             original(self, source, row, rows + 1)
         return data
 
-    HfWriter.write_rows = write_rows
-    try:
+    with patch.object(HfWriter, "write_rows", write_rows):
         return error_of(megatron_to_hf.convert, *flags)
-    finally:
-        HfWriter.write_rows = original
 
 
 def test_files_that_did_not_arrive_are_not_published(ranks, converted, tmp_path):

@@ -26,7 +26,6 @@ def sglang_settings(config: TrainConfig, student: ModelSource) -> SGLangSettings
         OSError: the key file cannot be read.
     """
     engine = config.engine
-    transport = engine.update_weight_transport
     if engine.rollout_engine != "sglang":
         return None
     return SGLangSettings(
@@ -43,7 +42,7 @@ def sglang_settings(config: TrainConfig, student: ModelSource) -> SGLangSettings
         flags=tuple(word for name, words in config.sglang_flags.items() for word in (f"--{name}", *words)),
         weight_loader=LOADER if is_planned(config) else "",
         cuda=platform.is_cuda(),
-        transport="auto" if transport == "planned" or transport == "planned-shared" else transport,
+        transport="auto" if is_planned(config) else engine.update_weight_transport,  # type: ignore[arg-type]
         bucket_bytes=engine.update_weight_buffer_size,
         start_timeout_s=engine.sglang_start_timeout,
         request_timeout_s=engine.sglang_request_timeout,

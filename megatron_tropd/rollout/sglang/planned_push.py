@@ -69,13 +69,6 @@ class _Invitation:
     group: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Problem:
-    """Why there is no plan to join."""
-
-    text: str
-
-
 class PlannedPush:
     """Collective over the trainer's ranks; ``fleet`` and ``run`` (of its event loop) are the first rank's."""
 
@@ -106,8 +99,8 @@ class PlannedPush:
         """
         if not self._locations:
             self._locations = self._weights.gather(location(self._weights.params().values()))
-        invitation = self._first.ask(lambda: self._invite(fleet, run))
-        problem = self._carry_out(invitation, run, version)
+        begun = self._first.ask(lambda: self._begin(fleet, run))
+        problem = self._carry_out(fleet, run, version, connect=not begun)
         if problems := [text for text in self._weights.gather(problem) if text]:
             self._failed(fleet, version, problems[0])
             return False
@@ -124,26 +117,25 @@ class PlannedPush:
             if self.given_up:
                 log.error("planned updates failed %d times in a row and are given up for this run", MAX_FAILURES)
 
-    def _invite(self, fleet: Fleet | None, run: Callable[[Any], Any]) -> _Invitation | _Problem | None:
-        """Open sessions; a new connection where the servers are not those of the present one."""
+    def _begin(self, fleet: Fleet | None, run: Callable[[Any], Any]) -> bool:
+        """Open sessions; whether the servers are those of the present connection."""
         assert fleet is not None
         run(fleet.begin_update())
-        engines = [engine for engine in fleet.engines if engine.updating]
-        present = tuple((engine.index, engine.starts) for engine in engines)
-        if self._sender is not None and present == self._connected_to:
-            return None
+        return self._sender is not None and _identities(_updating(fleet)) == self._connected_to
+
+    def _invite(self, fleet: Fleet | None, run: Callable[[Any], Any]) -> _Invitation:
+        """A plan for the servers that have opened a session, and where to meet them."""
+        assert fleet is not None
         self._drop()
+        engines = _updating(fleet)
         self._store = self._store or host_store(host=self._weights.store_host, timeout_s=CONNECT_TIMEOUT_S)
         self._engines = PlannedEngines(
             engines, self._store, host=self._weights.store_host, backend=self._backend,
             timeout_s=self._settings.request_timeout_s, shared=self._shared, run_name=self._run_name,
             address=self._weights.address,
         )  # fmt: skip
-        self._connected_to = present
-        try:
-            spec = self._proved_spec(engines, run(self._engines.locate()))
-        except _PROBLEMS as error:
-            return _Problem(text=f"rank {self._first.rank}: {error}")
+        self._connected_to = _identities(engines)
+        spec = self._proved_spec(engines, run(self._engines.locate()))
         return _Invitation(spec=spec, port=self._store.port, group=self._engines.group)
 
     def _proved_spec(self, engines: list[Engine], at: list[list[Location]]) -> PlanSpec:
@@ -174,14 +166,12 @@ class PlannedPush:
     def _backend(self) -> Any:
         return "nccl" if self._settings.cuda else "gloo"
 
-    def _carry_out(self, invitation: _Invitation | _Problem | None, run: Callable[[Any], Any], version: int) -> str:
-        """Connect where invited, then send; returns what went wrong on this rank, if anything."""
-        if isinstance(invitation, _Problem):
-            return invitation.text
+    def _carry_out(self, fleet: Fleet | None, run: Callable[[Any], Any], version: int, *, connect: bool) -> str:
+        """Connect where that is wanted, then send; returns what went wrong on this rank, if anything."""
         try:
-            if invitation is not None:
-                spec = invitation.spec
-                self._together(run, lambda engines: engines.connect(spec), lambda: self._join(invitation))
+            if connect:
+                invitation = self._first.ask(lambda: self._invite(fleet, run))
+                self._together(run, lambda engines: engines.connect(invitation.spec), lambda: self._join(invitation))
             sender = self._sender
             assert sender is not None
             self._together(run, lambda engines: engines.receive(version), lambda: sender.push(version))
@@ -217,3 +207,12 @@ class PlannedPush:
     def _drop(self) -> None:
         """Forget the connection; the servers forget theirs when they are started anew or asked to connect."""
         self._sender, self._engines, self._connected_to = None, None, ()
+
+
+def _updating(fleet: Fleet) -> list[Engine]:
+    return [engine for engine in fleet.engines if engine.updating]
+
+
+def _identities(engines: list[Engine]) -> tuple[tuple[int, int], ...]:
+    """Of running servers: one that is started anew is another."""
+    return tuple((engine.index, engine.starts) for engine in engines)
