@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel import platform
+from megatron_tropd.parallel.fail_together import RankFailure
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.training.agree import RanksDisagree
-from megatron_tropd.weights.stored import StoredParam, stored_params
+from megatron_tropd.weights.coordinates.checkpoint_boxes import StoredParam, stored_params
 
 USAGE_ERROR = 2
 
@@ -114,12 +114,8 @@ def check_layout(args: argparse.Namespace, arch: Architecture) -> None:
 
 def target_params(args: argparse.Namespace, arch: Architecture, divisor: int) -> tuple[StoredParam, ...]:
     """The model's parameters, padded and cut for the layout of the flags."""
-    return stored_params(
-        arch,
-        make_vocab_size_divisible_by=divisor,
-        tp=args.tensor_model_parallel_size,
-        etp=args.expert_tensor_parallel_size,
-    )
+    tp, etp = args.tensor_model_parallel_size, args.expert_tensor_parallel_size
+    return stored_params(arch, ParallelLayout(tp=tp, etp=etp, make_vocab_size_divisible_by=divisor))
 
 
 def iteration(text: str | None) -> int | Literal["release"] | None:
@@ -161,7 +157,7 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
     prepare()
     try:
         command(argv)
-    except (ValueError, OSError, RanksDisagree) as error:
+    except (ValueError, OSError, RankFailure) as error:
         if not dist.is_initialized() or dist.get_rank() == 0:  # the same on every rank: let one speak
             print(f"error: {error}", file=sys.stderr, flush=True)
         return USAGE_ERROR

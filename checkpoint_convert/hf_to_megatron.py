@@ -22,15 +22,20 @@ from checkpoint_convert import common
 
 common.prepare()
 
-from checkpoint_convert import stream  # noqa: E402
-from checkpoint_convert.logits import check_logits  # noqa: E402
+from megatron_tropd.checkpoints.conversion.hf_to_torch_dist import hf_to_torch_dist  # noqa: E402
+from megatron_tropd.checkpoints.conversion.logits import check_logits  # noqa: E402
+from megatron_tropd.checkpoints.conversion.verify import verify_stored  # noqa: E402
+from megatron_tropd.checkpoints.conversion.workers import Workers  # noqa: E402
+from megatron_tropd.checkpoints.conversion.writing import write_plain_files  # noqa: E402
+from megatron_tropd.checkpoints.directory import RELEASE  # noqa: E402
+from megatron_tropd.checkpoints.metadata import CheckpointError, FileRecord  # noqa: E402
+from megatron_tropd.checkpoints.save import carry_hf, write_checkpoint  # noqa: E402
+from megatron_tropd.parallel.fail_together import on_all_ranks, on_rank_zero  # noqa: E402
 from megatron_tropd.parallel.groups import init_distributed  # noqa: E402
-from megatron_tropd.training.agree import on_all_ranks, on_rank_zero  # noqa: E402
-from megatron_tropd.training.checkpoint import RELEASE, carry_hf, write_checkpoint  # noqa: E402
-from megatron_tropd.training.checkpoint_metadata import CheckpointError, FileRecord  # noqa: E402
-from megatron_tropd.weights.files import HfCheckpoint  # noqa: E402
-from megatron_tropd.weights.manifest import HfManifest  # noqa: E402
-from megatron_tropd.weights.stored import StoredParam, stored_params  # noqa: E402
+from megatron_tropd.parallel.layout import ParallelLayout  # noqa: E402
+from megatron_tropd.weights.coordinates.checkpoint_boxes import StoredParam, stored_params  # noqa: E402
+from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint  # noqa: E402
+from megatron_tropd.weights.files.hf_manifest import HfManifest  # noqa: E402
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -49,7 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _check(args: argparse.Namespace, workers: stream.Workers) -> tuple[HfCheckpoint, tuple[StoredParam, ...]]:
+def _check(args: argparse.Namespace, workers: Workers) -> tuple[HfCheckpoint, tuple[StoredParam, ...]]:
     """Everything that can be wrong before anything is written."""
     divisor = args.make_vocab_size_divisible_by
     if divisor < 1:
@@ -66,18 +71,19 @@ def convert(argv: Sequence[str] | None = None) -> None:
     """Run the command.  Collective where torchrun started several processes."""
     args = parse(argv)
     init_distributed()
-    workers = stream.Workers.of_job()
+    workers = Workers.of_job()
     source, params = on_all_ranks(lambda: _check(args, workers), ValueError)
     dtype, padded = source.widest_dtype, max(p.shape[0] for p in params if not p.of)
     digests: dict[str, str] = {}
 
     def write(folder: Path) -> dict[str, FileRecord]:
-        records, found = stream.hf_to_torch_dist(source, folder, params, dtype, common.buffer_bytes(args), workers)
+        records, found = hf_to_torch_dist(source, folder, params, dtype, common.buffer_bytes(args), workers)
         digests.update(found)
-        on_rank_zero(lambda: stream.write_plain_files(folder), CheckpointError)
+        on_rank_zero(lambda: write_plain_files(folder), CheckpointError)
         if args.verify:
-            uncut = stored_params(source.arch, make_vocab_size_divisible_by=padded)  # not what was written by
-            stream.verify_stored(folder, uncut, source, digests, common.buffer_bytes(args), workers)
+            # The map is made anew, not the one that the checkpoint was written by.
+            uncut = stored_params(source.arch, ParallelLayout(make_vocab_size_divisible_by=padded))
+            verify_stored(folder, uncut, source, digests, common.buffer_bytes(args), workers)
         return records
 
     def carry(target: Path) -> None:

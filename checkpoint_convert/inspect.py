@@ -47,7 +47,7 @@ def _tensors(rows: Sequence[tuple[str, str, Sequence[int], int]], *, everything:
 
 
 def _hugging_face(directory: Path, *, everything: bool) -> list[str]:
-    from megatron_tropd.weights.files import HfCheckpoint
+    from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 
     checkpoint = HfCheckpoint.open(directory)
     rows = [
@@ -63,7 +63,7 @@ def _hugging_face(directory: Path, *, everything: bool) -> list[str]:
 
 def _megatron(directory: Path, wanted: str | None, *, everything: bool) -> list[str]:
     common.prepare()
-    from megatron_tropd.training.checkpoint_directory import find_checkpoint, read_metadata, stored_tensors
+    from megatron_tropd.checkpoints.directory import find_checkpoint, read_metadata, stored_tensors
 
     iteration = common.iteration(wanted)
     metadata = read_metadata(directory, iteration)

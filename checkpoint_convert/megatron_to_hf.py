@@ -23,17 +23,21 @@ from checkpoint_convert import common
 
 common.prepare()
 
-from checkpoint_convert import stream  # noqa: E402
-from checkpoint_convert.logits import check_logits  # noqa: E402
+from megatron_tropd.checkpoints.conversion.logits import check_logits  # noqa: E402
+from megatron_tropd.checkpoints.conversion.reading import check_stored, open_tensors  # noqa: E402
+from megatron_tropd.checkpoints.conversion.torch_dist_to_hf import torch_dist_to_hf  # noqa: E402
+from megatron_tropd.checkpoints.conversion.verify import verify_hf  # noqa: E402
+from megatron_tropd.checkpoints.conversion.workers import Workers  # noqa: E402
+from megatron_tropd.checkpoints.directory import RELEASE, hf_directory, model_dtype, read_metadata  # noqa: E402
+from megatron_tropd.checkpoints.load import open_checkpoint  # noqa: E402
+from megatron_tropd.checkpoints.metadata import CheckpointError, CheckpointMetadata  # noqa: E402
+from megatron_tropd.parallel.fail_together import on_all_ranks, on_rank_zero  # noqa: E402
 from megatron_tropd.parallel.groups import init_distributed  # noqa: E402
-from megatron_tropd.training.agree import on_all_ranks, on_rank_zero  # noqa: E402
-from megatron_tropd.training.checkpoint import RELEASE, hf_directory, open_checkpoint, read_metadata  # noqa: E402
-from megatron_tropd.training.checkpoint_directory import model_dtype  # noqa: E402
-from megatron_tropd.training.checkpoint_metadata import CheckpointError, CheckpointMetadata  # noqa: E402
-from megatron_tropd.weights.files import copy_sidecars  # noqa: E402
-from megatron_tropd.weights.manifest import MANIFEST_FILE, HfManifest  # noqa: E402
-from megatron_tropd.weights.stored import stored_params  # noqa: E402
-from megatron_tropd.weights.writer import HfWriter, remove_other_weights  # noqa: E402
+from megatron_tropd.parallel.layout import ParallelLayout  # noqa: E402
+from megatron_tropd.weights.coordinates.checkpoint_boxes import stored_params  # noqa: E402
+from megatron_tropd.weights.files.hf_checkpoint import copy_sidecars  # noqa: E402
+from megatron_tropd.weights.files.hf_manifest import MANIFEST_FILE, HfManifest  # noqa: E402
+from megatron_tropd.weights.files.hf_writer import HfWriter, remove_other_weights  # noqa: E402
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -50,7 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _check(args: argparse.Namespace, workers: stream.Workers) -> tuple[CheckpointMetadata, HfManifest]:
+def _check(args: argparse.Namespace, workers: Workers) -> tuple[CheckpointMetadata, HfManifest]:
     """Everything that can be wrong before anything is written."""
     metadata = read_metadata(args.load, common.iteration(args.iteration))
     common.buffer_bytes(args)
@@ -62,21 +66,21 @@ def _check(args: argparse.Namespace, workers: stream.Workers) -> tuple[Checkpoin
 
 
 def _write(
-    args: argparse.Namespace, folder: Path, metadata: CheckpointMetadata, manifest: HfManifest, workers: stream.Workers
+    args: argparse.Namespace, folder: Path, metadata: CheckpointMetadata, manifest: HfManifest, workers: Workers
 ) -> int:
     """The weights; returns their bytes.  Nothing has its final name before all of it is there.  Collective."""
     arch, iteration = metadata.architecture, metadata.iteration
-    params = stored_params(arch, make_vocab_size_divisible_by=metadata.make_vocab_size_divisible_by)
-    stored = stream.open_tensors(folder)
-    on_all_ranks(lambda: stream.check_stored(stored, params), CheckpointError)
+    params = stored_params(arch, ParallelLayout(make_vocab_size_divisible_by=metadata.make_vocab_size_divisible_by))
+    stored = open_tensors(folder)
+    on_all_ranks(lambda: check_stored(stored, params), CheckpointError)
     writer = on_all_ranks(lambda: HfWriter(args.save, manifest, arch), ValueError)
     try:
         on_rank_zero(writer.create, ValueError)
-        digests = stream.torch_dist_to_hf(
+        digests = torch_dist_to_hf(
             stored, params, writer, common.buffer_bytes(args), workers, verify=iteration == RELEASE
         )
         if args.verify:
-            stream.verify_hf(writer, digests, workers)
+            verify_hf(writer, digests, workers)
         written = on_rank_zero(writer.publish, ValueError)
     except BaseException:
         if workers.rank == 0:
@@ -97,7 +101,7 @@ def convert(argv: Sequence[str] | None = None) -> None:
     """Run the command.  Collective where torchrun started several processes."""
     args = parse(argv)
     init_distributed()
-    workers = stream.Workers.of_job()
+    workers = Workers.of_job()
     metadata, manifest = on_all_ranks(lambda: _check(args, workers), ValueError)
     digested = metadata.iteration == RELEASE and manifest.sha256.keys() == manifest.tensors.keys()
     folder, _ = open_checkpoint(args.load, metadata.iteration, tensors_checked_later=digested)

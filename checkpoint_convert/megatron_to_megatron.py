@@ -27,21 +27,21 @@ from checkpoint_convert import common
 
 common.prepare()
 
-from checkpoint_convert import recut, stream  # noqa: E402
+from megatron_tropd.checkpoints.conversion import reshard  # noqa: E402
+from megatron_tropd.checkpoints.conversion.reading import open_tensors  # noqa: E402
+from megatron_tropd.checkpoints.conversion.workers import Workers  # noqa: E402
+from megatron_tropd.checkpoints.conversion.writing import write_plain_files  # noqa: E402
+from megatron_tropd.checkpoints.directory import HF_FOLDER, read_metadata  # noqa: E402
+from megatron_tropd.checkpoints.load import open_checkpoint  # noqa: E402
+from megatron_tropd.checkpoints.metadata import CheckpointError, CheckpointMetadata, FileRecord  # noqa: E402
+from megatron_tropd.checkpoints.safety import COMMON_FILE  # noqa: E402
+from megatron_tropd.checkpoints.save import write_checkpoint  # noqa: E402
+from megatron_tropd.parallel.fail_together import on_all_ranks, on_rank_zero  # noqa: E402
 from megatron_tropd.parallel.groups import init_distributed  # noqa: E402
-from megatron_tropd.training.agree import on_all_ranks, on_rank_zero  # noqa: E402
-from megatron_tropd.training.checkpoint import open_checkpoint, read_metadata, write_checkpoint  # noqa: E402
-from megatron_tropd.training.checkpoint_directory import HF_FOLDER  # noqa: E402
-from megatron_tropd.training.checkpoint_metadata import (  # noqa: E402
-    CheckpointError,
-    CheckpointMetadata,
-    FileRecord,
-)
-from megatron_tropd.training.checkpoint_safety import COMMON_FILE  # noqa: E402
-from megatron_tropd.weights.files import copy_sidecars  # noqa: E402
-from megatron_tropd.weights.manifest import MANIFEST_FILE, HfManifest  # noqa: E402
-from megatron_tropd.weights.stored import StoredParam  # noqa: E402
-from megatron_tropd.weights.writer import replace_text  # noqa: E402
+from megatron_tropd.weights.coordinates.checkpoint_boxes import StoredParam  # noqa: E402
+from megatron_tropd.weights.files.hf_checkpoint import copy_sidecars  # noqa: E402
+from megatron_tropd.weights.files.hf_manifest import MANIFEST_FILE, HfManifest  # noqa: E402
+from megatron_tropd.weights.files.hf_writer import replace_text  # noqa: E402
 
 CONFIG_FILE = "metadata.json"
 
@@ -79,7 +79,7 @@ def _check(args: argparse.Namespace) -> tuple[CheckpointMetadata, tuple[StoredPa
 def _write_plain(source: Path, target: Path, *, weights_only: bool) -> None:
     """What is not tensors: Megatron's own files, as they are or as of a checkpoint of weights."""
     if weights_only:
-        stream.write_plain_files(target)
+        write_plain_files(target)
         return
     for name in (COMMON_FILE, CONFIG_FILE):
         shutil.copyfile(source / name, target / name)
@@ -98,18 +98,18 @@ def convert(argv: Sequence[str] | None = None) -> None:
     """Run the command.  Collective where torchrun started several processes."""
     args = parse(argv)
     init_distributed()
-    workers = stream.Workers.of_job()
+    workers = Workers.of_job()
     metadata, params = on_all_ranks(lambda: _check(args), ValueError)
     source, _ = open_checkpoint(args.load, metadata.iteration)
-    stored = stream.open_tensors(source)
-    copy = on_all_ranks(lambda: recut.plan_copy(stored, params, weights_only=args.no_load_optim), CheckpointError)
+    stored = open_tensors(source)
+    copy = on_all_ranks(lambda: reshard.plan_copy(stored, params, weights_only=args.no_load_optim), CheckpointError)
     padded, size = max(p.shape[0] for p in params if not p.of), common.buffer_bytes(args)
 
     def write(folder: Path) -> dict[str, FileRecord]:
-        records = recut.write_copy(stored, folder, copy, size, workers)
+        records = reshard.write_copy(stored, folder, copy, size, workers)
         on_rank_zero(lambda: _write_plain(source, folder, weights_only=args.no_load_optim), CheckpointError)
         if args.verify:
-            recut.verify_copy(stored, folder, copy, size, workers)
+            reshard.verify_copy(stored, folder, copy, size, workers)
         return records
 
     folder = write_checkpoint(

@@ -24,9 +24,10 @@ class ConfigError(ValueError):
     """The user's configuration cannot be used; one message for everything that is wrong."""
 
     def __init__(self, errors: Sequence[str]) -> None:
-        self.errors = tuple(errors)
-        count = f"{len(errors)} configuration errors" if len(errors) != 1 else "1 configuration error"
-        super().__init__("\n".join([count + ":", *(f"  - {error}" for error in errors)]))
+        self.errors = tuple(dict.fromkeys(errors))  # two models may have the same complaint
+        number = len(self.errors)
+        count = f"{number} configuration errors" if number != 1 else "1 configuration error"
+        super().__init__("\n".join([count + ":", *(f"  - {error}" for error in self.errors)]))
 
 
 class _CollectingParser(argparse.ArgumentParser):

@@ -1,7 +1,7 @@
 """Every setting of a run.  A field is a flag: ``train_iters`` is ``--train-iters`` on the command line and
 ``train-iters`` in YAML.  Names are Megatron's wherever Megatron has the setting.
 
-``cli.py`` turns these dataclasses into flags; ``training/blueprint.py`` checks them against the world.
+``cli.py`` turns these dataclasses into flags; ``setup/run_spec.py`` checks them against the world.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ from megatron_tropd.config import EvaluationConfig
 from megatron_tropd.data.prompts import PromptFormat, load_prompts
 from megatron_tropd.data.tokenizer import eos_token_ids, load_tokenizer
 from megatron_tropd.evaluation import DECODINGS, evaluate
-from megatron_tropd.rollout.embedded import EmbeddedEngine
+from megatron_tropd.rollout.embedded.engine import EmbeddedEngine
 from megatron_tropd.rollout.engine import EngineError
 from megatron_tropd.types import EvalReport
-from megatron_tropd.weights.files import HfCheckpoint
+from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

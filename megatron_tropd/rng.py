@@ -26,11 +26,19 @@ class Stream(IntEnum):
     EVALUATION = 5
 
 
+_SAMPLE_BITS = 20
+
+
 def sample_uid(prompt_uid: int, sample_index: int) -> int:
     """One integer that names a sample of a prompt; at most 2**20 samples a prompt."""
-    if not 0 <= sample_index < 1 << 20:
-        raise ValueError(f"sample_index {sample_index} is not in [0, 2**20)")
-    return (prompt_uid << 20) | sample_index
+    if not 0 <= sample_index < 1 << _SAMPLE_BITS:
+        raise ValueError(f"sample_index {sample_index} is not in [0, 2**{_SAMPLE_BITS})")
+    return (prompt_uid << _SAMPLE_BITS) | sample_index
+
+
+def split_sample_uid(uid: int) -> tuple[int, int]:
+    """(prompt uid, sample index); inverse of :func:`sample_uid`."""
+    return uid >> _SAMPLE_BITS, uid & (1 << _SAMPLE_BITS) - 1
 
 
 def _mix(x: int) -> int:

@@ -22,8 +22,8 @@ from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E40
 from megatron_tropd.cli import ConfigError, parse  # noqa: E402
 from megatron_tropd.config import TrainConfig  # noqa: E402
 from megatron_tropd.parallel.groups import init_distributed, shutdown  # noqa: E402
-from megatron_tropd.training.assemble import Assembled, assemble, close  # noqa: E402
-from megatron_tropd.training.blueprint import Blueprint, check  # noqa: E402
+from megatron_tropd.setup.assemble import Assembled, assemble, close  # noqa: E402
+from megatron_tropd.setup.run_spec import Blueprint, check  # noqa: E402
 from megatron_tropd.training.checkpointing import resume_origin  # noqa: E402
 from megatron_tropd.training.finish import write_results  # noqa: E402
 from megatron_tropd.training.guard import EXIT_NONFINITE, NonFiniteStep  # noqa: E402
@@ -73,7 +73,8 @@ def _run(blueprint: Blueprint) -> None:
             assembled.run.progress.message(f"warning: {warning}")
         with assembled.run.progress:
             train(assembled.run, assembled.start_step)
-        write_results(assembled, blueprint.models.student)
+        student = blueprint.models.student
+        write_results(assembled.run, student.arch, student.hf_dir)
     finally:
         close(assembled)
     dist.barrier()

@@ -30,7 +30,7 @@ def serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
 
 def hf_bits(case: Case, version: int, dtype: str) -> dict[str, np.ndarray]:
     """Random bit patterns for every HF tensor, NaN payloads among them; others for every version."""
-    from megatron_tropd.weights.hf_shapes import hf_shapes
+    from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
 
     draw = np.random.default_rng(version)
     kind = BITS[dtype]
@@ -77,17 +77,15 @@ class Member:
         self, case: Case, port: int, name: str, *, dtype: str, bucket_bytes: int, timeout_s: float, wrap=None,
         shared: bool = False,
     ) -> None:  # fmt: skip
-        from megatron_tropd.weights.boxes import rank_boxes
-        from megatron_tropd.weights.engine_boxes import engine_boxes
-        from megatron_tropd.weights.plan import build_plan
-        from megatron_tropd.weights.planned_transport import PlannedReceiver, PlannedSender
-        from megatron_tropd.weights.side_group import join_store, side_group
+        from megatron_tropd.weights.coordinates.engine_boxes import engine_boxes
+        from megatron_tropd.weights.coordinates.megatron_boxes import rank_boxes
+        from megatron_tropd.weights.plan.planner import build_plan
+        from megatron_tropd.weights.transport.receiver import PlannedReceiver
+        from megatron_tropd.weights.transport.sender import PlannedSender
+        from megatron_tropd.weights.transport.side_group import join_store, side_group
 
         self.case, self.dtype, self.rank = case, dtype, int(os.environ["RANK"])
-        options = {"make_vocab_size_divisible_by": case.divisor}
-        self.plan = build_plan(
-            case.arch, case.layout, case.engines, dtype=dtype, bucket_bytes=bucket_bytes, **options
-        )  # fmt: skip
+        self.plan = build_plan(case.arch, case.layout, case.engines, dtype=dtype, bucket_bytes=bucket_bytes)
         store = join_store(port=port, timeout_s=60)
         self.group = side_group(
             store, name=name, rank=self.rank, world_size=case.processes, backend="gloo", timeout_s=60
@@ -97,7 +95,7 @@ class Member:
         world = case.layout.world_size
         self.sends = self.rank < world
         if self.sends:
-            self.boxes = rank_boxes(case.arch, case.layout, self.rank, **options)
+            self.boxes = rank_boxes(case.arch, case.layout, self.rank)
             self.params = as_torch(fill(self.boxes, hf_bits(case, 0, dtype), POISON[dtype], dtype), dtype)
             self.sender = PlannedSender(self.plan, self.rank, self.params, group, **connection)
             return

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from megatron_tropd.rng import Stream
-from megatron_tropd.rollout.embedded import EmbeddedEngine
+from megatron_tropd.rollout.embedded.engine import EmbeddedEngine
 from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.types import GenerationRequest
 

@@ -66,8 +66,7 @@ class Servers:
 
 def make_pool(settings: SGLangSettings, arch: Architecture, student: Student, **changes) -> SGLangPool:
     defaults = {
-        "arch": arch, "stop_token_ids": {STOP}, "vocab_size": VOCAB_SIZE, "rank": 0,
-        "broadcast": lambda value: value, "export": student.export,
+        "arch": arch, "stop_token_ids": {STOP}, "vocab_size": VOCAB_SIZE, "export": student.export,
     }  # fmt: skip
     return SGLangPool(settings, **{**defaults, **changes})
 

@@ -78,8 +78,8 @@ def compare(case: dict) -> int:
     import torch
 
     from megatron_tropd.models.architecture import architecture_from_hf_config
-    from megatron_tropd.weights.engine_boxes import EngineLayout, engine_boxes, parameter_names
-    from megatron_tropd.weights.hf_shapes import hf_shapes
+    from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout, engine_boxes, parameter_names
+    from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
 
     changes = {key: value for key, value in case.items() if key not in ("family", "tp", "ep", "cpu")}
     config = {**SIZES, **changes, "model_type": case["family"], "architectures": [CLASSES[case["family"]][1]]}

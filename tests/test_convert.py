@@ -16,7 +16,7 @@ import torch.distributed as dist
 from checkpoint_convert import common, hf_to_megatron, inspect, megatron_to_hf
 from megatron_tropd.parallel.groups import release_groups
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.weights.files import HfCheckpoint
+from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 from tests.hf_models import VARIANTS, read_tensors, save_hf_checkpoint, write_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -51,11 +51,12 @@ def _train_and_save(hf, save_dir, tp, pp):
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer.module import Float16Module
 
+    from megatron_tropd.checkpoints.save import save_checkpoint
     from megatron_tropd.models.build import build_gpt_model
     from megatron_tropd.parallel.groups import student_groups
-    from megatron_tropd.training.checkpoint import save_checkpoint
-    from megatron_tropd.weights.export import export_hf
-    from megatron_tropd.weights.load import load_hf_into, local_parameters
+    from megatron_tropd.weights.coordinates.parameters import local_parameters
+    from megatron_tropd.weights.files.load import load_hf_into
+    from megatron_tropd.weights.transport.hf_export import export_hf
 
     release_groups()
     checkpoint, layout = HfCheckpoint.open(hf), ParallelLayout(tp=tp, pp=pp)
@@ -87,11 +88,12 @@ def _train_and_save(hf, save_dir, tp, pp):
 
 
 def _save_swapped_keys_and_values(hf, save_dir):
+    from megatron_tropd.checkpoints.directory import RELEASE
+    from megatron_tropd.checkpoints.save import save_checkpoint
     from megatron_tropd.models.build import build_gpt_model
     from megatron_tropd.parallel.groups import student_groups
-    from megatron_tropd.training.checkpoint import RELEASE, save_checkpoint
-    from megatron_tropd.weights.load import load_hf_into
-    from megatron_tropd.weights.manifest import HfManifest
+    from megatron_tropd.weights.files.hf_manifest import HfManifest
+    from megatron_tropd.weights.files.load import load_hf_into
 
     release_groups()
     checkpoint = HfCheckpoint.open(hf)

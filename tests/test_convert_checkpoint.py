@@ -10,19 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_tropd.checkpoints.directory import hf_directory, latest_iteration, read_metadata
+from megatron_tropd.checkpoints.load import load_checkpoint
+from megatron_tropd.checkpoints.metadata import CheckpointError
+from megatron_tropd.checkpoints.save import save_checkpoint
+from megatron_tropd.checkpoints.state import load_model_state
 from megatron_tropd.models.architecture import architecture_from_hf_config, load_hf_config
 from megatron_tropd.parallel.groups import release_groups
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.training.checkpoint import (
-    CheckpointError,
-    hf_directory,
-    latest_iteration,
-    load_checkpoint,
-    load_model_state,
-    read_metadata,
-    save_checkpoint,
-)
-from megatron_tropd.weights.files import HfCheckpoint
+from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 from tests.hf_models import read_tensors, save_hf_checkpoint
 
 # Run on every rank -------------------------------------------------------------------------------
@@ -31,7 +27,7 @@ from tests.hf_models import read_tensors, save_hf_checkpoint
 def _model(hf, layout, *, weights: bool):
     from megatron_tropd.models.build import build_gpt_model
     from megatron_tropd.parallel.groups import student_groups
-    from megatron_tropd.weights.load import load_hf_into
+    from megatron_tropd.weights.files.load import load_hf_into
 
     release_groups()
     checkpoint = HfCheckpoint.open(hf)
@@ -50,8 +46,8 @@ def _save(hf, layout, save_dir, iteration, common=None):
 
 def _load_and_export(hf, layout, load_dir, iteration=None):
     """Load into a fresh model of another layout; compare every HF tensor with the source."""
-    from megatron_tropd.weights.export import export_hf
-    from megatron_tropd.weights.load import local_parameters
+    from megatron_tropd.weights.coordinates.parameters import local_parameters
+    from megatron_tropd.weights.transport.hf_export import export_hf
 
     arch, model = _model(hf, layout, weights=False)
     state, common = load_checkpoint(load_dir, iteration, {"model": model.sharded_state_dict()}, arch=arch)
@@ -197,7 +193,7 @@ def _rerecord(folder, file):
     """Make checkpoint.json agree with a file that was replaced (an attacker would)."""
     from dataclasses import replace
 
-    from megatron_tropd.training.checkpoint_metadata import parse_metadata, record_file
+    from megatron_tropd.checkpoints.metadata import parse_metadata, record_file
 
     metadata = parse_metadata(folder / "checkpoint.json")
     files = metadata.files | {file: record_file(folder / file)}

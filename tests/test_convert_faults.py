@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from checkpoint_convert import common, hf_to_megatron, megatron_to_hf
-from megatron_tropd.weights.stored import stored_params
+from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.weights.coordinates.checkpoint_boxes import stored_params
 from tests.hf_models import edit_config, read_tensors, write_tensors
 from tests.streamed import convert_sources, error_of, save_sources
 
@@ -32,7 +33,7 @@ def _swap_keys_and_values(args, arch, divisor):
     from dataclasses import replace
 
     params = []
-    for param in stored_params(arch, make_vocab_size_divisible_by=divisor):
+    for param in stored_params(arch, ParallelLayout(make_vocab_size_divisible_by=divisor)):
         other = {"k_proj": "v_proj", "v_proj": "k_proj"}
         kinds = [box.hf_name.split(".")[-2] for box in param.boxes]
         boxes = [
@@ -50,7 +51,7 @@ def _error_with_swapped_keys_and_values(*flags):
 
 def _error_with_a_flipped_bit(*flags):
     """The disk returns other bits than were written to one chunk."""
-    from megatron_tropd.weights.torch_dist import ChunkFile
+    from megatron_tropd.weights.files.torch_dist import ChunkFile
 
     original = ChunkFile.add
 
@@ -86,8 +87,8 @@ def _change_architecture(folder, **sizes):
 
 def _drop(folder, key):
     """Take one tensor out of ``.metadata`` (and let checkpoint.json agree, as whoever did this would)."""
-    from megatron_tropd.training.checkpoint_safety import read_dcp_metadata
-    from megatron_tropd.weights.torch_dist import write_metadata
+    from megatron_tropd.checkpoints.safety import read_dcp_metadata
+    from megatron_tropd.weights.files.torch_dist import write_metadata
     from tests.test_convert_checkpoint import _rerecord
 
     metadata = read_dcp_metadata(folder)
@@ -105,9 +106,9 @@ def _drop(folder, key):
 
 def _overwrite(folder, data, *, numbers=False):
     """Damage the first chunk: its header, or the numbers it holds."""
-    from megatron_tropd.training.checkpoint_safety import read_dcp_metadata
-    from megatron_tropd.weights.byte_ranges import FileRanges
-    from megatron_tropd.weights.chunk_header import Place, read_header
+    from megatron_tropd.checkpoints.safety import read_dcp_metadata
+    from megatron_tropd.weights.files.byte_ranges import FileRanges
+    from megatron_tropd.weights.files.torch_dist_chunk import Place, read_header
 
     info = next(i for i in read_dcp_metadata(folder).storage_data.values() if not i.offset)
     place = Place(file=info.relative_path, offset=0, length=info.length)
@@ -171,7 +172,7 @@ def test_vocabulary_padding_in_a_source_is_refused(ranks, sources, tmp_path):
 
 def _error_with_a_bad_disk(*flags):
     """What is written to the first file of HF weights does not arrive."""
-    from megatron_tropd.weights.writer import HfWriter
+    from megatron_tropd.weights.files.hf_writer import HfWriter
 
     original = HfWriter.write_rows
 

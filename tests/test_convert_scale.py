@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from checkpoint_convert import hf_to_megatron, megatron_to_hf, megatron_to_megatron, stream
+from checkpoint_convert import hf_to_megatron, megatron_to_hf, megatron_to_megatron
+from megatron_tropd.checkpoints.conversion.reading import open_tensors
+from megatron_tropd.checkpoints.directory import find_checkpoint, read_metadata
+from megatron_tropd.checkpoints.load import load_checkpoint
+from megatron_tropd.checkpoints.save import save_checkpoint
+from megatron_tropd.checkpoints.state import load_model_state
 from megatron_tropd.parallel.groups import release_groups
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.training.checkpoint import (
-    find_checkpoint,
-    load_checkpoint,
-    load_model_state,
-    read_metadata,
-    save_checkpoint,
-)
-from megatron_tropd.weights.files import HfCheckpoint
+from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 from tests.streamed import convert_sources, error_of, run_streamed, save_sources
 from tests.test_convert import same_files
 
@@ -30,7 +29,7 @@ SPARSE = [
 # Run on every rank -------------------------------------------------------------------------------
 
 
-def _model(hf, layout, divisor=128):
+def _model(hf, layout):
     from megatron_tropd.models.build import build_gpt_model
     from megatron_tropd.parallel.groups import student_groups
 
@@ -38,13 +37,14 @@ def _model(hf, layout, divisor=128):
     checkpoint = HfCheckpoint.open(hf)
     groups = student_groups(layout)
     dtype = checkpoint.widest_dtype
-    model = build_gpt_model(checkpoint.arch, groups, params_dtype=dtype, make_vocab_size_divisible_by=divisor)
+    model = build_gpt_model(checkpoint.arch, groups, params_dtype=dtype)
     return checkpoint, groups, model
 
 
 def _megatron_reads_and_writes(hf, layout, converted, saved):
     """Load a converted checkpoint by Megatron's own loader, compare with the HF files, save by its own writer."""
-    from megatron_tropd.weights.load import load_hf_into, local_parameters
+    from megatron_tropd.weights.coordinates.parameters import local_parameters
+    from megatron_tropd.weights.files.load import load_hf_into
 
     checkpoint, _, model = _model(hf, layout)
     load_hf_into(model, checkpoint, checkpoint.arch, layout, dist.get_rank())
@@ -65,11 +65,12 @@ def _step(hf, layout, divisor, load, save):
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     from megatron_tropd.parallel import platform
-    from megatron_tropd.weights.load import load_hf_into
+    from megatron_tropd.weights.files.load import load_hf_into
 
-    checkpoint, groups, model = _model(hf, layout, divisor)
+    layout = replace(layout, make_vocab_size_divisible_by=divisor)
+    checkpoint, groups, model = _model(hf, layout)
     arch = checkpoint.arch
-    load_hf_into(model, checkpoint, arch, layout, dist.get_rank(), make_vocab_size_divisible_by=divisor)
+    load_hf_into(model, checkpoint, arch, layout, dist.get_rank())
     ddp = DistributedDataParallel(
         model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True), model
     )
@@ -108,7 +109,7 @@ def _step(hf, layout, divisor, load, save):
 def _all_stored(directory):
     """Every number of a checkpoint, optimizer included, by the package's reader; padding cut off."""
     metadata = read_metadata(directory)
-    stored = stream.open_tensors(find_checkpoint(directory))
+    stored = open_tensors(find_checkpoint(directory))
     tensors = {}
     for key, (shape, dtype) in stored.tensors.items():
         tensors[key] = torch.empty(shape, dtype=dtype)
@@ -170,7 +171,7 @@ def test_a_checkpoint_cut_anew_with_its_optimizer(ranks, sources, tmp_path):
         "1", "--tensor-model-parallel-size", "4", "--expert-tensor-parallel-size", "1",
     )  # fmt: skip
     assert read_metadata(cut).iteration == 1
-    stored = stream.open_tensors(cut / "iter_0000001")
+    stored = open_tensors(cut / "iter_0000001")
     assert stored.tensors["optimizer.state.exp_avg.output_layer.weight"][0] == (132, 32)  # 131 padded for TP 4
     padding = torch.ones(1, 32)
     stored.read_into("optimizer.state.exp_avg.output_layer.weight", (131, 0), padding)

@@ -12,15 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_tropd.data.guidance import (
-    GuidanceConfig,
-    Mode,
-    Schedule,
-    alpha,
-    attach,
-    check_guidance,
-    prefix_length,
-)
+from megatron_tropd.data.guidance import GuidanceConfig, Mode, Schedule, alpha, attach, check_guidance, prefix_length
 from megatron_tropd.types import Prompt
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())["prefix_schedule"]

@@ -5,14 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from functools import partial
 
 import pytest
+import torch.distributed as dist
 
+from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.evaluate import main
 from megatron_tropd.evaluation import DECODINGS, GREEDY, TEMPERATURE_1, evaluate, exact_match, extract_answer
 from megatron_tropd.rng import Stream
-from megatron_tropd.rollout.pool import EnginePool
+from megatron_tropd.rollout.embedded.engine import EmbeddedEngine
+from megatron_tropd.rollout.embedded.pool import EmbeddedPool
+from megatron_tropd.rollout.engine import EngineError
 from megatron_tropd.types import Prompt
+from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 from tests.rollout_helpers import params, requests_of, tiny_engine, tiny_model, word_tokenizer
 
 STOPS = tuple(range(0, 12))
@@ -86,20 +92,46 @@ def test_greedy_accuracy_counts_finished_right_answers(made):
     assert (report.step, report.decoding, report.num_prompts) == (7, "greedy", 21)
 
 
-def test_a_pool_of_engines_gives_the_reports_of_one(made):
-    engine, tokenizer, prompts = made
-    engine.begin_update(3)
-    engine.update(list(engine._weights.items()))
-    engine.end_update(3)
-    world = 3
-
-    def generate(requests, how):
-        parts = [engine.generate(requests[rank::world], how) for rank in range(world)]
-        return EnginePool(engine, rank=0, world_size=world, gather=lambda _: parts).generate(requests, how, 3)
-
-    decodings = list(DECODINGS.values())
+def _by_one_engine_and_by_a_pool(directory, prompts):
+    """On every rank: reports of this rank's engine alone, and of the engines of all ranks together."""
+    checkpoint = HfCheckpoint.open(directory)
+    engine, tokenizer = EmbeddedEngine(directory, stop_token_ids=STOPS), load_tokenizer(directory)
+    pool = EmbeddedPool(engine)
+    report = pool.push(lambda: [(name, checkpoint.read(name)) for name in checkpoint.tensors], 3)
+    assert not report.probe_logprobs and pool.weight_version == 3
     options = {"answer_pattern": ALL, "max_response_length": 10, "seed": 1, "step": 7, "num_samples": 2}
-    assert evaluate(generate, prompts, tokenizer, decodings, **options) == run(made, decodings, num_samples=2)
+    decodings = list(DECODINGS.values())
+    return (
+        evaluate(engine.generate, prompts, tokenizer, decodings, **options),
+        evaluate(partial(pool.generate, version=3), prompts, tokenizer, decodings, **options),
+    )
+
+
+def test_a_pool_of_engines_gives_the_reports_of_one(made, ranks, tmp_path):
+    word_tokenizer(tmp_path)
+    tiny_model(tmp_path)
+    _, _, prompts = made
+    answers = ranks(2).run(_by_one_engine_and_by_a_pool, tmp_path, prompts)
+    for one, pool in answers:
+        assert one == pool == answers[0][0] and all(0 < report.finished < 1 for report in one)
+
+
+def _pool_with_one_broken_engine(directory):
+    checkpoint = HfCheckpoint.open(directory)
+    pool = EmbeddedPool(EmbeddedEngine(directory, stop_token_ids=STOPS))
+    pool.push(lambda: [(name, checkpoint.read(name)) for name in checkpoint.tensors], 1)
+    if dist.get_rank() == 1:
+        pool.close()
+    try:
+        pool.generate(requests_of([3, 4]), params(), 1)
+    except EngineError as error:
+        return str(error)
+
+
+def test_an_engine_that_fails_is_the_same_error_on_every_rank(ranks, tmp_path):
+    tiny_model(tmp_path)
+    first, second = ranks(2).run(_pool_with_one_broken_engine, tmp_path)
+    assert first == second == "engine of rank 1: the embedded engine is closed"
 
 
 def test_sampled_evaluation_is_reproducible_and_apart_from_training(made):

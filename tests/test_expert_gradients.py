@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.training.sources import training_errors
-from megatron_tropd.weights.files import HfCheckpoint
+from megatron_tropd.setup.model_specs import training_errors
+from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 from tests.hf_models import VOCAB_SIZE, make_hf_model, save_hf_checkpoint
 
 LENGTHS = (11, 5, 20, 8)
@@ -41,8 +41,9 @@ def _gradients(directory, layout):
     from megatron_tropd.parallel.groups import student_groups
     from megatron_tropd.training.student import break_cycles
     from megatron_tropd.types import Rollout
-    from megatron_tropd.weights.export import export_hf
-    from megatron_tropd.weights.load import load_hf_into, local_parameters
+    from megatron_tropd.weights.coordinates.parameters import local_parameters
+    from megatron_tropd.weights.files.load import load_hf_into
+    from megatron_tropd.weights.transport.hf_export import export_hf
 
     checkpoint = HfCheckpoint.open(directory)
     arch, groups = checkpoint.arch, student_groups(layout)

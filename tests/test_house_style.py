@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -13,7 +14,11 @@ from megatron_tropd.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "megatron_tropd").rglob("*.py"))
-SOURCES = [*PACKAGE, *sorted((ROOT / "checkpoint_convert").glob("*.py")), *sorted((ROOT / "tools").rglob("*.py"))]
+SOURCES = [
+    path
+    for folder in ("megatron_tropd", "checkpoint_convert", "tools")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
 MAX_FILE, MAX_FUNCTION = 400, 60
 
 
@@ -54,12 +59,16 @@ def _imports(path):
             yield node.module
 
 
-LAYERS = [  # a room may import from its own row and from the rows below
+ROWS = [  # a room may import from its own row and from the rows below
     {"train", "evaluate"},
+    {"setup"},
     {"training"},
-    {"evaluation", "reporting", "rewards"},
+    {"evaluation", "reporting", "rewards", "checkpoints"},
     {"rollout", "teacher"},
-    {"weights", "data", "cli", "config"},
+    {"weights.engine_loader"},
+    {"weights.transport"},
+    {"weights.plan", "weights.files"},
+    {"weights.coordinates", "data", "cli", "config"},
     {"models"},
     {"ops"},
     {"objectives", "parallel"},
@@ -67,22 +76,78 @@ LAYERS = [  # a room may import from its own row and from the rows below
 ]
 
 
-def _layer(module):
-    room = module.split(".")[1] if "." in module else module
-    return next((i for i, rooms in enumerate(LAYERS) if room in rooms), None)
+def _room(module):
+    """The room of a module of the package, by its longest name in ROWS; None where it is in none."""
+    parts = module.split(".")[1:]
+    names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((name for name in names if any(name in row for row in ROWS)), None)
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=_id)
-def test_imports_point_down(path):
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    if path.name == "__init__.py":
-        return
-    mine = _layer(module)
-    assert mine is not None, f"{module} is in no room; add it to LAYERS"
-    for imported in _imports(path):
-        if imported.startswith("megatron_tropd."):
-            theirs = _layer(imported)
-            assert theirs is not None and theirs >= mine, f"{module} imports {imported}, which stands above it"
+def _row(room):
+    return next(number for number, row in enumerate(ROWS) if room in row)
+
+
+def _module(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def _room_imports():
+    """room -> the other rooms that its modules import."""
+    found = {room: set() for row in ROWS for room in row}
+    for path in PACKAGE:
+        if path.name == "__init__.py":
+            continue
+        mine = _room(_module(path))
+        assert mine is not None, f"{path} is in no room; add it to ROWS"
+        for imported in _imports(path):
+            if imported.startswith("megatron_tropd."):
+                found[mine].add(_room(imported))
+    return {room: imported - {room} for room, imported in found.items()}
+
+
+def test_imports_point_down():
+    for room, imported in _room_imports().items():
+        for other in imported:
+            assert other is not None and _row(other) >= _row(room), f"{room} imports {other}, which stands above it"
+
+
+def test_rooms_import_each_other_one_way():
+    graphlib.TopologicalSorter(_room_imports()).prepare()  # raises CycleError
+
+
+def test_the_picture_of_the_rooms_is_true():
+    """The table of docs/architecture.md: every room, in the order of ROWS, with exactly the rooms it imports."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| `([\w./]+)` \|[^|]*\|([^|]*)\|$", text, re.MULTILINE)
+    drawn = {}
+    for number, name, imported in rows:
+        room = name.removesuffix(".py").rstrip("/").replace("/", ".")
+        assert room in ROWS[int(number) - 1], f"{name} stands in row {number}"
+        drawn[room] = set(re.findall(r"[\w.]+", imported.replace("`", "").replace("/", ".")))
+    assert drawn == _room_imports()
+
+
+FRONTS = ["weights.coordinates", "weights.plan", "weights.transport", "weights.files", "checkpoints"]
+
+
+@pytest.mark.parametrize("room", FRONTS)
+def test_others_use_a_room_by_its_front(room):
+    """What is imported from outside is what ``FRONT`` of the room's ``__init__.py`` lists, and no less."""
+    package = f"megatron_tropd.{room}"
+    tree = ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text(encoding="utf-8"))
+    front = next(
+        ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "FRONT"
+    )
+    used = {}
+    for path in SOURCES:
+        if _module(path).startswith(package + "."):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(package + "."):
+                module = node.module.removeprefix(package + ".")
+                if "." not in module:  # a room inside has a front of its own
+                    used.setdefault(module, set()).update(alias.name for alias in node.names)
+    assert {module: set(names) for module, names in front.items()} == used
 
 
 def test_only_parallel_reads_parallel_state():
@@ -107,12 +172,15 @@ def test_pure_rooms_import_torch_only(room):
             assert not imported.startswith(("megatron.", "transformers", "torch.distributed", "sglang")), path
 
 
-@pytest.mark.parametrize(
-    "name", ["boxes", "hf_shapes", "engine_boxes", "regions", "buckets", "plan", "plan_stats", "proof"]
-)
-def test_plans_need_no_tensors(name):
-    imported = {line.split(".")[0] for line in _imports(ROOT / f"megatron_tropd/weights/{name}.py")}
-    assert not imported & {"torch", "megatron", "transformers"}
+TENSORS = {"parameters", "placement"}
+"""The modules of two rooms of integers that look at live tensors."""
+
+
+@pytest.mark.parametrize("room", ["coordinates", "plan"])
+def test_plans_need_no_tensors(room):
+    for path in (ROOT / "megatron_tropd" / "weights" / room).glob("*.py"):
+        imported = {line.split(".")[0] for line in _imports(path)}
+        assert path.stem in TENSORS or not imported & {"torch", "megatron", "transformers"}, path
 
 
 FROZEN_FLAGS = ROOT / "tests" / "golden" / "flags.txt"

@@ -52,8 +52,8 @@ def _logits(directory, layout, sequence_parallel, *, frozen=False):
     from megatron_tropd.models.build import build_gpt_model, forward_hidden
     from megatron_tropd.ops.vocab_parallel import VocabShard, gather_hidden
     from megatron_tropd.parallel.groups import student_groups, teacher_groups
-    from megatron_tropd.weights.files import HfCheckpoint
-    from megatron_tropd.weights.load import load_hf_into
+    from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
+    from megatron_tropd.weights.files.load import load_hf_into
 
     arch = architecture_from_hf_config(load_hf_config(directory))
     groups = student_groups(ParallelLayout(dp=layout.world_size) if frozen else layout)

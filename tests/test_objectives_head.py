@@ -55,7 +55,7 @@ def _head(groups, method, mode, sequence_parallel, several_updates):
 
     tp, rank = groups.layout.tp, groups.coords.tp
     hidden, weight, teacher, tokens, _ = _inputs(several_updates)
-    rows = groups.layout.padded_vocab_size(VOCAB, 8) // tp
+    rows = replace(groups.layout, make_vocab_size_divisible_by=8).padded_vocab_size(VOCAB) // tp
     padded = torch.cat([weight, torch.full((rows * tp - VOCAB, HIDDEN), 50.0)])
     mine = padded[rank * rows : (rank + 1) * rows].clone().requires_grad_()
     sequence_parallel = sequence_parallel and tp > 1

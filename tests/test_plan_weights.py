@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd.weights.hf_shapes import hf_shapes
+from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
 from tools.model_sizes import NAMES, find_architecture
 from tools.plan_weights import TABLE, main, table_row
 

@@ -11,9 +11,9 @@ import time
 import pytest
 from rich.console import Console
 
-from megatron_tropd.reporting.phase_clock import PhaseClock
-from megatron_tropd.reporting.progress import NullProgress, Progress
-from megatron_tropd.reporting.progress_text import Eta, count, duration
+from megatron_tropd.reporting.progress.phase_clock import PhaseClock
+from megatron_tropd.reporting.progress.progress import NullProgress, Progress
+from megatron_tropd.reporting.progress.text import Eta, count, duration
 from tests.test_reporting_files import eval_report, step_report
 
 
@@ -73,7 +73,7 @@ def test_plain_where_the_terminal_asks_for_it(monkeypatch, name, value):
 
 def test_a_reader_that_went_away_does_not_stop_the_run():
     code = (
-        "from megatron_tropd.reporting.progress import Progress\n"
+        "from megatron_tropd.reporting.progress.progress import Progress\n"
         "from tests.test_reporting_progress import run_steps\n"
         "progress = Progress(3, 0, 1)\n"
         "run_steps(progress, 3)\n"

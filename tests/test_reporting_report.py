@@ -10,9 +10,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from megatron_tropd.reporting.plots import FIGURES, make_plots
 from megatron_tropd.reporting.records import eval_record, step_record
-from megatron_tropd.reporting.report import main, write_report
+from megatron_tropd.reporting.report.plots import FIGURES, make_plots
+from megatron_tropd.reporting.report.write import main, write_report
 from megatron_tropd.reporting.rollout_samples import RolloutSample, TokenMark
 from megatron_tropd.reporting.run_directory import RunDirectory
 from tests.test_reporting_files import eval_report, step_report

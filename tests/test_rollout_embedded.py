@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from megatron_tropd.rollout.embedded import EmbeddedEngine
+from megatron_tropd.rollout.embedded.engine import EmbeddedEngine
 from megatron_tropd.rollout.engine import EngineError, RolloutEngine, SamplingParams
 from tests.rollout_helpers import VOCAB, params, push, requests_of, tiny_engine, tiny_model
 

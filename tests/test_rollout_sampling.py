@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tropd import rng
-from megatron_tropd.rollout.sampling import nucleus, sample
+from megatron_tropd.rollout.embedded.sampling import nucleus, sample
 
 PROBS = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.rollout.sglang.planned import PlannedEngines
-from megatron_tropd.rollout.sglang.planned_push import MAX_FAILURES, PlannedPush, TrainerWeights
-from megatron_tropd.weights.boxes import rank_boxes
-from megatron_tropd.weights.plan import Place
-from megatron_tropd.weights.plan_spec import PlanSpec
+from megatron_tropd.rollout.sglang.planned.control import PlannedEngines
+from megatron_tropd.rollout.sglang.planned.push import MAX_FAILURES, PlannedPush, TrainerWeights
+from megatron_tropd.weights.coordinates.megatron_boxes import rank_boxes
+from megatron_tropd.weights.plan.spec import PlanSpec
+from megatron_tropd.weights.plan.types import Place
 from tests.planned_ranks import as_torch, fill
 from tests.sglang_helpers import check_rollouts, params, requests_of
 
@@ -37,10 +37,8 @@ def pool(sglang):
         for name, tensor in live().items():
             held[name].copy_(tensor)
 
-    weights = TrainerWeights(
-        layout=layout, params=current, gather=lambda value: [value], make_vocab_size_divisible_by=128
-    )
-    planned = PlannedPush(sglang.settings, sglang.arch, weights, rank=0, broadcast=lambda value: value)
+    weights = TrainerWeights(layout=layout, params=current)
+    planned = PlannedPush(sglang.settings, sglang.arch, weights)
     made = sglang.other_pool(planned=planned)
     made.refresh = refresh
     yield made

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tropd.parallel.exchange import broadcast_object
 from megatron_tropd.rollout.engine import EngineError
-from megatron_tropd.rollout.sglang.buckets import BucketBuilder
-from megatron_tropd.rollout.sglang.checksums import SentChecksums
-from megatron_tropd.rollout.sglang.client import Client
+from megatron_tropd.rollout.sglang.api.checksums import SentChecksums
+from megatron_tropd.rollout.sglang.api.client import Client
+from megatron_tropd.rollout.sglang.api.weight_buckets import BucketBuilder
 from megatron_tropd.rollout.sglang.errors import RequestRefused, StaleWeights
 from megatron_tropd.rollout.sglang.fleet import Job
 from tests.hf_models import VOCAB_SIZE
@@ -299,12 +298,9 @@ def _process_texts(group: int):
 
 
 def _two_ranks(settings, arch, version):
-    import torch.distributed as dist
-
-    rank = dist.get_rank()
     student = Student(torch.nn.Module(), version - 1)
     student.change()
-    pool = make_pool(settings, arch, student, rank=rank, broadcast=broadcast_object)
+    pool = make_pool(settings, arch, student)
     try:
         pool.push(student.export, version)
         requests = requests_of(4)

@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_tropd.cli import ConfigError, parse, to_flags
-from megatron_tropd.training.blueprint import check
-from megatron_tropd.training.engine_checks import check_engine_layout
-from megatron_tropd.training.findings import Findings
+from megatron_tropd.setup.engine_checks import check_engine_layout
+from megatron_tropd.setup.problems import Findings
+from megatron_tropd.setup.run_spec import check
 from megatron_tropd.training.parity import ParityAlarm, ParityError, probe_sequences
 from megatron_tropd.types import Prompt
 from tests.sglang_helpers import KEYS, PYTHON
@@ -68,7 +68,7 @@ def _steps_then_other_weights(argv):
     """On this rank: the metrics of every step, and what a push of weights that were not trained comes to."""
     import torch.distributed as dist
 
-    from megatron_tropd.training.assemble import assemble, close
+    from megatron_tropd.setup.assemble import assemble, close
     from megatron_tropd.training.loop import push_weights, train_step
 
     assembled = assemble(check(parse(argv), dist.get_world_size()))

@@ -39,8 +39,8 @@ def _score(directory, student, teacher, max_tokens):
     from megatron_tropd.models.build import build_gpt_model
     from megatron_tropd.parallel.groups import student_groups, teacher_groups
     from megatron_tropd.teacher.megatron import Destination, MegatronTeacher
-    from megatron_tropd.weights.files import HfCheckpoint
-    from megatron_tropd.weights.load import load_hf_into
+    from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
+    from megatron_tropd.weights.files.load import load_hf_into
 
     arch = architecture_from_hf_config(load_hf_config(directory))
     mine = student_groups(student)

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_tropd.cli import ConfigError, changed_flags, make_parser, parse, to_flags
 from megatron_tropd.config import TrainConfig
-from megatron_tropd.training.blueprint import check
+from megatron_tropd.setup.run_spec import check
 from tests.hf_models import edit_config, save_hf_checkpoint
 from tests.tiny_run import flags, make_world
 from tests.torchrun_jobs import command, environment, process, wait_for_steps

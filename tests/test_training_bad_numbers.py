@@ -31,8 +31,8 @@ def _spoiled_step(argv, value):
     import torch.distributed as dist
 
     from megatron_tropd.cli import parse
-    from megatron_tropd.training.assemble import assemble, close
-    from megatron_tropd.training.blueprint import check
+    from megatron_tropd.setup.assemble import assemble, close
+    from megatron_tropd.setup.run_spec import check
     from megatron_tropd.training.loop import push_weights, train_step
 
     assembled = assemble(check(parse(argv), dist.get_world_size()))

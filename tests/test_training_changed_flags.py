@@ -16,8 +16,8 @@ def _groups_after_resume(argv):
     import torch.distributed as dist
 
     from megatron_tropd.cli import parse
-    from megatron_tropd.training.assemble import assemble, close
-    from megatron_tropd.training.blueprint import check
+    from megatron_tropd.setup.assemble import assemble, close
+    from megatron_tropd.setup.run_spec import check
 
     assembled = assemble(check(parse(argv), dist.get_world_size()))
     close(assembled)

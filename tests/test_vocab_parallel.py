@@ -71,7 +71,7 @@ def _head(groups, case):
 
     tp, rank = groups.layout.tp, groups.coords.tp
     hidden, weight, streams, teacher = case.inputs()
-    rows = groups.layout.padded_vocab_size(case.vocab, 8) // tp
+    rows = replace(groups.layout, make_vocab_size_divisible_by=8).padded_vocab_size(case.vocab) // tp
     # Poisoned padding: a head that reads it is wrong by a mile.
     padded = torch.cat([weight, torch.full((rows * tp - case.vocab, HIDDEN), 50.0, dtype=case.dtype)])
     mine = padded[rank * rows : (rank + 1) * rows].clone().requires_grad_()
@@ -204,7 +204,7 @@ def _outputs(tp, mode, chunk):
     groups = student_groups(ParallelLayout(tp=tp))
     case = Case(method="tropd", tokens=40, vocab=61, top_k=9)
     hidden, weight, streams, _ = case.inputs()
-    rows = groups.layout.padded_vocab_size(61, 8) // tp
+    rows = replace(groups.layout, make_vocab_size_divisible_by=8).padded_vocab_size(61) // tp
     padded = torch.cat([weight, torch.full((rows * tp - 61, HIDDEN), 50.0)])
     shard = VocabShard(vocab_size=61, rows_per_rank=rows, group=groups.pg_collection.tp, chunk_tokens=chunk)
     with torch.no_grad():

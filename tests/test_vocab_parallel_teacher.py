@@ -31,7 +31,7 @@ def _teacher(tp, top_k=TOP_K, change=None, **kwargs):
     hidden, weight = _inputs(**kwargs)
     if change is not None:
         change(hidden, weight)
-    rows = groups.layout.padded_vocab_size(VOCAB, 8) // tp
+    rows = replace(groups.layout, make_vocab_size_divisible_by=8).padded_vocab_size(VOCAB) // tp
     padded = torch.cat([weight, torch.full((rows * tp - VOCAB, HIDDEN), 50.0, dtype=weight.dtype)])
     shard = VocabShard(vocab_size=VOCAB, rows_per_rank=rows, group=groups.pg_collection.tp, chunk_tokens=8)
     labels = torch.arange(TOKENS) % VOCAB
@@ -107,7 +107,7 @@ def _overlap(tp):
     groups = student_groups(ParallelLayout(tp=tp))
     hidden, weight = _inputs()
     streams, _ = make_streams(num_tokens=TOKENS, vocab_size=VOCAB, top_k=20, regions=[0, 3] * (TOKENS // 2))
-    rows = groups.layout.padded_vocab_size(VOCAB, 8) // tp
+    rows = replace(groups.layout, make_vocab_size_divisible_by=8).padded_vocab_size(VOCAB) // tp
     padded = torch.cat([weight, torch.full((rows * tp - VOCAB, HIDDEN), 50.0)])
     shard = VocabShard(vocab_size=VOCAB, rows_per_rank=rows, group=groups.pg_collection.tp, chunk_tokens=8)
     stats = student_token_stats(

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.weights.boxes import hf_shapes, owners, rank_boxes
+from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
+from megatron_tropd.weights.coordinates.megatron_boxes import owners, rank_boxes
 
 
 def make_arch(
@@ -29,7 +30,7 @@ DENSE = ["qwen2", "qwen3", "llama"]
 
 @st.composite
 def cases(draw, families=(*DENSE, "qwen3_moe")):
-    """An architecture, a layout that fits it, a vocabulary divisor."""
+    """An architecture and a layout that fits it, with any padding of the vocabulary."""
     arch = draw(
         st.builds(
             make_arch, st.sampled_from(families), vocab=st.integers(1, 300), groups=st.sampled_from([1, 2, 4, 8]),
@@ -46,8 +47,9 @@ def cases(draw, families=(*DENSE, "qwen3_moe")):
         shared = tp * cp * dp // (tp if etp is None else etp)
         etp, shared = (etp, shared) if shared else (None, cp * dp)
         ep = draw(st.sampled_from([n for n in (1, 2, 4, 8) if shared % n == 0]))
-    layout = ParallelLayout(tp=tp, cp=cp, dp=dp, pp=pp, vpp=vpp, ep=ep, etp=etp)
-    return {"arch": arch, "layout": layout, "divisor": draw(st.sampled_from([1, 7, 64, 128]))}
+    divisor = draw(st.sampled_from([1, 7, 64, 128]))
+    layout = ParallelLayout(tp=tp, cp=cp, dp=dp, pp=pp, vpp=vpp, ep=ep, etp=etp, make_vocab_size_divisible_by=divisor)
+    return {"arch": arch, "layout": layout}
 
 
 @settings(max_examples=60, deadline=None)
@@ -55,7 +57,7 @@ def cases(draw, families=(*DENSE, "qwen3_moe")):
 def test_every_hf_element_has_exactly_one_owner(case):
     arch, layout = case["arch"], case["layout"]
     canvas = {name: np.zeros(shape, int) for name, shape in hf_shapes(arch).items()}
-    for owned in owners(arch, layout, make_vocab_size_divisible_by=case["divisor"]):
+    for owned in owners(arch, layout):
         assert arch.num_experts or (layout.coords(owned.rank).dp, layout.coords(owned.rank).cp) == (0, 0)
         canvas[owned.box.hf_name][owned.box.hf_slices] += 1
     for name, painted in canvas.items():
@@ -66,10 +68,10 @@ def test_every_hf_element_has_exactly_one_owner(case):
 @given(cases())
 def test_every_local_element_is_filled_once_and_padding_never(case):
     arch, layout = case["arch"], case["layout"]
-    padded = layout.padded_vocab_size(arch.vocab_size, case["divisor"])
+    padded = layout.padded_vocab_size(arch.vocab_size)
     for rank in range(layout.world_size):
         tp_rank = layout.coords(rank).tp
-        for param in rank_boxes(arch, layout, rank, make_vocab_size_divisible_by=case["divisor"]):
+        for param in rank_boxes(arch, layout, rank):
             painted = np.zeros(param.shape, int)
             for box in param.boxes:
                 painted[box.local_slices] += 1

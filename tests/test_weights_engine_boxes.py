@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tropd.weights.engine_boxes import EngineLayout, engine_boxes, parameter_names
-from megatron_tropd.weights.hf_shapes import hf_shapes
+from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout, engine_boxes, parameter_names
+from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
 from tests.test_weights_boxes import DENSE, _numbered, make_arch
 
 

@@ -8,10 +8,12 @@ import torch.distributed as dist
 
 from megatron_tropd.parallel.groups import release_groups
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.weights.boxes import hf_shapes, rank_boxes
-from megatron_tropd.weights.export import HfExporter, export_hf
-from megatron_tropd.weights.files import HfCheckpoint
-from megatron_tropd.weights.load import WeightMismatch, load_hf_into, local_parameters
+from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
+from megatron_tropd.weights.coordinates.megatron_boxes import rank_boxes
+from megatron_tropd.weights.coordinates.parameters import WeightMismatch, local_parameters
+from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
+from megatron_tropd.weights.files.load import load_hf_into
+from megatron_tropd.weights.transport.hf_export import HfExporter, export_hf
 from tests.hf_models import read_tensors, save_hf_checkpoint
 from tests.test_weights_boxes import make_arch
 
@@ -89,7 +91,7 @@ def _check_refusals(directory):
     model = _build(checkpoint.arch, layout, torch.float32)
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(WeightMismatch, match=r"embedding.* has local shape \[256, 32\], expected \[132, 32\]"):
-        load_hf_into(model, checkpoint, checkpoint.arch, layout, 0, make_vocab_size_divisible_by=4)
+        load_hf_into(model, checkpoint, checkpoint.arch, ParallelLayout(make_vocab_size_divisible_by=4), 0)
     model.decoder.layers[1].extra = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(WeightMismatch, match=r"unknown parameter decoder\.layers\.1\.extra"):
         load_hf_into(model, checkpoint, checkpoint.arch, layout, 0)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megatron_tropd.models.architecture import architecture_from_hf_config, load_hf_config
-from megatron_tropd.weights.files import INDEX_FILE, SINGLE_FILE, HfCheckpoint, copy_sidecars
-from megatron_tropd.weights.manifest import HfManifest
-from megatron_tropd.weights.safetensors_header import HfCheckpointError
-from megatron_tropd.weights.writer import write_hf_files
+from megatron_tropd.weights.files.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HfCheckpoint, copy_sidecars
+from megatron_tropd.weights.files.hf_manifest import HfManifest
+from megatron_tropd.weights.files.hf_writer import write_hf_files
+from megatron_tropd.weights.files.safetensors_header import HfCheckpointError
 from tests.hf_models import edit_config, read_tensors, save_hf_checkpoint, write_tensors
 
 

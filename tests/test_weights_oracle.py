@@ -31,9 +31,9 @@ def _reshard(family, tied, source_sizes, target_sizes):
     from megatron_tropd.models.build import build_gpt_model
     from megatron_tropd.parallel.groups import student_groups, teacher_groups
     from megatron_tropd.parallel.layout import ParallelLayout
-    from megatron_tropd.weights.boxes import rank_boxes
-    from megatron_tropd.weights.hf_shapes import hf_shapes
-    from megatron_tropd.weights.load import local_parameters, match_parameters
+    from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
+    from megatron_tropd.weights.coordinates.megatron_boxes import rank_boxes
+    from megatron_tropd.weights.coordinates.parameters import local_parameters, match_parameters
 
     class Exchange(CopyService):
         """Point to point over gloo; Megatron's own gloo service needs CUDA."""

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.weights.engine_boxes import EngineLayout
-from megatron_tropd.weights.places import Location, location, places, ranks_on_one_gpu
-from megatron_tropd.weights.plan import Place
-from megatron_tropd.weights.plan_spec import PlanSpec
+from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
+from megatron_tropd.weights.plan.placement import Location, location, places, ranks_on_one_gpu
+from megatron_tropd.weights.plan.spec import PlanSpec
+from megatron_tropd.weights.plan.types import Place
 from tests.weight_cases import arch
 
 
@@ -38,7 +38,7 @@ def test_places_are_numbered_by_machine_and_device():
 def test_processes_on_this_machine_are_in_one_place():
     script = (
         "import dataclasses, json, torch\n"
-        "from megatron_tropd.weights.places import location\n"
+        "from megatron_tropd.weights.plan.placement import location\n"
         "print(json.dumps(dataclasses.asdict(location([torch.ones(1)]))))"
     )
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)

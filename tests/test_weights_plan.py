@@ -14,13 +14,14 @@ from dataclasses import replace
 import pytest
 
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.weights.boxes import rank_boxes
-from megatron_tropd.weights.engine_boxes import EngineLayout
-from megatron_tropd.weights.hf_shapes import hf_shapes
-from megatron_tropd.weights.plan import Copy, Message, WeightPlan, build_plan, source_params
-from megatron_tropd.weights.plan_stats import consecutive_places, plan_stats
-from megatron_tropd.weights.proof import ProofError, prove
-from megatron_tropd.weights.regions import PlanError, source_regions
+from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
+from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
+from megatron_tropd.weights.coordinates.megatron_boxes import rank_boxes
+from megatron_tropd.weights.plan.planner import build_plan, source_params
+from megatron_tropd.weights.plan.proof import ProofError, prove
+from megatron_tropd.weights.plan.shards import PlanError, source_regions
+from megatron_tropd.weights.plan.statistics import consecutive_places, plan_stats
+from megatron_tropd.weights.plan.types import Copy, Message, WeightPlan
 from tests.weight_cases import BIG_CASES, CASES, VOCAB, Case, arch
 
 SMALL_BUCKET = 4096
@@ -30,14 +31,13 @@ def make_plan(case: Case, **overrides) -> WeightPlan:
     options = {
         "dtype": "bfloat16",
         "bucket_bytes": SMALL_BUCKET,
-        "make_vocab_size_divisible_by": case.divisor,
         **overrides,
     }
     return build_plan(case.arch, case.layout, case.engines, **options)
 
 
 def check(plan: WeightPlan, case: Case):
-    return prove(plan, case.arch, case.layout, make_vocab_size_divisible_by=case.divisor)
+    return prove(plan, case.arch, case.layout)
 
 
 @pytest.mark.parametrize("name", [*CASES, *BIG_CASES])
@@ -62,7 +62,7 @@ def _strangers(case: Case, copy: Copy) -> list[int]:
     """Source ranks that do not hold what ``copy`` takes from its own."""
 
     def held(rank: int):
-        boxes = rank_boxes(case.arch, case.layout, rank, make_vocab_size_divisible_by=case.divisor)
+        boxes = rank_boxes(case.arch, case.layout, rank)
         return next((param for param in boxes if param.names == copy.source_names), None)
 
     mine = held(copy.source)
@@ -195,11 +195,11 @@ def test_places_must_be_those_of_the_ranks():
 _FRESH = """
 import json, sys
 from tests.weight_cases import CASES
-from megatron_tropd.weights.plan import build_plan
-from megatron_tropd.weights.proof import prove
+from megatron_tropd.weights.plan.planner import build_plan
+from megatron_tropd.weights.plan.proof import prove
 case = CASES["experts in parts"]
-plan = build_plan(case.arch, case.layout, case.engines, dtype="bfloat16", bucket_bytes=4096, make_vocab_size_divisible_by=16)
-prove(plan, case.arch, case.layout, make_vocab_size_divisible_by=16)
+plan = build_plan(case.arch, case.layout, case.engines, dtype="bfloat16", bucket_bytes=4096)
+prove(plan, case.arch, case.layout)
 print(json.dumps([plan.digest, sorted({"torch", "megatron", "transformers"} & set(sys.modules))]))
 """
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.weights.channel import DATA_TAG
-from megatron_tropd.weights.engine_boxes import EngineLayout
-from megatron_tropd.weights.side_group import host_store
+from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
+from megatron_tropd.weights.transport.channel import DATA_TAG
+from megatron_tropd.weights.transport.side_group import host_store
 from tests.planned_ranks import Member, deliver, serve, shared_mappings
 from tests.ranks import RankPool
 from tests.weight_cases import CASES, Case, arch
@@ -87,7 +87,8 @@ def _resident_mib(field: str) -> float:
 
 def _push_and_measure(port, name, layers, bucket_bytes, shared):
     """Body of a pair: (MiB of weights, MiB that resident memory rose during a push, MiB of staging)."""
-    from megatron_tropd.weights.planned_transport import PlannedReceiver, PlannedSender
+    from megatron_tropd.weights.transport.receiver import PlannedReceiver
+    from megatron_tropd.weights.transport.sender import PlannedSender
 
     if int(os.environ["RANK"]) >= 2:
         return None
@@ -365,7 +366,7 @@ def test_beside_a_default_group(pool, store):
 
 
 def _wrong_parameters(port, name):
-    from megatron_tropd.weights.planned_transport import PlannedReceiver
+    from megatron_tropd.weights.transport.receiver import PlannedReceiver
 
     if int(os.environ["RANK"]) != 1:
         if int(os.environ["RANK"]) == 0:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.weights.engine_boxes import EngineLayout
+from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
 
 VOCAB = 131  # prime: every padding rule leaves rows over
 
@@ -16,7 +16,6 @@ class Case:
     arch: Architecture
     layout: ParallelLayout
     engines: tuple[EngineLayout, ...]
-    divisor: int = 16
 
     @property
     def processes(self) -> int:
@@ -34,7 +33,7 @@ def arch(family: str = "qwen3", *, kv: int = 4, tied: bool = False, layers: int 
 
 def _case(model: Architecture, layout: dict, *engines: tuple[int, ...], divisor: int = 16) -> Case:
     cuts = tuple(EngineLayout(tp=cut[0], ep=cut[1] if len(cut) > 1 else 1) for cut in engines)
-    return Case(arch=model, layout=ParallelLayout(**layout), engines=cuts, divisor=divisor)
+    return Case(arch=model, layout=ParallelLayout(**layout, make_vocab_size_divisible_by=divisor), engines=cuts)
 
 
 CASES = {

@@ -49,8 +49,8 @@ def write_checkpoint(directory: Path, config: dict[str, object]) -> int:
     import torch
 
     from megatron_tropd.models.architecture import architecture_from_hf_config
-    from megatron_tropd.weights.manifest import HfManifest
-    from megatron_tropd.weights.writer import HfWriter
+    from megatron_tropd.weights.files.hf_manifest import HfManifest
+    from megatron_tropd.weights.files.hf_writer import HfWriter
 
     arch = architecture_from_hf_config(config)
     manifest = HfManifest.default(arch, torch.bfloat16)

@@ -21,10 +21,11 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_tropd.models.architecture import Architecture  # noqa: E402
 from megatron_tropd.parallel.layout import ParallelLayout  # noqa: E402
-from megatron_tropd.weights.engine_boxes import EngineLayout  # noqa: E402
-from megatron_tropd.weights.plan import WeightPlan, build_plan  # noqa: E402
-from megatron_tropd.weights.plan_stats import PlanStats, consecutive_places, plan_stats  # noqa: E402
-from megatron_tropd.weights.proof import PlanProof, prove  # noqa: E402
+from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout  # noqa: E402
+from megatron_tropd.weights.plan.planner import build_plan  # noqa: E402
+from megatron_tropd.weights.plan.proof import PlanProof, prove  # noqa: E402
+from megatron_tropd.weights.plan.statistics import PlanStats, consecutive_places, plan_stats  # noqa: E402
+from megatron_tropd.weights.plan.types import WeightPlan  # noqa: E402
 from tools.model_sizes import NAMES, find_architecture  # noqa: E402
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -96,7 +97,9 @@ def layouts(args: argparse.Namespace, arch: Architecture) -> tuple[ParallelLayou
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1")
     world = args.world_size or max(1, tp) * max(1, pp) * max(1, cp)
-    layout = ParallelLayout.for_world(world, tp, pp, cp=cp, ep=ep, etp=etp, vpp=vpp)
+    layout = ParallelLayout.for_world(
+        world, tp, pp, cp=cp, ep=ep, etp=etp, vpp=vpp, make_vocab_size_divisible_by=args.make_vocab_size_divisible_by
+    )
     engine = EngineLayout(tp=args.sglang_tp_size, ep=args.sglang_ep_size)
     errors = arch.cut_errors(tp, pp, ep=ep, etp=etp, vpp=vpp) + engine.cut_errors(arch)
     if args.colocate and args.num_engines * engine.tp > world:
@@ -117,7 +120,6 @@ def plan_and_prove(args: argparse.Namespace) -> Outcome:
     arch = find_architecture(args.model)
     layout, engines = layouts(args, arch)
     first, size, per_node = 0 if args.colocate else layout.world_size, engines[0].tp, args.gpus_per_node
-    divisor = args.make_vocab_size_divisible_by
     start = time.process_time()
     plan = build_plan(
         arch, layout, engines, dtype=DTYPES[args.dtype], bucket_bytes=args.bucket_mib << 20,
@@ -126,10 +128,9 @@ def plan_and_prove(args: argparse.Namespace) -> Outcome:
             consecutive_places(size, first=first + number * size, gpus_per_node=per_node)
             for number in range(len(engines))
         ],
-        make_vocab_size_divisible_by=divisor,
     )  # fmt: skip
     planned = time.process_time()
-    proof = prove(plan, arch, layout, make_vocab_size_divisible_by=divisor)
+    proof = prove(plan, arch, layout)
     return Outcome(
         plan=plan, stats=plan_stats(plan), proof=proof, plan_seconds=planned - start,
         proof_seconds=time.process_time() - planned,

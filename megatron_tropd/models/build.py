@@ -133,7 +133,6 @@ def build_gpt_model(
     groups: ModelGroups,
     *,
     params_dtype: torch.dtype = torch.float32,
-    make_vocab_size_divisible_by: int = 128,
     config_overrides: Mapping[str, Any] | None = None,
 ) -> HiddenStateGPT:
     """This rank's part of the model, on this rank's device, with arbitrary weights.
@@ -150,7 +149,7 @@ def build_gpt_model(
     model = HiddenStateGPT(
         config=config,
         transformer_layer_spec=_layer_spec(config),
-        vocab_size=layout.padded_vocab_size(arch.vocab_size, make_vocab_size_divisible_by),
+        vocab_size=layout.padded_vocab_size(arch.vocab_size),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=groups.is_first_stage,
         post_process=groups.is_last_stage,

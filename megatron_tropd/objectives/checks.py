@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.objectives.base import Regions
+from megatron_tropd.rng import split_sample_uid
 from megatron_tropd.types import Needs, TokenStreams
 
 _MAX_LOGPROB = 1e-2
@@ -78,7 +79,7 @@ def _impossible(tokens: TokenStreams, needs: Needs) -> list[str]:
         if (value := getattr(tokens, name)) is not None:
             bad[name] = written_T & ~value.isfinite()
     counts = torch.stack([mask.sum() for mask in bad.values()]).tolist()  # the one wait
-    return [_describe(tokens, name, bad[name], count) for name, count in zip(bad, counts, strict=True) if count]
+    return [_complaint(tokens, name, bad[name], count) for name, count in zip(bad, counts, strict=True) if count]
 
 
 def _is_logprob(value: Tensor, *, finite: bool = False) -> Tensor:
@@ -94,13 +95,13 @@ def _bad_ids(ids_TK: Tensor, present_TK: Tensor) -> Tensor:
     return (ordered[:, 1:] == ordered[:, :-1]).any(-1) | (present_TK & (ids_TK < 0)).any(-1)
 
 
-def _describe(tokens: TokenStreams, name: str, bad_T: Tensor, count: int) -> str:
+def _complaint(tokens: TokenStreams, name: str, bad_T: Tensor, count: int) -> str:
     first = int(bad_T.nonzero()[0, 0])
     value = getattr(tokens, name.split()[0])[first].tolist()
-    uid = int(tokens.sample_uid_T[first])  # as rng.sample_uid makes it
+    prompt_uid, sample_index = split_sample_uid(int(tokens.sample_uid_T[first]))
     shown = value if not isinstance(value, list) else value[:8]
     return (
         f"{name}: {count} of {len(bad_T)} labels cannot be used, the first at position "
-        f"{int(tokens.label_position_T[first])} of prompt {uid >> 20}, sample {uid & (1 << 20) - 1}: {shown}; "
+        f"{int(tokens.label_position_T[first])} of prompt {prompt_uid}, sample {sample_index}: {shown}; "
         "expected finite numbers, log-probabilities at most 0 (-inf only from a teacher)"
     )

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_tropd.objectives.base import Objective, Regions

@@ -88,6 +88,8 @@ def broadcast_tensors(tensors: Sequence[Tensor] | None, specs: Sequence[TensorSp
 
 def gather_objects(value: Any) -> list[Any]:
     """``value`` of every rank, on every rank (small host objects: rollouts, reports)."""
+    if not dist.is_initialized():
+        return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
@@ -95,6 +97,8 @@ def gather_objects(value: Any) -> list[Any]:
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's ``value`` on every rank (small host objects); what other ranks pass is ignored."""
+    if not dist.is_initialized():
+        return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]

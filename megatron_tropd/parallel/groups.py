@@ -48,6 +48,12 @@ class ModelGroups:
         """Whether this rank holds the LM head."""
         return self.coords.pp == self.layout.pp - 1
 
+    @property
+    def reports(self) -> bool:
+        """Whether this rank reports what its replica computed.  The tensor-parallel ranks of the last stage hold equal
+        numbers, so that one of them is enough; of all ranks, each number is then reported once."""
+        return self.is_last_stage and self.coords.tp == 0
+
 
 DEFAULT_TIMEOUT_S = 600.0
 

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+DEFAULT_VOCAB_DIVISOR = 128
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankCoords:
@@ -48,11 +50,15 @@ class ParallelLayout:
     ep: int = 1
     etp: int | None = None
     vpp: int | None = None
+    make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR
+    """Rows of the vocabulary tables are padded to a multiple of it, and of ``tp``."""
 
     def __post_init__(self) -> None:
         sizes = (self.tp, self.pp, self.dp, self.cp, self.ep, self.expert_tp, self.chunks)
         if min(sizes) < 1:
             raise ValueError(f"every size of a layout must be at least 1: {self}")
+        if self.make_vocab_size_divisible_by < 1:
+            raise ValueError(f"--make-vocab-size-divisible-by {self.make_vocab_size_divisible_by} must be at least 1")
         if self.tp * self.cp * self.dp % (self.expert_tp * self.ep):
             raise ValueError(
                 f"--expert-model-parallel-size {self.ep} x --expert-tensor-parallel-size {self.expert_tp} does not "
@@ -67,7 +73,8 @@ class ParallelLayout:
     @classmethod
     def for_world(
         cls, world_size: int, tp: int, pp: int, *, cp: int = 1, ep: int = 1, etp: int | None = None,
-        vpp: int | None = None, owner: Literal["", "teacher-"] = "",
+        vpp: int | None = None, make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR,
+        owner: Literal["", "teacher-"] = "",
     ) -> ParallelLayout:  # fmt: skip
         """The layout that fills ``world_size`` ranks; the rest of them become data parallel.
 
@@ -89,7 +96,10 @@ class ParallelLayout:
                 f"--{owner}context-parallel-size {cp} does not divide the {world_size // (tp * pp)} ranks that "
                 f"--{owner}tensor-model-parallel-size {tp} x --{owner}pipeline-model-parallel-size {pp} leave"
             )
-        return cls(tp=tp, pp=pp, dp=world_size // (tp * pp * cp), cp=cp, ep=ep, etp=etp, vpp=vpp)
+        return cls(
+            tp=tp, pp=pp, dp=world_size // (tp * pp * cp), cp=cp, ep=ep, etp=etp, vpp=vpp,
+            make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+        )  # fmt: skip
 
     @property
     def world_size(self) -> int:
@@ -146,11 +156,11 @@ class ParallelLayout:
         first = (chunk * self.pp + pp_rank) * per_slice
         return range(first, first + per_slice)
 
-    def padded_vocab_size(self, vocab_size: int, divisible_by: int) -> int:
+    def padded_vocab_size(self, vocab_size: int) -> int:
         """Rows of the embedding and output tables, padding included.
 
-        The multiple is lcm(divisible_by, tp), not Megatron-LM's divisible_by * tp: for every TP that
-        divides ``divisible_by`` the padded size is then the same, and checkpoints reshape freely.
+        The multiple is lcm(make_vocab_size_divisible_by, tp), not Megatron-LM's product of the two: for every TP that
+        divides ``make_vocab_size_divisible_by`` the padded size is then the same, and checkpoints reshape freely.
         """
-        multiple = math.lcm(divisible_by, self.tp)
+        multiple = math.lcm(self.make_vocab_size_divisible_by, self.tp)
         return -(-vocab_size // multiple) * multiple

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import psutil
 
 
-class RunDirectoryBusyError(RuntimeError):
+class RunDirectoryBusyError(OSError):
     """Another job holds the run directory."""
 
 

@@ -4,7 +4,7 @@ reference, and the student itself before its first update on a batch."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from operator import itemgetter
 from typing import Any
 
@@ -17,8 +17,9 @@ from megatron_tropd.data.packing import PackPlan, pack
 from megatron_tropd.models.build import HiddenStateGPT, forward_hidden
 from megatron_tropd.ops.vocab_parallel import VocabShard, gather_hidden, teacher_scores
 from megatron_tropd.parallel import platform
-from megatron_tropd.parallel.exchange import gather_objects
+from megatron_tropd.parallel.fail_together import on_all_ranks
 from megatron_tropd.parallel.groups import ModelGroups
+from megatron_tropd.rng import split_sample_uid
 from megatron_tropd.types import Microbatch, Region, Rollout, ScoreRequest, TeacherScores
 
 Head = Callable[[Tensor, Microbatch], TeacherScores]
@@ -48,8 +49,7 @@ def score_rollouts(
     """
     mine = plan.microbatches[groups.coords.dp]
     batches = [pack([rollouts[i] for i in indices], None, num_tokens=plan.num_tokens) for indices in mine]
-    failures: list[str] = []
-    guarded = _Guarded(head=head, failures=failures)
+    guarded = _Guarded(head=head)
 
     def forward_step(batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
         """Megatron's contract, for a schedule that only collects."""
@@ -69,8 +69,7 @@ def score_rollouts(
         p2p_communicator=P2PCommunicator(pp_group=collection.pp, config=model.config),
         pg_collection=collection,
     )
-    if failures := sorted({failure for of_rank in gather_objects(failures) for failure in of_rank}):
-        raise ValueError("; ".join(failures))
+    on_all_ranks(guarded.raise_failures, ValueError)
     scored = {}
     for indices, scores in zip(mine, outputs, strict=False):  # no outputs before the last stage
         response = written = 0
@@ -88,14 +87,20 @@ class _Guarded:
     """A head that notes what is wrong instead of leaving a schedule whose other stages wait for it."""
 
     head: Head
-    failures: list[str]
+    failures: list[str] = field(default_factory=list)
+
+    def raise_failures(self) -> None:
+        """What was noted on this rank, once the schedule has ended."""
+        if self.failures:
+            raise ValueError("; ".join(self.failures))
 
     def __call__(self, hidden: Tensor, batch: Microbatch) -> TeacherScores:
         try:
             return _map(self.head(hidden, batch), Tensor.cpu)
         except ValueError as error:
-            uids = batch.streams.sample_uid_T[response_rows(batch)].unique() >> 20
-            self.failures.append(f"prompts {', '.join(map(str, uids.unique().tolist()))}: {error}")
+            samples = batch.streams.sample_uid_T[response_rows(batch)].unique().tolist()
+            prompts = sorted({split_sample_uid(uid)[0] for uid in samples})
+            self.failures.append(f"prompts {', '.join(map(str, prompts))}: {error}")
             return TeacherScores(logprob=torch.empty(0))
 
 

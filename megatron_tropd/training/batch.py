@@ -14,7 +14,7 @@ from megatron_tropd.data.streams import Payload
 from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.teacher.megatron import Destination
 from megatron_tropd.training.diagnostics import diagnostics_due
-from megatron_tropd.training.prepass import entropy_threshold, prepass
+from megatron_tropd.training.old_policy import entropy_threshold, prepass
 from megatron_tropd.training.run import Run
 from megatron_tropd.training.step import Batch
 from megatron_tropd.types import Rollout, ScoreRequest, StepContext, TeacherScores

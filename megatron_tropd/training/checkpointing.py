@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_tropd.checkpoints.directory import latest_iteration
+from megatron_tropd.checkpoints.load import load_checkpoint
+from megatron_tropd.checkpoints.metadata import CheckpointError
+from megatron_tropd.checkpoints.save import save_checkpoint
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.prompts import PromptSource
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.training.agree import on_rank_zero
-from megatron_tropd.training.checkpoint import load_checkpoint, save_checkpoint
-from megatron_tropd.training.checkpoint_directory import latest_iteration
-from megatron_tropd.training.checkpoint_metadata import CheckpointError
+from megatron_tropd.parallel.fail_together import on_rank_zero
 from megatron_tropd.training.student import Student
 
 
@@ -50,7 +51,7 @@ class Checkpoints:
                 {"weight_version": student.version, "cursor": dict(source.state_dict())},
                 arch=self._arch,
                 hf_sidecar=self._hf_dir,
-                make_vocab_size_divisible_by=self._config.model.make_vocab_size_divisible_by,
+                make_vocab_size_divisible_by=student.groups.layout.make_vocab_size_divisible_by,
             )
 
     def resume_step(self) -> int | None:

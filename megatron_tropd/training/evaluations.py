@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.evaluation import DECODINGS, Generate, evaluate
-from megatron_tropd.reporting.progress import NullProgress
-from megatron_tropd.training.journal import Journal
+from megatron_tropd.reporting.progress.progress import NullProgress
+from megatron_tropd.training.run_logger import Journal
 from megatron_tropd.types import Prompt
 
 

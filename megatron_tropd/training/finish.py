@@ -8,30 +8,32 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.reporting.report import write_report
-from megatron_tropd.training.agree import on_all_ranks
-from megatron_tropd.training.assemble import Assembled
-from megatron_tropd.training.sources import ModelSource
+from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.parallel.fail_together import on_all_ranks
+from megatron_tropd.reporting.report.write import write_report
+from megatron_tropd.training.run import Run
 from megatron_tropd.training.student import params_dtype
-from megatron_tropd.weights.files import HfCheckpoint, copy_sidecars
-from megatron_tropd.weights.manifest import MANIFEST_FILE, HfManifest
-from megatron_tropd.weights.writer import write_hf_files
+from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint, copy_sidecars
+from megatron_tropd.weights.files.hf_manifest import MANIFEST_FILE, HfManifest
+from megatron_tropd.weights.files.hf_writer import write_hf_files
 
 HF_EXPORT = "hf_export"
 
 
-def write_results(assembled: Assembled, source: ModelSource) -> None:
+def write_results(run: Run, arch: Architecture, hf_dir: Path) -> None:
     """Export to RUN_DIR/hf_export and write RUN_DIR/report.html; collective over the world.
 
+    ``hf_dir`` is the Hugging Face directory that the student, of ``arch``, came from.
+
     Raises:
-        RanksDisagree: on every rank, if the first one could not write.
+        RankFailure: on every rank, if the first one could not write.
     """
-    tensors = iter(assembled.run.export())
+    tensors = iter(run.export())
 
     def take_part() -> None:
         try:
             if dist.get_rank() == 0:
-                _write(assembled, source, tensors)
+                _write(run, arch, hf_dir, tensors)
         finally:
             for _ in tensors:  # every rank takes part in the whole export, whatever became of the files
                 pass
@@ -39,12 +41,11 @@ def write_results(assembled: Assembled, source: ModelSource) -> None:
     on_all_ranks(take_part)
 
 
-def _write(assembled: Assembled, source: ModelSource, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    run = assembled.run
+def _write(run: Run, arch: Architecture, hf_dir: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
     run_dir = Path(run.config.logging.run_dir)
-    manifest = _file_layout(source.hf_dir) or HfManifest.default(source.arch, params_dtype(run.config))
-    write_hf_files(run_dir / HF_EXPORT, manifest, source.arch, tensors, verify=False)
-    copy_sidecars(source.hf_dir, run_dir / HF_EXPORT, skip=[MANIFEST_FILE])
+    manifest = _file_layout(hf_dir) or HfManifest.default(arch, params_dtype(run.config))
+    write_hf_files(run_dir / HF_EXPORT, manifest, arch, tensors, verify=False)
+    copy_sidecars(hf_dir, run_dir / HF_EXPORT, skip=[MANIFEST_FILE])
     report = write_report(run_dir)
     run.progress.message(f"student: {run_dir / HF_EXPORT}\nreport:  {report}")
 

@@ -9,10 +9,9 @@ from typing import Literal
 
 from megatron_tropd.data import guidance
 from megatron_tropd.data.packing import BatchPlan, count_regions
-from megatron_tropd.rollout.sglang.pool import SGLangPool
 from megatron_tropd.training.batch import collect, describe, plan_updates
 from megatron_tropd.training.diagnostics import diagnostics_due, gradient_diagnostics
-from megatron_tropd.training.parity import probe
+from megatron_tropd.training.parity import probe_differences
 from megatron_tropd.training.run import Run
 from megatron_tropd.training.step import Batch, StepSums, check_batch, forward_backward
 from megatron_tropd.types import Rollout, StepReport
@@ -108,16 +107,17 @@ def _diagnostics(run: Run, batch: Batch, plan: BatchPlan, step: int) -> dict[str
 
 
 def push_weights(run: Run) -> dict[str, float]:
-    """Give the engines the student's weights, in HF coordinates, unless they have them, and have SGLang prove
-    it; collective.  Returns what was measured."""
+    """Give the engines the student's weights unless they have them, and compare what they say of the probes with the
+    trainer's own numbers.  Collective; returns what was measured."""
     engines, student = run.engines, run.student
     if engines is None or engines.weight_version == student.version:
         return {}
     with run.progress.phase("push"):
-        engines.push(run.export, student.version)
-        if not isinstance(engines, SGLangPool) or not run.probes:
+        report = engines.push(run.export, student.version)
+        if not report.probe_logprobs:
             return {}
-        gaps = probe(student, engines, run.probes, max_tokens=run.config.training.max_tokens_per_microbatch)
+        max_tokens = run.config.training.max_tokens_per_microbatch
+        gaps = probe_differences(student, run.probes, report.probe_logprobs, max_tokens=max_tokens)
     for name, gap in gaps.items():
         _judge_parity(run, gap, f"weight version {student.version}, {name}")
     return {"parity/probe_abs_diff_mean": max(gaps.values())}

@@ -1,20 +1,20 @@
 """Do the engines write with the weights that were trained?  Their log-probabilities against the trainer's.
 
 Versions and checksums say that the bytes arrived; these numbers say that both sides make the same model of
-them.  Every step compares the tokens that were written; after every push to SGLang a few fixed sequences are
-scored by each engine before it writes anything.
+them.  Every step compares the tokens that were written; after every push, engines outside the trainer's processes
+score a few fixed sequences (probes) before they write anything.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_tropd.data.packing import plan_batch
 from megatron_tropd.parallel.exchange import gather_objects
-from megatron_tropd.rollout.sglang.pool import SGLangPool
-from megatron_tropd.training.prepass import prepass
+from megatron_tropd.training.old_policy import prepass
 from megatron_tropd.training.student import Student
 from megatron_tropd.types import Prompt, Rollout
 
@@ -49,6 +49,16 @@ class ParityAlarm:
         return text
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probes:
+    """Fixed sequences of which engine and trainer compare the log-probabilities."""
+
+    sequences: tuple[Rollout, ...]
+    vocab_size: int
+    """Rows of the student's vocabulary.  An engine's log-probabilities of given tokens are over all of them, also over
+    those that no other model knows."""
+
+
 def probe_sequences(prompts: Sequence[Prompt]) -> tuple[Rollout, ...]:
     """The first prompts with what the teacher answered, cut short, as sequences of which all is written."""
     probes = []
@@ -66,17 +76,19 @@ def probe_sequences(prompts: Sequence[Prompt]) -> tuple[Rollout, ...]:
     return tuple(probes)
 
 
-def probe(student: Student, engines: SGLangPool, probes: Sequence[Rollout], *, max_tokens: int) -> dict[str, float]:
-    """Mean absolute difference [nats] over the probes, by engine; equal on all ranks.  Collective over the world."""
-    scored = engines.score([probe.token_ids for probe in probes], student.version)
+def probe_differences(
+    student: Student, probes: Probes, scored: Mapping[str, Sequence[Sequence[float]]], *, max_tokens: int
+) -> dict[str, float]:
+    """Mean absolute difference [nats] between trainer and engine over the probes, by engine; equal on all ranks.
+
+    Collective over the world.  ``scored`` is what the engines said (:class:`PushReport`).
+    """
     layout = student.groups.layout
     plan = plan_batch(
-        probes, num_minibatches=1, data_parallel_size=layout.dp, max_tokens=max_tokens, multiple_of=layout.tp
+        probes.sequences, num_minibatches=1, data_parallel_size=layout.dp, max_tokens=max_tokens, multiple_of=layout.tp
     )
-    speaks = student.groups.is_last_stage and student.groups.coords.tp == 0
-    # Scores of given tokens are over all rows of the model, also those that no other model knows.
-    scored_here = prepass(student, probes, plan, vocab_size=engines.model_vocab_size)
-    mine = {index: scores.logprob.tolist() for index, scores in scored_here.items() if speaks}
+    scored_here = prepass(student, probes.sequences, plan, vocab_size=probes.vocab_size)
+    mine = {index: scores.logprob.tolist() for index, scores in scored_here.items() if student.groups.reports}
     trainer = {index: values for part in gather_objects(mine) for index, values in part.items()}
     return {name: _mean_difference(of_engine, trainer) for name, of_engine in scored.items()}
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megatron_tropd.parallel.exchange import gather_objects
+from megatron_tropd.parallel.fail_together import from_all_ranks
 from megatron_tropd.rewards import RewardFunction, RewardSample
-from megatron_tropd.training.agree import on_all_ranks
 from megatron_tropd.types import Prompt, Rollout
 
 
@@ -36,9 +35,8 @@ class Rewarder:
             RewardError: on every rank, where any call failed or gave no finite number.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        mine = on_all_ranks(lambda: [self._reward(rollout) for rollout in rollouts[rank::world_size]], RewardError)
-        everybody = gather_objects(mine)
-        return [everybody[i % world_size][i // world_size] for i in range(len(rollouts))]
+        parts = from_all_ranks(lambda: [self._reward(rollout) for rollout in rollouts[rank::world_size]], RewardError)
+        return [parts[i % world_size][i // world_size] for i in range(len(rollouts))]
 
     def _reward(self, rollout: Rollout) -> float:
         prompt = self.prompts[rollout.prompt_uid]

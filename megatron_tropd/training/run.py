@@ -1,4 +1,4 @@
-"""The parts of a run, as ``assemble.py`` puts them together."""
+"""The parts of a run, as ``setup/assemble.py`` puts them together."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from torch import Tensor
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.prompts import PromptSource
 from megatron_tropd.objectives.base import Objective
-from megatron_tropd.reporting.progress import NullProgress
+from megatron_tropd.reporting.progress.progress import NullProgress
+from megatron_tropd.rollout.engines import EnginePool, Export
 from megatron_tropd.teacher.megatron import MegatronTeacher
 from megatron_tropd.training.checkpointing import Checkpoints
-from megatron_tropd.training.engines import Export, RolloutEngines
 from megatron_tropd.training.evaluations import Evaluations
 from megatron_tropd.training.guard import Guard
-from megatron_tropd.training.journal import Journal
-from megatron_tropd.training.parity import ParityAlarm
+from megatron_tropd.training.parity import ParityAlarm, Probes
 from megatron_tropd.training.rewarding import Rewarder
+from megatron_tropd.training.run_logger import Journal
 from megatron_tropd.training.student import Student
-from megatron_tropd.types import Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,14 +35,13 @@ class Run:
     reference: MegatronTeacher | None
     rewarder: Rewarder | None
     objective: Objective
-    engines: RolloutEngines | None
+    engines: EnginePool | None
     """None where nothing is generated: supervised finetuning without --eval-data."""
     export: Export
     checkpoints: Checkpoints
     guard: Guard
     parity: ParityAlarm
-    probes: tuple[Rollout, ...]
-    """What SGLang scores after a push, before it writes."""
+    probes: Probes
     evaluations: Evaluations
     journal: Journal
     progress: NullProgress

@@ -21,7 +21,7 @@ from megatron_tropd.objectives.checks import check_streams
 from megatron_tropd.ops.vocab_parallel import head_loss
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.exchange import gather_objects
-from megatron_tropd.training.agree import on_all_ranks
+from megatron_tropd.parallel.fail_together import on_all_ranks
 from megatron_tropd.training.student import Student
 from megatron_tropd.types import Metric, Microbatch, Rollout, StepContext, TokenStreams
 
@@ -103,9 +103,8 @@ def forward_backward(student: Student, objective: Objective, batch: Batch, plan:
         micro_batch_size=1,
         forward_only=False,
     )
-    # TP ranks of the last stage hold equal numbers: one of them speaks for its replica.
-    speaks = student.groups.is_last_stage and student.groups.coords.tp == 0
-    return StepSums.of([part for rank_parts in gather_objects(parts if speaks else []) for part in rank_parts])
+    mine = parts if student.groups.reports else []
+    return StepSums.of([part for rank_parts in gather_objects(mine) for part in rank_parts])
 
 
 def _microbatches(student: Student, objective: Objective, batch: Batch, plan: PackPlan) -> Iterator[Microbatch]:
@@ -134,7 +133,7 @@ def check_batch(student: Student, objective: Objective, batch: Batch, plan: Batc
     """
 
     def look() -> None:
-        if not (student.groups.is_last_stage and student.groups.coords.tp == 0):
+        if not student.groups.reports:
             return
         for minibatch in plan.minibatches:
             for microbatch in _microbatches(student, objective, batch, minibatch):

@@ -11,14 +11,14 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from megatron_tropd.checkpoints.state import load_model_state
 from megatron_tropd.config import ParallelConfig, TrainConfig, TrainingConfig
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.models.build import HiddenStateGPT, build_gpt_model
 from megatron_tropd.ops.vocab_parallel import HeadSettings, VocabShard
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.groups import ModelGroups
-from megatron_tropd.training.checkpoint import load_model_state
-from megatron_tropd.training.sources import training_errors
+from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.types import Needs
 
 SHARDED_STATE_METADATA = {
@@ -38,6 +38,22 @@ _SET_BY_FLAGS = ("max_lr", "min_lr", "betas", "eps")
 def params_dtype(config: TrainConfig) -> torch.dtype:
     """dtype of the weights; the optimizer's master weights are fp32 either way."""
     return torch.bfloat16 if config.model.bf16 else torch.float32
+
+
+def training_errors(arch: Architecture, layout: ParallelLayout, *, sequence_parallel: bool) -> list[str]:
+    """Why megatron-core cannot train a model that it can run in this layout; empty when it can."""
+    errors = []
+    if arch.num_experts and layout.tp > 1 and not sequence_parallel:
+        errors.append(
+            f"a model with experts trains at --tensor-model-parallel-size {layout.tp} only with --sequence-parallel"
+        )
+    if arch.num_experts and layout.ep == 1 and layout.expert_tp != layout.tp:
+        # Experts then count as dense layers, whose gradients are added over data-parallel ranks alone.
+        errors.append(
+            f"--expert-tensor-parallel-size {layout.expert_tp} other than --tensor-model-parallel-size {layout.tp} "
+            "trains only with --expert-model-parallel-size above 1: megatron-core would lose gradients"
+        )
+    return errors
 
 
 def build_student(config: TrainConfig, arch: Architecture, groups: ModelGroups) -> HiddenStateGPT:
@@ -61,7 +77,6 @@ def build_student(config: TrainConfig, arch: Architecture, groups: ModelGroups) 
         arch,
         groups,
         params_dtype=params_dtype(config),
-        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
         config_overrides=overrides,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.ticker import LogLocator, NullLocator
 
-from megatron_tropd.reporting import figure_style
+from megatron_tropd.reporting.report import figure_style
 
 from .measure import Row
 

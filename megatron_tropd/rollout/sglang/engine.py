@@ -10,14 +10,21 @@ from typing import Any, Literal
 
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.rollout.engine import EngineError, SamplingParams
-from megatron_tropd.rollout.sglang.buckets import Bucket, bytes_message, shared_message, update_body
-from megatron_tropd.rollout.sglang.client import Client
+from megatron_tropd.rollout.sglang.api.client import Client
+from megatron_tropd.rollout.sglang.api.generation import (
+    Dialect,
+    Group,
+    generate_body,
+    read_samples,
+    read_scores,
+    score_body,
+)
+from megatron_tropd.rollout.sglang.api.weight_buckets import Bucket, bytes_message, shared_message, update_body
 from megatron_tropd.rollout.sglang.errors import BadResponse, EngineDown, RequestRefused, StaleWeights
-from megatron_tropd.rollout.sglang.server import ServerProcess
+from megatron_tropd.rollout.sglang.server.process import ServerProcess
 from megatron_tropd.rollout.sglang.settings import SGLangSettings
-from megatron_tropd.rollout.sglang.wire import Dialect, Group, generate_body, read_samples, read_scores, score_body
 from megatron_tropd.types import GenerationRequest, Rollout
-from megatron_tropd.weights.engine_boxes import parameter_names
+from megatron_tropd.weights.coordinates.engine_boxes import parameter_names
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.rollout.engine import EngineError, SamplingParams
-from megatron_tropd.rollout.sglang.buckets import Bucket
+from megatron_tropd.rollout.sglang.api.generation import Dialect, Group, group_requests
+from megatron_tropd.rollout.sglang.api.weight_buckets import Bucket
 from megatron_tropd.rollout.sglang.engine import Engine
 from megatron_tropd.rollout.sglang.errors import BadResponse, EngineDown, StaleWeights
-from megatron_tropd.rollout.sglang.server import ServerProcess
+from megatron_tropd.rollout.sglang.server.process import ServerProcess
 from megatron_tropd.rollout.sglang.settings import SGLangSettings
-from megatron_tropd.rollout.sglang.wire import Dialect, Group, group_requests
 from megatron_tropd.types import GenerationRequest, Rollout
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """SGLang servers behind the interface of the training loop: every method is collective over the ranks.
 
-The first rank speaks to the servers; the others take part in the export of weights and receive rollouts.
+Rank 0 speaks to the servers; the others take part in the export of weights and receive rollouts.
 A server that dies takes nothing with it: its requests are written by another one, or by itself after it
 was started anew and was given the current weights, for which all ranks export them once more.
 """
@@ -8,26 +8,24 @@ was started anew and was given the current weights, for which all ranks export t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.parallel.fail_together import is_rank_zero, on_rank_zero, reason_of
 from megatron_tropd.rollout.engine import EngineError, SamplingParams, check_requests
-from megatron_tropd.rollout.ledger import UpdateLedger
-from megatron_tropd.rollout.sglang.buckets import BucketBuilder
-from megatron_tropd.rollout.sglang.checksums import SentChecksums
-from megatron_tropd.rollout.sglang.first_rank import FirstRank, reason
+from megatron_tropd.rollout.engines import Export, PushReport
+from megatron_tropd.rollout.sglang.api.checksums import SentChecksums
+from megatron_tropd.rollout.sglang.api.generation import Dialect
+from megatron_tropd.rollout.sglang.api.weight_buckets import BucketBuilder
 from megatron_tropd.rollout.sglang.fleet import Fleet, Job
-from megatron_tropd.rollout.sglang.planned_push import PlannedPush
+from megatron_tropd.rollout.sglang.planned.push import PlannedPush
 from megatron_tropd.rollout.sglang.settings import SGLangSettings
-from megatron_tropd.rollout.sglang.wire import Dialect
+from megatron_tropd.rollout.update_tracker import UpdateLedger
 from megatron_tropd.types import GenerationRequest, Rollout
-from megatron_tropd.weights.boxes import hf_shapes
-
-Export = Callable[[], Iterable[tuple[str, Tensor]]]
-"""Begins an export of whole tensors by HF name."""
+from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
 
 _SCORE_ATTEMPTS = 3
 
@@ -40,11 +38,10 @@ class SGLangPool:
         arch: of the student; says which tensors an update must hold.
         stop_token_ids: a rollout ends with any of them.
         vocab_size: only the first so many ids are written (the vocabulary shared with the teacher).
-        rank: of this process among those that call together.
-        broadcast: the first rank's value on every rank (other ranks' arguments are ignored).
         export: the weights that were pushed last, collectively, for a server that was started anew.  None: such
             a server waits for the next push, and a batch that needs it fails.
         planned: sends updates rank to rank; ``export`` then serves what it could not deliver.
+        probes: token ids of sequences that every engine scores after each push, before it writes anything.
 
     Raises:
         ValueError: no stop token, one outside the vocabulary, or a vocabulary larger than the model's.
@@ -53,31 +50,30 @@ class SGLangPool:
 
     def __init__(
         self, settings: SGLangSettings, *, arch: Architecture, stop_token_ids: Collection[int], vocab_size: int,
-        rank: int, broadcast: Callable[[Any], Any], export: Export | None = None,
-        planned: PlannedPush | None = None,
+        export: Export | None = None, planned: PlannedPush | None = None, probes: Sequence[Sequence[int]] = (),
     ) -> None:  # fmt: skip
         if not 1 <= vocab_size <= arch.vocab_size:
             raise ValueError(f"vocab_size is {vocab_size}; the model has {arch.vocab_size} rows")
         if not stop_token_ids or not all(0 <= token < vocab_size for token in stop_token_ids):
             raise ValueError(f"stop_token_ids {sorted(stop_token_ids)}: expected at least one id in [0, {vocab_size})")
         self._settings, self._arch, self._vocab_size = settings, arch, vocab_size
-        self._first, self._export, self._planned = FirstRank(rank=rank, broadcast=broadcast), export, planned
+        self._export, self._planned, self._probes = export, planned, probes
         self._run: Callable[[Any], Any] = _no_loop
         self._ledger = UpdateLedger(hf_shapes(arch))
         self._version: int | None = None
         self._fleet: Fleet | None = None
-        if self._first.is_me:
+        if is_rank_zero():
             dialect = Dialect(
                 stop_token_ids=frozenset(stop_token_ids), vocab_size=vocab_size, model_vocab_size=arch.vocab_size
             )
             self._runner = asyncio.Runner()
             self._run = self._runner.run
             self._fleet = Fleet(settings, dialect, arch)
-        self._first.ask(lambda: self._run(self._servers.start()))
+        on_rank_zero(lambda: self._run(self._servers.start()), EngineError)
 
     @property
     def _servers(self) -> Fleet:
-        """On the first rank alone."""
+        """On rank 0 alone."""
         if self._fleet is None:
             raise EngineError("the engines are closed")
         return self._fleet
@@ -88,13 +84,8 @@ class SGLangPool:
         return self._version
 
     @property
-    def model_vocab_size(self) -> int:
-        """Rows of the student's vocabulary, which :meth:`score` is over."""
-        return self._arch.vocab_size
-
-    @property
     def counts(self) -> dict[str, int]:
-        """What went wrong so far, by the names of ``fleet.COUNTS``; on the first rank, {} elsewhere."""
+        """What went wrong so far, by the names of ``fleet.COUNTS``; on rank 0, {} elsewhere."""
         return {} if self._fleet is None else dict(self._fleet.counts)
 
     # ---- generation ----
@@ -110,12 +101,12 @@ class SGLangPool:
             raise EngineError(f"the engines hold weight version {self._version}, the trainer is at {version}")
         check_requests(requests, vocab_size=self._vocab_size, max_positions=self._arch.max_position_embeddings)
         job = Job(requests=requests, params=params, version=version)
-        while (rollouts := self._first.ask(lambda: self._write(job))) is None:
+        while (rollouts := on_rank_zero(lambda: self._write(job), EngineError)) is None:
             self._deliver_again(version)
         return list(rollouts)
 
     def _deliver_again(self, version: int) -> None:
-        """To whoever lost the weights that are served; no other engine is written to."""
+        """Send the current weights again, to the engines that lack them and to no other."""
         if self._export is None:
             raise EngineError("engines lost their weights, and this pool was given no way to export them again")
         self._deliver(self._export, version, only_missing=True)
@@ -132,9 +123,10 @@ class SGLangPool:
         return None if job.pending else job.rollouts()
 
     def score(self, sequences: Sequence[Sequence[int]], version: int) -> dict[str, list[tuple[float, ...]]]:
-        """Log-probability of every token but the first of each sequence, by every engine, on every rank.
+        """Log-probability of every token but the first of each sequence, over all rows of the student's vocabulary, by
+        every engine, on every rank.
 
-        A probe: the trainer compares them with its own.  An engine that died is started anew, given the weights
+        The trainer compares them with its own.  An engine that died is started anew, given the weights
         of ``version`` again and asked again.
 
         Raises:
@@ -148,7 +140,7 @@ class SGLangPool:
         for attempt in range(_SCORE_ATTEMPTS):
             if attempt:
                 self._deliver_again(version)
-            scores = self._first.ask(lambda: self._score(sequences, version))
+            scores = on_rank_zero(lambda: self._score(sequences, version), EngineError)
             if scores is not None:
                 return scores
         raise EngineError(f"engines failed to score the probes of weight version {version} {_SCORE_ATTEMPTS} times")
@@ -158,7 +150,7 @@ class SGLangPool:
 
     # ---- weights ----
 
-    def push(self, export: Export, version: int) -> None:
+    def push(self, export: Export, version: int) -> PushReport:
         """Give every server whole new weights, by HF name, and verify that it has them.
 
         Args:
@@ -166,7 +158,7 @@ class SGLangPool:
             version: of the weights.
 
         Raises:
-            EngineError: on every rank alike: the export failed on the first rank, a tensor is unknown, missing,
+            EngineError: on every rank alike: the export failed on rank 0, a tensor is unknown, missing,
                 repeated or of another shape or dtype, or no server took the update.  Nothing is written until a
                 whole push succeeds.
         """
@@ -179,6 +171,7 @@ class SGLangPool:
         while not complete and self._export is not None:
             complete = self._deliver(self._export, version, only_missing=True)
         self._version = version
+        return PushReport(probe_logprobs=self.score(self._probes, version) if self._probes else {})
 
     def _deliver(self, export: Export, version: int, *, only_missing: bool) -> bool:
         """One pass over the weights; whether every server that is not given up now holds them."""
@@ -189,7 +182,7 @@ class SGLangPool:
             try:
                 complete = self._send_all(self._fleet, stream, version, only_missing)
             except Exception as error:  # of any kind: the other ranks wait for the outcome
-                self._ledger.refuse(reason(error))
+                self._ledger.refuse(reason_of(error, EngineError))
                 failure = error
         for _ in stream:  # the export is collective: the other ranks wait for us in it
             pass
@@ -199,7 +192,7 @@ class SGLangPool:
                 raise failure
             return complete
 
-        return self._first.ask(outcome)
+        return on_rank_zero(outcome, EngineError)
 
     def _send_all(self, fleet: Fleet, stream: Iterator[tuple[str, Tensor]], version: int, only_missing: bool) -> bool:
         self._ledger.begin(version)
@@ -236,4 +229,4 @@ class SGLangPool:
 
 
 def _no_loop(_: Any) -> Any:
-    raise AssertionError("only the first rank speaks to the servers")
+    raise AssertionError("only rank 0 speaks to the servers")

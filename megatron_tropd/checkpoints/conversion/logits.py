@@ -1,0 +1,69 @@
+"""The check that shares nothing with a conversion: both models, built by their owners, on the same tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tropd.checkpoints.directory import read_metadata
+from megatron_tropd.checkpoints.load import load_checkpoint
+from megatron_tropd.checkpoints.metadata import CheckpointError, Iteration
+from megatron_tropd.checkpoints.state import load_model_state
+from megatron_tropd.data.packing import pack
+from megatron_tropd.models.build import build_gpt_model, forward_hidden
+from megatron_tropd.parallel import platform
+from megatron_tropd.parallel.groups import student_groups
+from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.types import Rollout
+
+NUM_TOKENS = 16
+LIMIT = 1e-3
+"""Of the largest difference, relative to the largest logit (or 1); fp32 sums in another order stay far below."""
+
+
+def _tokens(vocab_size: int) -> Tensor:
+    return torch.randint(0, vocab_size, (NUM_TOKENS,), generator=torch.Generator().manual_seed(0))
+
+
+def _megatron(load: Path, iteration: Iteration, token_T: Tensor) -> Tensor:
+    """[T, V] through Megatron's own loader and model, in this process alone."""
+    metadata = read_metadata(load, iteration)
+    arch, divisor = metadata.architecture, metadata.make_vocab_size_divisible_by
+    groups = student_groups(ParallelLayout(make_vocab_size_divisible_by=divisor))
+    model = build_gpt_model(arch, groups).eval()
+    state, _ = load_checkpoint(load, iteration, {"model": model.sharded_state_dict()}, arch=arch)
+    load_model_state(model, state["model"])
+    sequence = Rollout(
+        prompt_uid=0, sample_index=0, token_ids=tuple(token_T.tolist()), prompt_len=len(token_T), guidance_len=0,
+        logprobs=(), weight_version=(0, 0), finish="length",
+    )  # fmt: skip
+    hidden = forward_hidden(model, pack([sequence], None, num_tokens=len(token_T)).to(platform.device()))
+    return (hidden[:, 0] @ model.lm_head_weight().t())[:, : arch.vocab_size]
+
+
+@torch.no_grad()
+def check_logits(hf: Path, load: Path, iteration: Iteration) -> str:
+    """Compare the logits of an HF directory, by transformers, with those of a Megatron checkpoint, in fp32.
+
+    Returns:
+        A line for people.
+
+    Raises:
+        CheckpointError: they differ by more than rounding.
+    """
+    from transformers import AutoModelForCausalLM
+
+    assert dist.get_world_size() == 1
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+    token_T = _tokens(model.config.vocab_size)
+    wanted = model(token_T[None]).logits[0]
+    del model
+    found = _megatron(load, iteration, token_T)
+    error = (found.cpu() - wanted).abs().max().item()
+    limit = LIMIT * max(1.0, wanted.abs().max().item())
+    if not error <= limit:
+        raise CheckpointError(f"logits of {load} differ from those of {hf} by {error:.2e} (limit {limit:.0e})")
+    return f"logits of {NUM_TOKENS} tokens differ by {error:.1e} at most"

@@ -1,0 +1,50 @@
+"""The processes that share a conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def _shares(items: Sequence[tuple[T, int]], count: int) -> list[list[T]]:
+    """Deal ``(item, weight)`` pairs out to ``count`` workers, heaviest first to the least loaded."""
+    dealt: list[list[T]] = [[] for _ in range(count)]
+    load = [0] * count
+    for item, weight in sorted(items, key=lambda pair: -pair[1]):
+        worker = load.index(min(load))
+        dealt[worker].append(item)
+        load[worker] += weight
+    return dealt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workers:
+    """This process among those that share a conversion."""
+
+    rank: int
+    count: int
+
+    @classmethod
+    def of_job(cls) -> Workers:
+        """All processes torchrun started."""
+        return cls(rank=dist.get_rank(), count=dist.get_world_size())
+
+    def mine(self, items: Sequence[tuple[T, int]]) -> list[T]:
+        """This process's share of ``(item, bytes)`` pairs; the same deal on every process."""
+        return _shares(items, self.count)[self.rank]
+
+    def gather(self, value: T) -> list[T]:
+        """Everybody's value, by rank.  Collective."""
+        parts: list[T] = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(parts, value)
+        return parts
+
+    def merge(self, mine: dict[str, str]) -> dict[str, str]:
+        """One mapping from everybody's, in name order.  Collective."""
+        return dict(sorted((name, value) for part in self.gather(mine) for name, value in part.items()))

@@ -1,0 +1,128 @@
+"""Megatron's checkpoint directory: which iterations are there, and what they are.  Nothing here is collective."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_tropd.checkpoints.metadata import (
+    METADATA_JSON,
+    CheckpointError,
+    CheckpointMetadata,
+    Iteration,
+    parse_metadata,
+)
+from megatron_tropd.checkpoints.safety import read_dcp_metadata
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+HF_FOLDER = "hf"
+RELEASE: Literal["release"] = "release"
+"""The iteration of converted, not yet trained weights."""
+_ITERATION = re.compile(r"iter_\d{7,}|release")
+_TEMPORARY = re.compile(r"(iter_\d{7,}|release)\.tmp-")
+MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
+"""How the keys of a model's tensors begin; an optimizer's begin otherwise."""
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a folder is a save that was never finished."""
+    return _TEMPORARY.match(name) is not None
+
+
+def iteration_name(iteration: Iteration) -> str:
+    """Folder of an iteration: ``iter_0000100`` or ``release``."""
+    return RELEASE if iteration == RELEASE else f"iter_{int(iteration):07d}"
+
+
+def latest_iteration(directory: str | Path) -> Iteration | None:
+    """What the tracker names; None where there is no tracker (nothing has been saved yet).
+
+    Raises:
+        CheckpointError: the tracker is empty or unreadable.
+    """
+    tracker = Path(directory) / TRACKER_FILE
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if text == RELEASE:
+        return RELEASE
+    if not text.isdecimal():
+        found = "empty" if not text else f"{text[:40]!r}"
+        raise CheckpointError(f"{tracker} is {found}; expected an iteration number or 'release'")
+    return int(text)
+
+
+def find_checkpoint(directory: str | Path, iteration: Iteration | None = None) -> Path:
+    """Folder of ``iteration``, by default the one the tracker names.
+
+    Raises:
+        CheckpointError: there is no such checkpoint; the message lists those that exist.
+    """
+    directory = Path(directory)
+    wanted = latest_iteration(directory) if iteration is None else iteration
+    existing = sorted(p.name for p in directory.glob("*") if _ITERATION.fullmatch(p.name))
+    listed = f"; the directory has {', '.join(existing) or 'no checkpoint'}"
+    if wanted is None:
+        raise CheckpointError(f"{directory} has no {TRACKER_FILE}{listed}; check --load")
+    path = directory / iteration_name(wanted)
+    if not path.is_dir():
+        origin = f"{TRACKER_FILE} names" if iteration is None else "asked for"
+        raise CheckpointError(f"{origin} iteration {wanted}, but {path} does not exist{listed}")
+    return path
+
+
+def read_metadata(directory: str | Path, iteration: Iteration | None = None) -> CheckpointMetadata:
+    """What a checkpoint is, without loading it.
+
+    Raises:
+        CheckpointError: no such checkpoint, or not one of this package.
+    """
+    path = find_checkpoint(directory, iteration) / METADATA_JSON
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete or was not written by megatron_tropd")
+    return parse_metadata(path)
+
+
+def hf_directory(directory: str | Path, iteration: Iteration | None = None) -> Path:
+    """The HF config, tokenizer and manifest that a checkpoint carries.
+
+    Raises:
+        CheckpointError: no such checkpoint, or it carries none.
+    """
+    path = find_checkpoint(directory, iteration) / HF_FOLDER
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} has no config.json: the checkpoint was saved without its Hugging Face files")
+    return path
+
+
+def stored_tensors(
+    directory: str | Path, iteration: Iteration | None = None
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Name, global shape and dtype of every tensor of a checkpoint, as Megatron stores them (layers stacked).
+
+    Raises:
+        CheckpointError: no such checkpoint, or its ``.metadata`` is missing, damaged or unsafe.
+    """
+    folder = find_checkpoint(directory, iteration)
+    try:
+        stored = read_dcp_metadata(folder).state_dict_metadata
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return {name: (entry.size, entry.properties.dtype) for name, entry in stored.items() if hasattr(entry, "size")}
+
+
+def model_dtype(directory: str | Path, iteration: Iteration | None = None) -> torch.dtype:
+    """The dtype that holds every stored model weight exactly: the common one, or fp32 where they differ.
+
+    Raises:
+        CheckpointError: the checkpoint holds no model.
+    """
+    dtypes = {
+        dtype for name, (_, dtype) in stored_tensors(directory, iteration).items() if name.startswith(MODEL_PREFIXES)
+    }
+    if not dtypes:
+        raise CheckpointError(f"{find_checkpoint(directory, iteration)} holds no model weights")
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32

@@ -1,0 +1,61 @@
+"""Are the files of a checkpoint those that were saved?  Sizes and digests of a save, compared at the load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_tropd.checkpoints.metadata import (
+    METADATA_JSON,
+    CheckpointError,
+    CheckpointMetadata,
+    FileRecord,
+    record_file,
+)
+from megatron_tropd.parallel.fail_together import from_all_ranks
+from megatron_tropd.weights.files.hf_writer import fsync_path
+
+
+def _share_of_files(folder: Path) -> list[Path]:
+    """The files this rank reads for the others' sake: every world-size-th."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != METADATA_JSON)
+    return files[dist.get_rank() :: dist.get_world_size()]
+
+
+def record_and_sync(folder: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    """Size and digest of every file, each made durable by the rank that reads it.  Collective.
+
+    ``known`` files were digested and made durable as they were written.
+    """
+
+    def mine() -> dict[str, FileRecord]:
+        records = {}
+        for path in _share_of_files(folder):
+            name = path.relative_to(folder).as_posix()
+            if name not in known:
+                fsync_path(path)
+            records[name] = known.get(name) or record_file(path)
+        return records
+
+    parts = from_all_ranks(mine, CheckpointError)
+    return {name: record for part in parts for name, record in sorted(part.items())}
+
+
+def verify_files(
+    folder: Path, metadata: CheckpointMetadata, *, digests: bool, except_suffix: tuple[str, ...] = ()
+) -> None:  # fmt: skip
+    """Every recorded file is there with its size; this rank's share has its digest."""
+    for name, record in metadata.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; the checkpoint is incomplete")
+        if path.stat().st_size != record.bytes:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, {record.bytes} were saved; it is damaged")
+    for path in _share_of_files(folder) if digests else ():
+        if path.name.endswith(except_suffix):
+            continue
+        saved = metadata.files.get(path.relative_to(folder).as_posix())
+        if saved is not None and (found := record_file(path).sha256) != saved.sha256:
+            raise CheckpointError(f"{path} is damaged: its sha256 is {found}, {saved.sha256} was saved")

@@ -1,0 +1,116 @@
+"""An action that fails on one rank fails on every rank, with the same error.
+
+A rank that raised alone would leave the others waiting in the next collective until its timeout.  So whatever may fail
+between two collectives runs through one of three functions, which differ in who acts and who gets the result:
+
+    on_all_ranks      every rank acts and gets its own result
+    from_all_ranks    every rank acts, and every rank gets all results
+    on_rank_zero      rank 0 acts, and every rank gets its result
+
+All three are collective over the world, and work without a process group, where the world is one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch.distributed as dist
+
+from megatron_tropd.parallel.exchange import broadcast_object, gather_objects
+
+T = TypeVar("T")
+Failure = Callable[[str], Exception]
+"""Makes the error that every rank raises from the reasons of those that failed."""
+
+
+class RankFailure(RuntimeError):
+    """An action failed on some rank; the message has the reason, and the rank where the reasons differ."""
+
+
+class FailedElsewhere(RuntimeError):
+    """Raised by an action that failed only because another rank did; it is not reported beside the real reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome(Generic[T]):
+    """What an action gave on one rank."""
+
+    value: T | None = None
+    reason: str | None = None
+    """Why it failed; None where it did not, empty where the reason is another rank's."""
+
+
+def reason_of(error: Exception, failure: Failure = RankFailure) -> str:
+    """The text of an error, and its type where the text may not explain itself."""
+    if isinstance(error, FailedElsewhere):
+        return ""
+    text = str(error) or type(error).__name__
+    explains_itself = (ValueError, OSError, *([failure] if isinstance(failure, type) else []))
+    return text if isinstance(error, explains_itself) else f"{type(error).__name__}: {text}"
+
+
+def _attempt(action: Callable[[], T], failure: Failure) -> tuple[_Outcome[T], Exception | None]:
+    try:
+        return _Outcome(value=action()), None
+    except Exception as error:  # of any kind: the other ranks wait for the outcome
+        return _Outcome(reason=reason_of(error, failure)), error
+
+
+def _raise_if_any(reasons: Mapping[int, str], failure: Failure, caught: Exception | None) -> None:
+    if not reasons:
+        return
+    told = {rank: reason for rank, reason in reasons.items() if reason} or reasons
+    different = set(told.values())
+    if len(different) == 1:
+        raise failure(different.pop()) from caught
+    raise failure("; ".join(f"rank {rank}: {reason}" for rank, reason in told.items())) from caught
+
+
+def on_all_ranks(action: Callable[[], T], failure: Failure = RankFailure) -> T:
+    """Run ``action`` on every rank and return this rank's result.
+
+    The action itself may be collective only if it fails on all ranks or on none.
+
+    Raises:
+        failure: on every rank, if the action raised on any.
+    """
+    outcome, caught = _attempt(action, failure)
+    reasons = {rank: reason for rank, reason in enumerate(gather_objects(outcome.reason)) if reason is not None}
+    _raise_if_any(reasons, failure, caught)
+    return outcome.value  # type: ignore[return-value]
+
+
+def from_all_ranks(action: Callable[[], T], failure: Failure = RankFailure) -> list[T]:
+    """Run ``action`` on every rank and return the (picklable) results of all, by rank.
+
+    Raises:
+        failure: on every rank, if the action raised on any.
+    """
+    mine, caught = _attempt(action, failure)
+    outcomes: list[_Outcome[T]] = gather_objects(mine)
+    reasons = {rank: outcome.reason for rank, outcome in enumerate(outcomes) if outcome.reason is not None}
+    _raise_if_any(reasons, failure, caught)
+    return [outcome.value for outcome in outcomes]  # type: ignore[misc]
+
+
+def on_rank_zero(action: Callable[[], T], failure: Failure = RankFailure) -> T:
+    """Run ``action`` on rank 0 alone and return its (picklable) result on every rank.
+
+    Raises:
+        failure: on every rank, if the action raised.
+    """
+    outcome: Any = None
+    caught = None
+    if is_rank_zero():
+        outcome, caught = _attempt(action, failure)
+    outcome = broadcast_object(outcome)
+    if outcome.reason is not None:
+        raise failure(outcome.reason or "failed on another rank") from caught
+    return outcome.value  # type: ignore[no-any-return]
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the rank that :func:`on_rank_zero` acts on."""
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,0 +1,147 @@
+"""What the terminal shows while a run goes on.
+
+Rank 0 makes a :class:`Progress`: a live panel on a terminal, plain lines in Megatron's style everywhere
+else (a pipe, ``NO_COLOR``, ``TERM=dumb``).  All other ranks make a :class:`NullProgress`, which only
+measures seconds.
+
+Example:
+    with Progress(200, start_step, log_interval=10) as progress:
+        with progress.phase("train"):
+            ...
+        progress.step(report)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+from rich.console import Console
+
+from megatron_tropd.reporting.progress.displays import Display, LineDisplay, LiveDisplay
+from megatron_tropd.reporting.progress.phase_clock import PhaseClock
+from megatron_tropd.reporting.progress.text import Eta
+from megatron_tropd.types import EvalReport, StepReport
+
+
+class NullProgress:
+    """Measures the seconds of the phases and shows nothing."""
+
+    def __init__(self) -> None:
+        self._clock = PhaseClock()
+
+    def __enter__(self) -> NullProgress:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        return None
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure the body as phase ``name``."""
+        with self._clock.phase(name):
+            yield
+
+    def take_seconds(self) -> dict[str, float]:
+        """Wall seconds by phase since the last call."""
+        return self._clock.take_seconds()
+
+    def detail(self, text: str) -> None:
+        """How far the open phase got, such as ``37/128 rollouts``."""
+
+    def step(self, report: StepReport) -> None:
+        """A step is done."""
+
+    def evaluation(self, report: EvalReport) -> None:
+        """An evaluation is done."""
+
+    def message(self, text: str) -> None:
+        """Something that a person should read."""
+
+
+class Progress(NullProgress):
+    """Measures the seconds of the phases and shows the run."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int,
+        log_interval: int,
+        stream: TextIO | None = None,
+        *,
+        console: Console | None = None,
+    ) -> None:
+        super().__init__()
+        self._stream = stream or sys.stdout
+        self._display = _choose_display(total_steps, start_step, log_interval, self._stream, console)
+        self._eta = Eta(total_steps)
+        self._first_accuracy: dict[str, float] = {}
+
+    def __enter__(self) -> Progress:
+        self._show(lambda display: display.start())
+        self._eta.start(time.perf_counter())
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._show(lambda display: display.close())
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure the body as phase ``name`` and show that it is going on."""
+        try:
+            with self._clock.phase(name):
+                self.detail("")
+                yield
+        finally:
+            self.detail("")
+
+    def detail(self, text: str) -> None:
+        """How far the open phase got; cheap enough to call for every rollout."""
+        self._show(lambda display: display.phase(self._clock.current, text))
+
+    def step(self, report: StepReport) -> None:
+        """Show a finished step."""
+        eta = self._eta.after(report.step, time.perf_counter())
+        self._show(lambda display: display.step(report, eta))
+
+    def evaluation(self, report: EvalReport) -> None:
+        """Show an evaluation, next to the first one that this process saw."""
+        before = self._first_accuracy.get(report.decoding)
+        self._first_accuracy.setdefault(report.decoding, report.accuracy)
+        self._show(lambda display: display.evaluation(report, before))
+
+    def message(self, text: str) -> None:
+        """Show a line of text."""
+        self._show(lambda display: display.message(text))
+
+    def _show(self, event: Callable[[Display], None]) -> None:
+        """A terminal that went away (``| head``, a lost connection) ends the display, not the training."""
+        if self._display is None:
+            return
+        try:
+            event(self._display)
+        except OSError:
+            self._display = None
+            _silence(self._stream)
+
+
+def _silence(stream: TextIO) -> None:
+    """Point a lost standard output at nothing: the interpreter flushes it at its end, and would exit with 120."""
+    if stream is sys.stdout:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _choose_display(
+    total_steps: int, start_step: int, log_interval: int, stream: TextIO, console: Console | None
+) -> Display | None:
+    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    console = console or Console(file=stream)
+    if console.is_terminal and not plain:
+        return LiveDisplay(total_steps, start_step, console)
+    return LineDisplay(total_steps, start_step, log_interval, stream)

@@ -1,0 +1,74 @@
+"""``report.html``: one file that shows a run, made from the files of its directory alone.
+
+Usage:
+    python -m megatron_tropd.reporting.report.write RUN_DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_tropd.reporting.records import read_records, write_atomic
+from megatron_tropd.reporting.report import sections
+from megatron_tropd.reporting.report.page import image, page, section
+from megatron_tropd.reporting.report.plots import FIGURES, make_plots
+from megatron_tropd.reporting.report.rollouts import rollouts
+
+
+def write_report(run_dir: Path) -> Path:
+    """Draw the curves again and write ``report.html``; its path."""
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise ValueError(f"run directory {run_dir} does not exist")
+    records = read_records(run_dir / "metrics.jsonl")
+    plots = make_plots(records, run_dir / "plots")
+    config_text = _read(run_dir / "config.yaml")
+    environment = json.loads(_read(run_dir / "env.json") or "{}")
+    name = run_dir.resolve().name
+    body = (
+        sections.headline(name, records, environment),
+        sections.result(records),
+        _curves(plots),
+        rollouts(run_dir / "rollouts"),
+        sections.configuration(_mapping(config_text), config_text, environment),
+        sections.timing(records),
+        sections.metrics(records),
+        sections.environment_section(environment),
+    )
+    path = run_dir / "report.html"
+    write_atomic(path, page(f"{name} - megatron_tropd", body))
+    return path
+
+
+def _curves(plots: list[Path]) -> str:
+    figures = []
+    for path in plots:
+        if path.suffix == ".svg":
+            description = (FIGURES[path.stem].__doc__ or path.stem).split("\n")[0]
+            figures.append(image(path, description))
+    return section("Curves", f'<div class="figures">{"".join(figures)}</div>' if figures else "")
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _mapping(config_text: str) -> dict[str, Any]:
+    loaded = yaml.safe_load(config_text) if config_text else None
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Write report.html of a run directory again.")
+    parser.add_argument("run_dir", type=Path)
+    print(write_report(parser.parse_args().run_dir))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""An embedded engine on every rank, as one: requests are dealt out, rollouts are gathered in request order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from megatron_tropd.parallel.fail_together import from_all_ranks
+from megatron_tropd.rollout.engine import EngineError, RolloutEngine, SamplingParams
+from megatron_tropd.rollout.engines import Export, PushReport
+from megatron_tropd.types import GenerationRequest, Rollout
+
+
+class EmbeddedPool:
+    """Implements EnginePool with one engine in each of the trainer's processes."""
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self.engine = engine
+
+    @property
+    def weight_version(self) -> int | None:
+        """What this rank's engine writes with; None while it has no whole set."""
+        return self.engine.weight_version
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Nothing can go wrong with these engines and be made good."""
+        return {}
+
+    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int) -> list[Rollout]:
+        """Rollouts of all requests, on every rank.
+
+        Raises:
+            EngineError: on every rank alike, when any engine failed or wrote with other weights than
+                ``version``.
+        """
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+        def write() -> list[Rollout]:
+            try:
+                return self.engine.generate(requests[rank::world_size], params)
+            except EngineError as error:
+                raise EngineError(f"engine of rank {rank}: {error}") from error
+
+        written = from_all_ranks(write, EngineError)
+        stale = {rollout.weight_version for part in written for rollout in part} - {(version, version)}
+        if stale:
+            raise EngineError(f"rollouts were written by weight versions {sorted(stale)}, the trainer is at {version}")
+        return [written[i % world_size][i // world_size] for i in range(len(requests))]
+
+    def push(self, export: Export, version: int) -> PushReport:
+        """Give every engine the tensors of the collective export that ``export`` begins."""
+        self.engine.begin_update(version)
+        self.engine.update(export())
+        self.engine.end_update(version)
+        return PushReport()
+
+    def close(self) -> None:
+        """Free this rank's engine."""
+        self.engine.close()

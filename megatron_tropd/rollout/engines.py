@@ -1,0 +1,62 @@
+"""The engines of a run, as the training loop sees them.
+
+The loop asks for rollouts and gives new weights; whether the engines live in the trainer's processes or are servers,
+and how weights reach them, is theirs to know.  Every method is collective over the trainer's ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_tropd.rollout.engine import SamplingParams
+from megatron_tropd.types import GenerationRequest, Rollout
+
+Export = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Begins a collective export of the student's weights: whole tensors by HF name, on every rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushReport:
+    """What the engines measured after they had taken new weights; the same on every rank."""
+
+    probe_logprobs: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    """By engine: log-probability of every token but the first of each probe sequence, by the new weights.  Empty
+    for engines that have nothing to prove: they share the trainer's process, and received its very tensors."""
+
+
+class EnginePool(Protocol):
+    """All engines of a run together."""
+
+    @property
+    def weight_version(self) -> int | None:
+        """What the engines write with; None while they have no whole set."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What went wrong so far and was made good, by the names of ``engine/...`` in docs/metrics.md."""
+
+    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int) -> list[Rollout]:
+        """Rollouts of all requests, in their order, on every rank, all written by weight ``version``.
+
+        Raises:
+            EngineError: on every rank alike.
+        """
+
+    def push(self, export: Export, version: int) -> PushReport:
+        """Give every engine whole new weights and verify that it has them.
+
+        Args:
+            export: begins this rank's part of the same collective export; engines that take weights another way do
+                not call it.
+            version: of the weights.
+
+        Raises:
+            EngineError: on every rank alike; nothing is written until a whole push succeeds.
+        """
+
+    def close(self) -> None:
+        """Free what the engines hold.  May be called twice."""

@@ -1,0 +1,150 @@
+"""From a checked blueprint to the parts of a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import torch.distributed as dist
+
+from megatron_tropd.config import TrainConfig
+from megatron_tropd.data.prompts import PromptSource
+from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.reporting.progress.progress import NullProgress, Progress
+from megatron_tropd.rollout.engines import Export
+from megatron_tropd.setup.engines import make_engines
+from megatron_tropd.setup.models import make_scorers, make_student
+from megatron_tropd.setup.run_files import RunFiles, open_files
+from megatron_tropd.setup.run_spec import Blueprint
+from megatron_tropd.training.checkpointing import Checkpoints
+from megatron_tropd.training.evaluations import Evaluations
+from megatron_tropd.training.guard import Guard
+from megatron_tropd.training.parity import ParityAlarm, Probes, probe_sequences
+from megatron_tropd.training.rewarding import Rewarder
+from megatron_tropd.training.run import Run
+from megatron_tropd.training.run_logger import Journal, Reader
+from megatron_tropd.training.student import Student, params_dtype
+from megatron_tropd.weights.coordinates.parameters import local_parameters
+from megatron_tropd.weights.transport.hf_export import HfExporter
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids as text, without special tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembled:
+    """A run, where it starts, and what must be closed."""
+
+    run: Run
+    start_step: int
+    files: RunFiles
+
+
+def make_rewarder(blueprint: Blueprint, decode: Decode) -> Rewarder | None:
+    """The reward function with what it is given; None for an objective that reads no rewards."""
+    if blueprint.reward_function is None:
+        return None
+    return Rewarder(
+        function=blueprint.reward_function,
+        decode=decode,
+        prompts={prompt.uid: prompt for prompt in blueprint.prompts.prompts},
+        pattern=re.compile(blueprint.config.evaluation.answer_pattern),
+    )
+
+
+def make_export(student: Student, arch: Architecture, config: TrainConfig) -> Export:
+    """The student's weights by HF name, planned once; each call is a collective export."""
+    exporter = HfExporter(arch, student.groups.layout, dist.get_rank(), dtype=params_dtype(config))
+    return lambda: exporter.export(local_parameters(student.model), student.groups.world)
+
+
+def make_journal(blueprint: Blueprint, decode: Decode, files: RunFiles, progress: NullProgress) -> Journal:
+    """What writes the run's story."""
+    config = blueprint.config
+    reader = Reader(
+        decode=decode,
+        answers={p.uid: p.answer for p in blueprint.prompts.prompts if p.answer is not None},
+        pattern=re.compile(config.evaluation.answer_pattern),
+    )
+    return Journal(
+        files.directory,
+        files.sinks,
+        progress,
+        reader,
+        rollout_interval=config.logging.rollout_log_interval,
+        last_step=config.training.train_iters,
+    )
+
+
+def assemble(blueprint: Blueprint) -> Assembled:
+    """Build everything; collective over the world."""
+    config = blueprint.config
+    checkpoints = Checkpoints(config, blueprint.models.student.arch, blueprint.models.student.hf_dir)
+    start_step = checkpoints.resume_step()
+    files = open_files(config, start_step)
+    with ExitStack() as on_failure:
+        on_failure.callback(files.close)
+        run = _make_run(blueprint, checkpoints, files, start_step, on_failure)
+        on_failure.pop_all()
+    return Assembled(run=run, start_step=start_step or 0, files=files)
+
+
+def _make_run(
+    blueprint: Blueprint, checkpoints: Checkpoints, files: RunFiles, start_step: int | None, on_failure: ExitStack
+) -> Run:
+    config, objective, models = blueprint.config, blueprint.objective, blueprint.models
+    student = make_student(blueprint)
+    source = PromptSource(blueprint.prompts.prompts, config.training.seed)
+    if start_step is not None:
+        checkpoints.resume(student, source)
+    export = make_export(student, models.student.arch, config)
+    probes = Probes(sequences=probe_sequences(blueprint.prompts.prompts), vocab_size=models.student.arch.vocab_size)
+    engines = None
+    if objective.needs.rollouts or blueprint.eval_prompts:  # servers start while the other models are read
+        engines = make_engines(blueprint, student, export, probes.sequences)
+        on_failure.callback(engines.close)
+    teacher, reference = make_scorers(blueprint, student.groups)
+    whole_vocabulary = objective.needs.divergence or config.logging.gradient_diagnostics_interval
+    table_rows = student.model.vocab_size
+    decode: Decode = partial(blueprint.tokenizer.decode, skip_special_tokens=True)
+    progress = _progress(config, start_step or 0)
+    journal = make_journal(blueprint, decode, files, progress)
+    held_out = blueprint.eval_prompts.prompts if blueprint.eval_prompts else ()
+    return Run(
+        config=config,
+        source=source,
+        student=student,
+        teacher=teacher,
+        teacher_weight=teacher.output_rows(student.groups, table_rows) if teacher and whole_vocabulary else None,
+        reference=reference,
+        rewarder=make_rewarder(blueprint, decode),
+        objective=objective,
+        engines=engines,
+        export=export,
+        checkpoints=checkpoints,
+        guard=Guard(config.training.on_nonfinite),
+        parity=ParityAlarm(config.parity_limit, config.engine.on_parity),
+        probes=probes,
+        evaluations=Evaluations(config, held_out, blueprint.tokenizer, journal, progress),
+        journal=journal,
+        progress=progress,
+    )
+
+
+def _progress(config: TrainConfig, start_step: int) -> NullProgress:
+    if dist.get_rank():
+        return NullProgress()
+    return Progress(config.training.train_iters, start_step, config.logging.log_interval)
+
+
+def close(assembled: Assembled) -> None:
+    """Give back files, sinks, engines and the student's memory."""
+    assembled.run.student.close()
+    try:
+        assembled.files.close()
+    finally:
+        if assembled.run.engines is not None:
+            assembled.run.engines.close()

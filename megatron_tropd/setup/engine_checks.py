@@ -1,0 +1,82 @@
+"""Checks of the engines' settings against each other and against the student; nothing is started."""
+
+from __future__ import annotations
+
+import dataclasses
+from urllib.parse import urlsplit
+
+from megatron_tropd.config import EngineConfig, TrainConfig
+from megatron_tropd.parallel import platform
+from megatron_tropd.rollout.sglang.settings import is_loopback
+from megatron_tropd.setup.engine_settings import is_planned
+from megatron_tropd.setup.model_specs import Models
+from megatron_tropd.setup.problems import Findings
+from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
+from megatron_tropd.weights.engine_loader import LOADER
+from megatron_tropd.weights.plan.spec import PlanSpec
+
+_EP_FLAGS = ("ep-size", "ep", "expert-parallel-size")
+_OF_BOTH_ENGINES = frozenset({"rollout_engine", "parity_limit", "on_parity"})
+
+
+def check_engine_flags(config: TrainConfig, found: Findings) -> None:
+    """Numbers are in their range, waits fit into each other, and nothing is given that the engine does not read."""
+    engine = config.engine
+    start, request = engine.sglang_start_timeout, engine.sglang_request_timeout
+    for name, value in (("start", start), ("request", request)):
+        found.require(value > 0, f"--sglang-{name}-timeout {value:g} must be positive")
+    if engine.rollout_engine == "sglang":
+        minutes = config.parallel.distributed_timeout_minutes
+        found.require(
+            minutes * 60 > start + request,
+            f"--distributed-timeout-minutes {minutes:g} ({minutes * 60:g} s) must exceed --sglang-start-timeout "
+            f"{start:g} s + --sglang-request-timeout {request:g} s = {start + request:g} s: the other ranks wait in a "
+            "collective while a server is started anew",
+        )
+        return
+    changed = [
+        "--" + f.name.replace("_", "-")
+        for f in dataclasses.fields(EngineConfig)
+        if f.name not in _OF_BOTH_ENGINES and getattr(engine, f.name) != getattr(EngineConfig(), f.name)
+    ]
+    unused = [*changed, *(f"--sglang-{name}" for name in config.sglang_flags)]
+    found.warnings.extend(f"--rollout-engine {engine.rollout_engine} does not use {flag}" for flag in unused)
+
+
+def check_engine_layout(config: TrainConfig, models: Models, found: Findings) -> None:
+    """SGLang can cut the student as its flags ask, and a planned transport can reach such servers."""
+    if config.engine.rollout_engine != "sglang":
+        return
+    arch = models.student.arch
+    errors = EngineLayout().cut_errors(arch)  # of the model itself, whatever the cut
+    found.errors.extend(f"{error}; use --rollout-engine embedded" for error in errors)
+    if is_planned(config) and not errors:
+        _check_planned(config, models, found)
+
+
+def _check_planned(config: TrainConfig, models: Models, found: Findings) -> None:
+    engine = config.engine
+    flag = f"--update-weight-transport {engine.update_weight_transport}"
+    if urls := engine.rollout_engine_urls:
+        far = [url for url in urls if not is_loopback(urlsplit(url).hostname or "")]
+        found.require(
+            not far,
+            f"{flag} reaches servers of this host only, not {', '.join(far)} of --rollout-engine-urls: choose bytes",
+        )
+        found.warnings.append(
+            f"{flag}: the servers of --rollout-engine-urls must run with --custom-weight-loader {LOADER}"
+        )
+        return  # how they are cut is theirs to say
+    ep_sizes = [words[0] for name in _EP_FLAGS if (words := config.sglang_flags.get(name))]
+    if ep_sizes and not ep_sizes[0].isdecimal():
+        found.errors.append(f"--sglang-ep-size {ep_sizes[0]} is not a number of ranks")
+        return
+    layout = EngineLayout(tp=engine.sglang_tp_size, ep=int(ep_sizes[0]) if ep_sizes else 1, cpu=not platform.is_cuda())
+    spec = PlanSpec(
+        arch=models.student.arch, layout=models.student_layout, engines=(layout,),
+        dtype="bfloat16" if config.model.bf16 else "float32", bucket_bytes=engine.update_weight_buffer_size,
+    )  # fmt: skip
+    try:
+        spec.build()
+    except ValueError as error:
+        found.errors.append(f"{flag}, --update-weight-buffer-size {engine.update_weight_buffer_size}: {error}")

@@ -1,0 +1,55 @@
+"""How the SGLang servers of a run are run, from its flags; nothing is started here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_tropd.config import TrainConfig
+from megatron_tropd.parallel import platform
+from megatron_tropd.rollout.sglang.settings import SGLangSettings, load_keys
+from megatron_tropd.setup.model_specs import ModelSource
+from megatron_tropd.weights.engine_loader import LOADER
+
+
+def is_planned(config: TrainConfig) -> bool:
+    """Whether weights go rank to rank, and whole tensors only when that fails."""
+    return config.engine.update_weight_transport in ("planned", "planned-shared")
+
+
+def sglang_settings(config: TrainConfig, student: ModelSource) -> SGLangSettings | None:
+    """How the SGLang servers of this run are run; None without --rollout-engine sglang.
+
+    Raises:
+        ValueError: a setting that cannot be used; nothing has been started.
+        OSError: the key file cannot be read.
+    """
+    engine = config.engine
+    if engine.rollout_engine != "sglang":
+        return None
+    return SGLangSettings(
+        hf_dir=student.hf_dir.absolute(),
+        log_dir=Path(config.logging.run_dir).absolute() / "engines",
+        dtype="bfloat16" if config.model.bf16 else "float32",
+        python=Path(engine.sglang_python or sys.executable).absolute(),
+        num_engines=engine.rollout_num_engines,
+        urls=tuple(engine.rollout_engine_urls),
+        host=engine.sglang_host,
+        keys=load_keys(file=Path(engine.sglang_key_file) if engine.sglang_key_file else None),
+        tp_size=engine.sglang_tp_size,
+        gpu_ids=_gpu_ids(engine.rollout_gpu_ids),
+        flags=tuple(word for name, words in config.sglang_flags.items() for word in (f"--{name}", *words)),
+        weight_loader=LOADER if is_planned(config) else "",
+        cuda=platform.is_cuda(),
+        transport="auto" if is_planned(config) else engine.update_weight_transport,  # type: ignore[arg-type]
+        bucket_bytes=engine.update_weight_buffer_size,
+        start_timeout_s=engine.sglang_start_timeout,
+        request_timeout_s=engine.sglang_request_timeout,
+    )
+
+
+def _gpu_ids(given: Sequence[str]) -> tuple[int, ...]:
+    if wrong := [gpu for gpu in given if not gpu.isdecimal()]:
+        raise ValueError(f"--rollout-gpu-ids {' '.join(wrong)}: expected numbers of GPUs, such as 4 5 6 7")
+    return tuple(map(int, given))

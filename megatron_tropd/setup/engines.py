@@ -1,0 +1,71 @@
+"""The rollout engines of a run, as its settings ask for them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from megatron_tropd.parallel import platform
+from megatron_tropd.rollout.embedded.engine import EmbeddedEngine
+from megatron_tropd.rollout.embedded.pool import EmbeddedPool
+from megatron_tropd.rollout.engines import EnginePool, Export
+from megatron_tropd.rollout.sglang.planned.push import PlannedPush, TrainerWeights
+from megatron_tropd.rollout.sglang.pool import SGLangPool
+from megatron_tropd.setup.engine_settings import is_planned, sglang_settings
+from megatron_tropd.setup.run_spec import Blueprint
+from megatron_tropd.training.student import Student, params_dtype
+from megatron_tropd.types import Rollout
+from megatron_tropd.weights.coordinates.parameters import local_parameters
+from megatron_tropd.weights.transport.side_group import LOOPBACK
+
+
+def make_engines(blueprint: Blueprint, student: Student, export: Export, probes: Sequence[Rollout]) -> EnginePool:
+    """Engines without weights; the first push fills them.  Collective over the world.
+
+    ``probes`` are scored by engines that can prove a push.
+    """
+    config, source, tokens = blueprint.config, blueprint.models.student, blueprint.tokens
+    if settings := sglang_settings(config, source):
+        planned = None
+        if is_planned(config):
+            planned = PlannedPush(
+                settings, source.arch, _trainer_weights(student),
+                shared=config.engine.update_weight_transport == "planned-shared",
+            )  # fmt: skip
+        return SGLangPool(
+            settings, arch=source.arch, stop_token_ids=tokens.stop_ids, vocab_size=tokens.common_vocab_size,
+            export=export, planned=planned, probes=[probe.token_ids for probe in probes],
+        )  # fmt: skip
+    engine = EmbeddedEngine(
+        source.hf_dir,
+        stop_token_ids=tokens.stop_ids,
+        vocab_size=tokens.common_vocab_size,
+        dtype=params_dtype(config),
+        device=platform.device(),
+        max_batch_size=config.rollout.rollout_max_batch_size,
+    )
+    return EmbeddedPool(engine)
+
+
+def _trainer_weights(student: Student) -> TrainerWeights:
+    """On one machine all ranks meet on loopback, on several at torchrun's master address."""
+    world_size = dist.get_world_size()
+    alone = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size
+    host = LOOPBACK if alone else os.environ["MASTER_ADDR"]
+    return TrainerWeights(
+        layout=student.groups.layout,
+        params=lambda: local_parameters(student.model),
+        store_host=host,
+        address=_own_address(host),
+    )
+
+
+def _own_address(peer: str) -> str:
+    """The address by which ``peer`` sees this machine.  A host name may resolve to a loopback address; a route
+    does not."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 9))  # sends nothing
+        return str(probe.getsockname()[0])

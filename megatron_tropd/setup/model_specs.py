@@ -1,0 +1,143 @@
+"""The models a run reads: where each comes from and how it is cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_tropd.checkpoints.directory import find_checkpoint, hf_directory, read_metadata
+from megatron_tropd.checkpoints.metadata import check_architecture
+from megatron_tropd.config import TrainConfig
+from megatron_tropd.models.architecture import Architecture, architecture_from_hf_config, load_hf_config
+from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.setup.problems import Findings
+from megatron_tropd.training.student import training_errors
+from megatron_tropd.types import Needs
+from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """Where a model's config, tokenizer and weights are."""
+
+    hf_dir: Path
+    """Config and tokenizer; weights too unless ``megatron_dir`` is given."""
+    megatron_dir: Path | None
+    arch: Architecture
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """The models of a run with their layouts; None where the objective does not need one."""
+
+    student: ModelSource
+    student_layout: ParallelLayout
+    teacher: ModelSource | None
+    teacher_layout: ParallelLayout | None
+    reference: ModelSource | None
+    reference_layout: ParallelLayout | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Flags:
+    """How the flags of one model are called."""
+
+    who: str
+    hf: str
+    megatron: str
+    prefix: Literal["", "teacher-"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cut:
+    """Sizes of a layout as the flags give them."""
+
+    tp: int
+    pp: int
+    ep: int
+    etp: int
+    make_vocab_size_divisible_by: int
+
+    def layout(self, world_size: int, owner: Literal["", "teacher-"]) -> ParallelLayout:
+        """The layout that fills the world."""
+        return ParallelLayout.for_world(
+            world_size, self.tp, self.pp, ep=self.ep, etp=self.etp or None, owner=owner,
+            make_vocab_size_divisible_by=self.make_vocab_size_divisible_by,
+        )  # fmt: skip
+
+    def errors(self, arch: Architecture, owner: str) -> list[str]:
+        """Why ``arch`` cannot be cut so."""
+        if min(self.tp, self.pp, self.ep) < 1:
+            return []  # making the layout says so
+        return arch.check_layout(self.tp, self.pp, ep=self.ep, etp=self.etp or None, owner=owner)
+
+
+STUDENT = _Flags(who="student", hf="--hf-checkpoint", megatron="--pretrained-checkpoint", prefix="")
+TEACHER = _Flags(who="teacher", hf="--teacher-hf-checkpoint", megatron="--teacher-load", prefix="teacher-")
+REFERENCE = _Flags(who="reference", hf="--reference-hf-checkpoint", megatron="--reference-load", prefix="teacher-")
+
+
+def find_models(config: TrainConfig, needs: Needs, world_size: int, found: Findings) -> Models | None:
+    """The models that ``needs`` asks for; None where one of them cannot be used, and why is in ``found``.
+
+    A reference of its own is cut as the teacher is; without one it is the student as it starts, cut as the student.
+    """
+    parallel, frozen = config.parallel, config.teacher
+    cut = _Cut(
+        tp=parallel.tensor_model_parallel_size, pp=parallel.pipeline_model_parallel_size,
+        ep=parallel.expert_model_parallel_size, etp=parallel.expert_tensor_parallel_size,
+        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+    )  # fmt: skip
+    student, student_layout = _find(
+        STUDENT, config.model.hf_checkpoint, config.model.pretrained_checkpoint, cut, world_size, found
+    )
+    if student and student_layout:
+        errors = training_errors(student.arch, student_layout, sequence_parallel=parallel.sequence_parallel)
+        found.errors.extend(f"student: {error}" for error in errors)
+    cut = _Cut(
+        tp=frozen.teacher_tensor_model_parallel_size, pp=frozen.teacher_pipeline_model_parallel_size,
+        ep=frozen.teacher_expert_model_parallel_size, etp=frozen.teacher_expert_tensor_parallel_size,
+        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+    )  # fmt: skip
+    teacher = teacher_layout = None
+    if needs.teacher:
+        teacher, teacher_layout = _find(
+            TEACHER, frozen.teacher_hf_checkpoint, frozen.teacher_load, cut, world_size, found
+        )
+    reference, reference_layout = (student, student_layout) if needs.reference_logprob else (None, None)
+    hf, megatron = config.reference.reference_hf_checkpoint, config.reference.reference_load
+    if needs.reference_logprob and (hf or megatron):
+        reference, reference_layout = _find(REFERENCE, hf, megatron, cut, world_size, found)
+    if found.errors or student is None or student_layout is None:
+        return None
+    return Models(
+        student=student, student_layout=student_layout, teacher=teacher, teacher_layout=teacher_layout,
+        reference=reference, reference_layout=reference_layout,
+    )  # fmt: skip
+
+
+def _find(
+    flags: _Flags, hf_checkpoint: str, megatron: str, cut: _Cut, world_size: int, found: Findings
+) -> tuple[ModelSource | None, ParallelLayout | None]:
+    source = found.attempt(lambda: _source(hf_checkpoint, megatron, flags))
+    layout = found.attempt(lambda: cut.layout(world_size, flags.prefix))
+    if source:
+        found.errors.extend(f"{flags.who}: {error}" for error in cut.errors(source.arch, flags.prefix))
+    return source, layout
+
+
+def _source(hf_checkpoint: str, megatron: str, flags: _Flags) -> ModelSource:
+    """Find one model; its safetensors headers are read, so a truncated file is found now."""
+    if not hf_checkpoint and not megatron:
+        raise ValueError(f"the {flags.who} is missing: give {flags.hf} DIR or {flags.megatron} DIR")
+    try:
+        hf_dir = Path(hf_checkpoint) if hf_checkpoint else hf_directory(megatron)
+        arch = architecture_from_hf_config(load_hf_config(hf_dir))
+        if megatron:
+            check_architecture(read_metadata(megatron), arch, find_checkpoint(megatron))
+        else:
+            HfCheckpoint.open(hf_dir, arch)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{flags.who} ({flags.megatron if megatron else flags.hf}): {error}") from error
+    return ModelSource(hf_dir=hf_dir, megatron_dir=Path(megatron) if megatron else None, arch=arch)

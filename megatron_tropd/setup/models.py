@@ -1,0 +1,83 @@
+"""The models of a run, with their weights."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from megatron_tropd.checkpoints.load import load_checkpoint
+from megatron_tropd.checkpoints.state import load_model_state
+from megatron_tropd.config import TrainConfig
+from megatron_tropd.models.build import HiddenStateGPT, build_gpt_model
+from megatron_tropd.parallel.groups import ModelGroups, student_groups, teacher_groups
+from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.setup.model_specs import ModelSource
+from megatron_tropd.setup.run_spec import Blueprint
+from megatron_tropd.teacher.megatron import MegatronTeacher
+from megatron_tropd.training.student import Student, build_student, params_dtype
+from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
+from megatron_tropd.weights.files.load import load_hf_into
+
+
+def load_weights(model: HiddenStateGPT, source: ModelSource, groups: ModelGroups, config: TrainConfig) -> None:
+    """Fill ``model`` from its Megatron checkpoint or its HF files; collective over the world."""
+    if source.megatron_dir is not None:
+        wanted = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.pg_collection.dp_cp})}
+        state, _ = load_checkpoint(source.megatron_dir, None, wanted, arch=source.arch)
+        load_model_state(model, state["model"])
+        return
+    load_hf_into(
+        model,
+        HfCheckpoint.open(source.hf_dir, source.arch),
+        source.arch,
+        groups.layout,
+        dist.get_rank(),
+    )
+
+
+def make_student(blueprint: Blueprint) -> Student:
+    """The student with its first weights."""
+    config = blueprint.config
+    groups = student_groups(
+        blueprint.models.student_layout, seed=config.training.seed, timeout_s=config.parallel.distributed_timeout_s
+    )
+    model = build_student(config, blueprint.models.student.arch, groups)
+    load_weights(model, blueprint.models.student, groups, config)
+    return Student(model, groups, config, vocab_size=blueprint.tokens.common_vocab_size)
+
+
+def make_frozen(blueprint: Blueprint, source: ModelSource, groups: ModelGroups) -> MegatronTeacher:
+    """A model that only scores, in the layout of ``groups``."""
+    config = blueprint.config
+    model = build_gpt_model(
+        source.arch,
+        groups,
+        params_dtype=params_dtype(config),
+    )
+    load_weights(model, source, groups, config)
+    return MegatronTeacher(
+        model,
+        groups,
+        vocab_size=blueprint.tokens.common_vocab_size,
+        max_tokens_per_microbatch=config.training.max_tokens_per_microbatch,
+        logits_chunk_tokens=config.training.logits_chunk_tokens,
+        offload=config.teacher.teacher_offload,
+    )
+
+
+def make_scorers(blueprint: Blueprint, student: ModelGroups) -> tuple[MegatronTeacher | None, MegatronTeacher | None]:
+    """(teacher, reference), each only where the objective needs it; collective over the world."""
+    models, frozen = blueprint.models, {}
+
+    def groups_of(layout: ParallelLayout) -> ModelGroups:
+        if layout not in frozen:
+            frozen[layout] = teacher_groups(layout, timeout_s=blueprint.config.parallel.distributed_timeout_s)
+        return frozen[layout]
+
+    teacher = reference = None
+    if models.teacher and models.teacher_layout:
+        teacher = make_frozen(blueprint, models.teacher, groups_of(models.teacher_layout))
+    if models.reference and models.reference_layout:
+        is_student = models.reference is models.student
+        groups = student if is_student else groups_of(models.reference_layout)
+        reference = make_frozen(blueprint, models.reference, groups)
+    return teacher, reference

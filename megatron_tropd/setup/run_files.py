@@ -1,0 +1,61 @@
+"""What rank 0 holds open while a run goes on: the run directory and the sinks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tropd.cli import ConfigError, to_flags
+from megatron_tropd.config import TrainConfig
+from megatron_tropd.parallel.fail_together import is_rank_zero, on_all_ranks
+from megatron_tropd.reporting.run_directory import RunDirectory
+from megatron_tropd.reporting.sinks import Sinks, make_sinks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFiles:
+    """Empty on every rank but the first."""
+
+    directory: RunDirectory | None
+    sinks: Sinks
+
+    def close(self) -> None:
+        """Give them back."""
+        self.sinks.close()
+        if self.directory is not None:
+            self.directory.close()
+
+
+def _take_directory(config: TrainConfig, start_step: int | None) -> RunDirectory:
+    directory = RunDirectory.create(
+        config.logging.run_dir,
+        config=to_flags(config),
+        resume=start_step is not None,
+        defaults=to_flags(TrainConfig()),
+    )
+    try:
+        directory.rewind(start_step or 0)
+    except BaseException:
+        directory.close()
+        raise
+    return directory
+
+
+def open_files(config: TrainConfig, start_step: int | None) -> RunFiles:
+    """Rank 0 takes the run directory; all ranks fail alike when it cannot.  Collective over the world.
+
+    Raises:
+        ConfigError: another run holds the directory, or it cannot be written.
+    """
+    directory = on_all_ranks(
+        lambda: _take_directory(config, start_step) if is_rank_zero() else None,
+        lambda reason: ConfigError([f"--run-dir {config.logging.run_dir}: {reason}"]),
+    )
+    if directory is None:
+        return RunFiles(directory=None, sinks=Sinks({}))
+    sinks = make_sinks(
+        tensorboard_dir=config.logging.tensorboard_dir, wandb_project=config.logging.wandb_project,
+        wandb_exp_name=config.logging.wandb_exp_name, config=to_flags(config), run_dir=Path(config.logging.run_dir),
+        start_step=start_step or 0,
+    )  # fmt: skip
+    return RunFiles(directory=directory, sinks=sinks)

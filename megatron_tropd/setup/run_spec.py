@@ -1,0 +1,151 @@
+"""Everything that can be known, and refused, before a process group or a model exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_tropd.checkpoints.directory import RELEASE, find_checkpoint, latest_iteration, read_metadata
+from megatron_tropd.checkpoints.metadata import check_architecture
+from megatron_tropd.config import TrainConfig
+from megatron_tropd.data.guidance import check_guidance
+from megatron_tropd.data.prompts import PromptFormat, PromptSet, load_prompts
+from megatron_tropd.data.tokenizer import load_tokenizer
+from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.objectives.base import Objective
+from megatron_tropd.objectives.methods import make_objective
+from megatron_tropd.rewards import RewardFunction, exact_match, load_reward_function
+from megatron_tropd.setup.checks import check_lengths, check_method, check_numbers
+from megatron_tropd.setup.engine_checks import check_engine_flags, check_engine_layout
+from megatron_tropd.setup.engine_settings import sglang_settings
+from megatron_tropd.setup.model_specs import Models, find_models
+from megatron_tropd.setup.problems import Findings
+from megatron_tropd.teacher.preflight import TokenizerReport, check_same_tokens, student_tokens
+from megatron_tropd.types import Needs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blueprint:
+    """A configuration that was held against the files it names."""
+
+    config: TrainConfig
+    models: Models
+    tokens: TokenizerReport
+    tokenizer: Any
+    prompts: PromptSet
+    eval_prompts: PromptSet | None
+    objective: Objective
+    reward_function: RewardFunction | None
+    warnings: tuple[str, ...]
+
+
+def check(config: TrainConfig, world_size: int) -> Blueprint:
+    """Hold ``config`` against the world and the files it names.  Reads headers and prompts, no weights.
+
+    Raises:
+        ConfigError: everything that is wrong, in one message.
+    """
+    found = Findings()
+    check_numbers(config, found)
+    check_engine_flags(config, found)
+    objective = found.attempt(lambda: make_objective(config.objective.objective, config.objective_settings))
+    if objective:
+        check_method(config, objective, found)
+    needs = objective.needs if objective else Needs()
+    reward_path = config.reward.reward_function if needs.rewards else ""
+    reward_function = found.attempt(lambda: load_reward_function(reward_path)) if reward_path else None
+    models = find_models(config, needs, world_size, found)
+    found.stop_if_any()
+    assert models and objective
+    check_lengths(config, models, objective, found)
+    found.attempt(lambda: sglang_settings(config, models.student))
+    check_engine_layout(config, models, found)
+    found.attempt(lambda: _check_resume(config, models.student.arch))
+    tokens = found.attempt(lambda: _tokens(models))
+    if tokens:
+        top_k, common = needs.top_k, tokens.common_vocab_size
+        found.require(top_k <= common, f"--top-k {top_k} is larger than the common vocabulary of {common} tokens")
+        found.warnings.extend(tokens.warnings)
+    tokenizer = found.attempt(lambda: load_tokenizer(models.student.hf_dir))
+    prompts = _prompts(config, tokenizer, tokens, config.data.prompt_data, found) if tokenizer and tokens else None
+    if prompts:
+        _check_prompts(config, objective, reward_function, prompts, found)
+    eval_prompts = None
+    if config.evaluation.eval_data and tokenizer and tokens:
+        already = len(found.errors)
+        eval_prompts = _prompts(config, tokenizer, tokens, config.evaluation.eval_data, found)
+        # The reader serves both and names the flag of training.
+        found.errors[already:] = [text.replace("--prompt-data", "--eval-data") for text in found.errors[already:]]
+        if eval_prompts:
+            _require_answers(eval_prompts, "--eval-data", config, found)
+    found.stop_if_any()
+    assert tokens and prompts
+    return Blueprint(
+        config=config, models=models, tokens=tokens, tokenizer=tokenizer, prompts=prompts, eval_prompts=eval_prompts,
+        objective=objective, reward_function=reward_function, warnings=tuple(found.warnings),
+    )  # fmt: skip
+
+
+def _tokens(models: Models) -> TokenizerReport:
+    """Proof that all models speak the same tokens; the common vocabulary is that of all of them."""
+    student, teacher, reference = models.student, models.teacher, models.reference
+    report = check_same_tokens(student.hf_dir, teacher.hf_dir) if teacher else student_tokens(student.hf_dir)
+    if reference is None or reference is student:
+        return report
+    common = check_same_tokens(student.hf_dir, reference.hf_dir, "reference").common_vocab_size
+    return replace(report, common_vocab_size=min(report.common_vocab_size, common))
+
+
+def _check_prompts(
+    config: TrainConfig, objective: Objective, reward: RewardFunction | None, prompts: PromptSet, found: Findings
+) -> None:
+    """The prompts have what the method reads."""
+    found.errors.extend(check_guidance(prompts.prompts, config.guidance))
+    if not objective.needs.rollouts:
+        missing = sum(not prompt.teacher_response_ids for prompt in prompts.prompts)
+        found.require(
+            not missing,
+            f"--objective {config.objective.objective} learns from responses, but {missing} of "
+            f"{len(prompts.prompts)} rows of --prompt-data have no {config.data.response_key!r} (--response-key)",
+        )
+    if reward is exact_match:
+        _require_answers(prompts, "--reward-function megatron_tropd.rewards:exact_match", config, found)
+    updates = config.training.num_minibatches
+    found.require(
+        len(prompts.prompts) >= updates,
+        f"--num-minibatches {updates} needs as many prompts, --prompt-data has {len(prompts.prompts)}",
+    )
+
+
+def _require_answers(prompts: PromptSet, flag: str, config: TrainConfig, found: Findings) -> None:
+    missing = sum(prompt.answer is None for prompt in prompts.prompts)
+    found.require(not missing, f"{flag}: {missing} rows have no {config.data.answer_key!r} (--answer-key)")
+
+
+def _check_resume(config: TrainConfig, arch: Architecture) -> None:
+    """The checkpoint a run would go on from, if there is one.
+
+    Raises:
+        ValueError: it is none of a run, or of another architecture.
+    """
+    load_dir = config.load_dir
+    iteration = latest_iteration(load_dir)
+    if isinstance(iteration, int):
+        check_architecture(read_metadata(load_dir), arch, find_checkpoint(load_dir))
+    elif iteration == RELEASE and config.checkpoint.load:
+        raise ValueError(
+            f"--load {load_dir} holds converted weights ('release'), not a run to go on with; give it to "
+            "--pretrained-checkpoint"
+        )
+
+
+def _prompts(
+    config: TrainConfig, tokenizer: Any, tokens: TokenizerReport, files: list[str], found: Findings
+) -> PromptSet | None:
+    data = config.data
+    fmt = PromptFormat(
+        prompt_key=data.prompt_key, response_key=data.response_key, answer_key=data.answer_key,
+        domain_key=data.domain_key, chat_template=data.apply_chat_template, max_prompt_length=data.max_prompt_length,
+        max_response_length=data.max_response_length, on_bad_row=data.on_bad_row,
+    )  # fmt: skip
+    return found.attempt(lambda: load_prompts(files, tokenizer, fmt, stop_ids=tokens.teacher_stop_ids))

@@ -1,0 +1,64 @@
+"""The student's own numbers before the first update on a rollout batch, from a forward pass without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.data.packing import BatchPlan
+from megatron_tropd.ops.vocab_parallel import quantile_threshold, student_token_stats
+from megatron_tropd.parallel import platform
+from megatron_tropd.teacher.scoring import response_rows, score_rollouts, written_rows
+from megatron_tropd.training.student import Student
+from megatron_tropd.types import Microbatch, Needs, Rollout, TeacherScores
+
+
+def prepass(
+    student: Student, rollouts: Sequence[Rollout], plan: BatchPlan, *, vocab_size: int | None = None
+) -> dict[int, TeacherScores]:
+    """Log-probability of every response token and entropy of every written one, by rollout index, where the rollout
+    is trained on.
+
+    One pass over the micro-batches of the updates themselves, so the numbers are already on the ranks that need
+    them: every rank of the last stage of the replica that owns a rollout; {} elsewhere.  0 for the tokens that no
+    loss reads (the prefix in the 2nd, 3rd, ... sample of a prompt).  Collective over the world.
+
+    ``vocab_size``: the ids that probabilities are over; by default those that all models know.
+    """
+    shard = student.shard if vocab_size is None else replace(student.shard, vocab_size=vocab_size)
+
+    def head(hidden: Tensor, batch: Microbatch) -> TeacherScores:
+        stats = student_token_stats(
+            hidden,
+            student.model.lm_head_weight(),
+            batch.streams,
+            shard,
+            sequence_parallel=student.model.config.sequence_parallel,
+            settings=student.head(Needs()),
+        )
+        assert stats.entropy_T is not None, "the head always has it"
+        return TeacherScores(
+            logprob=stats.logprob_T[response_rows(batch)], entropy=stats.entropy_T[written_rows(batch)]
+        )
+
+    found: dict[int, TeacherScores] = {}
+    for minibatch in plan.minibatches:
+        found.update(score_rollouts(student.model, student.groups, rollouts, minibatch, head))
+    return found
+
+
+def entropy_threshold(student: Student, before: Mapping[int, TeacherScores], share: float) -> float:
+    """The entropy that the ``share`` of the batch's written tokens with the highest entropy reach, exact and the
+    same in every layout (see :func:`quantile_threshold`).  Collective over the world.
+
+    Args:
+        student: tells which ranks report: the first of each replica's last stage.
+        before: the prepass.
+        share: in (0, 1].
+    """
+    reports = student.groups.reports
+    mine = [scores.entropy for scores in before.values() if reports and scores.entropy is not None]
+    return quantile_threshold(torch.cat([torch.empty(0), *mine]).to(platform.device()), share)

@@ -1,0 +1,97 @@
+"""What rank 0 writes down; other ranks hold a journal that does nothing."""
+
+from __future__ import annotations
+
+import re
+import resource
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_tropd.evaluation import exact_match
+from megatron_tropd.parallel import platform
+from megatron_tropd.reporting.progress.progress import NullProgress
+from megatron_tropd.reporting.rollout_samples import sample_of
+from megatron_tropd.reporting.run_directory import RunDirectory
+from megatron_tropd.reporting.sinks import Sinks
+from megatron_tropd.types import EvalReport, Rollout, StepReport
+
+ROLLOUTS_KEPT = 8
+ROLLOUTS_READ = 64
+"""Rollouts of a step that are turned into text: the other ranks wait for rank 0 meanwhile."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """Turns rollouts into text and, where the answer is known, into right or wrong."""
+
+    decode: Callable[[Sequence[int]], str]
+    """Ids to text without special tokens."""
+    answers: Mapping[int, str]
+    """By prompt uid; may be empty."""
+    pattern: re.Pattern[str]
+
+    def correct(self, rollout: Rollout) -> bool | None:
+        """Whether the whole response, guidance included, is right; None where no answer is known."""
+        answer = self.answers.get(rollout.prompt_uid)
+        if answer is None:
+            return None
+        text = self.decode(rollout.token_ids[rollout.prompt_len :])
+        return exact_match(text, rollout.finish == "stop", answer, self.pattern)
+
+
+class Journal:
+    """Steps, evaluations and sampled rollouts, to the run directory, the sinks and the display."""
+
+    def __init__(
+        self,
+        directory: RunDirectory | None,
+        sinks: Sinks,
+        progress: NullProgress,
+        reader: Reader,
+        *,
+        rollout_interval: int,
+        last_step: int,
+    ) -> None:
+        """``directory`` is None on every rank but 0."""
+        self._directory, self._sinks, self._progress, self._reader = directory, sinks, progress, reader
+        self._rollout_interval, self._last_step = rollout_interval, last_step
+
+    def step(self, report: StepReport, rollouts: Sequence[Rollout]) -> None:
+        """One finished step."""
+        if self._directory is None:
+            return
+        verdicts = [self._reader.correct(rollout) for rollout in rollouts[:ROLLOUTS_READ]]
+        report = replace(report, metrics={**report.metrics, **_rank_zero_metrics(report, verdicts)})
+        self._sinks.record(self._directory.step(report))
+        self._progress.step(report)
+        interval = self._rollout_interval
+        if interval and (report.step % interval == 0 or report.step in (1, self._last_step)):
+            kept = zip(rollouts[:ROLLOUTS_KEPT], verdicts, strict=False)
+            samples = [sample_of(rollout, self._reader.decode, correct=correct) for rollout, correct in kept]
+            self._directory.rollouts(report.step, samples)
+
+    def evaluation(self, report: EvalReport) -> None:
+        """One finished evaluation."""
+        if self._directory is None:
+            return
+        self._sinks.record(self._directory.evaluation(report))
+        self._progress.evaluation(report)
+
+
+def _rank_zero_metrics(report: StepReport, verdicts: Sequence[bool | None]) -> dict[str, float]:
+    """What only rank 0 measures."""
+    metrics = {"memory/peak_bytes": float(peak_bytes())}
+    if seconds := sum(report.seconds.values()):
+        metrics["throughput/tokens_per_second"] = sum(report.tokens.values()) / seconds
+    if known := [verdict for verdict in verdicts if verdict is not None]:
+        metrics["rollout/accuracy"] = sum(known) / len(known)
+    return metrics
+
+
+def peak_bytes() -> int:
+    """Peak memory of this process: on its GPU, or resident where it has none."""
+    if platform.is_cuda():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

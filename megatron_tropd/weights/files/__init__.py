@@ -1,0 +1,19 @@
+"""Weights in files: Hugging Face safetensors, and Megatron's torch_dist.
+
+    hf_checkpoint.py   an opened Hugging Face directory: headers checked, ranges read on demand
+    load.py            fills a live module from one
+    hf_writer.py       writes one, from a manifest of how its files looked (hf_manifest.py)
+    torch_dist.py      reads and writes torch_dist checkpoints chunk by chunk, without holding a model
+
+``safetensors_header.py``, ``torch_dist_chunk.py`` and ``byte_ranges.py`` are what those are made of.  What a training
+checkpoint is around its tensors (directories, digests, metadata) is the room ``checkpoints``.
+"""
+
+FRONT = {
+    "byte_ranges": ("Scratch", "tensor_bytes"),
+    "hf_checkpoint": ("HfCheckpoint", "copy_sidecars"),
+    "hf_manifest": ("MANIFEST_FILE", "HfManifest"),
+    "hf_writer": ("HfWriter", "fsync_path", "remove_other_weights", "replace_text", "write_hf_files"),
+    "load": ("load_hf_into",),
+    "torch_dist": ("ChunkFile", "TorchDistReader", "WrittenFile", "make_metadata", "write_metadata"),
+}

@@ -1,0 +1,206 @@
+"""Reading Hugging Face checkpoint directories: headers first, then only the ranges that are asked for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_tropd.models.architecture import Architecture, architecture_from_hf_config, load_hf_config
+from megatron_tropd.weights.coordinates.hf_shapes import EMBED_TOKENS, LM_HEAD, hf_shapes
+from megatron_tropd.weights.files.byte_ranges import FileRanges, sha256_of_range
+from megatron_tropd.weights.files.safetensors_header import FileHeader, HfCheckpointError, TensorInfo, read_header
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HfCheckpoint:
+    """An opened HF directory: every file complete, every tensor known, named once and of the right shape."""
+
+    directory: Path
+    arch: Architecture
+    headers: dict[str, FileHeader]
+    """By file name, in name order."""
+    index_text: str | None
+    """``model.safetensors.index.json`` as it stands, None for a one-file checkpoint."""
+    tensors: dict[str, TensorInfo]
+    _ranges: FileRanges = field(repr=False, compare=False)
+    _handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, directory: str | Path, arch: Architecture | None = None) -> HfCheckpoint:
+        """Read and check the headers; ``arch`` defaults to what ``config.json`` says.
+
+        Raises:
+            HfCheckpointError: what is wrong with which file or tensor.
+            FileNotFoundError, ValueError: no usable ``config.json``.
+        """
+        directory = Path(directory)
+        if arch is None:
+            arch = architecture_from_hf_config(load_hf_config(directory))
+        index_text, weight_map = _read_index(directory)
+        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]
+        headers = {name: read_header(directory / name) for name in names}
+        tensors = _merge(headers)
+        if weight_map is not None:
+            _check_index(weight_map, tensors)
+        _check_tensors(arch, tensors)
+        return cls(
+            directory=directory, arch=arch, headers=headers, index_text=index_text, tensors=tensors,
+            _ranges=FileRanges(directory),
+        )  # fmt: skip
+
+    @property
+    def widest_dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds every tensor exactly: the common one, or fp32 where they differ."""
+        dtypes = {info.dtype for info in self.tensors.values()}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    @property
+    def has_tied_copy(self) -> bool:
+        """Whether the files hold ``lm_head.weight`` although the config ties it to the embedding."""
+        return self.arch.tie_word_embeddings and LM_HEAD in self.tensors
+
+    def read(self, name: str, start: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
+        """The rectangle ``size`` at ``start`` of a tensor (all of it by default), in the file's dtype, on the CPU."""
+        info = self.tensors[name]
+        start = start if start is not None else (0,) * len(info.shape)
+        size = size if size is not None else info.shape
+        if any(s < 0 or n < 1 or s + n > full for s, n, full in zip(start, size, info.shape, strict=True)):
+            raise IndexError(f"{name} of shape {list(info.shape)} has no box of {list(size)} at {list(start)}")
+        if info.file not in self._handles:
+            self._handles[info.file] = safe_open(self.directory / info.file, framework="pt", device="cpu")
+        view = self._handles[info.file].get_slice(name)
+        return view[tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))]
+
+    def read_rows_into(self, name: str, row: int, target: Tensor) -> None:
+        """Fill ``target`` (of the file's dtype) with whole rows from row ``row`` on, without mapping the file."""
+        info = self.tensors[name]
+        if target.dtype != info.dtype or tuple(target.shape[1:]) != info.shape[1:]:
+            raise ValueError(
+                f"{name} has {info.dtype} rows of {list(info.shape[1:])}, not {target.dtype} {target.shape}"
+            )
+        self._ranges.read_into(info.file, info.offset + row * (info.nbytes // info.shape[0]), target)
+
+    def sha256(self, name: str) -> str:
+        """Digest of a tensor's bytes as they lie in the file."""
+        info = self.tensors[name]
+        return sha256_of_range(self.directory / info.file, info.offset, info.nbytes)
+
+    def check_tied_copy(self, start: Sequence[int], size: Sequence[int]) -> None:
+        """Compare whole rows of a redundant ``lm_head.weight`` with the embedding it is tied to.
+
+        Raises:
+            HfCheckpointError: they differ, so tying would lose one of them.
+        """
+        if not self.has_tied_copy:
+            return
+        table, head = (torch.empty(tuple(size), dtype=self.tensors[name].dtype) for name in (EMBED_TOKENS, LM_HEAD))
+        self.read_rows_into(EMBED_TOKENS, start[0], table)
+        self.read_rows_into(LM_HEAD, start[0], head)
+        if table.dtype != head.dtype or not torch.equal(table.view(torch.uint8), head.view(torch.uint8)):
+            raise HfCheckpointError(
+                f"{self.directory}: config.json says tie_word_embeddings, but {LM_HEAD} differs from {EMBED_TOKENS} "
+                f"(rows {start[0]} to {start[0] + size[0] - 1}); set tie_word_embeddings to false or drop {LM_HEAD}"
+            )
+
+
+def _read_index(directory: Path) -> tuple[str | None, dict[str, str] | None]:
+    """(text, tensor -> file) of the index; (None, None) for a one-file checkpoint."""
+    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    if single.is_file() and index.is_file():
+        raise HfCheckpointError(
+            f"{directory} has both {SINGLE_FILE} and {INDEX_FILE}; remove the one that is not the checkpoint"
+        )
+    if single.is_file():
+        return None, None
+    if not index.is_file():
+        found = sorted(p.name for p in directory.glob("*.bin")) if directory.is_dir() else []
+        hint = f"; {found[0]} is a pickle, which is not supported (save with safe_serialization=True)" if found else ""
+        raise HfCheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+    text = index.read_bytes().decode()
+    try:
+        weight_map = dict(json.loads(text)["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise HfCheckpointError(f"{index} is damaged: {error!r}") from error
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise HfCheckpointError(f"{index} names {name!r}, which is not a plain file name")
+        if not (directory / name).is_file():
+            count = sum(file == name for file in weight_map.values())
+            raise HfCheckpointError(f"{index} places {count} tensors in {name}, which does not exist in {directory}")
+    return text, weight_map
+
+
+def _merge(headers: dict[str, FileHeader]) -> dict[str, TensorInfo]:
+    merged: dict[str, TensorInfo] = {}
+    for file, header in headers.items():
+        for name, info in header.tensors.items():
+            if name in merged:
+                raise HfCheckpointError(f"{name} is in two files: {merged[name].file} and {file}")
+            merged[name] = info
+    return merged
+
+
+def _check_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise HfCheckpointError(f"{INDEX_FILE} places {name} in {file}, but {file} does not hold it")
+        if tensors[name].file != file:
+            raise HfCheckpointError(f"{INDEX_FILE} places {name} in {file}, but it is in {tensors[name].file}")
+    if extra := sorted(tensors.keys() - weight_map.keys()):
+        raise HfCheckpointError(f"{tensors[extra[0]].file} holds {extra[0]}, which {INDEX_FILE} does not name")
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _check_tensors(arch: Architecture, tensors: dict[str, TensorInfo]) -> None:
+    """Names and shapes against the architecture; all complaints in one message."""
+    expected = hf_shapes(arch)
+    allowed = expected | ({LM_HEAD: expected[EMBED_TOKENS]} if arch.tie_word_embeddings else {})
+    problems = []
+    if unknown := tensors.keys() - allowed.keys():
+        problems.append(f"unknown tensors: {_listed(unknown)}")
+    if missing := expected.keys() - tensors.keys():
+        problems.append(f"missing tensors: {_listed(missing)}")
+    for name in sorted(tensors.keys() & allowed.keys()):
+        if tensors[name].shape != allowed[name]:
+            problems.append(f"{name} has shape {list(tensors[name].shape)}, expected {list(allowed[name])}")
+    if problems:
+        raise HfCheckpointError(
+            f"the weights are not those of a {arch.family} model with this config.json: " + "; ".join(problems[:8])
+        )
+
+
+def is_sidecar(path: Path) -> bool:
+    """Whether a file of an HF directory describes the model (config, tokenizer, chat template) and holds no weights."""
+    return (
+        path.is_file()
+        and not path.name.startswith(".")
+        and path.suffix not in WEIGHT_SUFFIXES
+        and not path.name.endswith(".index.json")
+    )
+
+
+def copy_sidecars(source: str | Path, target: str | Path, *, skip: Iterable[str] = ()) -> list[str]:
+    """Copy what is not weights (config, tokenizer, generation config, chat template, licence) byte for byte."""
+    target = Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    skipped = set(skip)
+    names = sorted(p.name for p in Path(source).iterdir() if is_sidecar(p) and p.name not in skipped)
+    for name in names:
+        shutil.copyfile(Path(source) / name, target / name)
+    return names

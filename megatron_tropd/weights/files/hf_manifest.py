@@ -1,0 +1,142 @@
+"""What the files of an HF checkpoint looked like, so that they can be written again byte for byte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.weights.coordinates.hf_shapes import EMBED_TOKENS, LM_HEAD, hf_shapes
+from megatron_tropd.weights.files.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HfCheckpoint
+from megatron_tropd.weights.files.safetensors_header import (
+    FileHeader,
+    HfCheckpointError,
+    TensorInfo,
+    make_header,
+    parse_header,
+)
+
+MANIFEST_FILE = "hf_manifest.json"
+FORMAT = 1
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HfManifest:
+    """The shape of a checkpoint without its numbers.
+
+    It keeps each file's header as text: order, metadata, dtypes and padding then come out as they went
+    in, whatever program wrote the source.
+    """
+
+    headers: dict[str, FileHeader]
+    index_text: str | None
+    sha256: dict[str, str]
+    """Digest of each tensor's bytes; empty where the weights are not those of a source any more."""
+    vocab_size: int
+    padded_vocab_size: int | None = None
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor of every file."""
+        return {name: info for header in self.headers.values() for name, info in header.tensors.items()}
+
+    @classmethod
+    def of(
+        cls, checkpoint: HfCheckpoint, *, sha256: Mapping[str, str] | None = None, padded_vocab_size: int | None = None
+    ) -> HfManifest:
+        """The manifest of an opened checkpoint."""
+        return cls(
+            headers=dict(checkpoint.headers),
+            index_text=checkpoint.index_text,
+            sha256=dict(sha256 or {}),
+            vocab_size=checkpoint.arch.vocab_size,
+            padded_vocab_size=padded_vocab_size,
+        )
+
+    @classmethod
+    def default(
+        cls, arch: Architecture, dtype: torch.dtype, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    ) -> HfManifest:
+        """A layout of our own for weights that came with no manifest: one file, or shards with an index."""
+        shards: list[dict[str, tuple[int, ...]]] = [{}]
+        filled = 0
+        for name, shape in hf_shapes(arch).items():
+            nbytes = torch.Size(shape).numel() * dtype.itemsize
+            if shards[-1] and filled + nbytes > max_shard_bytes:
+                shards.append({})
+                filled = 0
+            shards[-1][name] = shape
+            filled += nbytes
+        if len(shards) == 1:
+            headers = {SINGLE_FILE: make_header(shards[0], dtype, SINGLE_FILE)}
+            return cls(headers=headers, index_text=None, sha256={}, vocab_size=arch.vocab_size)
+        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        headers = {file: make_header(shard, dtype, file) for file, shard in zip(files, shards, strict=True)}
+        index = {
+            "metadata": {"total_size": sum(header.data_bytes for header in headers.values())},
+            "weight_map": {name: file for file in files for name in sorted(headers[file].tensors)},
+        }
+        return cls(
+            headers=headers, index_text=json.dumps(index, indent=2) + "\n", sha256={}, vocab_size=arch.vocab_size
+        )
+
+    def aliases(self, arch: Architecture) -> dict[str, str]:
+        """Tensors that are written as copies of another one: a tied head that the source stored anyway."""
+        return {LM_HEAD: EMBED_TOKENS} if arch.tie_word_embeddings and LM_HEAD in self.tensors else {}
+
+    def without_digests(self) -> HfManifest:
+        """The same layout for other numbers."""
+        return replace(self, sha256={})
+
+    def check(self, arch: Architecture) -> None:
+        """Raise HfCheckpointError unless the manifest lists exactly the tensors of ``arch``."""
+        expected = hf_shapes(arch)
+        listed = {name: info.shape for name, info in self.tensors.items() if name not in self.aliases(arch)}
+        if listed != expected:
+            differing = sorted(k for k in listed.keys() | expected.keys() if listed.get(k) != expected.get(k))
+            raise HfCheckpointError(f"{MANIFEST_FILE} is of another model; first difference: {differing[0]}")
+
+    def to_json(self) -> str:
+        """Text of the manifest file."""
+        value: dict[str, Any] = {
+            "format": FORMAT,
+            "vocab_size": self.vocab_size,
+            "padded_vocab_size": self.padded_vocab_size,
+            "files": {name: header.text for name, header in self.headers.items()},
+            "index": {INDEX_FILE: self.index_text} if self.index_text is not None else None,
+            "sha256": self.sha256,
+        }
+        return json.dumps(value, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> HfManifest:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            HfCheckpointError: not a manifest of this format.
+        """
+        try:
+            value = json.loads(text)
+            if value["format"] != FORMAT:
+                raise ValueError(f"format {value['format']}, this version reads {FORMAT}")
+            return cls(
+                headers={name: parse_header(header, name) for name, header in value["files"].items()},
+                index_text=value["index"][INDEX_FILE] if value["index"] else None,
+                sha256=value["sha256"],
+                vocab_size=value["vocab_size"],
+                padded_vocab_size=value["padded_vocab_size"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise HfCheckpointError(f"{MANIFEST_FILE} is damaged: {error!r}") from error
+
+    @classmethod
+    def load(cls, directory: str | Path) -> HfManifest | None:
+        """The manifest kept in ``directory``, or None."""
+        path = Path(directory) / MANIFEST_FILE
+        return cls.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -1,0 +1,261 @@
+"""The torch_dist format, chunk by chunk: what Megatron's ``dist_checkpointing`` reads and writes, without
+ever holding a model.
+
+A checkpoint is ``.metadata`` (a pickled torch.distributed.checkpoint ``Metadata``: every global tensor, its
+chunks, and the place of each) and ``.distcp`` files, in which each chunk is what ``torch.save`` makes of a
+tensor (``chunk_header.py``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import pickle
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_tropd.weights.coordinates.hf_shapes import Index
+from megatron_tropd.weights.files.byte_ranges import FileRanges
+from megatron_tropd.weights.files.torch_dist_chunk import Place, TorchDistError, read_header
+
+METADATA_FILE = ".metadata"
+_HEADERS_KEPT = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A rectangle of a global tensor and where it is stored."""
+
+    key: str
+    start: Index
+    size: Index
+    place: Place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenFile:
+    """What one process wrote."""
+
+    name: str
+    nbytes: int
+    sha256: str
+    chunks: tuple[Chunk, ...]
+    objects: Mapping[str, Place]
+    """Values that are not tensors, by key."""
+
+
+class ChunkFile:
+    """The ``.distcp`` file of one process: appended to, hashed on the way, durable when closed."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._name = f"__{rank}_0.distcp"
+        self._stream = (folder / self._name).open("wb")
+        self._digest = hashlib.sha256()
+        self._written = 0
+        self._chunks: list[Chunk] = []
+        self._objects: dict[str, Place] = {}
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append raw bytes (the file-like side, which ``torch.save`` calls)."""
+        self._digest.update(data)
+        count = self._stream.write(data)
+        self._written += count
+        return count
+
+    def flush(self) -> None:
+        """Part of the file-like side; :meth:`close` flushes."""
+
+    def _since(self, offset: int) -> Place:
+        return Place(file=self._name, offset=offset, length=self._written - offset)
+
+    def add(self, key: str, start: Index, tensor: Tensor) -> None:
+        """Store ``tensor`` as the rectangle of global tensor ``key`` that begins at ``start``."""
+        offset = self._written
+        if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
+            tensor = tensor.clone()  # torch.save would write the whole storage of a view
+        torch.save(tensor, self)  # type: ignore[arg-type]  # write() and flush() are all it calls
+        self._chunks.append(Chunk(key=key, start=start, size=tuple(tensor.shape), place=self._since(offset)))
+
+    def add_object(self, key: str, data: bytes) -> None:
+        """Store the serialized bytes of a value that is not a tensor."""
+        offset = self._written
+        self.write(data)
+        self._objects[key] = self._since(offset)
+
+    def close(self) -> WrittenFile:
+        """Make the file durable."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        return WrittenFile(
+            name=self._name,
+            nbytes=self._written,
+            sha256=self._digest.hexdigest(),
+            chunks=tuple(self._chunks),
+            objects=dict(self._objects),
+        )
+
+    def abandon(self) -> None:
+        """Close without a promise."""
+        self._stream.close()
+
+
+def make_metadata(files: Iterable[WrittenFile], tensors: Mapping[str, tuple[Index, torch.dtype]]) -> Metadata:
+    """The ``.metadata`` of ``files``, whose global tensors have these shapes and dtypes."""
+    entries: dict[str, Any] = {
+        key: TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
+        for key, (shape, dtype) in tensors.items()
+    }
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for file in files:
+        for chunk in file.chunks:
+            start, place = torch.Size(chunk.start), chunk.place
+            entries[chunk.key].chunks.append(ChunkStorageMetadata(start, torch.Size(chunk.size)))
+            places[MetadataIndex(chunk.key, start)] = _StorageInfo(place.file, place.offset, place.length)
+        for key, place in file.objects.items():
+            entries[key] = BytesStorageMetadata()
+            places[MetadataIndex(key)] = _StorageInfo(place.file, place.offset, place.length)
+    return Metadata(entries, storage_data=places, storage_meta=StorageMeta())
+
+
+def write_metadata(folder: Path, metadata: Metadata) -> None:
+    """Write ``.metadata``; the caller makes it durable."""
+    (folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Index:
+    """The chunks of one global tensor, sorted: layers are stacked, so the first index says much."""
+
+    chunks: list[Chunk]
+    firsts: list[int]
+    longest: int
+
+    def near(self, start: int, stop: int) -> list[Chunk]:
+        """Chunks that may touch the first indices from ``start`` to ``stop``."""
+        low, high = bisect_left(self.firsts, start - self.longest + 1), bisect_left(self.firsts, stop)
+        return self.chunks[low:high]
+
+
+def _index(key: str, parts: Iterable[ChunkStorageMetadata], places: Mapping[Any, Any]) -> _Index:
+    chunks = [
+        Chunk(key=key, start=tuple(p.offsets), size=tuple(p.sizes), place=_place(places, MetadataIndex(key, p.offsets)))
+        for p in parts
+    ]
+    chunks.sort(key=lambda chunk: chunk.start)
+    return _Index(
+        chunks=chunks,
+        firsts=[chunk.start[0] if chunk.start else 0 for chunk in chunks],
+        longest=max((chunk.size[0] for chunk in chunks if chunk.size), default=1),
+    )
+
+
+class TorchDistReader:
+    """Rectangles of the global tensors of a checkpoint, reading only their bytes.
+
+    Args:
+        folder: The checkpoint.
+        metadata: Its ``.metadata``, read by somebody who trusts nothing (``checkpoint_safety``).
+    """
+
+    def __init__(self, folder: str | Path, metadata: Metadata) -> None:
+        self._ranges = FileRanges(folder)
+        self.tensors: dict[str, tuple[Index, torch.dtype]] = {}
+        """Shape and dtype of every global tensor."""
+        self.objects: dict[str, Place] = {}
+        """Values that are not tensors."""
+        places = metadata.storage_data or {}
+        self._chunks: dict[str, _Index] = {}
+        for key, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                self.tensors[key] = (tuple(entry.size), entry.properties.dtype)
+                self._chunks[key] = _index(key, entry.chunks, places)
+            else:
+                self.objects[key] = _place(places, MetadataIndex(key))
+        self._header = lru_cache(_HEADERS_KEPT)(lambda place: read_header(self._ranges, place))
+
+    def close(self) -> None:
+        """Close the files."""
+        self._ranges.close()
+
+    def read_object(self, key: str) -> bytes:
+        """Serialized bytes of a value that is not a tensor."""
+        place = self.objects[key]
+        return self._ranges.read(place.file, place.offset, place.length)
+
+    def read_into(self, key: str, start: Index, target: Tensor) -> None:
+        """Fill ``target`` with the rectangle of its shape that begins at ``start``, cast to its dtype.
+
+        Raises:
+            TorchDistError: no chunk holds a part of it, or a chunk is damaged.
+        """
+        if key not in self._chunks:
+            raise TorchDistError(f"the checkpoint has no tensor {key}")
+        found = 0
+        for chunk in self._chunks[key].near(start[0], start[0] + target.shape[0]):
+            low = [max(a, b) for a, b in zip(start, chunk.start, strict=True)]
+            ends = zip(start, target.shape, chunk.start, chunk.size, strict=True)
+            extent = [min(s + n, c + m) - at for (s, n, c, m), at in zip(ends, low, strict=True)]
+            if min(extent) < 1:
+                continue
+            part = target[tuple(slice(at - s, at - s + n) for at, s, n in zip(low, start, extent, strict=True))]
+            self._copy(chunk, [at - c for at, c in zip(low, chunk.start, strict=True)], part)
+            found += part.numel()
+        if found != target.numel():
+            raise TorchDistError(
+                f"{key}: the chunks hold {found} of the {target.numel()} elements of {list(target.shape)} "
+                f"at {list(start)}"
+            )
+
+    def _copy(self, chunk: Chunk, start: Sequence[int], target: Tensor) -> None:
+        header = self._header(chunk.place)
+        if header.shape != chunk.size:
+            raise TorchDistError(f"{chunk.key}: a chunk of {list(chunk.size)} holds a tensor of {list(header.shape)}")
+        size, item = list(target.shape), header.dtype.itemsize
+        if not header.is_contiguous:
+            span = 1 + sum((n - 1) * s for n, s in zip(header.shape, header.stride, strict=True))
+            raw = torch.empty(span, dtype=header.dtype)
+            self._ranges.read_into(chunk.place.file, header.offset + header.first * item, raw)
+            whole = raw.as_strided(header.shape, header.stride)
+            target.copy_(whole[tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))])
+            return
+        # One range of bytes from the first wanted element to the last: whole rows of the chunk.
+        outer = next((d for d, n in enumerate(size) if n > 1), len(size) - 1)
+        row = math.prod(header.shape[outer + 1 :])
+        before = sum(s * math.prod(header.shape[d + 1 :]) for d, s in enumerate(start[: outer + 1]))
+        shape = (size[outer], *header.shape[outer + 1 :])
+        direct = target.dtype == header.dtype and target.is_contiguous() and target.numel() == size[outer] * row
+        raw = target.view(shape) if direct else torch.empty(shape, dtype=header.dtype)
+        self._ranges.read_into(chunk.place.file, header.offset + (header.first + before) * item, raw)
+        if not direct:
+            rest = tuple(slice(s, s + n) for s, n in zip(start[outer + 1 :], size[outer + 1 :], strict=True))
+            target.copy_(raw[(slice(None), *rest)].view(size) if rest else raw.view(size))
+
+
+def _place(places: Mapping[Any, Any], index: MetadataIndex) -> Place:
+    info = places.get(index)
+    if info is None:
+        raise TorchDistError(f"{METADATA_FILE} does not say where {index.fqn} at {index.offset} lies")
+    if info.transform_descriptors:
+        raise TorchDistError(f"{index.fqn} is stored through {info.transform_descriptors}, which is not supported")
+    if Path(info.relative_path).name != info.relative_path:
+        raise TorchDistError(f"{METADATA_FILE} names {info.relative_path!r}, which is not a plain file name")
+    return Place(file=info.relative_path, offset=info.offset, length=info.length)

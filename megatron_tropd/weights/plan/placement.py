@@ -1,0 +1,55 @@
+"""Which machine and device every rank is on, found out where it runs, so that a plan can choose near senders."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.weights.plan.types import Place
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Location:
+    """Where the weights of a rank are.  Equal for two ranks on one GPU, or in the host memory of one machine."""
+
+    machine: str
+    """The same in every container of a machine: the id of its kernel's boot."""
+    device: str
+    """UUID of a GPU, which is the same under any CUDA_VISIBLE_DEVICES; "cpu" for host memory."""
+
+
+def location(params: Iterable[Tensor]) -> Location:
+    """Of the process that holds ``params``."""
+    device = next((tensor.device for tensor in params), torch.device("cpu"))
+    machine = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else socket.gethostname()
+    name = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else device.type
+    return Location(machine=machine, device=name)
+
+
+def places(
+    sources: Sequence[Location], engines: Sequence[Sequence[Location]]
+) -> tuple[tuple[Place, ...], tuple[tuple[Place, ...], ...]]:
+    """Numbers for :func:`build_plan`: ``source_places`` and ``engine_places``, in order of appearance."""
+    nodes: dict[str, int] = {}
+    devices: dict[Location, int] = {}
+
+    def place(at: Location) -> Place:
+        return Place(node=nodes.setdefault(at.machine, len(nodes)), gpu=devices.setdefault(at, len(devices)))
+
+    return tuple(map(place, sources)), tuple(tuple(map(place, engine)) for engine in engines)
+
+
+def ranks_on_one_gpu(sources: Sequence[Location], engines: Sequence[Sequence[Location]]) -> str:
+    """Names a trainer rank and an engine rank whose weights are on the same GPU; empty where none are."""
+    for number, engine in enumerate(engines):
+        for engine_rank, at in enumerate(engine):
+            if at.device != "cpu" and at in sources:
+                return f"trainer rank {sources.index(at)} and engine {number} rank {engine_rank}"
+    return ""

@@ -1,0 +1,141 @@
+"""Which source ranks hold which part of each HF tensor, and what of it a destination needs.  Integers only."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from megatron_tropd.weights.coordinates.box import Box, ParamBoxes
+from megatron_tropd.weights.coordinates.hf_shapes import Index
+
+
+class PlanError(ValueError):
+    """Weights cannot be planned; the message names the tensor and what is missing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """A parameter that holds one region, on several ranks alike."""
+
+    ranks: tuple[int, ...]
+    names: tuple[str, ...]
+    local_start: Index
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What one destination box takes from one region."""
+
+    holders: tuple[Holder, ...]
+    offset: Index
+    """Where it begins in the region; add to a holder's ``local_start``."""
+    start: Index
+    """Where it lies in the destination parameter."""
+    size: Index
+
+    @property
+    def numel(self) -> int:
+        """Elements in the piece."""
+        return prod(self.size)
+
+    def split(self, hf_name: str, max_elements: int) -> Iterator[Piece]:
+        """The piece as rows enough for ``max_elements`` at a time.
+
+        Raises:
+            PlanError: a single row is larger.
+        """
+        if self.numel <= max_elements:
+            yield self
+            return
+        rows = max_elements // prod(self.size[1:])
+        if rows < 1:
+            raise PlanError(
+                f"one row of {hf_name} has {prod(self.size[1:])} elements, half a bucket holds {max_elements}; "
+                "raise the bucket size"
+            )
+        stacked = len(self.start) - len(self.size)
+        for row in range(0, self.size[0], rows):
+            start = list(self.start)
+            start[stacked] += row
+            yield Piece(
+                holders=self.holders, offset=(self.offset[0] + row, *self.offset[1:]), start=tuple(start),
+                size=(min(rows, self.size[0] - row), *self.size[1:]),
+            )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRegions:
+    """One HF tensor cut along ``axis`` into regions with consecutive rows (or columns)."""
+
+    axis: int
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    holders: tuple[tuple[Holder, ...], ...]
+    """By region; all replicas of it."""
+
+    def pieces(self, box: Box) -> Iterator[Piece]:
+        """The parts of ``box`` by region, in order."""
+        axis, stacked = self.axis, len(box.local_start) - len(box.size)
+        low, high = box.start[axis], box.start[axis] + box.size[axis]
+        position = low
+        for number in range(bisect_right(self.starts, low) - 1, len(self.starts)):
+            begin, end = max(low, self.starts[number]), min(high, self.ends[number])
+            if begin >= end:
+                return
+            where, length, start = list(box.start), list(box.size), list(box.local_start)
+            where[axis] = begin - self.starts[number]
+            length[axis] = end - begin
+            start[stacked + axis] += begin - position
+            yield Piece(holders=self.holders[number], offset=tuple(where), start=tuple(start), size=tuple(length))
+
+
+def source_regions(
+    shapes: Mapping[str, Index], sources: Iterable[tuple[Sequence[int], Sequence[ParamBoxes]]]
+) -> dict[str, TensorRegions]:
+    """Regions of every tensor in ``shapes``.
+
+    Args:
+        shapes: HF name -> shape of the whole tensor.
+        sources: (ranks, their parameters) for every set of ranks that hold the same.
+
+    Raises:
+        PlanError: a tensor that no rank holds, or of which the ranks do not hold every element, or which
+            is cut in more than one direction.
+    """
+    found: dict[str, dict[tuple[Index, Index], list[Holder]]] = {name: {} for name in shapes}
+    for ranks, params in sources:
+        for param in params:
+            for box in param.boxes:
+                if box.hf_name not in found:
+                    raise PlanError(f"{box.hf_name} (in {param.names[0]} on rank {ranks[0]}) is no tensor of the model")
+                holder = Holder(ranks=tuple(ranks), names=param.names, local_start=box.local_start)
+                found[box.hf_name].setdefault((box.start, box.size), []).append(holder)
+    return {name: _cut(name, shapes[name], regions) for name, regions in found.items()}
+
+
+def _cut(name: str, shape: Index, regions: dict[tuple[Index, Index], list[Holder]]) -> TensorRegions:
+    """Check that the regions tile the tensor along one axis."""
+    if not regions:
+        raise PlanError(f"no source rank holds {name}")
+    cut = {axis for _, size in regions for axis, extent in enumerate(size) if extent != shape[axis]}
+    if len(cut) > 1:
+        raise PlanError(f"{name} is cut along axes {sorted(cut)} at once; one is supported")
+    axis = cut.pop() if cut else 0
+    ordered = sorted(regions, key=lambda region: region[0][axis])
+    end = 0
+    for start, size in ordered:
+        if start[axis] != end:
+            what = "no source rank holds" if start[axis] > end else "source ranks hold overlapping regions with"
+            low, high = sorted((end, start[axis]))
+            raise PlanError(f"{what} indices {low} to {high - 1} of axis {axis} of {name}")
+        end = start[axis] + size[axis]
+    if end != shape[axis]:
+        raise PlanError(f"no source rank holds indices {end} to {shape[axis] - 1} of axis {axis} of {name}")
+    return TensorRegions(
+        axis=axis,
+        starts=tuple(start[axis] for start, _ in ordered),
+        ends=tuple(start[axis] + size[axis] for start, size in ordered),
+        holders=tuple(tuple(regions[region]) for region in ordered),
+    )

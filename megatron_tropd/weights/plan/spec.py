@@ -1,0 +1,70 @@
+"""A plan's inputs as JSON, so that a process elsewhere can make the same plan instead of being sent it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+from megatron_tropd.models.architecture import Architecture, RopeScaling
+from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
+from megatron_tropd.weights.plan.planner import build_plan
+from megatron_tropd.weights.plan.types import DEFAULT_BUCKET_BYTES, Place, WeightPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSpec:
+    """Arguments of :func:`build_plan`."""
+
+    arch: Architecture
+    layout: ParallelLayout
+    engines: tuple[EngineLayout, ...]
+    dtype: str
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    source_places: tuple[Place, ...] | None = None
+    engine_places: tuple[tuple[Place, ...], ...] | None = None
+
+    def build(self) -> WeightPlan:
+        """The plan; equal for equal specs, wherever it is made.
+
+        Raises:
+            PlanError, ValueError: as :func:`build_plan`.
+        """
+        return _build(self)
+
+    def to_json(self) -> str:
+        """Text of the spec."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> PlanSpec:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: not the text of a spec of this version.
+        """
+        try:
+            value = json.loads(text)
+            arch, places, engine_places = value["arch"], value["source_places"], value["engine_places"]
+            llama3 = arch["rope_llama3"]
+            given = {
+                "arch": Architecture(**{**arch, "rope_llama3": RopeScaling(**llama3) if llama3 else None}),
+                "layout": ParallelLayout(**value["layout"]),
+                "engines": tuple(EngineLayout(**engine) for engine in value["engines"]),
+                "source_places": places and tuple(Place(**place) for place in places),
+                "engine_places": engine_places
+                and tuple(tuple(Place(**place) for place in engine) for engine in engine_places),
+            }
+            return cls(**{**value, **given})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not the inputs of a weight plan: {error!r}") from error
+
+
+@lru_cache(maxsize=1)
+def _build(spec: PlanSpec) -> WeightPlan:
+    """Remembers the last: whoever connects asks for digest, proof and messages, and a large plan takes seconds."""
+    return build_plan(
+        spec.arch, spec.layout, spec.engines, dtype=spec.dtype, bucket_bytes=spec.bucket_bytes,
+        source_places=spec.source_places, engine_places=spec.engine_places,
+    )  # fmt: skip

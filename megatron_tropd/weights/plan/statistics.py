@@ -1,0 +1,67 @@
+"""What a plan costs: bytes, balance, how many stay on a GPU or a node.  Integers only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from megatron_tropd.weights.plan.types import Place, WeightPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanStats:
+    """Totals of one update.  Bytes are payload, without message headers."""
+
+    copies: int
+    messages: int
+    pairs: int
+    """(source, engine rank) pairs that talk."""
+    buckets: int
+    bytes: int
+    egress_max: int
+    """The most that one source rank sends."""
+    egress_mean: float
+    """Over all source ranks, those that send nothing included."""
+    ingress_max: int
+    ingress_mean: float
+    same_gpu_bytes: int
+    same_node_bytes: int
+    """Between two GPUs of one node."""
+
+    @property
+    def remote_bytes(self) -> int:
+        """Between nodes."""
+        return self.bytes - self.same_gpu_bytes - self.same_node_bytes
+
+
+def plan_stats(plan: WeightPlan) -> PlanStats:
+    """Add up a plan."""
+    egress: Counter[int] = Counter()
+    ingress: Counter[tuple[int, int]] = Counter()
+    pairs, same_gpu, same_node, copies = set(), 0, 0, 0
+    for message in plan.messages:
+        size, target = message.payload_bytes, (message.engine, message.engine_rank)
+        egress[message.source] += size
+        ingress[target] += size
+        pairs.add((message.source, target))
+        copies += len(message.copies)
+        here, there = plan.source_places[message.source], plan.engine_places[message.engine][message.engine_rank]
+        if here == there:
+            same_gpu += size
+        elif here.node == there.node:
+            same_node += size
+    total = egress.total()
+    return PlanStats(
+        copies=copies, messages=len(plan.messages), pairs=len(pairs), buckets=plan.num_buckets, bytes=total,
+        egress_max=max(egress.values(), default=0), egress_mean=total / plan.num_sources,
+        ingress_max=max(ingress.values(), default=0),
+        ingress_mean=total / max(1, sum(engine.tp for engine in plan.engines)), same_gpu_bytes=same_gpu,
+        same_node_bytes=same_node,
+    )  # fmt: skip
+
+
+def consecutive_places(count: int, *, first: int = 0, gpus_per_node: int = 8) -> tuple[Place, ...]:
+    """Places of ``count`` ranks on GPU ``first``, ``first + 1`` ... of a cluster of equal nodes."""
+    return tuple(
+        Place(node=number // gpus_per_node, gpu=number % gpus_per_node) for number in range(first, first + count)
+    )

@@ -1,0 +1,130 @@
+"""A weight plan as data: the copies, the messages that carry them, and their digest.  Integers only."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from dataclasses import dataclass, field
+
+from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
+from megatron_tropd.weights.coordinates.hf_shapes import Index
+
+DEFAULT_BUCKET_BYTES = 512 << 20
+ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+STAGING_HALVES = 2
+"""A rank packs or unpacks one half of its staging memory while the other is on the wire."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a rank runs."""
+
+    node: int
+    gpu: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """A rectangle of one source parameter that becomes a rectangle of one engine parameter."""
+
+    hf_name: str
+    source: int
+    source_names: tuple[str, ...]
+    """What the parameter may be called on the source (:class:`ParamBoxes`)."""
+    source_start: Index
+    engine: int
+    engine_rank: int
+    name: str
+    """Parameter of the engine's model."""
+    start: Index
+    """In the engine's parameter; one entry more than ``size`` where it stacks experts."""
+    size: Index
+    num_bytes: int
+
+    @property
+    def source_slices(self) -> tuple[slice, ...]:
+        """Index of the rectangle in the source parameter."""
+        return tuple(slice(s, s + n) for s, n in zip(self.source_start, self.size, strict=True))
+
+    @property
+    def slices(self) -> tuple[int | slice, ...]:
+        """Index of the rectangle in the engine's parameter; what it selects has the shape ``size``."""
+        stacked = len(self.start) - len(self.size)
+        rows = zip(self.start[stacked:], self.size, strict=True)
+        return (*self.start[:stacked], *(slice(s, s + n) for s, n in rows))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """What one source rank sends one engine rank in one bucket: the copies, one after the other."""
+
+    bucket: int
+    source: int
+    engine: int
+    engine_rank: int
+    copies: tuple[Copy, ...]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(copy.num_bytes for copy in self.copies)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightPlan:
+    """All messages of one update, ordered by bucket, source, engine and engine rank."""
+
+    num_sources: int
+    engines: tuple[EngineLayout, ...]
+    dtype: str
+    """Of every parameter, by torch's name (:data:`ITEMSIZES`)."""
+    bucket_bytes: int
+    """Staging memory of any rank, senders and receivers alike."""
+    source_places: tuple[Place, ...]
+    engine_places: tuple[tuple[Place, ...], ...]
+    messages: tuple[Message, ...]
+    digest: str = field(default="", compare=False)
+    """sha256 of everything above.  Equal on every rank that planned the same."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return ITEMSIZES[self.dtype]
+
+    @property
+    def num_buckets(self) -> int:
+        """Buckets of an update."""
+        return self.messages[-1].bucket + 1 if self.messages else 0
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the group that carries the plan: the sources, then every engine's ranks."""
+        return self.num_sources + sum(engine.tp for engine in self.engines)
+
+    def group_rank(self, engine: int, engine_rank: int) -> int:
+        """Rank of an engine's rank in that group."""
+        return self.num_sources + sum(layout.tp for layout in self.engines[:engine]) + engine_rank
+
+    def for_sender(self, rank: int) -> tuple[Message, ...]:
+        """What source ``rank`` sends, in order."""
+        return tuple(message for message in self.messages if message.source == rank)
+
+    def for_receiver(self, engine: int, engine_rank: int) -> tuple[Message, ...]:
+        """What an engine's rank receives, in order."""
+        return tuple(m for m in self.messages if (m.engine, m.engine_rank) == (engine, engine_rank))
+
+
+def plan_digest(plan: WeightPlan) -> str:
+    """sha256 of a plan's contents."""
+    head = (plan.num_sources, plan.engines, plan.dtype, plan.bucket_bytes, plan.source_places, plan.engine_places)
+    digest = hashlib.sha256(repr(head).encode())
+    for message in plan.messages:
+        numbers = array("q", (message.bucket, message.source, message.engine, message.engine_rank))
+        names: list[str] = []
+        for copy in message.copies:
+            numbers.extend((copy.source, copy.engine, copy.engine_rank, copy.num_bytes))
+            numbers.extend((len(copy.start), *copy.source_start, *copy.start, *copy.size))
+            names += (copy.hf_name, copy.name, *copy.source_names)
+        digest.update(numbers.tobytes())
+        digest.update("\n".join(names).encode())
+    return digest.hexdigest()

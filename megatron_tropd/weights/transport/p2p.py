@@ -1,0 +1,88 @@
+"""A group as one rank uses it: frames, sends and receives that end in time or say what failed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.weights.plan.bucketing import HEADER_BYTES
+from megatron_tropd.weights.transport.message import Header, TransportError
+
+POLL_S = 0.001
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flight:
+    """A send or a receive that has begun; its memory must stay until :meth:`wait` returns."""
+
+    wire: Wire
+    work: Any
+    data: Tensor
+    what: str
+
+    def wait(self) -> None:
+        """Until it is done on this rank's device.
+
+        Raises:
+            TransportError: the peer is gone, or the timeout has passed.
+        """
+        self.wire.wait(self)
+
+
+class Wire:
+    """Point to point messages over one group, whose tensors are on one device."""
+
+    def __init__(self, group: Any, device: torch.device, timeout_s: float) -> None:
+        self._group, self._timeout_s = group, timeout_s
+        self.device = device
+        self.broken = ""
+        """Why the group cannot be used any more, empty while it can."""
+
+    def empty(self, num_bytes: int = HEADER_BYTES) -> Tensor:
+        """Memory for a message [uint8]."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
+    def frame(self, header: Header) -> Tensor:
+        """A header as a message."""
+        return torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8).to(self.device)
+
+    def send(self, data: Tensor, peer: int, tag: int, what: str) -> Flight:
+        """Begin to send; ``what`` stands in errors."""
+        return self._start(self._group.send, data, peer, tag, what)
+
+    def receive(self, data: Tensor, peer: int, tag: int, what: str) -> Flight:
+        """Begin to receive."""
+        return self._start(self._group.recv, data, peer, tag, what)
+
+    def _start(self, call: Any, data: Tensor, peer: int, tag: int, what: str) -> Flight:
+        try:
+            return Flight(wire=self, work=call([data], peer, tag), data=data, what=what)
+        except RuntimeError as error:
+            raise self.lost(what, error) from error
+
+    def wait(self, flight: Flight) -> None:
+        """See :meth:`Flight.wait`."""
+        try:
+            if self.device.type == "cpu":
+                flight.work.wait(timedelta(seconds=self._timeout_s))
+                return
+            deadline = time.monotonic() + self._timeout_s
+            while not flight.work.is_completed():
+                if time.monotonic() > deadline:
+                    raise RuntimeError("timed out")
+                time.sleep(POLL_S)
+            flight.work.wait()
+        except RuntimeError as error:
+            raise self.lost(flight.what, error) from error
+
+    def lost(self, what: str, error: object) -> TransportError:
+        """Give the group up; the error to raise."""
+        self.broken = f"{what} failed: {str(error).splitlines()[0]}"
+        return TransportError(
+            f"{self.broken} (each wait may take {self._timeout_s:g} s); make a new group and push again"
+        )

@@ -1,0 +1,86 @@
+"""Which receivers can open a sender's staging memory: asked of each once, when a connection is made.
+
+Whether two ranks share a machine, a PID namespace, a user and a view of a GPU is not deduced but tried.
+Where it fails the pair's payloads go point to point.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.weights.transport.p2p import Wire
+from megatron_tropd.weights.transport.shared_memory import SharedSegment, open_segment
+
+log = logging.getLogger(__name__)
+
+OFFER_TAG, OPENED_TAG = 5, 6
+_FRAME_BYTES = 1 << 16
+"""Handles of CUDA memory in expandable segments name each of the segments."""
+
+
+def _pack(value: object) -> Tensor:
+    data = json.dumps(value).encode()
+    if len(data) > _FRAME_BYTES:
+        raise ValueError(f"handles of shared memory take {len(data)} bytes; {_FRAME_BYTES} are provided for")
+    return torch.frombuffer(bytearray(data.ljust(_FRAME_BYTES)), dtype=torch.uint8)
+
+
+def offer(wire: Wire, segments: Sequence[SharedSegment], peers: Mapping[int, str]) -> frozenset[int]:
+    """Have every peer open the segments; those that did.  All receivers :func:`accept` meanwhile.
+
+    Raises:
+        TransportError: a peer is gone, or did not answer in time.
+    """
+    try:
+        answers = {
+            peer: wire.receive(wire.empty(_FRAME_BYTES), peer, OPENED_TAG, f"answer of {name} to shared memory")
+            for peer, name in peers.items()
+        }
+        offers = [
+            wire.send(_pack([s.handle() for s in segments]), peer, OFFER_TAG, f"offer of shared memory to {name}")
+            for peer, name in peers.items()
+        ]
+        for flight in (*offers, *answers.values()):
+            flight.wait()
+    finally:
+        for segment in segments:
+            segment.close()
+    problems = {peer: json.loads(answer.data.numpy().tobytes()) for peer, answer in answers.items()}
+    for peer, problem in problems.items():
+        if problem:
+            log.warning("%s cannot share this rank's memory, its weights go point to point: %s", peers[peer], problem)
+    return frozenset(peer for peer, problem in problems.items() if not problem)
+
+
+def accept(wire: Wire, sizes: Mapping[int, Sequence[int]], peers: Mapping[int, str]) -> dict[int, list[Tensor]]:
+    """Open what every sender offers; its segments, by sender, where that was possible.
+
+    Args:
+        sizes: By sender: bytes of its segments.
+
+    Raises:
+        TransportError: a peer is gone, or offered nothing in time.
+    """
+    opened: dict[int, list[Tensor]] = {}
+    offers = {
+        peer: wire.receive(wire.empty(_FRAME_BYTES), peer, OFFER_TAG, f"offer of shared memory by {name}")
+        for peer, name in peers.items()
+    }
+    answers = []
+    for peer, flight in offers.items():
+        flight.wait()
+        problem = ""
+        try:
+            handles = zip(json.loads(flight.data.numpy().tobytes()), sizes[peer], strict=True)
+            opened[peer] = [open_segment(*pair) for pair in handles]
+        except (OSError, ValueError, RuntimeError) as error:  # CUDA raises the last
+            problem = f"{type(error).__name__}: {error}"
+        answers.append(wire.send(_pack(problem), peer, OPENED_TAG, f"answer to {peers[peer]}"))
+    for answer in answers:
+        answer.wait()
+    return opened
