@@ -29,7 +29,7 @@ from megatron_tropd.checkpoints.conversion.workers import Workers  # noqa: E402
 from megatron_tropd.checkpoints.conversion.writing import write_plain_files  # noqa: E402
 from megatron_tropd.checkpoints.directory import RELEASE  # noqa: E402
 from megatron_tropd.checkpoints.metadata import CheckpointError, FileRecord  # noqa: E402
-from megatron_tropd.checkpoints.save import carry_hf, write_checkpoint  # noqa: E402
+from megatron_tropd.checkpoints.save import write_checkpoint, write_hf_folder  # noqa: E402
 from megatron_tropd.parallel.fail_together import on_all_ranks, on_rank_zero  # noqa: E402
 from megatron_tropd.parallel.groups import init_distributed  # noqa: E402
 from megatron_tropd.parallel.layout import ParallelLayout  # noqa: E402
@@ -86,11 +86,11 @@ def convert(argv: Sequence[str] | None = None) -> None:
             verify_stored(folder, uncut, source, digests, common.buffer_bytes(args), workers)
         return records
 
-    def carry(target: Path) -> None:
-        carry_hf(args.hf_checkpoint, HfManifest.of(source, sha256=digests, padded_vocab_size=padded), target)
+    def write_hf(target: Path) -> None:
+        write_hf_folder(args.hf_checkpoint, HfManifest.of(source, sha256=digests, padded_vocab_size=padded), target)
 
     folder = write_checkpoint(
-        args.save, RELEASE, write, carry,
+        args.save, RELEASE, write, write_hf,
         arch=source.arch, make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
     )  # fmt: skip
     if args.verify_logits:

@@ -26,7 +26,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _describe(arch: Architecture) -> list[str]:
+def _model_lines(arch: Architecture) -> list[str]:
     tied = "tied" if arch.tie_word_embeddings else "separate"
     return [
         f"architecture   {arch.family}, {arch.num_layers} layers of {arch.hidden_size}, ffn {arch.ffn_hidden_size}",
@@ -56,7 +56,7 @@ def _hugging_face(directory: Path, *, everything: bool) -> list[str]:
     ]
     return [
         f"{directory}: Hugging Face, {len(checkpoint.headers)} safetensors file(s)",
-        *_describe(checkpoint.arch),
+        *_model_lines(checkpoint.arch),
         *_tensors(rows, everything=everything),
     ]
 
@@ -76,7 +76,7 @@ def _megatron(directory: Path, wanted: str | None, *, everything: bool) -> list[
     return [
         f"{folder}: Megatron torch_dist, iteration {metadata.iteration}, {len(metadata.files)} files, "
         f"{common.gigabytes(size)}",
-        *_describe(metadata.architecture),
+        *_model_lines(metadata.architecture),
         f"padding        vocabulary to a multiple of {metadata.make_vocab_size_divisible_by}",
         *_tensors(rows, everything=everything),
     ]

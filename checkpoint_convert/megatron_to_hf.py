@@ -89,11 +89,11 @@ def _write(
     finally:
         stored.close()
 
-    def carry() -> None:
+    def write_hf() -> None:
         remove_other_weights(args.save, manifest)
         copy_sidecars(hf_directory(args.load, iteration), args.save, skip=[MANIFEST_FILE])
 
-    on_rank_zero(carry, ValueError)
+    on_rank_zero(write_hf, ValueError)
     return written
 
 

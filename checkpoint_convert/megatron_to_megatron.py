@@ -85,7 +85,7 @@ def _write_plain(source: Path, target: Path, *, weights_only: bool) -> None:
         shutil.copyfile(source / name, target / name)
 
 
-def _carry(source: Path, target: Path, padded: int) -> None:
+def _write_hf(source: Path, target: Path, padded: int) -> None:
     """The HF config, tokenizer and manifest travel along."""
     if not source.is_dir():
         return
@@ -113,7 +113,7 @@ def convert(argv: Sequence[str] | None = None) -> None:
         return records
 
     folder = write_checkpoint(
-        args.save, metadata.iteration, write, lambda target: _carry(source / HF_FOLDER, target, padded),
+        args.save, metadata.iteration, write, lambda target: _write_hf(source / HF_FOLDER, target, padded),
         arch=metadata.architecture, make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
     )  # fmt: skip
     stored.close()

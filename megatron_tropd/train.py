@@ -23,7 +23,7 @@ from megatron_tropd.cli import ConfigError, parse  # noqa: E402
 from megatron_tropd.config import TrainConfig  # noqa: E402
 from megatron_tropd.parallel.groups import init_distributed, shutdown  # noqa: E402
 from megatron_tropd.setup.assemble import Assembled, assemble, close  # noqa: E402
-from megatron_tropd.setup.run_spec import Blueprint, check  # noqa: E402
+from megatron_tropd.setup.run_spec import RunSpec, make_run_spec  # noqa: E402
 from megatron_tropd.training.checkpointing import resume_origin  # noqa: E402
 from megatron_tropd.training.finish import write_results  # noqa: E402
 from megatron_tropd.training.guard import EXIT_NONFINITE, NonFiniteStep  # noqa: E402
@@ -65,15 +65,15 @@ def _lost(error: BaseException, config: TrainConfig) -> str:
     )
 
 
-def _run(blueprint: Blueprint) -> None:
-    init_distributed(timeout_s=blueprint.config.parallel.distributed_timeout_s)
-    assembled: Assembled = assemble(blueprint)
+def _run(spec: RunSpec) -> None:
+    init_distributed(timeout_s=spec.config.parallel.distributed_timeout_s)
+    assembled: Assembled = assemble(spec)
     try:
-        for warning in blueprint.warnings:
+        for warning in spec.warnings:
             assembled.run.progress.message(f"warning: {warning}")
         with assembled.run.progress:
             train(assembled.run, assembled.start_step)
-        student = blueprint.models.student
+        student = spec.models.student
         write_results(assembled.run, student.arch, student.hf_dir)
     finally:
         close(assembled)
@@ -86,13 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
-        blueprint = check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        spec = make_run_spec(config, int(os.environ.get("WORLD_SIZE", "1")))
     except ConfigError as error:
         _say(str(error))
         return EXIT_BAD_CONFIG
     signal.signal(signal.SIGTERM, _on_terminate)  # so that every rank that can still speak says how to go on
     try:
-        _run(blueprint)
+        _run(spec)
     except ConfigError as error:  # the run directory belongs to another run
         _say(str(error))
         return EXIT_BAD_CONFIG

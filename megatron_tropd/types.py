@@ -130,7 +130,7 @@ class Needs:
         return ScoreRequest(top_k=self.top_k, entropy=self.teacher_entropy, hidden=self.divergence is not None)
 
     @property
-    def prepass(self) -> bool:
+    def old_policy(self) -> bool:
         """Whether a forward pass over the rollout batch comes before the first update."""
         return self.old_logprob or self.entropy_quantile is not None
 

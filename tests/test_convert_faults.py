@@ -98,7 +98,7 @@ def _drop(folder, key):
         name, index = key
         chunk = metadata.state_dict_metadata[name].chunks.pop(index)
         metadata.storage_data = {
-            place: info for place, info in metadata.storage_data.items() if (place.fqn, place.offset) != (name, chunk.offsets)
+            span: info for span, info in metadata.storage_data.items() if (span.fqn, span.offset) != (name, chunk.offsets)
         }  # fmt: skip
     write_metadata(folder, metadata)
     _rerecord(folder, ".metadata")
@@ -108,11 +108,11 @@ def _overwrite(folder, data, *, numbers=False):
     """Damage the first chunk: its header, or the numbers it holds."""
     from megatron_tropd.checkpoints.safety import read_dcp_metadata
     from megatron_tropd.weights.files.byte_ranges import FileRanges
-    from megatron_tropd.weights.files.torch_dist_chunk import Place, read_header
+    from megatron_tropd.weights.files.torch_dist_chunk import ByteRange, read_header
 
     info = next(i for i in read_dcp_metadata(folder).storage_data.values() if not i.offset)
-    place = Place(file=info.relative_path, offset=0, length=info.length)
-    path, offset = folder / place.file, read_header(FileRanges(folder), place).offset if numbers else 0
+    span = ByteRange(file=info.relative_path, offset=0, length=info.length)
+    path, offset = folder / span.file, read_header(FileRanges(folder), span).offset if numbers else 0
     raw = bytearray(path.read_bytes())
     raw[offset : offset + len(data)] = data
     path.write_bytes(raw)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_tropd import rng
 from megatron_tropd.data.packing import count_regions, pack, plan_batch, plan_packs
-from megatron_tropd.data.streams import Payload
+from megatron_tropd.data.streams import SampleScores
 from megatron_tropd.types import Needs, Region, Rollout, TeacherScores
 
 NEEDS = Needs(top_k=2, teacher_entropy=True)
@@ -110,7 +110,10 @@ def test_packed_step_holds_every_token_and_label_once(rollouts, ranks, max_token
         for indices in packs:
             chosen = [rollouts[index] for index in indices]
             batch = pack(
-                chosen, [Payload(teacher=scores[index]) for index in indices], num_tokens=plan.num_tokens, needs=NEEDS
+                chosen,
+                [SampleScores(teacher=scores[index]) for index in indices],
+                num_tokens=plan.num_tokens,
+                needs=NEEDS,
             )
             check_microbatch(batch, chosen, plan.num_tokens)
             seen += batch.token_T[batch.streams.sample_uid_T >= 0].tolist()
@@ -185,7 +188,7 @@ def check_padding(batch, where, token=0, uid=-1):
 
 def test_dtypes_and_widths():
     rollout = make_rollout(prompt=2, guidance=1, written=2)
-    batch = pack([rollout], [Payload(teacher=make_scores(rollout))], num_tokens=8, needs=NEEDS)
+    batch = pack([rollout], [SampleScores(teacher=make_scores(rollout))], num_tokens=8, needs=NEEDS)
     for stream in (
         batch.token_T,
         batch.streams.label_T,
@@ -218,23 +221,23 @@ def test_packing_without_scores_leaves_the_teacher_blank():
 
 def test_payloads_must_match():
     rollout = make_rollout(prompt_uid=9, prompt=2, guidance=1, written=2)
-    scores = Payload(teacher=make_scores(rollout))
+    scores = SampleScores(teacher=make_scores(rollout))
 
-    def refused(match, payloads, needs=NEEDS):
+    def refused(match, sample_scores, needs=NEEDS):
         with pytest.raises(ValueError, match=match):
-            pack([rollout], payloads, num_tokens=8, needs=needs)
+            pack([rollout], sample_scores, num_tokens=8, needs=needs)
 
     refused(r"prompt 9 sample 0: teacher top-k ids has shape \(2, 2\), expected \(2, 4\)", [scores], Needs(top_k=4))
     refused(
         r"entropy has shape None, expected \(2,\)",
-        [Payload(teacher=TeacherScores(logprob=torch.zeros(3)))],
+        [SampleScores(teacher=TeacherScores(logprob=torch.zeros(3)))],
         Needs(teacher_entropy=True),
     )
-    refused(r"log-probability has shape \(4,\)", [Payload(teacher=TeacherScores(logprob=torch.zeros(4)))], Needs())
-    refused("teacher log-probability has shape None", [Payload()], Needs())
+    refused(r"log-probability has shape \(4,\)", [SampleScores(teacher=TeacherScores(logprob=torch.zeros(4)))], Needs())
+    refused("teacher log-probability has shape None", [SampleScores()], Needs())
     refused("old log-probability has shape None", [scores], Needs(old_logprob=True))
     refused("prompt 9 sample 0 has no advantage", [scores], Needs(rewards=True))
-    refused("2 payloads for 1 rollouts", [scores, scores])
+    refused("scores of 2 samples for 1 rollouts", [scores, scores])
     refused("needs a teacher that sends its hidden states", [scores], Needs(divergence="forward_kl"))
     with pytest.raises(ValueError, match="5 tokens do not fit a micro-batch of 4"):
         pack([rollout], None, num_tokens=4)
@@ -250,14 +253,14 @@ def test_every_stream_reaches_its_label_and_exists_only_where_asked():
         make_rollout(3, 0, prompt=2, guidance=1, written=2),
         make_rollout(4, 1, prompt=1, guidance=2, written=1),
     ]
-    payloads = []
+    sample_scores = []
     for rollout in rollouts:
         names = torch.tensor(rollout.token_ids[rollout.prompt_len :], dtype=torch.float32)
         own = names[rollout.guidance_len :]
         scores = make_scores(rollout)
         hidden = torch.stack([own, -own, 2 * own], 1).bfloat16()
-        payloads.append(
-            Payload(
+        sample_scores.append(
+            SampleScores(
                 teacher=TeacherScores(
                     logprob=scores.logprob, topk_ids=scores.topk_ids, topk_logprobs=scores.topk_logprobs,
                     entropy=scores.entropy, hidden=hidden,
@@ -267,7 +270,7 @@ def test_every_stream_reaches_its_label_and_exists_only_where_asked():
             )
         )  # fmt: skip
     like = torch.empty(0, 3, dtype=torch.bfloat16)
-    streams = pack(rollouts, payloads, num_tokens=11, needs=EVERYTHING, teacher_hidden=like).streams
+    streams = pack(rollouts, sample_scores, num_tokens=11, needs=EVERYTHING, teacher_hidden=like).streams
     response = streams.region_T > Region.PROMPT
     names = torch.where(response, streams.label_T, 0).float()
     assert torch.equal(streams.reference_logprob_T, names * 3)

@@ -18,7 +18,7 @@ import torch
 
 from megatron_tropd.rollout.sglang.api.client import Client
 from megatron_tropd.rollout.sglang.api.generation import (
-    Dialect,
+    TokenRules,
     generate_body,
     group_requests,
     read_samples,
@@ -31,7 +31,7 @@ from megatron_tropd.rollout.sglang.settings import Keys, SGLangSettings, load_ke
 from tests.sglang_helpers import params, requests_of
 
 KEYS = Keys(api="a" * 16 + "pi", admin="a" * 16 + "dmin")
-DIALECT = Dialect(stop_token_ids=frozenset({2, 9}), vocab_size=50, model_vocab_size=53)
+DIALECT = TokenRules(stop_token_ids=frozenset({2, 9}), vocab_size=50, model_vocab_size=53)
 
 # ---- requests and responses ----
 
@@ -67,7 +67,7 @@ def _answer(tokens=(7, 8, 9), finish=None, version="4"):
 def _read(answer):
     requests = requests_of(1, max_new=3)
     (group,) = group_requests(requests)
-    return read_samples(answer, group, requests, version=4, dialect=DIALECT)[0]
+    return read_samples(answer, group, requests, version=4, rules=DIALECT)[0]
 
 
 def test_a_good_answer_becomes_a_rollout():
@@ -142,13 +142,13 @@ def test_other_weights_are_stale():
 def test_scores_skip_the_first_token_and_know_how_the_last_id_is_called():
     entries = [[None, 5, None], [-1.0, 6, None], [-2.0, 0, None]]
     body = {"meta_info": {"weight_version": "4", "input_token_logprobs": entries}}
-    assert read_scores(body, [5, 6, 52], version=4, dialect=DIALECT) == (-1.0, -2.0)
+    assert read_scores(body, [5, 6, 52], version=4, rules=DIALECT) == (-1.0, -2.0)
     with pytest.raises(BadResponse, match="does not belong"):
-        read_scores(body, [5, 6, 51], version=4, dialect=DIALECT)
+        read_scores(body, [5, 6, 51], version=4, rules=DIALECT)
     wrong = copy.deepcopy(body)
     wrong["meta_info"]["input_token_logprobs"].pop()
     with pytest.raises(BadResponse, match="1 log-prob"):
-        read_scores(wrong, [5, 6, 52], version=4, dialect=DIALECT)
+        read_scores(wrong, [5, 6, 52], version=4, rules=DIALECT)
 
 
 # ---- weights ----

@@ -12,7 +12,7 @@ from megatron_tropd.rollout.sglang.planned.control import PlannedEngines
 from megatron_tropd.rollout.sglang.planned.push import MAX_FAILURES, PlannedPush, TrainerWeights
 from megatron_tropd.weights.coordinates.megatron_boxes import rank_boxes
 from megatron_tropd.weights.plan.spec import PlanSpec
-from megatron_tropd.weights.plan.types import Place
+from megatron_tropd.weights.plan.types import Placement
 from tests.planned_ranks import as_torch, fill
 from tests.sglang_helpers import check_rollouts, params, requests_of
 
@@ -64,8 +64,8 @@ def _break(monkeypatch) -> None:
 def test_a_failed_planned_update_is_made_good_and_planned_again(sglang, pool, monkeypatch, measured):
     _push(sglang, pool, measured)
     assert pool.counts.get("planned_failed", 0) == 0
-    plan, here = pool._planned._sender.plan, Place(node=0, gpu=0)
-    assert (plan.source_places, plan.engine_places) == ((here,), ((here,), (here,)))
+    plan, here = pool._planned._sender.plan, Placement(node=0, gpu=0)
+    assert (plan.source_placements, plan.engine_placements) == ((here,), ((here,), (here,)))
     with monkeypatch.context() as broken:
         _break(broken)
         _push(sglang, pool, measured)

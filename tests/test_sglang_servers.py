@@ -15,7 +15,7 @@ from megatron_tropd.rollout.sglang.api.checksums import SentChecksums
 from megatron_tropd.rollout.sglang.api.client import Client
 from megatron_tropd.rollout.sglang.api.weight_buckets import BucketBuilder
 from megatron_tropd.rollout.sglang.errors import RequestRefused, StaleWeights
-from megatron_tropd.rollout.sglang.fleet import Job
+from megatron_tropd.rollout.sglang.fleet import GenerationJob
 from tests.hf_models import VOCAB_SIZE
 from tests.sglang_helpers import (
     KEYS,
@@ -253,7 +253,7 @@ def test_pause_resume_and_abort(sglang):
         await asyncio.gather(*(engine.abort_all() for engine in fleet.engines))
 
     for work in (paused, aborted):
-        job = Job(requests=requests, params=params(), version=version)
+        job = GenerationJob(requests=requests, params=params(), version=version)
         sglang.run(disturb(work, job))
         assert check_rollouts(job.rollouts(), requests, sglang.student.model, version) < 1e-5
 

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_tropd.cli import ConfigError, parse, to_flags
 from megatron_tropd.setup.engine_checks import check_engine_layout
-from megatron_tropd.setup.problems import Findings
+from megatron_tropd.setup.problems import Problems
 from megatron_tropd.setup.run_spec import check
 from megatron_tropd.training.parity import ParityAlarm, ParityError, probe_sequences
 from megatron_tropd.types import Prompt
@@ -167,7 +167,7 @@ def test_tied_experts_are_refused(world, tmp_path):
     argv = _sglang_flags(world, tmp_path / "run", sglang_python="/bin/sh")
     models = check(parse(argv), 2).models
     arch = replace(models.student.arch, family="qwen3_moe", num_experts=4, tie_word_embeddings=True)
-    found = Findings()
+    found = Problems()
     check_engine_layout(parse(argv), replace(models, student=replace(models.student, arch=arch)), found)
     assert len(found.errors) == 1 and "tie_word_embeddings); use --rollout-engine embedded" in found.errors[0]
 

@@ -35,8 +35,8 @@ def _complaint(argv, world_size=1):
 
 
 def test_a_good_configuration_passes(world, tmp_path):
-    blueprint = check(parse(flags(world, tmp_path / "run")), 2)
-    assert blueprint.models.student_layout.dp == 2 and len(blueprint.prompts.prompts) == 24
+    spec = check(parse(flags(world, tmp_path / "run")), 2)
+    assert spec.models.student_layout.dp == 2 and len(spec.prompts.prompts) == 24
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_each_mistake_has_a_message(world, tmp_path, changes, world_size, expect
 @pytest.mark.parametrize("objective", ["sft", "grpo"])
 def test_a_method_without_a_teacher_needs_none(world, tmp_path, objective):
     changes = {"objective": objective, "reward_function": "megatron_tropd.rewards:exact_match"}
-    blueprint = check(parse(flags(world, tmp_path / "run", teacher_hf_checkpoint=None, **changes)), 2)
-    assert blueprint.models.teacher is None and blueprint.models.reference is None
-    assert blueprint.tokens.common_vocab_size == blueprint.tokens.student_vocab_size
+    spec = check(parse(flags(world, tmp_path / "run", teacher_hf_checkpoint=None, **changes)), 2)
+    assert spec.models.teacher is None and spec.models.reference is None
+    assert spec.tokens.common_vocab_size == spec.tokens.student_vocab_size
 
 
 def test_what_a_method_leaves_aside_is_a_warning(world, tmp_path):

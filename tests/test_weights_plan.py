@@ -19,8 +19,8 @@ from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
 from megatron_tropd.weights.coordinates.megatron_boxes import rank_boxes
 from megatron_tropd.weights.plan.planner import build_plan, source_params
 from megatron_tropd.weights.plan.proof import ProofError, prove
-from megatron_tropd.weights.plan.shards import PlanError, source_regions
-from megatron_tropd.weights.plan.statistics import consecutive_places, plan_stats
+from megatron_tropd.weights.plan.shards import PlanError, source_shards
+from megatron_tropd.weights.plan.statistics import consecutive_placements, plan_stats
 from megatron_tropd.weights.plan.types import Copy, Message, WeightPlan
 from tests.weight_cases import BIG_CASES, CASES, VOCAB, Case, arch
 
@@ -149,17 +149,17 @@ def test_padding_rows_of_an_engine_are_never_written():
 
 def test_a_sender_on_the_same_gpu_is_chosen_then_one_on_the_same_node():
     case = CASES["replicas share the work"]  # four replicas, four engines of one rank
-    here = consecutive_places(4)
-    plan = make_plan(case, source_places=here, engine_places=[[place] for place in here])
+    here = consecutive_placements(4)
+    plan = make_plan(case, source_placements=here, engine_placements=[[place] for place in here])
     assert all(message.source == message.engine for message in plan.messages)
     assert plan_stats(plan).same_gpu_bytes == plan_stats(plan).bytes
-    nodes = consecutive_places(4, gpus_per_node=2)
+    nodes = consecutive_placements(4, gpus_per_node=2)
     beside = [[replace(place, gpu=place.gpu + 2)] for place in nodes]
-    plan = make_plan(case, source_places=nodes, engine_places=beside)
+    plan = make_plan(case, source_placements=nodes, engine_placements=beside)
     stats = plan_stats(plan)
     assert stats.same_gpu_bytes == 0 and stats.same_node_bytes == stats.bytes
-    far = consecutive_places(4, first=4, gpus_per_node=2)
-    plan = make_plan(case, source_places=nodes, engine_places=[[place] for place in far])
+    far = consecutive_placements(4, first=4, gpus_per_node=2)
+    plan = make_plan(case, source_placements=nodes, engine_placements=[[place] for place in far])
     assert plan_stats(plan).remote_bytes == plan_stats(plan).bytes
     check(plan, case)
 
@@ -176,10 +176,10 @@ def test_a_source_that_lacks_rows_is_refused():
     sources = source_params(case.arch, case.layout)
     for missing in range(len(sources)):
         with pytest.raises(PlanError, match=r"no source rank holds indices \d+ to \d+ of axis \d of "):
-            source_regions(hf_shapes(case.arch), sources[:missing] + sources[missing + 1 :])
+            source_shards(hf_shapes(case.arch), sources[:missing] + sources[missing + 1 :])
     with pytest.raises(PlanError, match="overlapping"):
         other = source_params(case.arch, ParallelLayout(tp=2))
-        source_regions(hf_shapes(case.arch), [*sources, *other])
+        source_shards(hf_shapes(case.arch), [*sources, *other])
 
 
 def test_a_bucket_must_hold_a_row():
@@ -188,8 +188,8 @@ def test_a_bucket_must_hold_a_row():
 
 
 def test_places_must_be_those_of_the_ranks():
-    with pytest.raises(PlanError, match="places"):
-        make_plan(CASES["narrower engines"], source_places=consecutive_places(3), engine_places=[[], []])
+    with pytest.raises(PlanError, match="number_placements"):
+        make_plan(CASES["narrower engines"], source_placements=consecutive_placements(3), engine_placements=[[], []])
 
 
 _FRESH = """

@@ -24,7 +24,7 @@ from megatron_tropd.parallel.layout import ParallelLayout  # noqa: E402
 from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout  # noqa: E402
 from megatron_tropd.weights.plan.planner import build_plan  # noqa: E402
 from megatron_tropd.weights.plan.proof import PlanProof, prove  # noqa: E402
-from megatron_tropd.weights.plan.statistics import PlanStats, consecutive_places, plan_stats  # noqa: E402
+from megatron_tropd.weights.plan.statistics import PlanStats, consecutive_placements, plan_stats  # noqa: E402
 from megatron_tropd.weights.plan.types import WeightPlan  # noqa: E402
 from tools.model_sizes import NAMES, find_architecture  # noqa: E402
 
@@ -123,9 +123,9 @@ def plan_and_prove(args: argparse.Namespace) -> Outcome:
     start = time.process_time()
     plan = build_plan(
         arch, layout, engines, dtype=DTYPES[args.dtype], bucket_bytes=args.bucket_mib << 20,
-        source_places=consecutive_places(layout.world_size, gpus_per_node=per_node),
-        engine_places=[
-            consecutive_places(size, first=first + number * size, gpus_per_node=per_node)
+        source_placements=consecutive_placements(layout.world_size, gpus_per_node=per_node),
+        engine_placements=[
+            consecutive_placements(size, first=first + number * size, gpus_per_node=per_node)
             for number in range(len(engines))
         ],
     )  # fmt: skip

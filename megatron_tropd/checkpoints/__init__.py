@@ -19,6 +19,6 @@ FRONT = {
     "load": ("load_checkpoint", "open_checkpoint"),
     "metadata": ("CheckpointError", "CheckpointMetadata", "FileRecord", "Iteration", "check_architecture"),
     "safety": ("COMMON_FILE", "read_dcp_metadata"),
-    "save": ("carry_hf", "save_checkpoint", "write_checkpoint"),
+    "save": ("write_hf_folder", "save_checkpoint", "write_checkpoint"),
     "state": ("COMMON_KEY", "load_model_state"),
 }  # fmt: skip

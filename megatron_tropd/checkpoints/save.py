@@ -42,7 +42,7 @@ from megatron_tropd.weights.files.hf_manifest import MANIFEST_FILE, HfManifest
 from megatron_tropd.weights.files.hf_writer import fsync_path, replace_text
 
 
-def carry_hf(sidecar: Path, manifest: HfManifest | None, target: Path) -> None:
+def write_hf_folder(sidecar: Path, manifest: HfManifest | None, target: Path) -> None:
     """Copy config and tokenizer; keep how the HF files were laid out."""
     copy_sidecars(sidecar, target, skip=[MANIFEST_FILE])
     if manifest is None:
@@ -120,18 +120,18 @@ def save_checkpoint(
         on_all_ranks(lambda: _write(state, folder), CheckpointError)
         return {}
 
-    def carry(target: Path) -> None:
+    def write_hf(target: Path) -> None:
         if hf_sidecar is not None:
-            carry_hf(Path(hf_sidecar), manifest, target)
+            write_hf_folder(Path(hf_sidecar), manifest, target)
 
     return write_checkpoint(
-        save_dir, iteration, write, carry, arch=arch, make_vocab_size_divisible_by=make_vocab_size_divisible_by
+        save_dir, iteration, write, write_hf, arch=arch, make_vocab_size_divisible_by=make_vocab_size_divisible_by
     )
 
 
 def write_checkpoint(
     save_dir: str | Path, iteration: Iteration, write: Callable[[Path], Mapping[str, FileRecord]],
-    carry: Callable[[Path], None], *, arch: Architecture, make_vocab_size_divisible_by: int,
+    write_hf: Callable[[Path], None], *, arch: Architecture, make_vocab_size_divisible_by: int,
 ) -> Path:  # fmt: skip
     """The protocol around the tensors: temporary folder, records of every file, rename, tracker.  Collective.
 
@@ -139,7 +139,7 @@ def write_checkpoint(
         save_dir: As for :func:`save_checkpoint`, like ``iteration`` and the last two.
         write: Fills the folder it is given, on every rank; returns the records of files that it has
             already digested and made durable (the same on every rank).  Fails on all ranks or on none.
-        carry: On rank 0, fills ``hf/``, which it makes.
+        write_hf: On rank 0, fills ``hf/``, which it makes.
 
     Raises:
         CheckpointError: on every rank; the tracker still names the checkpoint before.
@@ -148,7 +148,7 @@ def write_checkpoint(
     temporary = on_rank_zero(lambda: _prepare(save_dir, iteration), CheckpointError)
     try:
         known = write(temporary)
-        on_rank_zero(lambda: carry(temporary / HF_FOLDER), CheckpointError)
+        on_rank_zero(lambda: write_hf(temporary / HF_FOLDER), CheckpointError)
         metadata = CheckpointMetadata(
             iteration=iteration,
             architecture=arch,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_tropd import rng
-from megatron_tropd.data.streams import Payload, blank_streams, write_payload
+from megatron_tropd.data.streams import SampleScores, blank_streams, write_scores
 from megatron_tropd.types import Microbatch, Needs, Region, Rollout
 
 
@@ -194,7 +194,7 @@ def count_regions(rollouts: Sequence[Rollout]) -> dict[str, int]:
 
 def pack(
     rollouts: Sequence[Rollout],
-    payloads: Sequence[Payload] | None,
+    sample_scores: Sequence[SampleScores] | None,
     *,
     num_tokens: int,
     needs: Needs = Needs(),  # noqa: B008  (frozen)
@@ -204,7 +204,7 @@ def pack(
 
     Args:
         rollouts: the sequences, in packing order; none gives pure padding.
-        payloads: what is known about each rollout; None leaves those streams blank.
+        sample_scores: what is known about each rollout; None leaves those streams blank.
         num_tokens: T of the plan.
         needs: what the objective asks for; it alone decides which optional streams exist and how wide the
             top-k is, so that a micro-batch of padding has the same fields as the others.
@@ -216,14 +216,14 @@ def pack(
     lengths = [len(rollout.token_ids) for rollout in rollouts]
     if num_tokens < 1 or sum(lengths) > num_tokens:
         raise ValueError(f"{sum(lengths)} tokens do not fit a micro-batch of {num_tokens}")
-    if payloads is not None and len(payloads) != len(rollouts):
-        raise ValueError(f"{len(payloads)} payloads for {len(rollouts)} rollouts")
+    if sample_scores is not None and len(sample_scores) != len(rollouts):
+        raise ValueError(f"scores of {len(sample_scores)} samples for {len(rollouts)} rollouts")
     batch = _blank(lengths, num_tokens, needs, teacher_hidden)
     start = 0
     for index, rollout in enumerate(rollouts):
         _write_rollout(batch, start, rollout)
-        if payloads is not None:
-            write_payload(batch.streams, start, rollout, payloads[index], needs)
+        if sample_scores is not None:
+            write_scores(batch.streams, start, rollout, sample_scores[index], needs)
         start += lengths[index]
     return batch
 

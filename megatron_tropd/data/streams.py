@@ -14,7 +14,7 @@ _Source = tuple[str, Tensor | None, Tensor | None, slice]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Payload:
+class SampleScores:
     """Numbers of one rollout with R response tokens, W of them written by the student, from wherever they were made;
     None where nobody asked."""
 
@@ -57,15 +57,15 @@ def blank_streams(num_tokens: int, needs: Needs, teacher_hidden: Tensor | None) 
         if needs.score.hidden and teacher_hidden is not None
         else None,
         reference_logprob_T=optional(needs.reference_logprob),
-        old_logprob_T=optional(needs.prepass),
-        old_entropy_T=optional(needs.prepass),
-        sequence_error_T=optional(needs.prepass),
+        old_logprob_T=optional(needs.old_policy),
+        old_entropy_T=optional(needs.old_policy),
+        sequence_error_T=optional(needs.old_policy),
         advantage_T=optional(needs.rewards),
         sample_start_T=torch.zeros(shape, dtype=torch.bool),
     )
 
 
-def write_payload(streams: TokenStreams, start: int, rollout: Rollout, payload: Payload, needs: Needs) -> None:
+def write_scores(streams: TokenStreams, start: int, rollout: Rollout, sample: SampleScores, needs: Needs) -> None:
     """Everything known about a sequence that begins at packed position ``start``, in place.
 
     Raises:
@@ -75,12 +75,12 @@ def write_payload(streams: TokenStreams, start: int, rollout: Rollout, payload: 
     response = slice(first, first + rollout.response_len)
     written = slice(first + rollout.guidance_len, response.stop)
     sources: list[_Source] = [
-        ("reference log-probability", streams.reference_logprob_T, payload.reference_logprob, response),
-        ("old log-probability", streams.old_logprob_T, payload.old_logprob, response),
-        ("old entropy", streams.old_entropy_T, payload.old_entropy, written),
+        ("reference log-probability", streams.reference_logprob_T, sample.reference_logprob, response),
+        ("old log-probability", streams.old_logprob_T, sample.old_logprob, response),
+        ("old entropy", streams.old_entropy_T, sample.old_entropy, written),
     ]
     if needs.teacher:
-        scores = payload.teacher
+        scores = sample.teacher
         sources.append(
             ("teacher log-probability", streams.teacher_logprob_T, None if scores is None else scores.logprob, response)
         )
@@ -96,11 +96,11 @@ def write_payload(streams: TokenStreams, start: int, rollout: Rollout, payload: 
             )
         target[place] = source.to(target)
     if streams.advantage_T is not None:
-        if payload.advantage is None:
+        if sample.advantage is None:
             raise ValueError(f"prompt {rollout.prompt_uid} sample {rollout.sample_index} has no advantage")
-        streams.advantage_T[written] = payload.advantage
-    if streams.sequence_error_T is not None and payload.old_logprob is not None and rollout.logprobs:
-        gap = payload.old_logprob[rollout.guidance_len :] - torch.tensor(rollout.logprobs)
+        streams.advantage_T[written] = sample.advantage
+    if streams.sequence_error_T is not None and sample.old_logprob is not None and rollout.logprobs:
+        gap = sample.old_logprob[rollout.guidance_len :] - torch.tensor(rollout.logprobs)
         streams.sequence_error_T[written] = gap.abs().exp().mean()
 
 

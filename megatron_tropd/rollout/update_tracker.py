@@ -10,7 +10,7 @@ from megatron_tropd.rollout.engine import EngineError
 _SHOWN = 5
 
 
-class UpdateLedger:
+class UpdateTracker:
     """Holds an engine to "every tensor exactly once, or no generation".
 
     Args:

@@ -1,4 +1,4 @@
-"""From a checked blueprint to the parts of a run."""
+"""From a checked run spec to the parts of a run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from megatron_tropd.rollout.engines import Export
 from megatron_tropd.setup.engines import make_engines
 from megatron_tropd.setup.models import make_scorers, make_student
 from megatron_tropd.setup.run_files import RunFiles, open_files
-from megatron_tropd.setup.run_spec import Blueprint
+from megatron_tropd.setup.run_spec import RunSpec
 from megatron_tropd.training.checkpointing import Checkpoints
 from megatron_tropd.training.evaluations import Evaluations
 from megatron_tropd.training.guard import Guard
 from megatron_tropd.training.parity import ParityAlarm, Probes, probe_sequences
 from megatron_tropd.training.rewarding import Rewarder
 from megatron_tropd.training.run import Run
-from megatron_tropd.training.run_logger import Journal, Reader
+from megatron_tropd.training.run_logger import RolloutReader, RunLogger
 from megatron_tropd.training.student import Student, params_dtype
 from megatron_tropd.weights.coordinates.parameters import local_parameters
 from megatron_tropd.weights.transport.hf_export import HfExporter
@@ -43,15 +43,15 @@ class Assembled:
     files: RunFiles
 
 
-def make_rewarder(blueprint: Blueprint, decode: Decode) -> Rewarder | None:
+def make_rewarder(spec: RunSpec, decode: Decode) -> Rewarder | None:
     """The reward function with what it is given; None for an objective that reads no rewards."""
-    if blueprint.reward_function is None:
+    if spec.reward_function is None:
         return None
     return Rewarder(
-        function=blueprint.reward_function,
+        function=spec.reward_function,
         decode=decode,
-        prompts={prompt.uid: prompt for prompt in blueprint.prompts.prompts},
-        pattern=re.compile(blueprint.config.evaluation.answer_pattern),
+        prompts={prompt.uid: prompt for prompt in spec.prompts.prompts},
+        pattern=re.compile(spec.config.evaluation.answer_pattern),
     )
 
 
@@ -61,15 +61,15 @@ def make_export(student: Student, arch: Architecture, config: TrainConfig) -> Ex
     return lambda: exporter.export(local_parameters(student.model), student.groups.world)
 
 
-def make_journal(blueprint: Blueprint, decode: Decode, files: RunFiles, progress: NullProgress) -> Journal:
+def make_run_logger(spec: RunSpec, decode: Decode, files: RunFiles, progress: NullProgress) -> RunLogger:
     """What writes the run's story."""
-    config = blueprint.config
-    reader = Reader(
+    config = spec.config
+    reader = RolloutReader(
         decode=decode,
-        answers={p.uid: p.answer for p in blueprint.prompts.prompts if p.answer is not None},
+        answers={p.uid: p.answer for p in spec.prompts.prompts if p.answer is not None},
         pattern=re.compile(config.evaluation.answer_pattern),
     )
-    return Journal(
+    return RunLogger(
         files.directory,
         files.sinks,
         progress,
@@ -79,40 +79,40 @@ def make_journal(blueprint: Blueprint, decode: Decode, files: RunFiles, progress
     )
 
 
-def assemble(blueprint: Blueprint) -> Assembled:
+def assemble(spec: RunSpec) -> Assembled:
     """Build everything; collective over the world."""
-    config = blueprint.config
-    checkpoints = Checkpoints(config, blueprint.models.student.arch, blueprint.models.student.hf_dir)
+    config = spec.config
+    checkpoints = Checkpoints(config, spec.models.student.arch, spec.models.student.hf_dir)
     start_step = checkpoints.resume_step()
     files = open_files(config, start_step)
     with ExitStack() as on_failure:
         on_failure.callback(files.close)
-        run = _make_run(blueprint, checkpoints, files, start_step, on_failure)
+        run = _make_run(spec, checkpoints, files, start_step, on_failure)
         on_failure.pop_all()
     return Assembled(run=run, start_step=start_step or 0, files=files)
 
 
 def _make_run(
-    blueprint: Blueprint, checkpoints: Checkpoints, files: RunFiles, start_step: int | None, on_failure: ExitStack
+    spec: RunSpec, checkpoints: Checkpoints, files: RunFiles, start_step: int | None, on_failure: ExitStack
 ) -> Run:
-    config, objective, models = blueprint.config, blueprint.objective, blueprint.models
-    student = make_student(blueprint)
-    source = PromptSource(blueprint.prompts.prompts, config.training.seed)
+    config, objective, models = spec.config, spec.objective, spec.models
+    student = make_student(spec)
+    source = PromptSource(spec.prompts.prompts, config.training.seed)
     if start_step is not None:
         checkpoints.resume(student, source)
     export = make_export(student, models.student.arch, config)
-    probes = Probes(sequences=probe_sequences(blueprint.prompts.prompts), vocab_size=models.student.arch.vocab_size)
+    probes = Probes(sequences=probe_sequences(spec.prompts.prompts), vocab_size=models.student.arch.vocab_size)
     engines = None
-    if objective.needs.rollouts or blueprint.eval_prompts:  # servers start while the other models are read
-        engines = make_engines(blueprint, student, export, probes.sequences)
+    if objective.needs.rollouts or spec.eval_prompts:  # servers start while the other models are read
+        engines = make_engines(spec, student, export, probes.sequences)
         on_failure.callback(engines.close)
-    teacher, reference = make_scorers(blueprint, student.groups)
+    teacher, reference = make_scorers(spec, student.groups)
     whole_vocabulary = objective.needs.divergence or config.logging.gradient_diagnostics_interval
     table_rows = student.model.vocab_size
-    decode: Decode = partial(blueprint.tokenizer.decode, skip_special_tokens=True)
+    decode: Decode = partial(spec.tokenizer.decode, skip_special_tokens=True)
     progress = _progress(config, start_step or 0)
-    journal = make_journal(blueprint, decode, files, progress)
-    held_out = blueprint.eval_prompts.prompts if blueprint.eval_prompts else ()
+    logger = make_run_logger(spec, decode, files, progress)
+    held_out = spec.eval_prompts.prompts if spec.eval_prompts else ()
     return Run(
         config=config,
         source=source,
@@ -120,7 +120,7 @@ def _make_run(
         teacher=teacher,
         teacher_weight=teacher.output_rows(student.groups, table_rows) if teacher and whole_vocabulary else None,
         reference=reference,
-        rewarder=make_rewarder(blueprint, decode),
+        rewarder=make_rewarder(spec, decode),
         objective=objective,
         engines=engines,
         export=export,
@@ -128,8 +128,8 @@ def _make_run(
         guard=Guard(config.training.on_nonfinite),
         parity=ParityAlarm(config.parity_limit, config.engine.on_parity),
         probes=probes,
-        evaluations=Evaluations(config, held_out, blueprint.tokenizer, journal, progress),
-        journal=journal,
+        evaluations=Evaluations(config, held_out, spec.tokenizer, logger, progress),
+        logger=logger,
         progress=progress,
     )
 

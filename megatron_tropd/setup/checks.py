@@ -8,14 +8,14 @@ from megatron_tropd.config import TrainConfig
 from megatron_tropd.objectives.base import Objective
 from megatron_tropd.reporting.sinks import check_sinks
 from megatron_tropd.setup.model_specs import Models
-from megatron_tropd.setup.problems import Findings
+from megatron_tropd.setup.problems import Problems
 
 
-def check_numbers(config: TrainConfig, found: Findings) -> None:
+def check_numbers(config: TrainConfig, problems: Problems) -> None:
     """Every number is in its range."""
     training, rollout, method = config.training, config.rollout, config.method
-    found.require(config.logging.run_dir, "--run-dir is missing: name a directory for everything the run writes")
-    found.require(config.data.prompt_data, "--prompt-data is missing: name at least one .jsonl or .parquet file")
+    problems.require(config.logging.run_dir, "--run-dir is missing: name a directory for everything the run writes")
+    problems.require(config.data.prompt_data, "--prompt-data is missing: name at least one .jsonl or .parquet file")
     at_least_one = {
         "train-iters": training.train_iters, "rollout-batch-size": rollout.rollout_batch_size,
         "n-samples-per-prompt": rollout.n_samples_per_prompt, "max-prompt-length": config.data.max_prompt_length,
@@ -37,32 +37,34 @@ def check_numbers(config: TrainConfig, found: Findings) -> None:
         "rollout-log-interval": config.logging.rollout_log_interval, "outlier-coef": method.outlier_coef,
     }  # fmt: skip
     for name, count in at_least_one.items():
-        found.require(count >= 1, f"--{name} {count} must be at least 1")
+        problems.require(count >= 1, f"--{name} {count} must be at least 1")
     for name, value in not_negative.items():
-        found.require(value >= 0, f"--{name} {value} must not be negative")
+        problems.require(value >= 0, f"--{name} {value} must not be negative")
     minutes = config.parallel.distributed_timeout_minutes
-    found.require(minutes > 0, f"--distributed-timeout-minutes {minutes} must be positive")
-    found.require(training.adam_eps > 0, f"--adam-eps {training.adam_eps} must be positive")
-    found.require(training.lr > 0, f"--lr {training.lr} must be positive")
-    found.require(0 <= training.adam_beta1 < 1, f"--adam-beta1 {training.adam_beta1} must be in [0, 1)")
-    found.require(0 <= training.adam_beta2 < 1, f"--adam-beta2 {training.adam_beta2} must be in [0, 1)")
-    found.require(training.min_lr <= training.lr, f"--min-lr {training.min_lr} is above --lr {training.lr}")
-    found.require(
+    problems.require(minutes > 0, f"--distributed-timeout-minutes {minutes} must be positive")
+    problems.require(training.adam_eps > 0, f"--adam-eps {training.adam_eps} must be positive")
+    problems.require(training.lr > 0, f"--lr {training.lr} must be positive")
+    problems.require(0 <= training.adam_beta1 < 1, f"--adam-beta1 {training.adam_beta1} must be in [0, 1)")
+    problems.require(0 <= training.adam_beta2 < 1, f"--adam-beta2 {training.adam_beta2} must be in [0, 1)")
+    problems.require(training.min_lr <= training.lr, f"--min-lr {training.min_lr} is above --lr {training.lr}")
+    problems.require(
         training.lr_warmup_iters <= max(config.num_updates, 0),
         f"--lr-warmup-iters {training.lr_warmup_iters} is above the {config.num_updates} updates of the run "
         "(--train-iters times --num-minibatches)",
     )
     if training.num_minibatches >= 1:
-        found.require(
+        problems.require(
             rollout.rollout_batch_size % training.num_minibatches == 0,
             f"--num-minibatches {training.num_minibatches} does not divide the --rollout-batch-size "
             f"{rollout.rollout_batch_size} prompts of a step",
         )
-    found.errors.extend(
+    problems.errors.extend(
         check_sinks(tensorboard_dir=config.logging.tensorboard_dir, wandb_project=config.logging.wandb_project)
     )
-    pattern = found.attempt(lambda: _compile(config.evaluation.answer_pattern))
-    found.require(pattern is None or pattern.groups >= 1, "--answer-pattern needs a group that holds the answer: (...)")
+    pattern = problems.attempt(lambda: _compile(config.evaluation.answer_pattern))
+    problems.require(
+        pattern is None or pattern.groups >= 1, "--answer-pattern needs a group that holds the answer: (...)"
+    )
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -72,26 +74,26 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"--answer-pattern {pattern!r} is not a regular expression: {error}") from None
 
 
-def check_method(config: TrainConfig, objective: Objective, found: Findings) -> None:
+def check_method(config: TrainConfig, objective: Objective, problems: Problems) -> None:
     """The settings around an objective are those it can use; what it would leave aside becomes a warning."""
     needs, name = objective.needs, f"--objective {config.objective.objective}"
     samples = config.rollout.n_samples_per_prompt
     if needs.rewards:
-        found.require(
+        problems.require(
             config.reward.reward_function,
             f"{name} learns from rewards: give --reward-function package.module:function, such as "
             "megatron_tropd.rewards:exact_match",
         )
-        found.require(
+        problems.require(
             samples >= 2,
             f"{name} compares the samples of a prompt: --n-samples-per-prompt {samples} must be at least 2",
         )
-    found.require(
+    problems.require(
         needs.top_k or not config.logging.log_topk_overlap,
         f"--log-topk-overlap compares with the teacher's top-k, which {name} does not ask for",
     )
     if not needs.rollouts:
-        found.require(
+        problems.require(
             config.guidance.mode == "none",
             f"{name} imitates whole responses and writes nothing: --guidance {config.objective.guidance} has no "
             "meaning with it, leave it at auto or none",
@@ -103,10 +105,10 @@ def check_method(config: TrainConfig, objective: Objective, found: Findings) -> 
         "--reference-load": not needs.reference_logprob and config.reference.reference_load,
         "--reward-function": not needs.rewards and config.reward.reward_function,
     }
-    found.warnings.extend(f"{name} does not use {flag} {value}" for flag, value in unused.items() if value)
+    problems.warnings.extend(f"{name} does not use {flag} {value}" for flag, value in unused.items() if value)
 
 
-def check_lengths(config: TrainConfig, models: Models, objective: Objective, found: Findings) -> None:
+def check_lengths(config: TrainConfig, models: Models, objective: Objective, problems: Problems) -> None:
     """The longest sequence fits a micro-batch and every model."""
     data = config.data
     longest = data.max_prompt_length + data.max_response_length
@@ -114,7 +116,7 @@ def check_lengths(config: TrainConfig, models: Models, objective: Objective, fou
     if not objective.needs.rollouts:  # a response of the data comes with its stop token
         longest, what = longest + 1, f"{what} + 1 (the stop token)"
     budget = config.training.max_tokens_per_microbatch
-    found.require(
+    problems.require(
         longest <= budget,
         f"{what} = {longest} tokens do not fit --max-tokens-per-microbatch {budget}; raise it or lower them",
     )
@@ -122,4 +124,6 @@ def check_lengths(config: TrainConfig, models: Models, objective: Objective, fou
         if source is None:
             continue
         limit = source.arch.max_position_embeddings
-        found.require(longest <= limit, f"{what} = {longest} tokens exceed the {who}'s max_position_embeddings {limit}")
+        problems.require(
+            longest <= limit, f"{what} = {longest} tokens exceed the {who}'s max_position_embeddings {limit}"
+        )

@@ -10,7 +10,7 @@ from megatron_tropd.parallel import platform
 from megatron_tropd.rollout.sglang.settings import is_loopback
 from megatron_tropd.setup.engine_settings import is_planned
 from megatron_tropd.setup.model_specs import Models
-from megatron_tropd.setup.problems import Findings
+from megatron_tropd.setup.problems import Problems
 from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
 from megatron_tropd.weights.engine_loader import LOADER
 from megatron_tropd.weights.plan.spec import PlanSpec
@@ -19,15 +19,15 @@ _EP_FLAGS = ("ep-size", "ep", "expert-parallel-size")
 _OF_BOTH_ENGINES = frozenset({"rollout_engine", "parity_limit", "on_parity"})
 
 
-def check_engine_flags(config: TrainConfig, found: Findings) -> None:
+def check_engine_flags(config: TrainConfig, problems: Problems) -> None:
     """Numbers are in their range, waits fit into each other, and nothing is given that the engine does not read."""
     engine = config.engine
     start, request = engine.sglang_start_timeout, engine.sglang_request_timeout
     for name, value in (("start", start), ("request", request)):
-        found.require(value > 0, f"--sglang-{name}-timeout {value:g} must be positive")
+        problems.require(value > 0, f"--sglang-{name}-timeout {value:g} must be positive")
     if engine.rollout_engine == "sglang":
         minutes = config.parallel.distributed_timeout_minutes
-        found.require(
+        problems.require(
             minutes * 60 > start + request,
             f"--distributed-timeout-minutes {minutes:g} ({minutes * 60:g} s) must exceed --sglang-start-timeout "
             f"{start:g} s + --sglang-request-timeout {request:g} s = {start + request:g} s: the other ranks wait in a "
@@ -40,36 +40,36 @@ def check_engine_flags(config: TrainConfig, found: Findings) -> None:
         if f.name not in _OF_BOTH_ENGINES and getattr(engine, f.name) != getattr(EngineConfig(), f.name)
     ]
     unused = [*changed, *(f"--sglang-{name}" for name in config.sglang_flags)]
-    found.warnings.extend(f"--rollout-engine {engine.rollout_engine} does not use {flag}" for flag in unused)
+    problems.warnings.extend(f"--rollout-engine {engine.rollout_engine} does not use {flag}" for flag in unused)
 
 
-def check_engine_layout(config: TrainConfig, models: Models, found: Findings) -> None:
+def check_engine_layout(config: TrainConfig, models: Models, problems: Problems) -> None:
     """SGLang can cut the student as its flags ask, and a planned transport can reach such servers."""
     if config.engine.rollout_engine != "sglang":
         return
     arch = models.student.arch
     errors = EngineLayout().cut_errors(arch)  # of the model itself, whatever the cut
-    found.errors.extend(f"{error}; use --rollout-engine embedded" for error in errors)
+    problems.errors.extend(f"{error}; use --rollout-engine embedded" for error in errors)
     if is_planned(config) and not errors:
-        _check_planned(config, models, found)
+        _check_planned(config, models, problems)
 
 
-def _check_planned(config: TrainConfig, models: Models, found: Findings) -> None:
+def _check_planned(config: TrainConfig, models: Models, problems: Problems) -> None:
     engine = config.engine
     flag = f"--update-weight-transport {engine.update_weight_transport}"
     if urls := engine.rollout_engine_urls:
         far = [url for url in urls if not is_loopback(urlsplit(url).hostname or "")]
-        found.require(
+        problems.require(
             not far,
             f"{flag} reaches servers of this host only, not {', '.join(far)} of --rollout-engine-urls: choose bytes",
         )
-        found.warnings.append(
+        problems.warnings.append(
             f"{flag}: the servers of --rollout-engine-urls must run with --custom-weight-loader {LOADER}"
         )
         return  # how they are cut is theirs to say
     ep_sizes = [words[0] for name in _EP_FLAGS if (words := config.sglang_flags.get(name))]
     if ep_sizes and not ep_sizes[0].isdecimal():
-        found.errors.append(f"--sglang-ep-size {ep_sizes[0]} is not a number of ranks")
+        problems.errors.append(f"--sglang-ep-size {ep_sizes[0]} is not a number of ranks")
         return
     layout = EngineLayout(tp=engine.sglang_tp_size, ep=int(ep_sizes[0]) if ep_sizes else 1, cpu=not platform.is_cuda())
     spec = PlanSpec(
@@ -79,4 +79,4 @@ def _check_planned(config: TrainConfig, models: Models, found: Findings) -> None
     try:
         spec.build()
     except ValueError as error:
-        found.errors.append(f"{flag}, --update-weight-buffer-size {engine.update_weight_buffer_size}: {error}")
+        problems.errors.append(f"{flag}, --update-weight-buffer-size {engine.update_weight_buffer_size}: {error}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.parallel import platform
 from megatron_tropd.rollout.sglang.settings import SGLangSettings, load_keys
-from megatron_tropd.setup.model_specs import ModelSource
+from megatron_tropd.setup.model_specs import ModelSpec
 from megatron_tropd.weights.engine_loader import LOADER
 
 
@@ -18,7 +18,7 @@ def is_planned(config: TrainConfig) -> bool:
     return config.engine.update_weight_transport in ("planned", "planned-shared")
 
 
-def sglang_settings(config: TrainConfig, student: ModelSource) -> SGLangSettings | None:
+def sglang_settings(config: TrainConfig, student: ModelSpec) -> SGLangSettings | None:
     """How the SGLang servers of this run are run; None without --rollout-engine sglang.
 
     Raises:

@@ -15,19 +15,19 @@ from megatron_tropd.rollout.engines import EnginePool, Export
 from megatron_tropd.rollout.sglang.planned.push import PlannedPush, TrainerWeights
 from megatron_tropd.rollout.sglang.pool import SGLangPool
 from megatron_tropd.setup.engine_settings import is_planned, sglang_settings
-from megatron_tropd.setup.run_spec import Blueprint
+from megatron_tropd.setup.run_spec import RunSpec
 from megatron_tropd.training.student import Student, params_dtype
 from megatron_tropd.types import Rollout
 from megatron_tropd.weights.coordinates.parameters import local_parameters
 from megatron_tropd.weights.transport.side_group import LOOPBACK
 
 
-def make_engines(blueprint: Blueprint, student: Student, export: Export, probes: Sequence[Rollout]) -> EnginePool:
+def make_engines(spec: RunSpec, student: Student, export: Export, probes: Sequence[Rollout]) -> EnginePool:
     """Engines without weights; the first push fills them.  Collective over the world.
 
     ``probes`` are scored by engines that can prove a push.
     """
-    config, source, tokens = blueprint.config, blueprint.models.student, blueprint.tokens
+    config, source, tokens = spec.config, spec.models.student, spec.tokens
     if settings := sglang_settings(config, source):
         planned = None
         if is_planned(config):

@@ -11,14 +11,14 @@ from megatron_tropd.checkpoints.metadata import check_architecture
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.models.architecture import Architecture, architecture_from_hf_config, load_hf_config
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.setup.problems import Findings
+from megatron_tropd.setup.problems import Problems
 from megatron_tropd.training.student import training_errors
 from megatron_tropd.types import Needs
 from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSource:
+class ModelSpec:
     """Where a model's config, tokenizer and weights are."""
 
     hf_dir: Path
@@ -31,11 +31,11 @@ class ModelSource:
 class Models:
     """The models of a run with their layouts; None where the objective does not need one."""
 
-    student: ModelSource
+    student: ModelSpec
     student_layout: ParallelLayout
-    teacher: ModelSource | None
+    teacher: ModelSpec | None
     teacher_layout: ParallelLayout | None
-    reference: ModelSource | None
+    reference: ModelSpec | None
     reference_layout: ParallelLayout | None
 
 
@@ -50,7 +50,7 @@ class _Flags:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Cut:
+class _ParallelSizes:
     """Sizes of a layout as the flags give them."""
 
     tp: int
@@ -78,24 +78,24 @@ TEACHER = _Flags(who="teacher", hf="--teacher-hf-checkpoint", megatron="--teache
 REFERENCE = _Flags(who="reference", hf="--reference-hf-checkpoint", megatron="--reference-load", prefix="teacher-")
 
 
-def find_models(config: TrainConfig, needs: Needs, world_size: int, found: Findings) -> Models | None:
-    """The models that ``needs`` asks for; None where one of them cannot be used, and why is in ``found``.
+def find_models(config: TrainConfig, needs: Needs, world_size: int, problems: Problems) -> Models | None:
+    """The models that ``needs`` asks for; None where one of them cannot be used, and why is in ``problems``.
 
     A reference of its own is cut as the teacher is; without one it is the student as it starts, cut as the student.
     """
     parallel, frozen = config.parallel, config.teacher
-    cut = _Cut(
+    sizes = _ParallelSizes(
         tp=parallel.tensor_model_parallel_size, pp=parallel.pipeline_model_parallel_size,
         ep=parallel.expert_model_parallel_size, etp=parallel.expert_tensor_parallel_size,
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
     )  # fmt: skip
     student, student_layout = _find(
-        STUDENT, config.model.hf_checkpoint, config.model.pretrained_checkpoint, cut, world_size, found
+        STUDENT, config.model.hf_checkpoint, config.model.pretrained_checkpoint, sizes, world_size, problems
     )
     if student and student_layout:
         errors = training_errors(student.arch, student_layout, sequence_parallel=parallel.sequence_parallel)
-        found.errors.extend(f"student: {error}" for error in errors)
-    cut = _Cut(
+        problems.errors.extend(f"student: {error}" for error in errors)
+    sizes = _ParallelSizes(
         tp=frozen.teacher_tensor_model_parallel_size, pp=frozen.teacher_pipeline_model_parallel_size,
         ep=frozen.teacher_expert_model_parallel_size, etp=frozen.teacher_expert_tensor_parallel_size,
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
@@ -103,13 +103,13 @@ def find_models(config: TrainConfig, needs: Needs, world_size: int, found: Findi
     teacher = teacher_layout = None
     if needs.teacher:
         teacher, teacher_layout = _find(
-            TEACHER, frozen.teacher_hf_checkpoint, frozen.teacher_load, cut, world_size, found
+            TEACHER, frozen.teacher_hf_checkpoint, frozen.teacher_load, sizes, world_size, problems
         )
     reference, reference_layout = (student, student_layout) if needs.reference_logprob else (None, None)
     hf, megatron = config.reference.reference_hf_checkpoint, config.reference.reference_load
     if needs.reference_logprob and (hf or megatron):
-        reference, reference_layout = _find(REFERENCE, hf, megatron, cut, world_size, found)
-    if found.errors or student is None or student_layout is None:
+        reference, reference_layout = _find(REFERENCE, hf, megatron, sizes, world_size, problems)
+    if problems.errors or student is None or student_layout is None:
         return None
     return Models(
         student=student, student_layout=student_layout, teacher=teacher, teacher_layout=teacher_layout,
@@ -118,16 +118,16 @@ def find_models(config: TrainConfig, needs: Needs, world_size: int, found: Findi
 
 
 def _find(
-    flags: _Flags, hf_checkpoint: str, megatron: str, cut: _Cut, world_size: int, found: Findings
-) -> tuple[ModelSource | None, ParallelLayout | None]:
-    source = found.attempt(lambda: _source(hf_checkpoint, megatron, flags))
-    layout = found.attempt(lambda: cut.layout(world_size, flags.prefix))
+    flags: _Flags, hf_checkpoint: str, megatron: str, sizes: _ParallelSizes, world_size: int, problems: Problems
+) -> tuple[ModelSpec | None, ParallelLayout | None]:
+    source = problems.attempt(lambda: _source(hf_checkpoint, megatron, flags))
+    layout = problems.attempt(lambda: sizes.layout(world_size, flags.prefix))
     if source:
-        found.errors.extend(f"{flags.who}: {error}" for error in cut.errors(source.arch, flags.prefix))
+        problems.errors.extend(f"{flags.who}: {error}" for error in sizes.errors(source.arch, flags.prefix))
     return source, layout
 
 
-def _source(hf_checkpoint: str, megatron: str, flags: _Flags) -> ModelSource:
+def _source(hf_checkpoint: str, megatron: str, flags: _Flags) -> ModelSpec:
     """Find one model; its safetensors headers are read, so a truncated file is found now."""
     if not hf_checkpoint and not megatron:
         raise ValueError(f"the {flags.who} is missing: give {flags.hf} DIR or {flags.megatron} DIR")
@@ -140,4 +140,4 @@ def _source(hf_checkpoint: str, megatron: str, flags: _Flags) -> ModelSource:
             HfCheckpoint.open(hf_dir, arch)
     except (ValueError, OSError) as error:
         raise ValueError(f"{flags.who} ({flags.megatron if megatron else flags.hf}): {error}") from error
-    return ModelSource(hf_dir=hf_dir, megatron_dir=Path(megatron) if megatron else None, arch=arch)
+    return ModelSpec(hf_dir=hf_dir, megatron_dir=Path(megatron) if megatron else None, arch=arch)

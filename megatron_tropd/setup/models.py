@@ -10,15 +10,15 @@ from megatron_tropd.config import TrainConfig
 from megatron_tropd.models.build import HiddenStateGPT, build_gpt_model
 from megatron_tropd.parallel.groups import ModelGroups, student_groups, teacher_groups
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.setup.model_specs import ModelSource
-from megatron_tropd.setup.run_spec import Blueprint
+from megatron_tropd.setup.model_specs import ModelSpec
+from megatron_tropd.setup.run_spec import RunSpec
 from megatron_tropd.teacher.megatron import MegatronTeacher
 from megatron_tropd.training.student import Student, build_student, params_dtype
 from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 from megatron_tropd.weights.files.load import load_hf_into
 
 
-def load_weights(model: HiddenStateGPT, source: ModelSource, groups: ModelGroups, config: TrainConfig) -> None:
+def load_weights(model: HiddenStateGPT, source: ModelSpec, groups: ModelGroups, config: TrainConfig) -> None:
     """Fill ``model`` from its Megatron checkpoint or its HF files; collective over the world."""
     if source.megatron_dir is not None:
         wanted = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.pg_collection.dp_cp})}
@@ -34,20 +34,20 @@ def load_weights(model: HiddenStateGPT, source: ModelSource, groups: ModelGroups
     )
 
 
-def make_student(blueprint: Blueprint) -> Student:
+def make_student(spec: RunSpec) -> Student:
     """The student with its first weights."""
-    config = blueprint.config
+    config = spec.config
     groups = student_groups(
-        blueprint.models.student_layout, seed=config.training.seed, timeout_s=config.parallel.distributed_timeout_s
+        spec.models.student_layout, seed=config.training.seed, timeout_s=config.parallel.distributed_timeout_s
     )
-    model = build_student(config, blueprint.models.student.arch, groups)
-    load_weights(model, blueprint.models.student, groups, config)
-    return Student(model, groups, config, vocab_size=blueprint.tokens.common_vocab_size)
+    model = build_student(config, spec.models.student.arch, groups)
+    load_weights(model, spec.models.student, groups, config)
+    return Student(model, groups, config, vocab_size=spec.tokens.common_vocab_size)
 
 
-def make_frozen(blueprint: Blueprint, source: ModelSource, groups: ModelGroups) -> MegatronTeacher:
+def make_frozen(spec: RunSpec, source: ModelSpec, groups: ModelGroups) -> MegatronTeacher:
     """A model that only scores, in the layout of ``groups``."""
-    config = blueprint.config
+    config = spec.config
     model = build_gpt_model(
         source.arch,
         groups,
@@ -57,27 +57,27 @@ def make_frozen(blueprint: Blueprint, source: ModelSource, groups: ModelGroups) 
     return MegatronTeacher(
         model,
         groups,
-        vocab_size=blueprint.tokens.common_vocab_size,
+        vocab_size=spec.tokens.common_vocab_size,
         max_tokens_per_microbatch=config.training.max_tokens_per_microbatch,
         logits_chunk_tokens=config.training.logits_chunk_tokens,
         offload=config.teacher.teacher_offload,
     )
 
 
-def make_scorers(blueprint: Blueprint, student: ModelGroups) -> tuple[MegatronTeacher | None, MegatronTeacher | None]:
+def make_scorers(spec: RunSpec, student: ModelGroups) -> tuple[MegatronTeacher | None, MegatronTeacher | None]:
     """(teacher, reference), each only where the objective needs it; collective over the world."""
-    models, frozen = blueprint.models, {}
+    models, frozen = spec.models, {}
 
     def groups_of(layout: ParallelLayout) -> ModelGroups:
         if layout not in frozen:
-            frozen[layout] = teacher_groups(layout, timeout_s=blueprint.config.parallel.distributed_timeout_s)
+            frozen[layout] = teacher_groups(layout, timeout_s=spec.config.parallel.distributed_timeout_s)
         return frozen[layout]
 
     teacher = reference = None
     if models.teacher and models.teacher_layout:
-        teacher = make_frozen(blueprint, models.teacher, groups_of(models.teacher_layout))
+        teacher = make_frozen(spec, models.teacher, groups_of(models.teacher_layout))
     if models.reference and models.reference_layout:
         is_student = models.reference is models.student
         groups = student if is_student else groups_of(models.reference_layout)
-        reference = make_frozen(blueprint, models.reference, groups)
+        reference = make_frozen(spec, models.reference, groups)
     return teacher, reference

@@ -10,7 +10,7 @@ from megatron_tropd.cli import ConfigError
 T = TypeVar("T")
 
 
-class Findings:
+class Problems:
     """What is wrong, and what deserves a warning."""
 
     def __init__(self) -> None:

@@ -19,13 +19,13 @@ from megatron_tropd.setup.checks import check_lengths, check_method, check_numbe
 from megatron_tropd.setup.engine_checks import check_engine_flags, check_engine_layout
 from megatron_tropd.setup.engine_settings import sglang_settings
 from megatron_tropd.setup.model_specs import Models, find_models
-from megatron_tropd.setup.problems import Findings
+from megatron_tropd.setup.problems import Problems
 from megatron_tropd.teacher.preflight import TokenizerReport, check_same_tokens, student_tokens
 from megatron_tropd.types import Needs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Blueprint:
+class RunSpec:
     """A configuration that was held against the files it names."""
 
     config: TrainConfig
@@ -39,50 +39,50 @@ class Blueprint:
     warnings: tuple[str, ...]
 
 
-def check(config: TrainConfig, world_size: int) -> Blueprint:
+def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     """Hold ``config`` against the world and the files it names.  Reads headers and prompts, no weights.
 
     Raises:
         ConfigError: everything that is wrong, in one message.
     """
-    found = Findings()
-    check_numbers(config, found)
-    check_engine_flags(config, found)
-    objective = found.attempt(lambda: make_objective(config.objective.objective, config.objective_settings))
+    problems = Problems()
+    check_numbers(config, problems)
+    check_engine_flags(config, problems)
+    objective = problems.attempt(lambda: make_objective(config.objective.objective, config.objective_settings))
     if objective:
-        check_method(config, objective, found)
+        check_method(config, objective, problems)
     needs = objective.needs if objective else Needs()
     reward_path = config.reward.reward_function if needs.rewards else ""
-    reward_function = found.attempt(lambda: load_reward_function(reward_path)) if reward_path else None
-    models = find_models(config, needs, world_size, found)
-    found.stop_if_any()
+    reward_function = problems.attempt(lambda: load_reward_function(reward_path)) if reward_path else None
+    models = find_models(config, needs, world_size, problems)
+    problems.stop_if_any()
     assert models and objective
-    check_lengths(config, models, objective, found)
-    found.attempt(lambda: sglang_settings(config, models.student))
-    check_engine_layout(config, models, found)
-    found.attempt(lambda: _check_resume(config, models.student.arch))
-    tokens = found.attempt(lambda: _tokens(models))
+    check_lengths(config, models, objective, problems)
+    problems.attempt(lambda: sglang_settings(config, models.student))
+    check_engine_layout(config, models, problems)
+    problems.attempt(lambda: _check_resume(config, models.student.arch))
+    tokens = problems.attempt(lambda: _tokens(models))
     if tokens:
         top_k, common = needs.top_k, tokens.common_vocab_size
-        found.require(top_k <= common, f"--top-k {top_k} is larger than the common vocabulary of {common} tokens")
-        found.warnings.extend(tokens.warnings)
-    tokenizer = found.attempt(lambda: load_tokenizer(models.student.hf_dir))
-    prompts = _prompts(config, tokenizer, tokens, config.data.prompt_data, found) if tokenizer and tokens else None
+        problems.require(top_k <= common, f"--top-k {top_k} is larger than the common vocabulary of {common} tokens")
+        problems.warnings.extend(tokens.warnings)
+    tokenizer = problems.attempt(lambda: load_tokenizer(models.student.hf_dir))
+    prompts = _prompts(config, tokenizer, tokens, config.data.prompt_data, problems) if tokenizer and tokens else None
     if prompts:
-        _check_prompts(config, objective, reward_function, prompts, found)
+        _check_prompts(config, objective, reward_function, prompts, problems)
     eval_prompts = None
     if config.evaluation.eval_data and tokenizer and tokens:
-        already = len(found.errors)
-        eval_prompts = _prompts(config, tokenizer, tokens, config.evaluation.eval_data, found)
+        already = len(problems.errors)
+        eval_prompts = _prompts(config, tokenizer, tokens, config.evaluation.eval_data, problems)
         # The reader serves both and names the flag of training.
-        found.errors[already:] = [text.replace("--prompt-data", "--eval-data") for text in found.errors[already:]]
+        problems.errors[already:] = [text.replace("--prompt-data", "--eval-data") for text in problems.errors[already:]]
         if eval_prompts:
-            _require_answers(eval_prompts, "--eval-data", config, found)
-    found.stop_if_any()
+            _require_answers(eval_prompts, "--eval-data", config, problems)
+    problems.stop_if_any()
     assert tokens and prompts
-    return Blueprint(
+    return RunSpec(
         config=config, models=models, tokens=tokens, tokenizer=tokenizer, prompts=prompts, eval_prompts=eval_prompts,
-        objective=objective, reward_function=reward_function, warnings=tuple(found.warnings),
+        objective=objective, reward_function=reward_function, warnings=tuple(problems.warnings),
     )  # fmt: skip
 
 
@@ -97,29 +97,29 @@ def _tokens(models: Models) -> TokenizerReport:
 
 
 def _check_prompts(
-    config: TrainConfig, objective: Objective, reward: RewardFunction | None, prompts: PromptSet, found: Findings
+    config: TrainConfig, objective: Objective, reward: RewardFunction | None, prompts: PromptSet, problems: Problems
 ) -> None:
     """The prompts have what the method reads."""
-    found.errors.extend(check_guidance(prompts.prompts, config.guidance))
+    problems.errors.extend(check_guidance(prompts.prompts, config.guidance))
     if not objective.needs.rollouts:
         missing = sum(not prompt.teacher_response_ids for prompt in prompts.prompts)
-        found.require(
+        problems.require(
             not missing,
             f"--objective {config.objective.objective} learns from responses, but {missing} of "
             f"{len(prompts.prompts)} rows of --prompt-data have no {config.data.response_key!r} (--response-key)",
         )
     if reward is exact_match:
-        _require_answers(prompts, "--reward-function megatron_tropd.rewards:exact_match", config, found)
+        _require_answers(prompts, "--reward-function megatron_tropd.rewards:exact_match", config, problems)
     updates = config.training.num_minibatches
-    found.require(
+    problems.require(
         len(prompts.prompts) >= updates,
         f"--num-minibatches {updates} needs as many prompts, --prompt-data has {len(prompts.prompts)}",
     )
 
 
-def _require_answers(prompts: PromptSet, flag: str, config: TrainConfig, found: Findings) -> None:
+def _require_answers(prompts: PromptSet, flag: str, config: TrainConfig, problems: Problems) -> None:
     missing = sum(prompt.answer is None for prompt in prompts.prompts)
-    found.require(not missing, f"{flag}: {missing} rows have no {config.data.answer_key!r} (--answer-key)")
+    problems.require(not missing, f"{flag}: {missing} rows have no {config.data.answer_key!r} (--answer-key)")
 
 
 def _check_resume(config: TrainConfig, arch: Architecture) -> None:
@@ -140,7 +140,7 @@ def _check_resume(config: TrainConfig, arch: Architecture) -> None:
 
 
 def _prompts(
-    config: TrainConfig, tokenizer: Any, tokens: TokenizerReport, files: list[str], found: Findings
+    config: TrainConfig, tokenizer: Any, tokens: TokenizerReport, files: list[str], problems: Problems
 ) -> PromptSet | None:
     data = config.data
     fmt = PromptFormat(
@@ -148,4 +148,4 @@ def _prompts(
         domain_key=data.domain_key, chat_template=data.apply_chat_template, max_prompt_length=data.max_prompt_length,
         max_response_length=data.max_response_length, on_bad_row=data.on_bad_row,
     )  # fmt: skip
-    return found.attempt(lambda: load_prompts(files, tokenizer, fmt, stop_ids=tokens.teacher_stop_ids))
+    return problems.attempt(lambda: load_prompts(files, tokenizer, fmt, stop_ids=tokens.teacher_stop_ids))

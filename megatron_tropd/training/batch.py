@@ -10,11 +10,11 @@ from megatron_tropd import rng
 from megatron_tropd.data import guidance
 from megatron_tropd.data.advantages import Advantages, group_advantages
 from megatron_tropd.data.packing import BatchPlan, plan_batch
-from megatron_tropd.data.streams import Payload
+from megatron_tropd.data.streams import SampleScores
 from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.teacher.megatron import Destination
 from megatron_tropd.training.diagnostics import diagnostics_due
-from megatron_tropd.training.old_policy import entropy_threshold, prepass
+from megatron_tropd.training.old_policy import entropy_threshold, old_policy_scores
 from megatron_tropd.training.run import Run
 from megatron_tropd.training.step import Batch
 from megatron_tropd.types import Rollout, ScoreRequest, StepContext, TeacherScores
@@ -52,14 +52,14 @@ def plan_updates(run: Run, rollouts: Sequence[Rollout]) -> BatchPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Described:
+class ScoredBatch:
     """A batch ready for its updates, and what was measured on the way."""
 
     batch: Batch
     metrics: dict[str, float]
 
 
-def describe(run: Run, rollouts: Sequence[Rollout], plan: BatchPlan, step: int) -> Described:
+def score_batch(run: Run, rollouts: Sequence[Rollout], plan: BatchPlan, step: int) -> ScoredBatch:
     """Ask everybody whom the objective needs: teacher, reference, reward function, and the student itself.
 
     Collective over the world.
@@ -79,16 +79,16 @@ def describe(run: Run, rollouts: Sequence[Rollout], plan: BatchPlan, step: int) 
     if run.rewarder is not None:
         advantages, metrics = _advantages(run, rollouts)
     threshold = None
-    if needs.prepass:
-        before = prepass(student, rollouts, plan)
+    if needs.old_policy:
+        before = old_policy_scores(student, rollouts, plan)
     if needs.entropy_quantile is not None:
         threshold = entropy_threshold(student, before, needs.entropy_quantile)
         if math.isfinite(threshold):  # it is inf for a batch without a written token
             metrics["student/entropy_threshold"] = threshold
 
-    def payload(index: int) -> Payload:
+    def scores_of(index: int) -> SampleScores:
         reference, old = references.get(index), before.get(index)
-        return Payload(
+        return SampleScores(
             teacher=scores.get(index),
             reference_logprob=reference.logprob if reference else None,
             old_logprob=old.logprob if old else None,
@@ -98,13 +98,15 @@ def describe(run: Run, rollouts: Sequence[Rollout], plan: BatchPlan, step: int) 
 
     batch = Batch(
         rollouts=rollouts,
-        payloads={index: payload(index) for index, owner in plan.owners.items() if owner == student.groups.coords.dp},
+        sample_scores={
+            index: scores_of(index) for index, owner in plan.owners.items() if owner == student.groups.coords.dp
+        },
         context=StepContext(step=step, num_steps=run.config.training.train_iters, entropy_threshold=threshold),
         seed=run.config.training.seed,
         teacher_hidden=run.teacher.hidden_like if run.teacher else None,
         teacher_weight=run.teacher_weight,
     )
-    return Described(batch=batch, metrics=metrics)
+    return ScoredBatch(batch=batch, metrics=metrics)
 
 
 def _advantages(run: Run, rollouts: Sequence[Rollout]) -> tuple[Advantages, dict[str, float]]:

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.evaluation import DECODINGS, Generate, evaluate
 from megatron_tropd.reporting.progress.progress import NullProgress
-from megatron_tropd.training.run_logger import Journal
+from megatron_tropd.training.run_logger import RunLogger
 from megatron_tropd.types import Prompt
 
 
@@ -16,10 +16,10 @@ class Evaluations:
     """Which prompts are answered when, with which decodings.  Collective over the world."""
 
     def __init__(
-        self, config: TrainConfig, prompts: Sequence[Prompt], tokenizer: Any, journal: Journal, progress: NullProgress
+        self, config: TrainConfig, prompts: Sequence[Prompt], tokenizer: Any, logger: RunLogger, progress: NullProgress
     ) -> None:
         self._config, self._prompts, self._tokenizer = config, prompts, tokenizer
-        self._journal, self._progress = journal, progress
+        self._run_logger, self._progress = logger, progress
 
     def due(self, step: int) -> bool:
         """Whether a part is answered after ``step``: every --eval-interval steps, but not after the last one, where
@@ -44,4 +44,4 @@ class Evaluations:
                 step=step,
             )
         for report in reports:
-            self._journal.evaluation(report)
+            self._run_logger.evaluation(report)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from megatron_tropd.data import guidance
 from megatron_tropd.data.packing import BatchPlan, count_regions
-from megatron_tropd.training.batch import collect, describe, plan_updates
+from megatron_tropd.training.batch import collect, plan_updates, score_batch
 from megatron_tropd.training.diagnostics import diagnostics_due, gradient_diagnostics
 from megatron_tropd.training.parity import probe_differences
 from megatron_tropd.training.run import Run
@@ -26,7 +26,7 @@ def train(run: Run, start_step: int) -> None:
         _evaluate(run, 0, whole=True)
     for step in range(start_step, run.config.training.train_iters):
         report, rollouts = train_step(run, step)
-        run.journal.step(report, rollouts)
+        run.logger.step(report, rollouts)
         _evaluate(run, report.step)  # before the save: a point saved is kept
         with run.progress.phase("save"):
             run.checkpoints.save_if_due(report.step, run.student, run.source)
@@ -40,11 +40,11 @@ def train_step(run: Run, step: int) -> tuple[StepReport, list[Rollout]]:
         rollouts = collect(run, step)
     plan = plan_updates(run, rollouts)
     with progress.phase("score"):
-        described = describe(run, rollouts, plan, step)
-        check_batch(run.student, run.objective, described.batch, plan)
+        scored = score_batch(run, rollouts, plan, step)
+        check_batch(run.student, run.objective, scored.batch, plan)
     with progress.phase("train"):
-        gradients = _diagnostics(run, described.batch, plan, step)
-        outcome = _update(run, described.batch, plan, step)
+        gradients = _diagnostics(run, scored.batch, plan, step)
+        outcome = _update(run, scored.batch, plan, step)
     arrived = push_weights(run) if run.objective.needs.rollouts else {}
     return StepReport(
         step=step + 1,
@@ -55,7 +55,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, list[Rollout]]:
         tokens=count_regions(rollouts),
         metrics={
             **outcome.sums.metrics,
-            **described.metrics,
+            **scored.metrics,
             **gradients,
             **arrived,
             **_batch_metrics(run, step, rollouts),

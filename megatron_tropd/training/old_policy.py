@@ -16,7 +16,7 @@ from megatron_tropd.training.student import Student
 from megatron_tropd.types import Microbatch, Needs, Rollout, TeacherScores
 
 
-def prepass(
+def old_policy_scores(
     student: Student, rollouts: Sequence[Rollout], plan: BatchPlan, *, vocab_size: int | None = None
 ) -> dict[int, TeacherScores]:
     """Log-probability of every response token and entropy of every written one, by rollout index, where the rollout
@@ -56,7 +56,7 @@ def entropy_threshold(student: Student, before: Mapping[int, TeacherScores], sha
 
     Args:
         student: tells which ranks report: the first of each replica's last stage.
-        before: the prepass.
+        before: what :func:`old_policy_scores` gave.
         share: in (0, 1].
     """
     reports = student.groups.reports

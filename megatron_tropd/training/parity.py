@@ -14,7 +14,7 @@ from typing import Literal
 
 from megatron_tropd.data.packing import plan_batch
 from megatron_tropd.parallel.exchange import gather_objects
-from megatron_tropd.training.old_policy import prepass
+from megatron_tropd.training.old_policy import old_policy_scores
 from megatron_tropd.training.student import Student
 from megatron_tropd.types import Prompt, Rollout
 
@@ -87,7 +87,7 @@ def probe_differences(
     plan = plan_batch(
         probes.sequences, num_minibatches=1, data_parallel_size=layout.dp, max_tokens=max_tokens, multiple_of=layout.tp
     )
-    scored_here = prepass(student, probes.sequences, plan, vocab_size=probes.vocab_size)
+    scored_here = old_policy_scores(student, probes.sequences, plan, vocab_size=probes.vocab_size)
     mine = {index: scores.logprob.tolist() for index, scores in scored_here.items() if student.groups.reports}
     trainer = {index: values for part in gather_objects(mine) for index, values in part.items()}
     return {name: _mean_difference(of_engine, trainer) for name, of_engine in scored.items()}

@@ -17,7 +17,7 @@ from megatron_tropd.training.evaluations import Evaluations
 from megatron_tropd.training.guard import Guard
 from megatron_tropd.training.parity import ParityAlarm, Probes
 from megatron_tropd.training.rewarding import Rewarder
-from megatron_tropd.training.run_logger import Journal
+from megatron_tropd.training.run_logger import RunLogger
 from megatron_tropd.training.student import Student
 
 
@@ -43,5 +43,5 @@ class Run:
     parity: ParityAlarm
     probes: Probes
     evaluations: Evaluations
-    journal: Journal
+    logger: RunLogger
     progress: NullProgress

@@ -1,4 +1,4 @@
-"""What rank 0 writes down; other ranks hold a journal that does nothing."""
+"""What rank 0 writes down; other ranks hold a logger that does nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROLLOUTS_READ = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reader:
+class RolloutReader:
     """Turns rollouts into text and, where the answer is known, into right or wrong."""
 
     decode: Callable[[Sequence[int]], str]
@@ -41,7 +41,7 @@ class Reader:
         return exact_match(text, rollout.finish == "stop", answer, self.pattern)
 
 
-class Journal:
+class RunLogger:
     """Steps, evaluations and sampled rollouts, to the run directory, the sinks and the display."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Journal:
         directory: RunDirectory | None,
         sinks: Sinks,
         progress: NullProgress,
-        reader: Reader,
+        reader: RolloutReader,
         *,
         rollout_interval: int,
         last_step: int,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_tropd import rng
 from megatron_tropd.data.packing import BatchPlan, PackPlan, pack
-from megatron_tropd.data.streams import Payload
+from megatron_tropd.data.streams import SampleScores
 from megatron_tropd.models.build import forward_hidden
 from megatron_tropd.objectives.base import Objective, Regions, mean_over
 from megatron_tropd.objectives.checks import check_streams
@@ -77,12 +77,12 @@ class Batch:
     """A rollout batch with everything known about it, and the updates it is cut into."""
 
     rollouts: Sequence[Rollout]
-    payloads: Mapping[int, Payload]
+    sample_scores: Mapping[int, SampleScores]
     """By rollout index, of the rollouts this rank's data-parallel replica owns; read on its last stage only."""
     context: StepContext
     seed: int
     teacher_hidden: Tensor | None = None
-    """[0, H]: width and dtype of the teacher's hidden states, where payloads hold them."""
+    """[0, H]: width and dtype of the teacher's hidden states, where the sample scores hold them."""
     teacher_weight: Tensor | None = None
     """[v, H]: the teacher's output table for this rank's part of the vocabulary, where its logits are made here."""
 
@@ -108,12 +108,12 @@ def forward_backward(student: Student, objective: Objective, batch: Batch, plan:
 
 
 def _microbatches(student: Student, objective: Objective, batch: Batch, plan: PackPlan) -> Iterator[Microbatch]:
-    """This replica's micro-batches, on the CPU, with the gate's coins; payloads on the last stage only."""
+    """This replica's micro-batches, on the CPU, with the gate's coins; sample scores on the last stage only."""
     coins = rng.key(batch.seed, rng.Stream.GATE, batch.context.step)
     for indices in plan.microbatches[student.groups.coords.dp]:
         packed = pack(
             [batch.rollouts[i] for i in indices],
-            [batch.payloads[i] for i in indices] if student.groups.is_last_stage else None,
+            [batch.sample_scores[i] for i in indices] if student.groups.is_last_stage else None,
             num_tokens=plan.num_tokens,
             needs=objective.needs,
             teacher_hidden=batch.teacher_hidden,

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from megatron_tropd.models.architecture import architecture_from_hf_config, load_hf_config
 from megatron_tropd.rollout.embedded.decoding import Continuation, decode
 from megatron_tropd.rollout.engine import EngineError, SamplingParams, check_requests
-from megatron_tropd.rollout.update_tracker import UpdateLedger
+from megatron_tropd.rollout.update_tracker import UpdateTracker
 from megatron_tropd.types import GenerationRequest, Rollout
 
 try:
@@ -102,19 +102,19 @@ class EmbeddedEngine:
         self._weights = _by_file_name(model.state_dict())
         tied = frozenset({"lm_head.weight"} if architecture.tie_word_embeddings else ())
         shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
-        self._ledger = UpdateLedger(shapes, optional=tied)
+        self._tracker = UpdateTracker(shapes, optional=tied)
         self._tied_to = dict.fromkeys(tied, "model.embed_tokens.weight")
         self._tied_to |= {source: name for name, source in self._tied_to.items()}
 
     @property
     def weight_version(self) -> int | None:
         """Version of the weights in use; None while there is no whole set."""
-        return None if self._model is None else self._ledger.version
+        return None if self._model is None else self._tracker.version
 
     def begin_update(self, version: int) -> None:
         """Stop serving and expect the tensors of ``version``."""
         self._require_open()
-        self._ledger.begin(version)
+        self._tracker.begin(version)
 
     @torch.no_grad()
     def update(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -123,25 +123,25 @@ class EmbeddedEngine:
         self._require_open()
         try:
             for name, tensor in tensors:
-                self._ledger.receive(name, tuple(tensor.shape))
+                self._tracker.receive(name, tuple(tensor.shape))
                 self._take(name, tensor)
         except BaseException as error:
             if not isinstance(error, EngineError):
-                self._ledger.refuse(f"{type(error).__name__}: {error}")
+                self._tracker.refuse(f"{type(error).__name__}: {error}")
             raise
 
     def _take(self, name: str, tensor: Tensor) -> None:
         weight = self._weights[name]
         other = self._tied_to.get(name)
-        if other is None or not self._ledger.has(other):
+        if other is None or not self._tracker.has(other):
             weight.copy_(tensor)
         elif not torch.equal(weight, tensor.to(weight)):
-            self._ledger.fail(f"{name} differs from {other}, but config.json says tie_word_embeddings")
+            self._tracker.fail(f"{name} differs from {other}, but config.json says tie_word_embeddings")
 
     def end_update(self, version: int) -> None:
         """Serve ``version``; raises EngineError if a tensor is missing."""
         self._require_open()
-        self._ledger.end(version)
+        self._tracker.end(version)
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Rollout]:
         """One rollout for each request, in order.  A request without room (``max_new_tokens`` 0) comes
@@ -150,7 +150,7 @@ class EmbeddedEngine:
         Raises:
             EngineError: no whole set of weights, a malformed request, or NaN/infinite logits.
         """
-        model, version = self._require_open(), self._ledger.require_ready()
+        model, version = self._require_open(), self._tracker.require_ready()
         check_requests(requests, vocab_size=self._vocab_size, max_positions=self._max_positions)
         written = [Continuation(token_ids=(), logprobs=(), finish="length")] * len(requests)
         # Neighbours in length share a batch: less padding, fewer steps on half-empty batches.
@@ -178,7 +178,7 @@ class EmbeddedEngine:
     def health(self) -> None:
         """Raise EngineError, saying why, if ``generate`` would be refused now."""
         self._require_open()
-        self._ledger.require_ready()
+        self._tracker.require_ready()
 
     def close(self) -> None:
         """Free the weights.  May be called twice."""

@@ -12,14 +12,14 @@ from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.rollout.engine import EngineError, SamplingParams
 from megatron_tropd.rollout.sglang.api.client import Client
 from megatron_tropd.rollout.sglang.api.generation import (
-    Dialect,
-    Group,
+    PromptGroup,
+    TokenRules,
     generate_body,
     read_samples,
     read_scores,
     score_body,
 )
-from megatron_tropd.rollout.sglang.api.weight_buckets import Bucket, bytes_message, shared_message, update_body
+from megatron_tropd.rollout.sglang.api.weight_buckets import WeightBucket, bytes_message, shared_message, update_body
 from megatron_tropd.rollout.sglang.errors import BadResponse, EngineDown, RequestRefused, StaleWeights
 from megatron_tropd.rollout.sglang.server.process import ServerProcess
 from megatron_tropd.rollout.sglang.settings import SGLangSettings
@@ -146,11 +146,11 @@ class Engine:
 
     async def generate(
         self,
-        group: Group,
+        group: PromptGroup,
         requests: Sequence[GenerationRequest],
         params: SamplingParams,
         version: int,
-        dialect: Dialect,
+        rules: TokenRules,
     ) -> dict[int, Rollout]:  # fmt: skip
         """The samples of one prompt, by their place in the batch.
 
@@ -158,13 +158,13 @@ class Engine:
             EngineDown, RequestRefused, BadResponse, StaleWeights: naming engine, step and prompt.
         """
         what = f"step {params.step}, prompt {group.prompt_uid}"
-        body = generate_body(group, params, dialect)
+        body = generate_body(group, params, rules)
         timeout_s = self._settings.request_timeout_s
         answer = await self._post("/generate", body, what=what, timeout_s=timeout_s, repeatable=True, admin=False)
         with self._named(what):
-            return read_samples(answer, group, requests, version=version, dialect=dialect)
+            return read_samples(answer, group, requests, version=version, rules=rules)
 
-    async def score(self, token_ids: Sequence[int], dialect: Dialect) -> tuple[float, ...]:
+    async def score(self, token_ids: Sequence[int], rules: TokenRules) -> tuple[float, ...]:
         """Log-probability of every token but the first, at temperature 1."""
         assert self.version is not None
         what = f"scoring {len(token_ids)} tokens"
@@ -172,7 +172,7 @@ class Engine:
         timeout_s = self._settings.request_timeout_s
         answer = await self._post("/generate", body, what=what, timeout_s=timeout_s, repeatable=True, admin=False)
         with self._named(what):
-            return read_scores(answer, token_ids, version=self.version, dialect=dialect)
+            return read_scores(answer, token_ids, version=self.version, rules=rules)
 
     @contextlib.contextmanager
     def _named(self, what: str) -> Any:
@@ -212,7 +212,7 @@ class Engine:
             await self._post("/end_weight_update", {}, what="end of an abandoned weight update")
             await self._post("/begin_weight_update", {}, what="begin of a weight update")
 
-    async def send(self, bucket: Bucket, *, last_of_version: int | None, bodies: dict[int, bytes]) -> None:
+    async def send(self, bucket: WeightBucket, *, last_of_version: int | None, bodies: dict[int, bytes]) -> None:
         """Deliver one bucket; the version travels with the last one, and the prefix cache is flushed with it.
 
         ``bodies`` keeps the bucket's bytes for other engines of as many tensor-parallel ranks.

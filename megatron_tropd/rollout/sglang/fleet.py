@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.rollout.engine import EngineError, SamplingParams
-from megatron_tropd.rollout.sglang.api.generation import Dialect, Group, group_requests
-from megatron_tropd.rollout.sglang.api.weight_buckets import Bucket
+from megatron_tropd.rollout.sglang.api.generation import PromptGroup, TokenRules, group_requests
+from megatron_tropd.rollout.sglang.api.weight_buckets import WeightBucket
 from megatron_tropd.rollout.sglang.engine import Engine
 from megatron_tropd.rollout.sglang.errors import BadResponse, EngineDown, StaleWeights
 from megatron_tropd.rollout.sglang.server.process import ServerProcess
@@ -31,15 +31,15 @@ _GOOD_PUSHES = 20
 
 
 @dataclass(slots=True, kw_only=True)
-class Job:
+class GenerationJob:
     """A batch of requests and what came of it so far; outlives the servers that work on it."""
 
     requests: Sequence[GenerationRequest]
     params: SamplingParams
     version: int
-    pending: deque[Group] = field(default_factory=deque)
+    pending: deque[PromptGroup] = field(default_factory=deque)
     done: dict[int, Rollout] = field(default_factory=dict)
-    attempts: Counter[Group] = field(default_factory=Counter)
+    attempts: Counter[PromptGroup] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.pending.extend(group_requests(self.requests))
@@ -47,7 +47,7 @@ class Job:
             if request.max_new_tokens == 0:
                 self.done[index] = _nothing_written(request, self.version)
 
-    def put_back(self, group: Group, error: EngineError) -> None:
+    def put_back(self, group: PromptGroup, error: EngineError) -> None:
         """Have ``group`` written again; raises EngineError when it was tried often enough."""
         self.attempts[group] += 1
         if self.attempts[group] >= _MAX_ATTEMPTS:
@@ -73,8 +73,8 @@ class Fleet:
     ``counts`` tells what went wrong so far, by the names of ``COUNTS``.
     """
 
-    def __init__(self, settings: SGLangSettings, dialect: Dialect, arch: Architecture) -> None:
-        self._settings, self._dialect = settings, dialect
+    def __init__(self, settings: SGLangSettings, rules: TokenRules, arch: Architecture) -> None:
+        self._settings, self._rules = settings, rules
         if settings.urls:
             self.engines = [Engine(i, settings, arch, None, url.rstrip("/")) for i, url in enumerate(settings.urls)]
         else:
@@ -140,7 +140,7 @@ class Fleet:
 
     # ---- generation ----
 
-    async def generate(self, job: Job) -> None:
+    async def generate(self, job: GenerationJob) -> None:
         """Work on ``job`` until it is done, or until no server holds its weights: then groups stay pending.
 
         Raises:
@@ -148,7 +148,7 @@ class Fleet:
             EngineError: a prompt failed too often.
         """
         await self._check(job.version)
-        running: dict[asyncio.Task[dict[int, Rollout]], tuple[Engine, Group]] = {}
+        running: dict[asyncio.Task[dict[int, Rollout]], tuple[Engine, PromptGroup]] = {}
         try:
             while job.pending or running:
                 while job.pending and (engine := self._least_loaded(job.version)):
@@ -192,10 +192,12 @@ class Fleet:
         ]
         return min(free, key=lambda engine: (engine.tokens_in_flight, engine.index), default=None)
 
-    async def _write(self, engine: Engine, group: Group, job: Job) -> dict[int, Rollout]:
-        return await engine.generate(group, job.requests, job.params, job.version, self._dialect)
+    async def _write(self, engine: Engine, group: PromptGroup, job: GenerationJob) -> dict[int, Rollout]:
+        return await engine.generate(group, job.requests, job.params, job.version, self._rules)
 
-    async def _settle(self, task: asyncio.Task[dict[int, Rollout]], engine: Engine, group: Group, job: Job) -> None:
+    async def _settle(
+        self, task: asyncio.Task[dict[int, Rollout]], engine: Engine, group: PromptGroup, job: GenerationJob
+    ) -> None:
         engine.prompts_in_flight -= 1
         engine.tokens_in_flight -= group.tokens
         try:
@@ -212,7 +214,7 @@ class Fleet:
         elif engine.version == job.version:  # the first of its requests to say so
             await self._failed(engine, failure)
 
-    async def _abandon(self, running: dict[asyncio.Task[dict[int, Rollout]], tuple[Engine, Group]]) -> None:
+    async def _abandon(self, running: dict[asyncio.Task[dict[int, Rollout]], tuple[Engine, PromptGroup]]) -> None:
         """Stop waiting, and have the servers stop too."""
         for task in running:
             task.cancel()
@@ -234,7 +236,7 @@ class Fleet:
         """
 
         async def work(engine: Engine) -> list[tuple[float, ...]]:
-            return await asyncio.gather(*(engine.score(sequence, self._dialect) for sequence in sequences))
+            return await asyncio.gather(*(engine.score(sequence, self._rules) for sequence in sequences))
 
         ready = [engine for engine in self.engines if engine.version == version]
         results = await asyncio.gather(*(work(engine) for engine in ready), return_exceptions=True)
@@ -260,7 +262,7 @@ class Fleet:
         wanting = [engine for engine in self._usable() if but_not_with is None or engine.version != but_not_with]
         await self._each(wanting, Engine.begin_update)
 
-    async def send(self, bucket: Bucket, *, last_of_version: int | None) -> None:
+    async def send(self, bucket: WeightBucket, *, last_of_version: int | None) -> None:
         """Deliver a bucket to every server that got all earlier ones."""
         bodies: dict[int, bytes] = {}
         await self._each(

@@ -18,12 +18,12 @@ from megatron_tropd.parallel.fail_together import is_rank_zero, on_rank_zero, re
 from megatron_tropd.rollout.engine import EngineError, SamplingParams, check_requests
 from megatron_tropd.rollout.engines import Export, PushReport
 from megatron_tropd.rollout.sglang.api.checksums import SentChecksums
-from megatron_tropd.rollout.sglang.api.generation import Dialect
+from megatron_tropd.rollout.sglang.api.generation import TokenRules
 from megatron_tropd.rollout.sglang.api.weight_buckets import BucketBuilder
-from megatron_tropd.rollout.sglang.fleet import Fleet, Job
+from megatron_tropd.rollout.sglang.fleet import Fleet, GenerationJob
 from megatron_tropd.rollout.sglang.planned.push import PlannedPush
 from megatron_tropd.rollout.sglang.settings import SGLangSettings
-from megatron_tropd.rollout.update_tracker import UpdateLedger
+from megatron_tropd.rollout.update_tracker import UpdateTracker
 from megatron_tropd.types import GenerationRequest, Rollout
 from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
 
@@ -59,16 +59,16 @@ class SGLangPool:
         self._settings, self._arch, self._vocab_size = settings, arch, vocab_size
         self._export, self._planned, self._probes = export, planned, probes
         self._run: Callable[[Any], Any] = _no_loop
-        self._ledger = UpdateLedger(hf_shapes(arch))
+        self._tracker = UpdateTracker(hf_shapes(arch))
         self._version: int | None = None
         self._fleet: Fleet | None = None
         if is_rank_zero():
-            dialect = Dialect(
+            rules = TokenRules(
                 stop_token_ids=frozenset(stop_token_ids), vocab_size=vocab_size, model_vocab_size=arch.vocab_size
             )
             self._runner = asyncio.Runner()
             self._run = self._runner.run
-            self._fleet = Fleet(settings, dialect, arch)
+            self._fleet = Fleet(settings, rules, arch)
         on_rank_zero(lambda: self._run(self._servers.start()), EngineError)
 
     @property
@@ -100,7 +100,7 @@ class SGLangPool:
         if self._version != version:
             raise EngineError(f"the engines hold weight version {self._version}, the trainer is at {version}")
         check_requests(requests, vocab_size=self._vocab_size, max_positions=self._arch.max_position_embeddings)
-        job = Job(requests=requests, params=params, version=version)
+        job = GenerationJob(requests=requests, params=params, version=version)
         while (rollouts := on_rank_zero(lambda: self._write(job), EngineError)) is None:
             self._deliver_again(version)
         return list(rollouts)
@@ -111,7 +111,7 @@ class SGLangPool:
             raise EngineError("engines lost their weights, and this pool was given no way to export them again")
         self._deliver(self._export, version, only_missing=True)
 
-    def _write(self, job: Job) -> list[Rollout] | None:
+    def _write(self, job: GenerationJob) -> list[Rollout] | None:
         fleet = self._servers
         longest = max((len(r.token_ids) + r.max_new_tokens for r in job.requests), default=0)
         if longest > fleet.max_tokens:
@@ -182,7 +182,7 @@ class SGLangPool:
             try:
                 complete = self._send_all(self._fleet, stream, version, only_missing)
             except Exception as error:  # of any kind: the other ranks wait for the outcome
-                self._ledger.refuse(reason_of(error, EngineError))
+                self._tracker.refuse(reason_of(error, EngineError))
                 failure = error
         for _ in stream:  # the export is collective: the other ranks wait for us in it
             pass
@@ -195,7 +195,7 @@ class SGLangPool:
         return on_rank_zero(outcome, EngineError)
 
     def _send_all(self, fleet: Fleet, stream: Iterator[tuple[str, Tensor]], version: int, only_missing: bool) -> bool:
-        self._ledger.begin(version)
+        self._tracker.begin(version)
         run = self._run
         run(fleet.begin_update(but_not_with=version if only_missing else None))
         builder = BucketBuilder(self._settings.bucket_bytes)
@@ -203,7 +203,7 @@ class SGLangPool:
         hashes = SentChecksums() if plain and not self._arch.num_experts else None
         names = []
         for name, tensor in stream:
-            self._ledger.receive(name, tuple(tensor.shape))
+            self._tracker.receive(name, tuple(tensor.shape))
             self._check_dtype(name, tensor)
             names.append(name)
             if hashes is not None:
@@ -211,14 +211,14 @@ class SGLangPool:
             if full := builder.add(name, tensor):
                 run(fleet.send(full, last_of_version=None))
                 del full
-        self._ledger.end(version)
+        self._tracker.end(version)
         run(fleet.send(builder.close(), last_of_version=version))
         return bool(run(fleet.end_update(version, names, hashes.result() if hashes else None)))
 
     def _check_dtype(self, name: str, tensor: Tensor) -> None:
         given = str(tensor.dtype).removeprefix("torch.")
         if given != self._settings.dtype:
-            self._ledger.fail(f"tensor {name} is {given}, the engines hold {self._settings.dtype}")
+            self._tracker.fail(f"tensor {name} is {given}, the engines hold {self._settings.dtype}")
 
     def close(self) -> None:
         """Stop the servers that were started here.  May be called twice."""

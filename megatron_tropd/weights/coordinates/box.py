@@ -71,5 +71,5 @@ def column_block(hf_name: str, shape: Index, parts: int, part: int, *stack: int)
     )  # fmt: skip
 
 
-Cut = tuple[Index, list[Box]]
+ShapeAndBoxes = tuple[Index, list[Box]]
 """Local shape of a parameter and its boxes."""

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.weights.coordinates.box import Box, Cut, ParamBoxes, block, column_block
+from megatron_tropd.weights.coordinates.box import Box, ParamBoxes, ShapeAndBoxes, block, column_block
 from megatron_tropd.weights.coordinates.hf_shapes import EMBED_TOKENS, LM_HEAD, hf_shape
 
 VOCAB_PADDING = 64
@@ -75,7 +75,7 @@ class EngineLayout:
         return errors
 
 
-def _qkv(arch: Architecture, engine: EngineLayout, rank: int, prefix: str, kind: str) -> Cut:
+def _qkv(arch: Architecture, engine: EngineLayout, rank: int, prefix: str, kind: str) -> ShapeAndBoxes:
     """[q | k | v] of this rank's heads; key/value head ``rank // repeats`` where heads are repeated."""
     rest = hf_shape(arch, f"{prefix}q_proj.{kind}")[1:]
     q_rows = arch.num_attention_heads // engine.tp * arch.head_dim

@@ -19,7 +19,7 @@ from megatron_tropd.models.architecture import (
     WeightRule,
 )
 from megatron_tropd.parallel.layout import ParallelLayout, RankCoords
-from megatron_tropd.weights.coordinates.box import Box, Cut, ParamBoxes, block, column_block
+from megatron_tropd.weights.coordinates.box import Box, ParamBoxes, ShapeAndBoxes, block, column_block
 from megatron_tropd.weights.coordinates.hf_shapes import Index, hf_shape, hf_shapes
 
 
@@ -33,24 +33,24 @@ class OwnedBox:
     box: Box
 
 
-def _replicated(arch: Architecture, names: tuple[str, ...], parts: int, part: int) -> Cut:
+def _replicated(arch: Architecture, names: tuple[str, ...], parts: int, part: int) -> ShapeAndBoxes:
     shape = hf_shape(arch, names[0])
     return shape, [block(names[0], 0, shape, 0)]
 
 
-def _columns(arch: Architecture, names: tuple[str, ...], parts: int, part: int) -> Cut:
+def _columns(arch: Architecture, names: tuple[str, ...], parts: int, part: int) -> ShapeAndBoxes:
     box = column_block(names[0], hf_shape(arch, names[0]), parts, part)
     return box.size, [box]
 
 
-def _gate_up(arch: Architecture, names: tuple[str, ...], parts: int, part: int) -> Cut:
+def _gate_up(arch: Architecture, names: tuple[str, ...], parts: int, part: int) -> ShapeAndBoxes:
     rows, hidden = hf_shape(arch, names[0])
     size = (rows // parts, hidden)
     boxes = [block(name, part * size[0], size, number * size[0]) for number, name in enumerate(names)]
     return (len(names) * size[0], hidden), boxes
 
 
-def _qkv(arch: Architecture, names: tuple[str, ...], parts: int, part: int) -> Cut:
+def _qkv(arch: Architecture, names: tuple[str, ...], parts: int, part: int) -> ShapeAndBoxes:
     """Rows [q_0..q_r-1, k, v] of every query group one after the other, cut evenly (weight or bias).
 
     With more ranks than groups the cut goes through a group, as Megatron's does: it gathers the
@@ -72,7 +72,7 @@ def _qkv(arch: Architecture, names: tuple[str, ...], parts: int, part: int) -> C
     return (rows, *rest), boxes
 
 
-def _vocab(arch: Architecture, name: str, layout: ParallelLayout, tp_rank: int) -> Cut:
+def _vocab(arch: Architecture, name: str, layout: ParallelLayout, tp_rank: int) -> ShapeAndBoxes:
     """Rows of the padded table that are real rows; a rank of nothing but padding has no box."""
     rows = layout.padded_vocab_size(arch.vocab_size) // layout.tp
     first = tp_rank * rows
@@ -81,13 +81,13 @@ def _vocab(arch: Architecture, name: str, layout: ParallelLayout, tp_rank: int) 
     return (rows, arch.hidden_size), boxes
 
 
-_CUTS: dict[Split, Callable[[Architecture, tuple[str, ...], int, int], Cut]] = {
+_SPLITS: dict[Split, Callable[[Architecture, tuple[str, ...], int, int], ShapeAndBoxes]] = {
     Split.REPLICATED: _replicated, Split.COLUMNS: _columns, Split.GATE_UP: _gate_up, Split.QKV: _qkv,
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Placed:
+class _RuleInstance:
     """A rule at one layer (and expert) of one model chunk."""
 
     rule: WeightRule
@@ -97,26 +97,26 @@ class _Placed:
     local_expert: int = 0
 
 
-def _chunk_rules(arch: Architecture, layout: ParallelLayout, coords: RankCoords, chunk: int) -> Iterator[_Placed]:
+def _chunk_rules(arch: Architecture, layout: ParallelLayout, coords: RankCoords, chunk: int) -> Iterator[_RuleInstance]:
     """Every parameter of one model chunk, in the order of the model."""
     if coords.pp == 0 and chunk == 0:
-        yield _Placed(rule=EMBEDDING_RULE)
+        yield _RuleInstance(rule=EMBEDDING_RULE)
     per_rank = arch.num_experts // layout.ep
     for local, layer in enumerate(layout.stage_layers(arch.num_layers, coords.pp, chunk)):
         for rule in arch.layer_rules():
-            yield _Placed(rule=rule, layer=layer, local_layer=local)
+            yield _RuleInstance(rule=rule, layer=layer, local_layer=local)
         for number in range(per_rank):
             for rule in arch.expert_rules():
-                yield _Placed(
+                yield _RuleInstance(
                     rule=rule, layer=layer, local_layer=local, expert=coords.ep * per_rank + number,
                     local_expert=number,
                 )  # fmt: skip
     if coords.pp == layout.pp - 1 and chunk == layout.chunks - 1:
-        yield _Placed(rule=FINAL_NORM_RULE)
+        yield _RuleInstance(rule=FINAL_NORM_RULE)
         if not arch.tie_word_embeddings:
-            yield _Placed(rule=OUTPUT_RULE)
+            yield _RuleInstance(rule=OUTPUT_RULE)
         elif layout.pp > 1:  # a second copy of the embedding; with one stage the module reuses the first
-            yield _Placed(rule=TIED_OUTPUT_RULE)
+            yield _RuleInstance(rule=TIED_OUTPUT_RULE)
 
 
 def rank_boxes(arch: Architecture, layout: ParallelLayout, rank: int) -> tuple[ParamBoxes, ...]:
@@ -138,7 +138,7 @@ def rank_boxes(arch: Architecture, layout: ParallelLayout, rank: int) -> tuple[P
                 shape, boxes = _vocab(arch, hf_names[0], layout, coords.tp)
             else:
                 parts, part = (layout.expert_tp, coords.etp) if is_expert else (layout.tp, coords.tp)
-                shape, boxes = _CUTS[rule.split](arch, hf_names, parts, part)
+                shape, boxes = _SPLITS[rule.split](arch, hf_names, parts, part)
             names = tuple(
                 prefix + name.format(layer=placed.local_layer, expert=placed.local_expert) for name in rule.megatron
             )

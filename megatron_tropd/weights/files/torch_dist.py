@@ -2,7 +2,7 @@
 ever holding a model.
 
 A checkpoint is ``.metadata`` (a pickled torch.distributed.checkpoint ``Metadata``: every global tensor, its
-chunks, and the place of each) and ``.distcp`` files, in which each chunk is what ``torch.save`` makes of a
+chunks, and the byte range of each) and ``.distcp`` files, in which each chunk is what ``torch.save`` makes of a
 tensor (``chunk_header.py``).
 """
 
@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_tropd.weights.coordinates.hf_shapes import Index
 from megatron_tropd.weights.files.byte_ranges import FileRanges
-from megatron_tropd.weights.files.torch_dist_chunk import Place, TorchDistError, read_header
+from megatron_tropd.weights.files.torch_dist_chunk import ByteRange, TorchDistError, read_header
 
 METADATA_FILE = ".metadata"
 _HEADERS_KEPT = 256
@@ -47,7 +47,7 @@ class Chunk:
     key: str
     start: Index
     size: Index
-    place: Place
+    span: ByteRange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class WrittenFile:
     nbytes: int
     sha256: str
     chunks: tuple[Chunk, ...]
-    objects: Mapping[str, Place]
+    objects: Mapping[str, ByteRange]
     """Values that are not tensors, by key."""
 
 
@@ -71,7 +71,7 @@ class ChunkFile:
         self._digest = hashlib.sha256()
         self._written = 0
         self._chunks: list[Chunk] = []
-        self._objects: dict[str, Place] = {}
+        self._objects: dict[str, ByteRange] = {}
 
     def write(self, data: bytes | memoryview) -> int:
         """Append raw bytes (the file-like side, which ``torch.save`` calls)."""
@@ -83,8 +83,8 @@ class ChunkFile:
     def flush(self) -> None:
         """Part of the file-like side; :meth:`close` flushes."""
 
-    def _since(self, offset: int) -> Place:
-        return Place(file=self._name, offset=offset, length=self._written - offset)
+    def _since(self, offset: int) -> ByteRange:
+        return ByteRange(file=self._name, offset=offset, length=self._written - offset)
 
     def add(self, key: str, start: Index, tensor: Tensor) -> None:
         """Store ``tensor`` as the rectangle of global tensor ``key`` that begins at ``start``."""
@@ -92,7 +92,7 @@ class ChunkFile:
         if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
             tensor = tensor.clone()  # torch.save would write the whole storage of a view
         torch.save(tensor, self)  # type: ignore[arg-type]  # write() and flush() are all it calls
-        self._chunks.append(Chunk(key=key, start=start, size=tuple(tensor.shape), place=self._since(offset)))
+        self._chunks.append(Chunk(key=key, start=start, size=tuple(tensor.shape), span=self._since(offset)))
 
     def add_object(self, key: str, data: bytes) -> None:
         """Store the serialized bytes of a value that is not a tensor."""
@@ -127,12 +127,12 @@ def make_metadata(files: Iterable[WrittenFile], tensors: Mapping[str, tuple[Inde
     places: dict[MetadataIndex, _StorageInfo] = {}
     for file in files:
         for chunk in file.chunks:
-            start, place = torch.Size(chunk.start), chunk.place
+            start, span = torch.Size(chunk.start), chunk.span
             entries[chunk.key].chunks.append(ChunkStorageMetadata(start, torch.Size(chunk.size)))
-            places[MetadataIndex(chunk.key, start)] = _StorageInfo(place.file, place.offset, place.length)
-        for key, place in file.objects.items():
+            places[MetadataIndex(chunk.key, start)] = _StorageInfo(span.file, span.offset, span.length)
+        for key, span in file.objects.items():
             entries[key] = BytesStorageMetadata()
-            places[MetadataIndex(key)] = _StorageInfo(place.file, place.offset, place.length)
+            places[MetadataIndex(key)] = _StorageInfo(span.file, span.offset, span.length)
     return Metadata(entries, storage_data=places, storage_meta=StorageMeta())
 
 
@@ -157,7 +157,7 @@ class _Index:
 
 def _index(key: str, parts: Iterable[ChunkStorageMetadata], places: Mapping[Any, Any]) -> _Index:
     chunks = [
-        Chunk(key=key, start=tuple(p.offsets), size=tuple(p.sizes), place=_place(places, MetadataIndex(key, p.offsets)))
+        Chunk(key=key, start=tuple(p.offsets), size=tuple(p.sizes), span=_range(places, MetadataIndex(key, p.offsets)))
         for p in parts
     ]
     chunks.sort(key=lambda chunk: chunk.start)
@@ -180,7 +180,7 @@ class TorchDistReader:
         self._ranges = FileRanges(folder)
         self.tensors: dict[str, tuple[Index, torch.dtype]] = {}
         """Shape and dtype of every global tensor."""
-        self.objects: dict[str, Place] = {}
+        self.objects: dict[str, ByteRange] = {}
         """Values that are not tensors."""
         places = metadata.storage_data or {}
         self._chunks: dict[str, _Index] = {}
@@ -189,8 +189,8 @@ class TorchDistReader:
                 self.tensors[key] = (tuple(entry.size), entry.properties.dtype)
                 self._chunks[key] = _index(key, entry.chunks, places)
             else:
-                self.objects[key] = _place(places, MetadataIndex(key))
-        self._header = lru_cache(_HEADERS_KEPT)(lambda place: read_header(self._ranges, place))
+                self.objects[key] = _range(places, MetadataIndex(key))
+        self._header = lru_cache(_HEADERS_KEPT)(lambda span: read_header(self._ranges, span))
 
     def close(self) -> None:
         """Close the files."""
@@ -198,8 +198,8 @@ class TorchDistReader:
 
     def read_object(self, key: str) -> bytes:
         """Serialized bytes of a value that is not a tensor."""
-        place = self.objects[key]
-        return self._ranges.read(place.file, place.offset, place.length)
+        span = self.objects[key]
+        return self._ranges.read(span.file, span.offset, span.length)
 
     def read_into(self, key: str, start: Index, target: Tensor) -> None:
         """Fill ``target`` with the rectangle of its shape that begins at ``start``, cast to its dtype.
@@ -226,14 +226,14 @@ class TorchDistReader:
             )
 
     def _copy(self, chunk: Chunk, start: Sequence[int], target: Tensor) -> None:
-        header = self._header(chunk.place)
+        header = self._header(chunk.span)
         if header.shape != chunk.size:
             raise TorchDistError(f"{chunk.key}: a chunk of {list(chunk.size)} holds a tensor of {list(header.shape)}")
         size, item = list(target.shape), header.dtype.itemsize
         if not header.is_contiguous:
             span = 1 + sum((n - 1) * s for n, s in zip(header.shape, header.stride, strict=True))
             raw = torch.empty(span, dtype=header.dtype)
-            self._ranges.read_into(chunk.place.file, header.offset + header.first * item, raw)
+            self._ranges.read_into(chunk.span.file, header.offset + header.first * item, raw)
             whole = raw.as_strided(header.shape, header.stride)
             target.copy_(whole[tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))])
             return
@@ -244,13 +244,13 @@ class TorchDistReader:
         shape = (size[outer], *header.shape[outer + 1 :])
         direct = target.dtype == header.dtype and target.is_contiguous() and target.numel() == size[outer] * row
         raw = target.view(shape) if direct else torch.empty(shape, dtype=header.dtype)
-        self._ranges.read_into(chunk.place.file, header.offset + (header.first + before) * item, raw)
+        self._ranges.read_into(chunk.span.file, header.offset + (header.first + before) * item, raw)
         if not direct:
             rest = tuple(slice(s, s + n) for s, n in zip(start[outer + 1 :], size[outer + 1 :], strict=True))
             target.copy_(raw[(slice(None), *rest)].view(size) if rest else raw.view(size))
 
 
-def _place(places: Mapping[Any, Any], index: MetadataIndex) -> Place:
+def _range(places: Mapping[Any, Any], index: MetadataIndex) -> ByteRange:
     info = places.get(index)
     if info is None:
         raise TorchDistError(f"{METADATA_FILE} does not say where {index.fqn} at {index.offset} lies")
@@ -258,4 +258,4 @@ def _place(places: Mapping[Any, Any], index: MetadataIndex) -> Place:
         raise TorchDistError(f"{index.fqn} is stored through {info.transform_descriptors}, which is not supported")
     if Path(info.relative_path).name != info.relative_path:
         raise TorchDistError(f"{METADATA_FILE} names {info.relative_path!r}, which is not a plain file name")
-    return Place(file=info.relative_path, offset=info.offset, length=info.length)
+    return ByteRange(file=info.relative_path, offset=info.offset, length=info.length)

@@ -31,7 +31,7 @@ class TorchDistError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class ByteRange:
     """Where an item of a checkpoint lies."""
 
     file: str
@@ -42,8 +42,8 @@ class Place:
 class _Window(io.RawIOBase):
     """A range of a file as a file of its own, for ``zipfile``."""
 
-    def __init__(self, ranges: FileRanges, place: Place) -> None:
-        self._ranges, self._place, self._position = ranges, place, 0
+    def __init__(self, ranges: FileRanges, span: ByteRange) -> None:
+        self._ranges, self._range, self._position = ranges, span, 0
 
     def readable(self) -> bool:
         return True
@@ -52,7 +52,7 @@ class _Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._place.length}[whence]
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._range.length}[whence]
         self._position = base + offset
         return self._position
 
@@ -60,9 +60,9 @@ class _Window(io.RawIOBase):
         return self._position
 
     def read(self, size: int = -1) -> bytes:
-        left = max(0, self._place.length - self._position)
+        left = max(0, self._range.length - self._position)
         data = self._ranges.read(
-            self._place.file, self._place.offset + self._position, left if size < 0 else min(size, left)
+            self._range.file, self._range.offset + self._position, left if size < 0 else min(size, left)
         )
         self._position += len(data)
         return data
@@ -106,14 +106,14 @@ class _TensorUnpickler(pickle.Unpickler):
         return dtype, key
 
 
-def read_header(ranges: FileRanges, place: Place) -> ChunkHeader:
-    """Where the numbers of the chunk at ``place`` are.
+def read_header(ranges: FileRanges, span: ByteRange) -> ChunkHeader:
+    """Where the numbers of the chunk at ``span`` are.
 
     Raises:
         TorchDistError: it is not one plain, uncompressed, little-endian tensor.
     """
     try:
-        with zipfile.ZipFile(_Window(ranges, place)) as archive:
+        with zipfile.ZipFile(_Window(ranges, span)) as archive:
             members = {info.filename.split("/", 1)[1]: info for info in archive.infolist()}
             if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
                 raise TorchDistError("its numbers are big-endian")
@@ -122,12 +122,12 @@ def read_header(ranges: FileRanges, place: Place) -> ChunkHeader:
             member = members[f"data/{key}"]
         if member.compress_type != zipfile.ZIP_STORED:
             raise TorchDistError("its storage is compressed")
-        start = place.offset + member.header_offset
-        local = ranges.read(place.file, start, _LOCAL_HEADER_BYTES)
+        start = span.offset + member.header_offset
+        local = ranges.read(span.file, start, _LOCAL_HEADER_BYTES)
         names = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
         offset = start + _LOCAL_HEADER_BYTES + names
         return ChunkHeader(offset=offset, dtype=dtype, first=first, shape=shape, stride=stride)
     except TorchDistError as error:
-        raise TorchDistError(f"{place.file}, byte {place.offset}: {error}") from None
+        raise TorchDistError(f"{span.file}, byte {span.offset}: {error}") from None
     except Exception as error:  # a damaged archive or pickle may raise anything
-        raise TorchDistError(f"{place.file}, byte {place.offset}: the chunk is damaged: {error!r}") from error
+        raise TorchDistError(f"{span.file}, byte {span.offset}: the chunk is damaged: {error!r}") from error

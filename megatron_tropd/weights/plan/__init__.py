@@ -13,10 +13,10 @@ Nothing is moved here; that is ``transport``.
 
 FRONT = {
     "bucketing": ("HEADER_BYTES",),
-    "placement": ("Location", "location", "places", "ranks_on_one_gpu"),
+    "placement": ("Location", "location", "number_placements", "ranks_on_one_gpu"),
     "planner": ("build_plan",),
     "proof": ("PlanProof", "prove"),
     "spec": ("PlanSpec",),
-    "statistics": ("PlanStats", "consecutive_places", "plan_stats"),
+    "statistics": ("PlanStats", "consecutive_placements", "plan_stats"),
     "types": ("STAGING_HALVES", "Copy", "Message", "WeightPlan"),
 }

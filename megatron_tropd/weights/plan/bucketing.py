@@ -9,7 +9,7 @@ HEADER_BYTES = 64
 """What every message carries besides its payload (``message.py``)."""
 
 
-class BucketFiller:
+class BucketPacker:
     """First fit: a copy goes to the first bucket in which its sender and its receiver have room.
 
     All ranks work through the buckets in the same order, so one that is busy elsewhere does not hold up

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_tropd.weights.plan.types import Place
+from megatron_tropd.weights.plan.types import Placement
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -33,15 +33,15 @@ def location(params: Iterable[Tensor]) -> Location:
     return Location(machine=machine, device=name)
 
 
-def places(
+def number_placements(
     sources: Sequence[Location], engines: Sequence[Sequence[Location]]
-) -> tuple[tuple[Place, ...], tuple[tuple[Place, ...], ...]]:
-    """Numbers for :func:`build_plan`: ``source_places`` and ``engine_places``, in order of appearance."""
+) -> tuple[tuple[Placement, ...], tuple[tuple[Placement, ...], ...]]:
+    """Numbers for :func:`build_plan`: ``source_placements`` and ``engine_placements``, in order of appearance."""
     nodes: dict[str, int] = {}
     devices: dict[Location, int] = {}
 
-    def place(at: Location) -> Place:
-        return Place(node=nodes.setdefault(at.machine, len(nodes)), gpu=devices.setdefault(at, len(devices)))
+    def place(at: Location) -> Placement:
+        return Placement(node=nodes.setdefault(at.machine, len(nodes)), gpu=devices.setdefault(at, len(devices)))
 
     return tuple(map(place, sources)), tuple(tuple(map(place, engine)) for engine in engines)
 

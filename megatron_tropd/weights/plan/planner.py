@@ -1,6 +1,6 @@
 """Who sends which bytes of which parameter to whom, decided once and equal on every rank.  Integers only.
 
-Every destination box is intersected with the regions that the source ranks hold.  Each piece gets one
+Every destination box is intersected with the shards that the source ranks hold.  Each piece gets one
 sender: on the same GPU if one is there, else on the same node, else the replica that sends least so far,
 else the lowest rank.  Pieces are laid into buckets; a message is what one sender sends one receiver in one
 bucket.  ``proof.py`` checks a plan without believing any of this.
@@ -18,15 +18,15 @@ from megatron_tropd.weights.coordinates.box import ParamBoxes
 from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout, engine_boxes
 from megatron_tropd.weights.coordinates.hf_shapes import Index, hf_shapes
 from megatron_tropd.weights.coordinates.megatron_boxes import rank_boxes
-from megatron_tropd.weights.plan.bucketing import HEADER_BYTES, BucketFiller
-from megatron_tropd.weights.plan.shards import Holder, Piece, PlanError, TensorRegions, source_regions
+from megatron_tropd.weights.plan.bucketing import HEADER_BYTES, BucketPacker
+from megatron_tropd.weights.plan.shards import Holder, Piece, PlanError, TensorShards, source_shards
 from megatron_tropd.weights.plan.types import (
     DEFAULT_BUCKET_BYTES,
     ITEMSIZES,
     STAGING_HALVES,
     Copy,
     Message,
-    Place,
+    Placement,
     WeightPlan,
     plan_digest,
 )
@@ -44,13 +44,13 @@ def source_params(arch: Architecture, layout: ParallelLayout) -> list[tuple[tupl
 class _Senders:
     """Chooses a sender for every piece and remembers how much each sends."""
 
-    def __init__(self, places: Sequence[Place]) -> None:
-        self._places = places
+    def __init__(self, places: Sequence[Placement]) -> None:
+        self._placements = places
         self._load = [0] * len(places)
 
-    def distances(self, target: Place) -> list[int]:
+    def distances(self, target: Placement) -> list[int]:
         """By source rank: 0 on the target's GPU, 1 on its node, 2 elsewhere."""
-        return [0 if place == target else 1 if place.node == target.node else 2 for place in self._places]
+        return [0 if place == target else 1 if place.node == target.node else 2 for place in self._placements]
 
     def choose(self, holders: Iterable[Holder], distances: Sequence[int], num_bytes: int) -> tuple[int, Holder]:
         """The sender of a piece of ``num_bytes`` and its parameter."""
@@ -65,14 +65,14 @@ class _Senders:
 
 
 def _wanted(
-    regions: dict[str, TensorRegions], params: Iterable[ParamBoxes], max_elements: int
+    shards: dict[str, TensorShards], params: Iterable[ParamBoxes], max_elements: int
 ) -> list[tuple[str, str, Piece]]:
     """(HF name, parameter, piece) of one destination rank in the order of its model, none above ``max_elements``."""
     return [
         (box.hf_name, param.names[0], part)
         for param in params
         for box in param.boxes
-        for piece in regions[box.hf_name].pieces(box)
+        for piece in shards[box.hf_name].pieces(box)
         for part in piece.split(box.hf_name, max_elements)
     ]
 
@@ -82,7 +82,12 @@ def _shift(start: Index, offset: Index) -> Index:
 
 
 def _copies(
-    wanted: Iterable[tuple[str, str, Piece]], senders: _Senders, target: Place, engine: int, rank: int, itemsize: int
+    wanted: Iterable[tuple[str, str, Piece]],
+    senders: _Senders,
+    target: Placement,
+    engine: int,
+    rank: int,
+    itemsize: int,
 ) -> Iterator[Copy]:
     """One copy per piece, its sender chosen."""
     distances = senders.distances(target)
@@ -96,17 +101,20 @@ def _copies(
         )  # fmt: skip
 
 
-def _apart(num_sources: int, engines: Sequence[EngineLayout]) -> tuple[list[Place], list[list[Place]]]:
+def _apart(num_sources: int, engines: Sequence[EngineLayout]) -> tuple[list[Placement], list[list[Placement]]]:
     """Places of ranks of which nothing is known: none shares a node with another."""
     node = count()
     return (
-        [Place(node=next(node), gpu=0) for _ in range(num_sources)],
-        [[Place(node=next(node), gpu=0) for _ in range(engine.tp)] for engine in engines],
+        [Placement(node=next(node), gpu=0) for _ in range(num_sources)],
+        [[Placement(node=next(node), gpu=0) for _ in range(engine.tp)] for engine in engines],
     )
 
 
-def _check_places(
-    num_sources: int, engines: Sequence[EngineLayout], sources: Sequence[Place], targets: Sequence[Sequence[Place]]
+def _check_placements(
+    num_sources: int,
+    engines: Sequence[EngineLayout],
+    sources: Sequence[Placement],
+    targets: Sequence[Sequence[Placement]],
 ) -> None:
     given, expected = (len(sources), [len(t) for t in targets]), (num_sources, [engine.tp for engine in engines])
     if given != expected:
@@ -120,16 +128,16 @@ def build_plan(
     *,
     dtype: str,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-    source_places: Sequence[Place] | None = None,
-    engine_places: Sequence[Sequence[Place]] | None = None,
+    source_placements: Sequence[Placement] | None = None,
+    engine_placements: Sequence[Sequence[Placement]] | None = None,
 ) -> WeightPlan:
     """Plan one update of every engine.
 
     Args:
         dtype: Of every parameter on both sides, by torch's name (:data:`ITEMSIZES`).
         bucket_bytes: Staging memory a rank may use, headers included.
-        source_places: By source rank; by default each rank is alone on its node, and so is each engine rank.
-        engine_places: By engine and rank.
+        source_placements: By source rank; by default each rank is alone on its node, and so is each engine rank.
+        engine_placements: By engine and rank.
 
     Raises:
         PlanError, ValueError: a layout that does not fit the model, sources that lack an element, a bucket
@@ -138,12 +146,12 @@ def build_plan(
     if dtype not in ITEMSIZES:
         raise PlanError(f"weights of {dtype} are not supported; known are {', '.join(ITEMSIZES)}")
     sources = source_params(arch, layout)
-    regions = source_regions(hf_shapes(arch), sources)
-    if source_places is None or engine_places is None:
-        source_places, engine_places = _apart(layout.world_size, engines)
-    _check_places(layout.world_size, engines, source_places, engine_places)
+    shards = source_shards(hf_shapes(arch), sources)
+    if source_placements is None or engine_placements is None:
+        source_placements, engine_placements = _apart(layout.world_size, engines)
+    _check_placements(layout.world_size, engines, source_placements, engine_placements)
     itemsize, half = ITEMSIZES[dtype], bucket_bytes // STAGING_HALVES
-    senders, filler = _Senders(source_places), BucketFiller(half)
+    senders, packer = _Senders(source_placements), BucketPacker(half)
     lots: dict[tuple[int, int, int, int], list[Copy]] = {}
     wanted: dict[tuple[EngineLayout, int], list[tuple[str, str, Piece]]] = {}  # engines cut alike want alike
     for engine, engine_layout in enumerate(engines):
@@ -151,9 +159,9 @@ def build_plan(
             key = (engine_layout, rank)
             if key not in wanted:
                 params = engine_boxes(arch, engine_layout, rank)
-                wanted[key] = _wanted(regions, params, (half - HEADER_BYTES) // itemsize)
-            for copy in _copies(wanted[key], senders, engine_places[engine][rank], engine, rank, itemsize):
-                bucket = filler.place(copy.source, (engine, rank), copy.num_bytes)
+                wanted[key] = _wanted(shards, params, (half - HEADER_BYTES) // itemsize)
+            for copy in _copies(wanted[key], senders, engine_placements[engine][rank], engine, rank, itemsize):
+                bucket = packer.place(copy.source, (engine, rank), copy.num_bytes)
                 lots.setdefault((bucket, copy.source, engine, rank), []).append(copy)
     messages = tuple(
         Message(bucket=bucket, source=source, engine=engine, engine_rank=rank, copies=tuple(copies))
@@ -161,6 +169,7 @@ def build_plan(
     )
     plan = WeightPlan(
         num_sources=layout.world_size, engines=tuple(engines), dtype=dtype, bucket_bytes=bucket_bytes,
-        source_places=tuple(source_places), engine_places=tuple(map(tuple, engine_places)), messages=messages,
+        source_placements=tuple(source_placements), engine_placements=tuple(map(tuple, engine_placements)),
+        messages=messages,
     )  # fmt: skip
     return replace(plan, digest=plan_digest(plan))

@@ -62,7 +62,7 @@ class _Area:
     high: Index
 
 
-_Atlas = dict[str, dict[Index, list[_Area]]]
+_AreasByName = dict[str, dict[Index, list[_Area]]]
 """Parameter name -> position in its stack (empty for most) -> areas."""
 
 
@@ -80,8 +80,8 @@ def _area(number: int, box: Box) -> tuple[Index, _Area]:
     return box.local_start[:depth], _Area(number=number, hf_name=box.hf_name, hf_low=box.start, low=low, high=high)
 
 
-def _atlas(params: Iterable[ParamBoxes]) -> _Atlas:
-    atlas: _Atlas = {}
+def _areas_by_name(params: Iterable[ParamBoxes]) -> _AreasByName:
+    areas_of: _AreasByName = {}
     number = 0
     for param in params:
         stacks: dict[Index, list[_Area]] = {}
@@ -90,8 +90,8 @@ def _atlas(params: Iterable[ParamBoxes]) -> _Atlas:
             stacks.setdefault(stack, []).append(area)
             number += 1
         for name in param.names:
-            atlas[name] = stacks
-    return atlas
+            areas_of[name] = stacks
+    return areas_of
 
 
 def _trace(areas: Iterable[_Area], low: Index, high: Index) -> tuple[_Area, Index] | None:
@@ -176,27 +176,31 @@ def _check_engine_is_whole(
             raise ProofError(f"the ranks of engine {engine} do not hold {name} once: {reason}")
 
 
-class _Ledger:
+class _PlanTrace:
     """What was seen of a plan so far."""
 
-    def __init__(self, plan: WeightPlan, sources: Mapping[int, _Atlas], targets: Mapping[tuple[int, int], _Atlas]):
+    def __init__(
+        self, plan: WeightPlan, sources: Mapping[int, _AreasByName], targets: Mapping[tuple[int, int], _AreasByName]
+    ):
         self.itemsize = plan.itemsize
         self.sources, self.targets = sources, targets
         self.landed: dict[tuple[int, int], dict[int, list[tuple[Index, Index]]]] = {key: {} for key in targets}
         self.bytes_sent = self.copies = 0
 
     def _source_corner(self, copy: Copy, where: str) -> tuple[str, Index]:
-        atlas = self.sources.get(copy.source)
-        if atlas is None:
+        areas_of = self.sources.get(copy.source)
+        if areas_of is None:
             raise ProofError(f"{where}: source rank {copy.source} does not exist")
-        names = [name for name in copy.source_names if name in atlas]
+        names = [name for name in copy.source_names if name in areas_of]
         if not names:
             raise ProofError(f"{where}: source rank {copy.source} has no parameter {' / '.join(copy.source_names)}")
         low = copy.source_start
         if len(low) != len(copy.size):
             raise ProofError(f"{where}: the source rectangle has {len(low)} corners and {len(copy.size)} sides")
         high = tuple(begin + extent for begin, extent in zip(low, copy.size, strict=True))
-        found = _trace(atlas[names[0]].get((), ()), low, high) if len({id(atlas[n]) for n in names}) == 1 else None
+        found = (
+            _trace(areas_of[names[0]].get((), ()), low, high) if len({id(areas_of[n]) for n in names}) == 1 else None
+        )
         if found is None:
             raise ProofError(f"{where}: source rank {copy.source} does not own {names[0]}{list(low)} to {list(high)}")
         return found[0].hf_name, found[1]
@@ -268,36 +272,36 @@ def prove(plan: WeightPlan, arch: Architecture, layout: ParallelLayout) -> PlanP
         ProofError: it does not; the message names the tensor, the engine and the rank.
     """
     shapes = hf_shapes(arch)
-    held: dict[tuple[int, ...], _Atlas] = {}
-    sources: dict[int, _Atlas] = {}
+    held: dict[tuple[int, ...], _AreasByName] = {}
+    sources: dict[int, _AreasByName] = {}
     for rank in range(layout.world_size):
         c = layout.coords(rank)
         if (c.tp, c.pp, c.etp, c.ep) not in held:
-            held[c.tp, c.pp, c.etp, c.ep] = _atlas(rank_boxes(arch, layout, rank))
+            held[c.tp, c.pp, c.etp, c.ep] = _areas_by_name(rank_boxes(arch, layout, rank))
         sources[rank] = held[c.tp, c.pp, c.etp, c.ep]
-    targets: dict[tuple[int, int], _Atlas] = {}
-    of_layout: dict[EngineLayout, list[tuple[_Atlas, int, int]]] = {}
+    targets: dict[tuple[int, int], _AreasByName] = {}
+    of_layout: dict[EngineLayout, list[tuple[_AreasByName, int, int]]] = {}
     padding = parameters = 0
     for engine, cut in enumerate(plan.engines):
         if cut not in of_layout:
             params = [engine_boxes(arch, cut, rank) for rank in range(cut.tp)]
             _check_engine_is_whole(params, shapes, engine)
             of_layout[cut] = [
-                (_atlas(p), len(p), _padding(p, shapes, f"engine {engine} rank {rank}", pads_mlp=cut.cpu))
+                (_areas_by_name(p), len(p), _padding(p, shapes, f"engine {engine} rank {rank}", pads_mlp=cut.cpu))
                 for rank, p in enumerate(params)
             ]
-        for rank, (atlas, number, free) in enumerate(of_layout[cut]):
-            targets[engine, rank] = atlas
+        for rank, (areas_of, number, free) in enumerate(of_layout[cut]):
+            targets[engine, rank] = areas_of
             parameters, padding = parameters + number, padding + free
     staging = _check_staging(plan)
-    ledger = _Ledger(plan, sources, targets)
+    trace = _PlanTrace(plan, sources, targets)
     for message in plan.messages:
         for copy in message.copies:
-            ledger.record(copy)
-    needed = sum(ledger.check_landed(key) for key in targets) * plan.itemsize
-    if ledger.bytes_sent != needed:
-        raise ProofError(f"the plan sends {ledger.bytes_sent} bytes, {needed} are needed")
+            trace.record(copy)
+    needed = sum(trace.check_landed(key) for key in targets) * plan.itemsize
+    if trace.bytes_sent != needed:
+        raise ProofError(f"the plan sends {trace.bytes_sent} bytes, {needed} are needed")
     return PlanProof(
-        copies=ledger.copies, parameters=parameters, bytes_needed=needed, bytes_sent=ledger.bytes_sent,
+        copies=trace.copies, parameters=parameters, bytes_needed=needed, bytes_sent=trace.bytes_sent,
         padding_elements=padding, staging_bytes=staging,
     )  # fmt: skip

@@ -17,7 +17,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """A parameter that holds one region, on several ranks alike."""
+    """A parameter that holds one shard, on several ranks alike."""
 
     ranks: tuple[int, ...]
     names: tuple[str, ...]
@@ -26,11 +26,11 @@ class Holder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """What one destination box takes from one region."""
+    """What one destination box takes from one shard."""
 
     holders: tuple[Holder, ...]
     offset: Index
-    """Where it begins in the region; add to a holder's ``local_start``."""
+    """Where it begins in the shard; add to a holder's ``local_start``."""
     start: Index
     """Where it lies in the destination parameter."""
     size: Index
@@ -66,17 +66,17 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TensorRegions:
-    """One HF tensor cut along ``axis`` into regions with consecutive rows (or columns)."""
+class TensorShards:
+    """One HF tensor cut along ``axis`` into shards with consecutive rows (or columns)."""
 
     axis: int
     starts: tuple[int, ...]
     ends: tuple[int, ...]
     holders: tuple[tuple[Holder, ...], ...]
-    """By region; all replicas of it."""
+    """By shard; all replicas of it."""
 
     def pieces(self, box: Box) -> Iterator[Piece]:
-        """The parts of ``box`` by region, in order."""
+        """The parts of ``box`` by shard, in order."""
         axis, stacked = self.axis, len(box.local_start) - len(box.size)
         low, high = box.start[axis], box.start[axis] + box.size[axis]
         position = low
@@ -91,10 +91,10 @@ class TensorRegions:
             yield Piece(holders=self.holders[number], offset=tuple(where), start=tuple(start), size=tuple(length))
 
 
-def source_regions(
+def source_shards(
     shapes: Mapping[str, Index], sources: Iterable[tuple[Sequence[int], Sequence[ParamBoxes]]]
-) -> dict[str, TensorRegions]:
-    """Regions of every tensor in ``shapes``.
+) -> dict[str, TensorShards]:
+    """Shards of every tensor in ``shapes``.
 
     Args:
         shapes: HF name -> shape of the whole tensor.
@@ -112,30 +112,30 @@ def source_regions(
                     raise PlanError(f"{box.hf_name} (in {param.names[0]} on rank {ranks[0]}) is no tensor of the model")
                 holder = Holder(ranks=tuple(ranks), names=param.names, local_start=box.local_start)
                 found[box.hf_name].setdefault((box.start, box.size), []).append(holder)
-    return {name: _cut(name, shapes[name], regions) for name, regions in found.items()}
+    return {name: _cut(name, shapes[name], shards) for name, shards in found.items()}
 
 
-def _cut(name: str, shape: Index, regions: dict[tuple[Index, Index], list[Holder]]) -> TensorRegions:
-    """Check that the regions tile the tensor along one axis."""
-    if not regions:
+def _cut(name: str, shape: Index, shards: dict[tuple[Index, Index], list[Holder]]) -> TensorShards:
+    """Check that the shards tile the tensor along one axis."""
+    if not shards:
         raise PlanError(f"no source rank holds {name}")
-    cut = {axis for _, size in regions for axis, extent in enumerate(size) if extent != shape[axis]}
+    cut = {axis for _, size in shards for axis, extent in enumerate(size) if extent != shape[axis]}
     if len(cut) > 1:
         raise PlanError(f"{name} is cut along axes {sorted(cut)} at once; one is supported")
     axis = cut.pop() if cut else 0
-    ordered = sorted(regions, key=lambda region: region[0][axis])
+    ordered = sorted(shards, key=lambda shard: shard[0][axis])
     end = 0
     for start, size in ordered:
         if start[axis] != end:
-            what = "no source rank holds" if start[axis] > end else "source ranks hold overlapping regions with"
+            what = "no source rank holds" if start[axis] > end else "source ranks hold overlapping shards with"
             low, high = sorted((end, start[axis]))
             raise PlanError(f"{what} indices {low} to {high - 1} of axis {axis} of {name}")
         end = start[axis] + size[axis]
     if end != shape[axis]:
         raise PlanError(f"no source rank holds indices {end} to {shape[axis] - 1} of axis {axis} of {name}")
-    return TensorRegions(
+    return TensorShards(
         axis=axis,
         starts=tuple(start[axis] for start, _ in ordered),
         ends=tuple(start[axis] + size[axis] for start, size in ordered),
-        holders=tuple(tuple(regions[region]) for region in ordered),
+        holders=tuple(tuple(shards[shard]) for shard in ordered),
     )

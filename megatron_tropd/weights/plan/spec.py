@@ -10,7 +10,7 @@ from megatron_tropd.models.architecture import Architecture, RopeScaling
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
 from megatron_tropd.weights.plan.planner import build_plan
-from megatron_tropd.weights.plan.types import DEFAULT_BUCKET_BYTES, Place, WeightPlan
+from megatron_tropd.weights.plan.types import DEFAULT_BUCKET_BYTES, Placement, WeightPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +22,8 @@ class PlanSpec:
     engines: tuple[EngineLayout, ...]
     dtype: str
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
-    source_places: tuple[Place, ...] | None = None
-    engine_places: tuple[tuple[Place, ...], ...] | None = None
+    source_placements: tuple[Placement, ...] | None = None
+    engine_placements: tuple[tuple[Placement, ...], ...] | None = None
 
     def build(self) -> WeightPlan:
         """The plan; equal for equal specs, wherever it is made.
@@ -46,15 +46,15 @@ class PlanSpec:
         """
         try:
             value = json.loads(text)
-            arch, places, engine_places = value["arch"], value["source_places"], value["engine_places"]
+            arch, places, engine_placements = value["arch"], value["source_placements"], value["engine_placements"]
             llama3 = arch["rope_llama3"]
             given = {
                 "arch": Architecture(**{**arch, "rope_llama3": RopeScaling(**llama3) if llama3 else None}),
                 "layout": ParallelLayout(**value["layout"]),
                 "engines": tuple(EngineLayout(**engine) for engine in value["engines"]),
-                "source_places": places and tuple(Place(**place) for place in places),
-                "engine_places": engine_places
-                and tuple(tuple(Place(**place) for place in engine) for engine in engine_places),
+                "source_placements": places and tuple(Placement(**place) for place in places),
+                "engine_placements": engine_placements
+                and tuple(tuple(Placement(**place) for place in engine) for engine in engine_placements),
             }
             return cls(**{**value, **given})
         except (KeyError, TypeError) as error:
@@ -66,5 +66,5 @@ def _build(spec: PlanSpec) -> WeightPlan:
     """Remembers the last: whoever connects asks for digest, proof and messages, and a large plan takes seconds."""
     return build_plan(
         spec.arch, spec.layout, spec.engines, dtype=spec.dtype, bucket_bytes=spec.bucket_bytes,
-        source_places=spec.source_places, engine_places=spec.engine_places,
+        source_placements=spec.source_placements, engine_placements=spec.engine_placements,
     )  # fmt: skip

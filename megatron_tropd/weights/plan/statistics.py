@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_tropd.weights.plan.types import Place, WeightPlan
+from megatron_tropd.weights.plan.types import Placement, WeightPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,10 @@ def plan_stats(plan: WeightPlan) -> PlanStats:
         ingress[target] += size
         pairs.add((message.source, target))
         copies += len(message.copies)
-        here, there = plan.source_places[message.source], plan.engine_places[message.engine][message.engine_rank]
+        here, there = (
+            plan.source_placements[message.source],
+            plan.engine_placements[message.engine][message.engine_rank],
+        )
         if here == there:
             same_gpu += size
         elif here.node == there.node:
@@ -60,8 +63,8 @@ def plan_stats(plan: WeightPlan) -> PlanStats:
     )  # fmt: skip
 
 
-def consecutive_places(count: int, *, first: int = 0, gpus_per_node: int = 8) -> tuple[Place, ...]:
+def consecutive_placements(count: int, *, first: int = 0, gpus_per_node: int = 8) -> tuple[Placement, ...]:
     """Places of ``count`` ranks on GPU ``first``, ``first + 1`` ... of a cluster of equal nodes."""
     return tuple(
-        Place(node=number // gpus_per_node, gpu=number % gpus_per_node) for number in range(first, first + count)
+        Placement(node=number // gpus_per_node, gpu=number % gpus_per_node) for number in range(first, first + count)
     )

@@ -16,7 +16,7 @@ STAGING_HALVES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class Placement:
     """Where a rank runs."""
 
     node: int
@@ -80,8 +80,8 @@ class WeightPlan:
     """Of every parameter, by torch's name (:data:`ITEMSIZES`)."""
     bucket_bytes: int
     """Staging memory of any rank, senders and receivers alike."""
-    source_places: tuple[Place, ...]
-    engine_places: tuple[tuple[Place, ...], ...]
+    source_placements: tuple[Placement, ...]
+    engine_placements: tuple[tuple[Placement, ...], ...]
     messages: tuple[Message, ...]
     digest: str = field(default="", compare=False)
     """sha256 of everything above.  Equal on every rank that planned the same."""
@@ -116,7 +116,14 @@ class WeightPlan:
 
 def plan_digest(plan: WeightPlan) -> str:
     """sha256 of a plan's contents."""
-    head = (plan.num_sources, plan.engines, plan.dtype, plan.bucket_bytes, plan.source_places, plan.engine_places)
+    head = (
+        plan.num_sources,
+        plan.engines,
+        plan.dtype,
+        plan.bucket_bytes,
+        plan.source_placements,
+        plan.engine_placements,
+    )
     digest = hashlib.sha256(repr(head).encode())
     for message in plan.messages:
         numbers = array("q", (message.bucket, message.source, message.engine, message.engine_rank))

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from megatron_tropd.weights.plan.bucketing import HEADER_BYTES
 from megatron_tropd.weights.plan.types import Message
-from megatron_tropd.weights.transport.message import Header, Kind, describe, disagreement
-from megatron_tropd.weights.transport.p2p import Flight, Wire
+from megatron_tropd.weights.transport.message import Header, Kind, disagreement, message_name
+from megatron_tropd.weights.transport.p2p import P2PGroup, P2PTransfer
 
 DATA_TAG, TAKEN_TAG = 2, 4
 
 
-class Sending(Protocol):
+class PendingSend(Protocol):
     """A message on its way, seen from its sender."""
 
     def finish(self) -> None:
@@ -36,7 +36,7 @@ class Sending(Protocol):
         """
 
 
-class Arrival(Protocol):
+class PendingReceive(Protocol):
     """A message on its way, seen from its receiver."""
 
     @property
@@ -50,7 +50,7 @@ class Arrival(Protocol):
             TransportError: the sender is gone or silent.
         """
 
-    def release(self, header: Header) -> list[Flight]:
+    def release(self, header: Header) -> list[P2PTransfer]:
         """Its memory is no longer needed; what must be waited for before the update ends."""
 
 
@@ -59,113 +59,113 @@ class Channel(Protocol):
 
     shared: bool
 
-    def send(self, message: Message, header: Header, part: Tensor, peer: int) -> Sending:
+    def send(self, message: Message, header: Header, part: Tensor, peer: int) -> PendingSend:
         """Begin to send ``part``, whose payload is in place."""
 
-    def receive(self, message: Message, part: Tensor) -> Arrival:
+    def receive(self, message: Message, part: Tensor) -> PendingReceive:
         """Expect a message in ``part``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _SentWhole:
-    flight: Flight
+class _P2PSend:
+    transfer: P2PTransfer
 
     def finish(self) -> None:
-        self.flight.wait()
+        self.transfer.wait()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _ArrivingWhole:
-    flight: Flight
+class _P2PReceive:
+    transfer: P2PTransfer
     part: Tensor
 
     def wait(self) -> Tensor:
-        self.flight.wait()
+        self.transfer.wait()
         return self.part[:HEADER_BYTES]
 
-    def release(self, header: Header) -> list[Flight]:
+    def release(self, header: Header) -> list[P2PTransfer]:
         return []
 
 
-class PointToPoint:
+class P2PChannel:
     """Everything over the group, whose tensors are where the weights are."""
 
     shared = False
 
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
+    def __init__(self, p2p: P2PGroup) -> None:
+        self._p2p = p2p
 
-    def send(self, message: Message, header: Header, part: Tensor, peer: int) -> Sending:
+    def send(self, message: Message, header: Header, part: Tensor, peer: int) -> PendingSend:
         """Header and payload as one message."""
-        part[:HEADER_BYTES].copy_(self._wire.frame(header))
-        return _SentWhole(flight=self._wire.send(part, peer, DATA_TAG, describe(message)))
+        part[:HEADER_BYTES].copy_(self._p2p.frame(header))
+        return _P2PSend(transfer=self._p2p.send(part, peer, DATA_TAG, message_name(message)))
 
-    def receive(self, message: Message, part: Tensor) -> Arrival:
+    def receive(self, message: Message, part: Tensor) -> PendingReceive:
         """The same."""
-        return _ArrivingWhole(flight=self._wire.receive(part, message.source, DATA_TAG, describe(message)), part=part)
+        return _P2PReceive(transfer=self._p2p.receive(part, message.source, DATA_TAG, message_name(message)), part=part)
 
 
-def _settle(memory: Tensor) -> None:
+def _synchronize(memory: Tensor) -> None:
     """Until the GPU has done what was asked of it with ``memory``: the other process has streams of its own."""
     if memory.is_cuda:
         torch.cuda.synchronize(memory.device)
 
 
-def _taken(header: Header) -> Header:
+def _taken_header(header: Header) -> Header:
     return Header(
         kind=Kind.TAKEN, version=header.version, bucket=header.bucket, digest=header.digest, on_gpu=header.on_gpu
     )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Announced:
-    announced: Flight
-    taken: Flight
+class _SharedSend:
+    announced: P2PTransfer
+    taken: P2PTransfer
     expected: Header
 
     def finish(self) -> None:
         self.announced.wait()
         self.taken.wait()
         if wrong := disagreement(self.taken.data, self.expected):
-            raise self.taken.wire.lost(self.taken.what, wrong)
+            raise self.taken.p2p.lost(self.taken.what, wrong)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Lying:
-    wire: Wire
+class _SharedReceive:
+    p2p: P2PGroup
     message: Message
-    flight: Flight
+    transfer: P2PTransfer
     part: Tensor
 
     def wait(self) -> Tensor:
-        self.flight.wait()
-        return self.flight.data
+        self.transfer.wait()
+        return self.transfer.data
 
-    def release(self, header: Header) -> list[Flight]:
-        _settle(self.part)
-        frame = self.wire.frame(_taken(header))
-        return [self.wire.send(frame, self.message.source, TAKEN_TAG, f"answer to {describe(self.message)}")]
+    def release(self, header: Header) -> list[P2PTransfer]:
+        _synchronize(self.part)
+        frame = self.p2p.frame(_taken_header(header))
+        return [self.p2p.send(frame, self.message.source, TAKEN_TAG, f"answer to {message_name(self.message)}")]
 
 
-class SharedMemory:
+class SharedMemoryChannel:
     """Payloads in memory both sides have open; ``wire`` carries frames in host memory."""
 
     shared = True
 
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
+    def __init__(self, p2p: P2PGroup) -> None:
+        self._p2p = p2p
 
-    def send(self, message: Message, header: Header, part: Tensor, peer: int) -> Sending:
+    def send(self, message: Message, header: Header, part: Tensor, peer: int) -> PendingSend:
         """Announce what lies in ``part``, which the receiver sees too."""
-        _settle(part)
-        what = describe(message)
-        return _Announced(
-            announced=self._wire.send(self._wire.frame(header), peer, DATA_TAG, what),
-            taken=self._wire.receive(self._wire.empty(), peer, TAKEN_TAG, what),
-            expected=_taken(header),
+        _synchronize(part)
+        what = message_name(message)
+        return _SharedSend(
+            announced=self._p2p.send(self._p2p.frame(header), peer, DATA_TAG, what),
+            taken=self._p2p.receive(self._p2p.empty(), peer, TAKEN_TAG, what),
+            expected=_taken_header(header),
         )
 
-    def receive(self, message: Message, part: Tensor) -> Arrival:
+    def receive(self, message: Message, part: Tensor) -> PendingReceive:
         """Expect the announcement; ``part`` is the sender's memory."""
-        flight = self._wire.receive(self._wire.empty(), message.source, DATA_TAG, describe(message))
-        return _Lying(wire=self._wire, message=message, flight=flight, part=part)
+        transfer = self._p2p.receive(self._p2p.empty(), message.source, DATA_TAG, message_name(message))
+        return _SharedReceive(p2p=self._p2p, message=message, transfer=transfer, part=part)

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.weights.plan.types import Message, WeightPlan
-from megatron_tropd.weights.transport.channel import Channel, PointToPoint, SharedMemory
+from megatron_tropd.weights.transport.channel import Channel, P2PChannel, SharedMemoryChannel
 from megatron_tropd.weights.transport.message import Header, Kind, TransportError, disagreement
-from megatron_tropd.weights.transport.p2p import Flight, Wire
+from megatron_tropd.weights.transport.p2p import P2PGroup, P2PTransfer
 from megatron_tropd.weights.transport.staging import Staging, by_bucket
 
 HELLO_TAG, ACKNOWLEDGE_TAG, OPEN_TAG = 1, 3, 7
@@ -68,12 +68,12 @@ class Endpoint:
         self.plan, self._params, self._peers = plan, params, peers
         self._buckets, self._num_messages = by_bucket(messages), len(messages)
         self._device = next((tensor.device for tensor in params.values()), torch.device("cpu"))
-        self._data = self._control = Wire(group, self._device, timeout_s)
+        self._data = self._control = P2PGroup(group, self._device, timeout_s)
         if frames is not None:
-            self._control = Wire(frames, torch.device("cpu"), timeout_s)
-        self._channels: Mapping[int, Channel] = dict.fromkeys(peers, PointToPoint(self._data))
+            self._control = P2PGroup(frames, torch.device("cpu"), timeout_s)
+        self._channels: Mapping[int, Channel] = dict.fromkeys(peers, P2PChannel(self._data))
 
-    def _open_pairs(self, begin: Callable[[Tensor, int, int, str], Flight]) -> None:
+    def _open_pairs(self, begin: Callable[[Tensor, int, int, str], P2PTransfer]) -> None:
         """Have NCCL make its communicator of every pair, in an order that is one for all ranks.
 
         The first message of a pair makes it, in a call that waits for the other side; met in the order of
@@ -86,7 +86,7 @@ class Endpoint:
                 begin(self._data.empty(1), peer, OPEN_TAG, f"first message with {self._peers[peer]}").wait()
 
     def _share_with(self, peers: Iterable[int]) -> None:
-        shared = SharedMemory(self._control)
+        shared = SharedMemoryChannel(self._control)
         self._channels = {**self._channels, **dict.fromkeys(peers, shared)}
 
     @property
@@ -115,12 +115,12 @@ class Endpoint:
         """Compare plan digest and version with every peer before any data moves."""
         if self.broken:
             raise TransportError(f"this group was given up: {self.broken}; make a new one")
-        mine, wire, names = self._header(Kind.HELLO, version), self._control, self._peers
-        frame = wire.frame(mine)
-        answers = {peer: wire.receive(wire.empty(), peer, HELLO_TAG, f"hello with {names[peer]}") for peer in names}
-        greetings = [wire.send(frame, peer, HELLO_TAG, f"hello with {names[peer]}") for peer in names]
-        for flight in (*answers.values(), *greetings):
-            flight.wait()
+        mine, p2p, names = self._header(Kind.HELLO, version), self._control, self._peers
+        frame = p2p.frame(mine)
+        answers = {peer: p2p.receive(p2p.empty(), peer, HELLO_TAG, f"hello with {names[peer]}") for peer in names}
+        greetings = [p2p.send(frame, peer, HELLO_TAG, f"hello with {names[peer]}") for peer in names]
+        for transfer in (*answers.values(), *greetings):
+            transfer.wait()
         for peer, name in names.items():
             if wrong := disagreement(answers[peer].data, mine):
                 raise TransportError(f"{name} and this rank do not agree on the update: {wrong}")

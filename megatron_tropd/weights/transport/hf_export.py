@@ -21,7 +21,7 @@ DEFAULT_BUCKET_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bucket:
+class ExportBucket:
     """Consecutive HF tensors that travel together."""
 
     shapes: dict[str, Index]
@@ -33,7 +33,7 @@ class Bucket:
         return sum(owned.box.numel for owned in self.sent[rank])
 
 
-def make_buckets(arch: Architecture, layout: ParallelLayout, *, bucket_elements: int) -> tuple[Bucket, ...]:
+def make_buckets(arch: Architecture, layout: ParallelLayout, *, bucket_elements: int) -> tuple[ExportBucket, ...]:
     """Cut the HF model into buckets of at most ``bucket_elements`` (one tensor at least)."""
     by_name: dict[str, list[OwnedBox]] = {}
     for owned in owners(arch, layout):
@@ -54,7 +54,7 @@ def make_buckets(arch: Architecture, layout: ParallelLayout, *, bucket_elements:
         for owned in (owned for name in names for owned in by_name[name]):
             sent.setdefault(owned.rank, []).append(owned)
         buckets.append(
-            Bucket(
+            ExportBucket(
                 shapes={name: shapes[name] for name in names},
                 sent={rank: tuple(sent[rank]) for rank in sorted(sent)},
             )
@@ -133,10 +133,10 @@ class HfExporter:
                 yield name, full.pop(name)
 
     def _exchange(
-        self, bucket: Bucket, local: dict[str, Tensor], full: dict[str, Tensor], device: torch.device,
+        self, bucket: ExportBucket, local: dict[str, Tensor], full: dict[str, Tensor], device: torch.device,
         group: dist.ProcessGroup,
     ) -> None:  # fmt: skip
-        flying = []
+        in_flight = []
         for owner, owned_boxes in bucket.sent.items():
             message = torch.empty(bucket.elements(owner), dtype=self._dtype, device=device)
             if owner == self._rank:
@@ -144,8 +144,8 @@ class HfExporter:
                     part.copy_(_piece(local, owned))
             # Bytes, so that no backend may touch a bit pattern (NaN payloads).
             work = dist.broadcast(message.view(torch.uint8), group=group, group_src=owner, async_op=True)
-            flying.append((work, message, [owned.box for owned in owned_boxes]))
-        for work, message, boxes in flying:
+            in_flight.append((work, message, [owned.box for owned in owned_boxes]))
+        for work, message, boxes in in_flight:
             work.wait()
             for box, part in zip(boxes, _cut(message, boxes), strict=True):
                 full[box.hf_name][box.hf_slices].copy_(part)

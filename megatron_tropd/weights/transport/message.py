@@ -1,4 +1,4 @@
-"""What is written on the wire: a header of 64 bytes before every message, its checksum, and what an error says."""
+"""What is written on the p2p: a header of 64 bytes before every message, its checksum, and what an error says."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def checksum(data: Tensor) -> int:
     return int(total) & 0xFFFFFFFF
 
 
-def describe(message: Message) -> str:
+def message_name(message: Message) -> str:
     """A message in an error: tensors, ranks, bucket."""
     first, last = message.copies[0].hf_name, message.copies[-1].hf_name
     tensors = first if first == last else f"{first} to {last}"

@@ -17,10 +17,10 @@ POLL_S = 0.001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Flight:
+class P2PTransfer:
     """A send or a receive that has begun; its memory must stay until :meth:`wait` returns."""
 
-    wire: Wire
+    p2p: P2PGroup
     work: Any
     data: Tensor
     what: str
@@ -31,10 +31,10 @@ class Flight:
         Raises:
             TransportError: the peer is gone, or the timeout has passed.
         """
-        self.wire.wait(self)
+        self.p2p.wait(self)
 
 
-class Wire:
+class P2PGroup:
     """Point to point messages over one group, whose tensors are on one device."""
 
     def __init__(self, group: Any, device: torch.device, timeout_s: float) -> None:
@@ -51,34 +51,34 @@ class Wire:
         """A header as a message."""
         return torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8).to(self.device)
 
-    def send(self, data: Tensor, peer: int, tag: int, what: str) -> Flight:
+    def send(self, data: Tensor, peer: int, tag: int, what: str) -> P2PTransfer:
         """Begin to send; ``what`` stands in errors."""
         return self._start(self._group.send, data, peer, tag, what)
 
-    def receive(self, data: Tensor, peer: int, tag: int, what: str) -> Flight:
+    def receive(self, data: Tensor, peer: int, tag: int, what: str) -> P2PTransfer:
         """Begin to receive."""
         return self._start(self._group.recv, data, peer, tag, what)
 
-    def _start(self, call: Any, data: Tensor, peer: int, tag: int, what: str) -> Flight:
+    def _start(self, call: Any, data: Tensor, peer: int, tag: int, what: str) -> P2PTransfer:
         try:
-            return Flight(wire=self, work=call([data], peer, tag), data=data, what=what)
+            return P2PTransfer(p2p=self, work=call([data], peer, tag), data=data, what=what)
         except RuntimeError as error:
             raise self.lost(what, error) from error
 
-    def wait(self, flight: Flight) -> None:
-        """See :meth:`Flight.wait`."""
+    def wait(self, transfer: P2PTransfer) -> None:
+        """See :meth:`P2PTransfer.wait`."""
         try:
             if self.device.type == "cpu":
-                flight.work.wait(timedelta(seconds=self._timeout_s))
+                transfer.work.wait(timedelta(seconds=self._timeout_s))
                 return
             deadline = time.monotonic() + self._timeout_s
-            while not flight.work.is_completed():
+            while not transfer.work.is_completed():
                 if time.monotonic() > deadline:
                     raise RuntimeError("timed out")
                 time.sleep(POLL_S)
-            flight.work.wait()
+            transfer.work.wait()
         except RuntimeError as error:
-            raise self.lost(flight.what, error) from error
+            raise self.lost(transfer.what, error) from error
 
     def lost(self, what: str, error: object) -> TransportError:
         """Give the group up; the error to raise."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_tropd.weights.plan.bucketing import HEADER_BYTES
 from megatron_tropd.weights.plan.types import Message, WeightPlan
-from megatron_tropd.weights.transport.channel import Arrival
+from megatron_tropd.weights.transport.channel import PendingReceive
 from megatron_tropd.weights.transport.endpoint import (
     ACKNOWLEDGE_TAG,
     Endpoint,
@@ -20,7 +20,7 @@ from megatron_tropd.weights.transport.endpoint import (
     extend_checksum,
     take_next,
 )
-from megatron_tropd.weights.transport.message import Kind, TransportError, checksum, describe, disagreement
+from megatron_tropd.weights.transport.message import Kind, TransportError, checksum, disagreement, message_name
 from megatron_tropd.weights.transport.shared_memory_handshake import accept
 from megatron_tropd.weights.transport.staging import Staging, by_bucket, check_parameters, half_sizes
 
@@ -74,10 +74,10 @@ class PlannedReceiver(Endpoint):
         self._greet(version)
         self.partial = True
         wrong, sums, arrived = self._take_buckets(version)
-        kind, wire, answers = Kind.REFUSED if wrong else Kind.ACKNOWLEDGED, self._control, []
+        kind, p2p, answers = Kind.REFUSED if wrong else Kind.ACKNOWLEDGED, self._control, []
         for peer, name in self._peers.items():
-            frame = wire.frame(self._header(kind, version, checksum=sums[peer], payload_bytes=arrived[peer]))
-            answers.append(wire.send(frame, peer, ACKNOWLEDGE_TAG, f"answer to {name}"))
+            frame = p2p.frame(self._header(kind, version, checksum=sums[peer], payload_bytes=arrived[peer]))
+            answers.append(p2p.send(frame, peer, ACKNOWLEDGE_TAG, f"answer to {name}"))
         for answer in answers:
             answer.wait()
         if wrong:
@@ -88,28 +88,28 @@ class PlannedReceiver(Endpoint):
     def _take_buckets(self, version: int) -> tuple[str, dict[int, int], dict[int, int]]:
         """(first thing that was wrong, checksum and bytes by peer); the next bucket flies while one is unpacked."""
         wrong, sums, arrived = "", dict.fromkeys(self._peers, 0), dict.fromkeys(self._peers, 0)
-        flying, answers = self._post(0), []
+        in_flight, answers = self._post(0), []
         for number, bucket in enumerate(self._buckets):
             following = self._post(number + 1)
-            for message, arrival in zip(bucket, flying, strict=True):
+            for message, arrival in zip(bucket, in_flight, strict=True):
                 header, part = arrival.wait(), arrival.part
                 total = checksum(part[HEADER_BYTES:])
                 expected = self._header(
                     Kind.DATA, version, bucket=message.bucket, checksum=total, payload_bytes=message.payload_bytes
                 )
                 if not wrong and (reason := disagreement(header, expected)):
-                    wrong = f"{describe(message)}: {reason}"
+                    wrong = f"{message_name(message)}: {reason}"
                 if not wrong:
                     self._unpack(message, part)
                 sums[message.source] = extend_checksum(sums[message.source], total)
                 arrived[message.source] += message.payload_bytes
                 answers += arrival.release(expected)
-            flying = following
+            in_flight = following
         for answer in answers:
             answer.wait()
         return wrong, sums, arrived
 
-    def _post(self, number: int) -> list[Arrival]:
+    def _post(self, number: int) -> list[PendingReceive]:
         if number >= len(self._buckets):
             return []
         return [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_tropd.weights.plan.bucketing import HEADER_BYTES
 from megatron_tropd.weights.plan.types import STAGING_HALVES, Message, WeightPlan
-from megatron_tropd.weights.transport.channel import Sending
+from megatron_tropd.weights.transport.channel import PendingSend
 from megatron_tropd.weights.transport.endpoint import (
     ACKNOWLEDGE_TAG,
     Endpoint,
@@ -69,11 +69,11 @@ class PlannedSender(Endpoint):
         """
         start, sums, sent = time.monotonic(), dict.fromkeys(self._peers, 0), dict.fromkeys(self._peers, 0)
         self._greet(version)
-        flying: deque[list[Sending]] = deque()
+        in_flight: deque[list[PendingSend]] = deque()
         for number, bucket in enumerate(self._buckets):
-            if len(flying) == STAGING_HALVES:  # the half that this bucket needs is still on the wire, or being read
-                self._finish(flying.popleft())
-            flying.append([])
+            if len(in_flight) == STAGING_HALVES:  # the half that this bucket needs is still on the p2p, or being read
+                self._finish(in_flight.popleft())
+            in_flight.append([])
             for message, part in zip(bucket, self._staging.cut(number, bucket), strict=True):
                 peer = self.plan.group_rank(message.engine, message.engine_rank)
                 header = self._pack(message, part, version)
@@ -81,8 +81,8 @@ class PlannedSender(Endpoint):
                     extend_checksum(sums[peer], header.checksum),
                     sent[peer] + message.payload_bytes,
                 )
-                flying[-1].append(self._channels[peer].send(message, header, part, peer))
-        for sendings in flying:
+                in_flight[-1].append(self._channels[peer].send(message, header, part, peer))
+        for sendings in in_flight:
             self._finish(sendings)
         self._await_acknowledgements(version, sums, sent)
         return self._report(version, sent, start)
@@ -95,15 +95,14 @@ class PlannedSender(Endpoint):
             payload_bytes=message.payload_bytes,
         )  # fmt: skip
 
-    def _finish(self, sendings: list[Sending]) -> None:
+    def _finish(self, sendings: list[PendingSend]) -> None:
         for sending in sendings:
             sending.finish()
 
     def _await_acknowledgements(self, version: int, sums: Mapping[int, int], sent: Mapping[int, int]) -> None:
-        wire, names = self._control, self._peers
+        p2p, names = self._control, self._peers
         answers = {
-            peer: wire.receive(wire.empty(), peer, ACKNOWLEDGE_TAG, f"acknowledgement of {names[peer]}")
-            for peer in names
+            peer: p2p.receive(p2p.empty(), peer, ACKNOWLEDGE_TAG, f"acknowledgement of {names[peer]}") for peer in names
         }
         problems = []
         for peer, name in names.items():

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron_tropd.weights.transport.p2p import Wire
+from megatron_tropd.weights.transport.p2p import P2PGroup
 from megatron_tropd.weights.transport.shared_memory import SharedSegment, open_segment
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def _pack(value: object) -> Tensor:
     return torch.frombuffer(bytearray(data.ljust(_FRAME_BYTES)), dtype=torch.uint8)
 
 
-def offer(wire: Wire, segments: Sequence[SharedSegment], peers: Mapping[int, str]) -> frozenset[int]:
+def offer(p2p: P2PGroup, segments: Sequence[SharedSegment], peers: Mapping[int, str]) -> frozenset[int]:
     """Have every peer open the segments; those that did.  All receivers :func:`accept` meanwhile.
 
     Raises:
@@ -38,15 +38,15 @@ def offer(wire: Wire, segments: Sequence[SharedSegment], peers: Mapping[int, str
     """
     try:
         answers = {
-            peer: wire.receive(wire.empty(_FRAME_BYTES), peer, OPENED_TAG, f"answer of {name} to shared memory")
+            peer: p2p.receive(p2p.empty(_FRAME_BYTES), peer, OPENED_TAG, f"answer of {name} to shared memory")
             for peer, name in peers.items()
         }
         offers = [
-            wire.send(_pack([s.handle() for s in segments]), peer, OFFER_TAG, f"offer of shared memory to {name}")
+            p2p.send(_pack([s.handle() for s in segments]), peer, OFFER_TAG, f"offer of shared memory to {name}")
             for peer, name in peers.items()
         ]
-        for flight in (*offers, *answers.values()):
-            flight.wait()
+        for transfer in (*offers, *answers.values()):
+            transfer.wait()
     finally:
         for segment in segments:
             segment.close()
@@ -57,7 +57,7 @@ def offer(wire: Wire, segments: Sequence[SharedSegment], peers: Mapping[int, str
     return frozenset(peer for peer, problem in problems.items() if not problem)
 
 
-def accept(wire: Wire, sizes: Mapping[int, Sequence[int]], peers: Mapping[int, str]) -> dict[int, list[Tensor]]:
+def accept(p2p: P2PGroup, sizes: Mapping[int, Sequence[int]], peers: Mapping[int, str]) -> dict[int, list[Tensor]]:
     """Open what every sender offers; its segments, by sender, where that was possible.
 
     Args:
@@ -68,19 +68,19 @@ def accept(wire: Wire, sizes: Mapping[int, Sequence[int]], peers: Mapping[int, s
     """
     opened: dict[int, list[Tensor]] = {}
     offers = {
-        peer: wire.receive(wire.empty(_FRAME_BYTES), peer, OFFER_TAG, f"offer of shared memory by {name}")
+        peer: p2p.receive(p2p.empty(_FRAME_BYTES), peer, OFFER_TAG, f"offer of shared memory by {name}")
         for peer, name in peers.items()
     }
     answers = []
-    for peer, flight in offers.items():
-        flight.wait()
+    for peer, transfer in offers.items():
+        transfer.wait()
         problem = ""
         try:
-            handles = zip(json.loads(flight.data.numpy().tobytes()), sizes[peer], strict=True)
+            handles = zip(json.loads(transfer.data.numpy().tobytes()), sizes[peer], strict=True)
             opened[peer] = [open_segment(*pair) for pair in handles]
         except (OSError, ValueError, RuntimeError) as error:  # CUDA raises the last
             problem = f"{type(error).__name__}: {error}"
-        answers.append(wire.send(_pack(problem), peer, OPENED_TAG, f"answer to {peers[peer]}"))
+        answers.append(p2p.send(_pack(problem), peer, OPENED_TAG, f"answer to {peers[peer]}"))
     for answer in answers:
         answer.wait()
     return opened

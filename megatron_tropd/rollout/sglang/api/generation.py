@@ -16,7 +16,7 @@ _NEVER = -1e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class PromptGroup:
     """Requests that differ in the sample index only: one call, whose samples share the prefix cache."""
 
     indices: tuple[int, ...]
@@ -32,7 +32,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dialect:
+class TokenRules:
     """What is the same for every request of a run."""
 
     stop_token_ids: frozenset[int]
@@ -42,30 +42,30 @@ class Dialect:
     """Rows of the model; those beyond ``vocab_size`` are banned by a logit bias."""
 
 
-def group_requests(requests: Sequence[GenerationRequest]) -> list[Group]:
+def group_requests(requests: Sequence[GenerationRequest]) -> list[PromptGroup]:
     """Requests that ask for tokens, grouped; the longest first, so that the last to finish is short."""
     members: dict[tuple[int, tuple[int, ...], int], list[int]] = {}
     for index, request in enumerate(requests):
         if request.max_new_tokens > 0:
             members.setdefault((request.prompt_uid, request.token_ids, request.max_new_tokens), []).append(index)
     groups = [
-        Group(indices=tuple(indices), prompt_uid=uid, token_ids=token_ids, max_new_tokens=max_new)
+        PromptGroup(indices=tuple(indices), prompt_uid=uid, token_ids=token_ids, max_new_tokens=max_new)
         for (uid, token_ids, max_new), indices in members.items()
     ]
     return sorted(groups, key=lambda group: -group.max_new_tokens)
 
 
-def generate_body(group: Group, params: SamplingParams, dialect: Dialect) -> dict[str, Any]:
+def generate_body(group: PromptGroup, params: SamplingParams, rules: TokenRules) -> dict[str, Any]:
     """Body of one /generate call.  Temperature 0 is greedy; SGLang then reports log-probabilities at 1."""
     sampling: dict[str, Any] = {
         "n": len(group.indices),
         "max_new_tokens": group.max_new_tokens,
         "temperature": params.temperature,
         "top_p": params.top_p,
-        "stop_token_ids": sorted(dialect.stop_token_ids),
+        "stop_token_ids": sorted(rules.stop_token_ids),
     }
-    if dialect.vocab_size < dialect.model_vocab_size:
-        banned = range(dialect.vocab_size, dialect.model_vocab_size)
+    if rules.vocab_size < rules.model_vocab_size:
+        banned = range(rules.vocab_size, rules.model_vocab_size)
         sampling["logit_bias"] = {str(token): _NEVER for token in banned}
     return {"input_ids": list(group.token_ids), "sampling_params": sampling, "return_logprob": True}
 
@@ -130,14 +130,14 @@ def _finish(meta: dict[str, Any], written: Sequence[int], max_new_tokens: int, s
     )
 
 
-def _sample(answer: Any, group: Group, request: GenerationRequest, version: int, dialect: Dialect) -> Rollout:
+def _sample(answer: Any, group: PromptGroup, request: GenerationRequest, version: int, rules: TokenRules) -> Rollout:
     meta, written = _field(answer, "meta_info"), _field(answer, "output_ids")
     _check_version(meta, version)
     if not isinstance(written, list) or not written or len(written) > group.max_new_tokens:
         raise BadResponse(f"wrote {written!r}; expected 1 to {group.max_new_tokens} token ids")
     for token in written:
-        if not isinstance(token, int) or not 0 <= token < dialect.vocab_size:
-            raise BadResponse(f"wrote token id {token!r} outside [0, {dialect.vocab_size})")
+        if not isinstance(token, int) or not 0 <= token < rules.vocab_size:
+            raise BadResponse(f"wrote token id {token!r} outside [0, {rules.vocab_size})")
     return Rollout(
         prompt_uid=request.prompt_uid,
         sample_index=request.sample_index,
@@ -146,12 +146,12 @@ def _sample(answer: Any, group: Group, request: GenerationRequest, version: int,
         guidance_len=request.guidance_len,
         logprobs=_logprobs(_field(meta, "output_token_logprobs"), written, "written", written),
         weight_version=(version, version),
-        finish=_finish(meta, written, group.max_new_tokens, dialect.stop_token_ids),
+        finish=_finish(meta, written, group.max_new_tokens, rules.stop_token_ids),
     )
 
 
 def read_samples(
-    body: Any, group: Group, requests: Sequence[GenerationRequest], *, version: int, dialect: Dialect
+    body: Any, group: PromptGroup, requests: Sequence[GenerationRequest], *, version: int, rules: TokenRules
 ) -> dict[int, Rollout]:
     """The group's rollouts by their place in the batch.
 
@@ -163,12 +163,12 @@ def read_samples(
     if len(answers) != len(group.indices):
         raise BadResponse(f"{len(answers)} samples; expected {len(group.indices)}")
     return {
-        index: _sample(answer, group, requests[index], version, dialect)
+        index: _sample(answer, group, requests[index], version, rules)
         for index, answer in zip(group.indices, answers, strict=True)
     }
 
 
-def read_scores(body: Any, token_ids: Sequence[int], *, version: int, dialect: Dialect) -> tuple[float, ...]:
+def read_scores(body: Any, token_ids: Sequence[int], *, version: int, rules: TokenRules) -> tuple[float, ...]:
     """Log-probability of every token but the first, given those before it.
 
     Raises:
@@ -178,5 +178,5 @@ def read_scores(body: Any, token_ids: Sequence[int], *, version: int, dialect: D
     _check_version(meta, version)
     entries, rest = _field(meta, "input_token_logprobs"), token_ids[1:]
     # SGLang scores the model's last id as it should, but reports it as id 0.
-    called = [0 if token == dialect.model_vocab_size - 1 else token for token in rest]
+    called = [0 if token == rules.model_vocab_size - 1 else token for token in rest]
     return _logprobs(entries[1:] if isinstance(entries, list) else entries, rest, "given", called)

@@ -24,7 +24,7 @@ _CUDA_DEVICE_ARGUMENT = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bucket:
+class WeightBucket:
     """Tensors that travel in one message."""
 
     flat: Tensor  # uint8, on the tensors' device
@@ -49,7 +49,7 @@ class BucketBuilder:
         self._tensors: list[tuple[str, Tensor]] = []
         self._bytes = 0
 
-    def add(self, name: str, tensor: Tensor) -> Bucket | None:
+    def add(self, name: str, tensor: Tensor) -> WeightBucket | None:
         """Take a tensor; returns the bucket that had to be closed for it."""
         size = -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         full = self.close() if self._tensors and self._bytes + size > self._limit else None
@@ -57,7 +57,7 @@ class BucketBuilder:
         self._bytes += size
         return full
 
-    def close(self) -> Bucket:
+    def close(self) -> WeightBucket:
         """The tensors gathered so far (at least one), as a bucket."""
         flat = torch.empty(self._bytes, dtype=torch.uint8, device=self._tensors[0][1].device)
         places, start = [], 0
@@ -70,7 +70,7 @@ class BucketBuilder:
             places.append(place)
             start += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         self._tensors, self._bytes = [], 0
-        return Bucket(flat=flat, places=tuple(places))
+        return WeightBucket(flat=flat, places=tuple(places))
 
 
 class _Handle:
@@ -99,7 +99,7 @@ def _shared_by_file_name() -> Iterator[None]:
         set_sharing_strategy(before)
 
 
-def shared_message(bucket: Bucket) -> bytes:
+def shared_message(bucket: WeightBucket) -> bytes:
     """Pickled handle of the bucket's memory, for one process of this host; each needs a message of its own.
 
     The memory must stay until the receiver has answered.
@@ -113,7 +113,7 @@ def shared_message(bucket: Bucket) -> bytes:
     return buffer.getvalue()
 
 
-def bytes_message(bucket: Bucket) -> bytes:
+def bytes_message(bucket: WeightBucket) -> bytes:
     """The pickled bucket itself, for a process anywhere."""
     return pickle.dumps({"flattened_tensor": bucket.flat.cpu(), "metadata": list(bucket.places)})
 

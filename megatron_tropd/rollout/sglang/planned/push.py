@@ -29,7 +29,7 @@ from megatron_tropd.rollout.sglang.planned.control import PlannedEngines
 from megatron_tropd.rollout.sglang.settings import SGLangSettings
 from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
 from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
-from megatron_tropd.weights.plan.placement import Location, location, places, ranks_on_one_gpu
+from megatron_tropd.weights.plan.placement import Location, location, number_placements, ranks_on_one_gpu
 from megatron_tropd.weights.plan.proof import prove
 from megatron_tropd.weights.plan.spec import PlanSpec
 from megatron_tropd.weights.transport.connect import connect_sender
@@ -147,11 +147,12 @@ class PlannedPush:
                 f"{pair} are on one GPU, where NCCL cannot send from one to the other; pass "
                 "--update-weight-transport planned-shared"
             )
-        source_places, engine_places = places(self._locations, at)
+        source_placements, engine_placements = number_placements(self._locations, at)
         spec = PlanSpec(
             arch=self._arch, layout=self._weights.layout, dtype=self._settings.dtype,
             engines=tuple(EngineLayout(tp=e.tp_size, ep=e.ep_size, cpu=e.is_cpu) for e in engines),
-            bucket_bytes=self._settings.bucket_bytes, source_places=source_places, engine_places=engine_places,
+            bucket_bytes=self._settings.bucket_bytes,
+            source_placements=source_placements, engine_placements=engine_placements,
         )  # fmt: skip
         proof = prove(spec.build(), spec.arch, spec.layout)
         log.info("weights of %d engines are planned: %d bytes, each once, by proof", len(engines), proof.bytes_sent)

@@ -12,9 +12,9 @@ import torch
 
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
-from megatron_tropd.weights.plan.placement import Location, location, places, ranks_on_one_gpu
+from megatron_tropd.weights.plan.placement import Location, location, number_placements, ranks_on_one_gpu
 from megatron_tropd.weights.plan.spec import PlanSpec
-from megatron_tropd.weights.plan.types import Place
+from megatron_tropd.weights.plan.types import Placement
 from tests.weight_cases import arch
 
 
@@ -27,11 +27,16 @@ ENGINES = [[_at("b", "gpu-3"), _at("b", "gpu-4")], [_at("c", "gpu-1"), _at("a", 
 
 
 def test_places_are_numbered_by_machine_and_device():
-    sources, engines = places(SOURCES, ENGINES)
-    assert sources == (Place(node=0, gpu=0), Place(node=0, gpu=1), Place(node=1, gpu=2), Place(node=1, gpu=3))
+    sources, engines = number_placements(SOURCES, ENGINES)
+    assert sources == (
+        Placement(node=0, gpu=0),
+        Placement(node=0, gpu=1),
+        Placement(node=1, gpu=2),
+        Placement(node=1, gpu=3),
+    )
     assert engines == (
-        (Place(node=1, gpu=3), Place(node=1, gpu=4)),
-        (Place(node=2, gpu=5), Place(node=0, gpu=0)),
+        (Placement(node=1, gpu=3), Placement(node=1, gpu=4)),
+        (Placement(node=2, gpu=5), Placement(node=0, gpu=0)),
     )
 
 
@@ -59,10 +64,10 @@ def test_ranks_on_one_gpu_are_named():
     (_at("a", "gpu-2"), 1),
 ])  # fmt: skip
 def test_the_nearest_replica_sends(engine_at, sender):
-    source_places, engine_places = places(SOURCES, [[engine_at]])
+    source_placements, engine_placements = number_placements(SOURCES, [[engine_at]])
     spec = PlanSpec(
         arch=arch("qwen3"), layout=ParallelLayout(dp=4), engines=(EngineLayout(),), dtype="float32",
-        bucket_bytes=1 << 30, source_places=source_places, engine_places=engine_places,
+        bucket_bytes=1 << 30, source_placements=source_placements, engine_placements=engine_placements,
     )  # fmt: skip
     senders = {message.source for message in spec.build().messages}
     if sender == 2:  # both ranks of the node, one as much as the other
@@ -70,4 +75,7 @@ def test_the_nearest_replica_sends(engine_at, sender):
     else:
         assert senders == {sender}
     assert PlanSpec.from_json(spec.to_json()) == spec
-    assert dataclasses.replace(spec, engine_places=places(SOURCES, [[_at("z", "gpu-0")]])[1]).build() != spec.build()
+    assert (
+        dataclasses.replace(spec, engine_placements=number_placements(SOURCES, [[_at("z", "gpu-0")]])[1]).build()
+        != spec.build()
+    )
