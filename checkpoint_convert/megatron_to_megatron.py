@@ -27,8 +27,8 @@ from checkpoint_convert import common
 
 common.prepare()
 
-from megatron_tropd.checkpoints.conversion import reshard  # noqa: E402
 from megatron_tropd.checkpoints.conversion.reading import open_tensors  # noqa: E402
+from megatron_tropd.checkpoints.conversion.reshard import plan_copy, verify_copy, write_copy  # noqa: E402
 from megatron_tropd.checkpoints.conversion.workers import Workers  # noqa: E402
 from megatron_tropd.checkpoints.conversion.writing import write_plain_files  # noqa: E402
 from megatron_tropd.checkpoints.directory import HF_FOLDER, read_metadata  # noqa: E402
@@ -102,14 +102,14 @@ def convert(argv: Sequence[str] | None = None) -> None:
     metadata, params = on_all_ranks(lambda: _check(args), ValueError)
     source, _ = open_checkpoint(args.load, metadata.iteration)
     stored = open_tensors(source)
-    copy = on_all_ranks(lambda: reshard.plan_copy(stored, params, weights_only=args.no_load_optim), CheckpointError)
+    copy = on_all_ranks(lambda: plan_copy(stored, params, weights_only=args.no_load_optim), CheckpointError)
     padded, size = max(p.shape[0] for p in params if not p.of), common.buffer_bytes(args)
 
     def write(folder: Path) -> dict[str, FileRecord]:
-        records = reshard.write_copy(stored, folder, copy, size, workers)
+        records = write_copy(stored, folder, copy, size, workers)
         on_rank_zero(lambda: _write_plain(source, folder, weights_only=args.no_load_optim), CheckpointError)
         if args.verify:
-            reshard.verify_copy(stored, folder, copy, size, workers)
+            verify_copy(stored, folder, copy, size, workers)
         return records
 
     folder = write_checkpoint(

@@ -35,10 +35,10 @@ def _poisoned_step(argv, policy):
 
     from megatron_tropd.cli import parse
     from megatron_tropd.setup.assemble import assemble, close
-    from megatron_tropd.setup.run_spec import check
+    from megatron_tropd.setup.run_spec import make_run_spec
     from megatron_tropd.training.loop import push_weights, train_step
 
-    assembled = assemble(check(parse([*argv, "--on-nonfinite", policy]), dist.get_world_size()))
+    assembled = assemble(make_run_spec(parse([*argv, "--on-nonfinite", policy]), dist.get_world_size()))
     run = assembled.run
     try:
         push_weights(run)

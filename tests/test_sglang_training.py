@@ -13,7 +13,7 @@ import pytest
 from megatron_tropd.cli import ConfigError, parse, to_flags
 from megatron_tropd.setup.engine_checks import check_engine_layout
 from megatron_tropd.setup.problems import Problems
-from megatron_tropd.setup.run_spec import check
+from megatron_tropd.setup.run_spec import make_run_spec
 from megatron_tropd.training.parity import ParityAlarm, ParityError, probe_sequences
 from megatron_tropd.types import Prompt
 from tests.sglang_helpers import KEYS, PYTHON
@@ -71,7 +71,7 @@ def _steps_then_other_weights(argv):
     from megatron_tropd.setup.assemble import assemble, close
     from megatron_tropd.training.loop import push_weights, train_step
 
-    assembled = assemble(check(parse(argv), dist.get_world_size()))
+    assembled = assemble(make_run_spec(parse(argv), dist.get_world_size()))
     run = assembled.run
     try:
         push_weights(run)
@@ -157,7 +157,7 @@ def test_a_misspelled_flag_is_not_handed_to_sglang(word, message):
 )
 def test_each_mistake_has_a_message_before_anything_starts(world, tmp_path, changes, message):
     with pytest.raises(ConfigError) as error:
-        check(parse(_sglang_flags(world, tmp_path / "run", **{"sglang_python": "/bin/sh", **changes})), 2)
+        make_run_spec(parse(_sglang_flags(world, tmp_path / "run", **{"sglang_python": "/bin/sh", **changes})), 2)
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -165,7 +165,7 @@ def test_each_mistake_has_a_message_before_anything_starts(world, tmp_path, chan
 def test_tied_experts_are_refused(world, tmp_path):
     """SGLang's model of them would keep a head of its own, which nothing is pushed to."""
     argv = _sglang_flags(world, tmp_path / "run", sglang_python="/bin/sh")
-    models = check(parse(argv), 2).models
+    models = make_run_spec(parse(argv), 2).models
     arch = replace(models.student.arch, family="qwen3_moe", num_experts=4, tie_word_embeddings=True)
     found = Problems()
     check_engine_layout(parse(argv), replace(models, student=replace(models.student, arch=arch)), found)
@@ -174,12 +174,12 @@ def test_tied_experts_are_refused(world, tmp_path):
 
 def test_what_the_engine_does_not_read_is_a_warning(world, tmp_path):
     changes = {"rollout_engine": "embedded", "rollout_num_engines": 3}
-    warnings = check(parse(_sglang_flags(world, tmp_path / "run", **changes)), 2).warnings
+    warnings = make_run_spec(parse(_sglang_flags(world, tmp_path / "run", **changes)), 2).warnings
     for flag in ("--rollout-num-engines", "--sglang-python", "--sglang-max-total-tokens"):
         assert f"--rollout-engine embedded does not use {flag}" in warnings
     assert not any("parity" in warning for warning in warnings)
     urls = {"update_weight_transport": "planned", "rollout_engine_urls": "http://127.0.0.1:30000"}
-    (warning,) = check(parse(_sglang_flags(world, tmp_path / "run", **urls)), 2).warnings
+    (warning,) = make_run_spec(parse(_sglang_flags(world, tmp_path / "run", **urls)), 2).warnings
     assert "--custom-weight-loader megatron_tropd.weights.engine_loader.load" in warning
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_tropd.cli import ConfigError, changed_flags, make_parser, parse, to_flags
 from megatron_tropd.config import TrainConfig
-from megatron_tropd.setup.run_spec import check
+from megatron_tropd.setup.run_spec import make_run_spec
 from tests.hf_models import edit_config, save_hf_checkpoint
 from tests.tiny_run import flags, make_world
 from tests.torchrun_jobs import command, environment, process, wait_for_steps
@@ -30,12 +30,12 @@ def world(tmp_path_factory):
 
 def _complaint(argv, world_size=1):
     with pytest.raises(ConfigError) as caught:
-        check(parse(argv), world_size)
+        make_run_spec(parse(argv), world_size)
     return str(caught.value)
 
 
 def test_a_good_configuration_passes(world, tmp_path):
-    spec = check(parse(flags(world, tmp_path / "run")), 2)
+    spec = make_run_spec(parse(flags(world, tmp_path / "run")), 2)
     assert spec.models.student_layout.dp == 2 and len(spec.prompts.prompts) == 24
 
 
@@ -90,14 +90,14 @@ def test_each_mistake_has_a_message(world, tmp_path, changes, world_size, expect
 @pytest.mark.parametrize("objective", ["sft", "grpo"])
 def test_a_method_without_a_teacher_needs_none(world, tmp_path, objective):
     changes = {"objective": objective, "reward_function": "megatron_tropd.rewards:exact_match"}
-    spec = check(parse(flags(world, tmp_path / "run", teacher_hf_checkpoint=None, **changes)), 2)
+    spec = make_run_spec(parse(flags(world, tmp_path / "run", teacher_hf_checkpoint=None, **changes)), 2)
     assert spec.models.teacher is None and spec.models.reference is None
     assert spec.tokens.common_vocab_size == spec.tokens.student_vocab_size
 
 
 def test_what_a_method_leaves_aside_is_a_warning(world, tmp_path):
     argv = flags(world, tmp_path / "run", objective="sft", reference_load="X", reward_function="no.such:f")
-    warnings = " ".join(check(parse(argv), 1).warnings)
+    warnings = " ".join(make_run_spec(parse(argv), 1).warnings)
     for flag in ("--teacher-hf-checkpoint", "--reference-load X", "--reward-function no.such:f"):
         assert f"--objective sft does not use {flag}" in warnings
 

@@ -32,10 +32,10 @@ def _spoiled_step(argv, value):
 
     from megatron_tropd.cli import parse
     from megatron_tropd.setup.assemble import assemble, close
-    from megatron_tropd.setup.run_spec import check
+    from megatron_tropd.setup.run_spec import make_run_spec
     from megatron_tropd.training.loop import push_weights, train_step
 
-    assembled = assemble(check(parse(argv), dist.get_world_size()))
+    assembled = assemble(make_run_spec(parse(argv), dist.get_world_size()))
     teacher = assembled.run.teacher
     run = dataclasses.replace(assembled.run, teacher=_Spoiling(teacher, value, teacher.hidden_like))
     try:

@@ -17,9 +17,9 @@ def _groups_after_resume(argv):
 
     from megatron_tropd.cli import parse
     from megatron_tropd.setup.assemble import assemble, close
-    from megatron_tropd.setup.run_spec import check
+    from megatron_tropd.setup.run_spec import make_run_spec
 
-    assembled = assemble(check(parse(argv), dist.get_world_size()))
+    assembled = assemble(make_run_spec(parse(argv), dist.get_world_size()))
     close(assembled)
     groups = assembled.run.student.optimizer.param_groups
     (group,) = [group for group in groups if group["wd_mult"]]

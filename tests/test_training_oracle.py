@@ -25,10 +25,10 @@ def _first_step(argv):
 
     from megatron_tropd.cli import parse
     from megatron_tropd.setup.assemble import assemble, close
-    from megatron_tropd.setup.run_spec import check
+    from megatron_tropd.setup.run_spec import make_run_spec
     from megatron_tropd.training.loop import push_weights, train_step
 
-    assembled = assemble(check(parse(argv), dist.get_world_size()))
+    assembled = assemble(make_run_spec(parse(argv), dist.get_world_size()))
     try:
         push_weights(assembled.run)
         return train_step(assembled.run, 0)

@@ -85,10 +85,10 @@ def reports_here(argv: list[str], stop_after: int | None = None) -> list[StepRep
 
     from megatron_tropd.cli import parse
     from megatron_tropd.setup.assemble import assemble, close
-    from megatron_tropd.setup.run_spec import check
+    from megatron_tropd.setup.run_spec import make_run_spec
     from megatron_tropd.training.loop import push_weights, train_step
 
-    assembled = assemble(check(parse(argv), dist.get_world_size()))
+    assembled = assemble(make_run_spec(parse(argv), dist.get_world_size()))
     run, reports = assembled.run, []
     try:
         push_weights(run)

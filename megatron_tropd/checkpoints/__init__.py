@@ -13,12 +13,12 @@ When a run saves is decided in ``training/checkpointing.py``.
 
 FRONT = {
     "directory": (
-        "HF_FOLDER", "MODEL_PREFIXES", "RELEASE", "find_checkpoint", "hf_directory", "latest_iteration", "model_dtype",
-        "read_metadata", "stored_tensors",
+        "HF_FOLDER", "RELEASE", "find_checkpoint", "hf_directory", "latest_iteration", "model_dtype", "read_metadata",
+        "stored_tensors",
     ),
     "load": ("load_checkpoint", "open_checkpoint"),
-    "metadata": ("CheckpointError", "CheckpointMetadata", "FileRecord", "Iteration", "check_architecture"),
-    "safety": ("COMMON_FILE", "read_dcp_metadata"),
-    "save": ("write_hf_folder", "save_checkpoint", "write_checkpoint"),
-    "state": ("COMMON_KEY", "load_model_state"),
+    "metadata": ("CheckpointError", "CheckpointMetadata", "FileRecord", "check_architecture"),
+    "safety": ("COMMON_FILE",),
+    "save": ("save_checkpoint", "write_checkpoint", "write_hf_folder"),
+    "state": ("load_model_state",),
 }  # fmt: skip

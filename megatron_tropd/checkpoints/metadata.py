@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_tropd.models.architecture import Architecture, RopeScaling
+from megatron_tropd.models.architecture import Architecture, architecture_from_dict
 
 METADATA_JSON = "checkpoint.json"
 FORMAT = 1
@@ -56,11 +56,6 @@ class CheckpointMetadata:
         return json.dumps(value, indent=1) + "\n"
 
 
-def _architecture(value: dict) -> Architecture:
-    llama3 = value["rope_llama3"]
-    return Architecture(**{**value, "rope_llama3": RopeScaling(**llama3) if llama3 else None})
-
-
 def parse_metadata(path: Path) -> CheckpointMetadata:
     """Read ``checkpoint.json``.
 
@@ -73,7 +68,7 @@ def parse_metadata(path: Path) -> CheckpointMetadata:
             raise ValueError(f"format {value['format']}, this version reads {FORMAT}")
         return CheckpointMetadata(
             iteration=value["iteration"],
-            architecture=_architecture(value["architecture"]),
+            architecture=architecture_from_dict(value["architecture"]),
             make_vocab_size_divisible_by=int(value["make_vocab_size_divisible_by"]),
             files={name: FileRecord(**record) for name, record in value["files"].items()},
         )

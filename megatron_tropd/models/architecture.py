@@ -309,6 +309,16 @@ def architecture_from_hf_config(config: Mapping[str, Any]) -> Architecture:
     )
 
 
+def architecture_from_dict(value: Mapping[str, Any]) -> Architecture:
+    """Inverse of ``dataclasses.asdict``, for files and messages that hold an architecture.
+
+    Raises:
+        KeyError, TypeError: a field is missing or unknown.
+    """
+    llama3 = value["rope_llama3"]
+    return Architecture(**{**value, "rope_llama3": RopeScaling(**llama3) if llama3 else None})
+
+
 def load_hf_config(directory: str | Path) -> dict[str, Any]:
     """The ``config.json`` of an HF checkpoint directory.
 

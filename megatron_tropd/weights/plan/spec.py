@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
-from megatron_tropd.models.architecture import Architecture, RopeScaling
+from megatron_tropd.models.architecture import Architecture, architecture_from_dict
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
 from megatron_tropd.weights.plan.planner import build_plan
@@ -46,13 +46,12 @@ class PlanSpec:
         """
         try:
             value = json.loads(text)
-            arch, places, engine_placements = value["arch"], value["source_placements"], value["engine_placements"]
-            llama3 = arch["rope_llama3"]
+            source_placements, engine_placements = value["source_placements"], value["engine_placements"]
             given = {
-                "arch": Architecture(**{**arch, "rope_llama3": RopeScaling(**llama3) if llama3 else None}),
+                "arch": architecture_from_dict(value["arch"]),
                 "layout": ParallelLayout(**value["layout"]),
                 "engines": tuple(EngineLayout(**engine) for engine in value["engines"]),
-                "source_placements": places and tuple(Placement(**place) for place in places),
+                "source_placements": source_placements and tuple(Placement(**place) for place in source_placements),
                 "engine_placements": engine_placements
                 and tuple(tuple(Placement(**place) for place in engine) for engine in engine_placements),
             }
