@@ -55,6 +55,8 @@ def _imports(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "megatron_tropd":
+            yield from (f"megatron_tropd.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
 
@@ -148,6 +150,22 @@ def test_others_use_a_room_by_its_front(room):
                 if "." not in module:  # a room inside has a front of its own
                     used.setdefault(module, set()).update(alias.name for alias in node.names)
     assert {module: set(names) for module, names in front.items()} == used
+
+
+def test_contributing_says_where_things_are():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    answers = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", text[text.index("## Where is") : text.index("## House rules")])
+    assert len({path for path, _ in answers}) >= 7
+    for path, name in answers:
+        tree = ast.parse((ROOT / "megatron_tropd" / path).read_text(encoding="utf-8"))
+        defined = {getattr(node, "name", None) for node in tree.body}
+        defined |= {t.id for n in tree.body if isinstance(n, ast.AnnAssign | ast.Assign) for t in _names(n)}
+        assert not name or name in defined, f"{path} does not define {name}"
+
+
+def _names(node):
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+    return [target for target in targets if isinstance(target, ast.Name)]
 
 
 def test_only_parallel_reads_parallel_state():

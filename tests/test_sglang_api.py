@@ -1,20 +1,15 @@
-"""What goes to a server and what may come back, without a server: bodies, checks, retries, settings."""
+"""What goes to a server and what may come back, without a server: requests, checks, retries, settings."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
 import http.server
-import json
-import pickle
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_tropd.rollout.sglang.api.client import Client
 from megatron_tropd.rollout.sglang.api.generation import (
@@ -24,14 +19,13 @@ from megatron_tropd.rollout.sglang.api.generation import (
     read_samples,
     read_scores,
 )
-from megatron_tropd.rollout.sglang.api.weight_buckets import BucketBuilder, bytes_message, update_body
 from megatron_tropd.rollout.sglang.errors import BadResponse, EngineDown, EngineTimeout, RequestRefused, StaleWeights
 from megatron_tropd.rollout.sglang.server.command import server_arguments, server_environment
 from megatron_tropd.rollout.sglang.settings import Keys, SGLangSettings, load_keys
 from tests.sglang_helpers import params, requests_of
 
 KEYS = Keys(api="a" * 16 + "pi", admin="a" * 16 + "dmin")
-DIALECT = TokenRules(stop_token_ids=frozenset({2, 9}), vocab_size=50, model_vocab_size=53)
+RULES = TokenRules(stop_token_ids=frozenset({2, 9}), vocab_size=50, model_vocab_size=53)
 
 # ---- requests and responses ----
 
@@ -42,14 +36,14 @@ def test_requests_that_differ_in_the_sample_are_one_call():
     requests.append(replace(requests[0], sample_index=9, max_new_tokens=0))
     groups = group_requests(requests)
     assert [group.indices for group in groups] == [(5,), (0, 1), (2, 3), (4,)], "the longest first; none without room"
-    body = generate_body(groups[1], params(temperature=0.5, top_p=0.9), DIALECT)
+    body = generate_body(groups[1], params(temperature=0.5, top_p=0.9), RULES)
     assert body["input_ids"] == list(requests[0].token_ids) and body["return_logprob"] is True
     bans = body["sampling_params"].pop("logit_bias")
     assert body["sampling_params"] == {
         "n": 2, "max_new_tokens": 5, "temperature": 0.5, "top_p": 0.9, "stop_token_ids": [2, 9],
     }  # fmt: skip
     assert bans == {"50": -1e9, "51": -1e9, "52": -1e9}
-    assert "logit_bias" not in generate_body(groups[1], params(), replace(DIALECT, vocab_size=53))["sampling_params"]
+    assert "logit_bias" not in generate_body(groups[1], params(), replace(RULES, vocab_size=53))["sampling_params"]
 
 
 def _answer(tokens=(7, 8, 9), finish=None, version="4"):
@@ -67,7 +61,7 @@ def _answer(tokens=(7, 8, 9), finish=None, version="4"):
 def _read(answer):
     requests = requests_of(1, max_new=3)
     (group,) = group_requests(requests)
-    return read_samples(answer, group, requests, version=4, rules=DIALECT)[0]
+    return read_samples(answer, group, requests, version=4, rules=RULES)[0]
 
 
 def test_a_good_answer_becomes_a_rollout():
@@ -142,42 +136,13 @@ def test_other_weights_are_stale():
 def test_scores_skip_the_first_token_and_know_how_the_last_id_is_called():
     entries = [[None, 5, None], [-1.0, 6, None], [-2.0, 0, None]]
     body = {"meta_info": {"weight_version": "4", "input_token_logprobs": entries}}
-    assert read_scores(body, [5, 6, 52], version=4, rules=DIALECT) == (-1.0, -2.0)
+    assert read_scores(body, [5, 6, 52], version=4, rules=RULES) == (-1.0, -2.0)
     with pytest.raises(BadResponse, match="does not belong"):
-        read_scores(body, [5, 6, 51], version=4, rules=DIALECT)
+        read_scores(body, [5, 6, 51], version=4, rules=RULES)
     wrong = copy.deepcopy(body)
     wrong["meta_info"]["input_token_logprobs"].pop()
     with pytest.raises(BadResponse, match="1 log-prob"):
-        read_scores(wrong, [5, 6, 52], version=4, rules=DIALECT)
-
-
-# ---- weights ----
-
-
-def test_buckets_hold_every_byte_once_and_no_more_than_the_limit():
-    generator = torch.Generator().manual_seed(0)
-    tensors = {f"t{i}": torch.randint(-99, 99, (i + 1, 3), dtype=torch.int16, generator=generator) for i in range(20)}
-    tensors["big"] = torch.arange(500.0)
-    tensors["bf16"] = torch.randn(3, 3).bfloat16().T
-    builder = BucketBuilder(300)
-    buckets = [full for name, tensor in tensors.items() if (full := builder.add(name, tensor))]
-    buckets.append(builder.close())
-    arrived = {}
-    for bucket in buckets:
-        message = pickle.loads(bytes_message(bucket))  # noqa: S301 (our own bytes)
-        assert message["flattened_tensor"].nbytes <= 300 or bucket.names == ("big",)
-        for place in message["metadata"]:
-            piece = message["flattened_tensor"][place.start_idx : place.end_idx]
-            arrived[place.name] = piece.view(place.dtype).reshape(place.shape)
-    assert list(arrived) == list(tensors) and all(torch.equal(arrived[name], tensors[name]) for name in tensors)
-
-
-def test_the_version_travels_with_the_last_bucket_and_flushes():
-    first = json.loads(update_body([b"x", b"y"], weight_version=None))
-    assert first["flush_cache"] is False and first["weight_version"] is None
-    assert first["serialized_named_tensors"] == ["eA==", "eQ=="]
-    last = json.loads(update_body([b"x"], weight_version="12"))
-    assert last["flush_cache"] is True and last["weight_version"] == "12"
+        read_scores(wrong, [5, 6, 52], version=4, rules=RULES)
 
 
 # ---- HTTP ----
@@ -376,30 +341,3 @@ def test_a_server_sees_the_trainers_gpus_unless_its_own_are_scattered(settings):
     assert server_environment(scattered, 0, {})["CUDA_VISIBLE_DEVICES"] == "0,2"
     with pytest.raises(ValueError, match="use --update-weight-transport bytes"):
         replace(scattered, transport="shared")
-
-
-_PEAK = """
-import resource, sys
-import torch
-from megatron_tropd.rollout.sglang.api.weight_buckets import BucketBuilder, bytes_message, update_body
-torch.set_num_threads(1)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-builder, sent = BucketBuilder(16 << 20), 0
-for i in range(int(sys.argv[1])):
-    if bucket := builder.add(f"t{i}", torch.full((1 << 20,), float(i))):  # 4 MiB each
-        sent += len(update_body([bytes_message(bucket)], weight_version=None))
-    del bucket
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, sent >> 20)
-"""
-
-
-def test_memory_of_a_push_depends_on_the_bucket_not_on_the_model():
-    peaks = []
-    for tensors in (32, 160):  # 128 and 640 MiB in buckets of 16
-        output = subprocess.run(
-            [sys.executable, "-c", _PEAK, str(tensors)], capture_output=True, text=True, timeout=300, check=True
-        ).stdout
-        peak_kib, sent_mib = map(int, output.split())
-        assert sent_mib > tensors * 4
-        peaks.append(peak_kib / 1024)
-    assert max(peaks) < 8 * 16 and abs(peaks[1] - peaks[0]) < 32, peaks
