@@ -46,7 +46,7 @@ def test_a_run_on_a_server_that_is_killed_in_the_middle(world, tmp_path, transpo
         job = subprocess.Popen(command(argv), cwd=tmp_path, env=environment(), stdout=log, stderr=log)
         try:
             wait_for_steps(run_dir / "metrics.jsonl", killed_in - 1, job, timeout=400)
-            os.kill(process(job.pid, "sglang/launch.py"), signal.SIGKILL)
+            os.kill(process(job.pid, "server/launch.py"), signal.SIGKILL)
             assert job.wait(timeout=400) == 0, (tmp_path / "log").read_text()[-4000:]
         finally:
             job.kill()

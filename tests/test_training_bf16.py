@@ -38,7 +38,7 @@ def test_the_first_step_is_the_same_in_every_layout(ranks, world, one_rank, tmp_
 
 
 def test_hidden_states_and_the_teachers_table_travel_in_bf16(ranks, world, tmp_path):
-    """Full-vocabulary KL, diagnostics and prepass: TP2 against one rank, with two layouts of the teacher."""
+    """Full-vocabulary KL, diagnostics and the old-policy pass: TP2 against one rank, with two layouts of the teacher."""
     changes = {"train_iters": 1, "bf16": True, "objective": "full_rkl", "gradient_diagnostics_interval": 1,
                "num_minibatches": 2}  # fmt: skip
     alone = ranks(1).run(reports_here, flags(world, tmp_path / "one", **changes))[0][0]

@@ -10,7 +10,7 @@ from tests.tiny_run import flags, make_world, reports_here
 
 GRPO = {"objective": "grpo", "reward_function": "tests.reward_functions:third_of_length", "grpo_kl_coef": 0.1}
 METHODS = {
-    "entropy_opd: quantile of the prepass": {"objective": "entropy_opd"},
+    "entropy_opd: quantile of the old policy": {"objective": "entropy_opd"},
     "reopold_two_stage: kept-token denominator": {"objective": "reopold_two_stage"},
     "eopd: teacher entropy, two minibatches": {"objective": "eopd", "num_minibatches": 2},
     "full_rkl: hidden states": {"objective": "full_rkl"},
@@ -98,15 +98,15 @@ def test_versions_and_the_learning_rate_count_updates(ranks, world, tmp_path):
 
 
 def test_one_minibatch_of_everything_is_the_step_without_minibatches(ranks, world, tmp_path):
-    """The prepass changes nothing where only one update follows it: the old log-probabilities are the current ones."""
+    """The old-policy pass changes nothing where only one update follows it: the old log-probabilities are the current ones."""
     curves = [
         ranks(1).run(reports_here, flags(world, tmp_path / str(i), train_iters=STEPS, objective="opd", **changes))[0]
         for i, changes in enumerate(({}, {"importance_correction": "seq_err", "sequence_error_max": 1e6}))
     ]
-    for plain, prepassed in zip(*curves, strict=True):
-        assert "ppo/ratio_mean" in prepassed.metrics and "ppo/ratio_mean" not in plain.metrics
-        assert prepassed.loss == pytest.approx(plain.loss, rel=1e-4)
-        assert prepassed.grad_norm == pytest.approx(plain.grad_norm, rel=1e-4)
+    for plain, with_old_policy in zip(*curves, strict=True):
+        assert "ppo/ratio_mean" in with_old_policy.metrics and "ppo/ratio_mean" not in plain.metrics
+        assert with_old_policy.loss == pytest.approx(plain.loss, rel=1e-4)
+        assert with_old_policy.grad_norm == pytest.approx(plain.grad_norm, rel=1e-4)
 
 
 def test_every_method_of_the_table_makes_a_finite_step_after_a_prefix(ranks, world, tmp_path):

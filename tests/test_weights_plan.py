@@ -187,8 +187,8 @@ def test_a_bucket_must_hold_a_row():
         make_plan(CASES["one to one"], bucket_bytes=136)
 
 
-def test_places_must_be_those_of_the_ranks():
-    with pytest.raises(PlanError, match="number_placements"):
+def test_placements_must_be_those_of_the_ranks():
+    with pytest.raises(PlanError, match="placements of"):
         make_plan(CASES["narrower engines"], source_placements=consecutive_placements(3), engine_placements=[[], []])
 
 

@@ -20,7 +20,7 @@ from megatron_tropd.ops.vocab_parallel import VocabShard
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.exchange import TensorSpec, broadcast_tensors, exchange
 from megatron_tropd.parallel.groups import ModelGroups
-from megatron_tropd.teacher.output_table import recut_output_table
+from megatron_tropd.teacher.output_table import reshard_output_table
 from megatron_tropd.teacher.scoring import FrozenHead, score_rollouts
 from megatron_tropd.types import Rollout, ScoreRequest, TeacherScores
 
@@ -72,9 +72,9 @@ class MegatronTeacher:
 
     def output_rows(self, student: ModelGroups, padded_vocab_size: int) -> Tensor | None:
         """Rows of the output table for this rank's part of the student's, which has ``padded_vocab_size`` rows in all;
-        see :func:`recut_output_table`.  Collective over the world."""
+        see :func:`reshard_output_table`.  Collective over the world."""
         like = self.hidden_like
-        return recut_output_table(
+        return reshard_output_table(
             self._model.lm_head_weight() if self._groups.is_last_stage else None,
             self._groups,
             student,

@@ -17,7 +17,7 @@ def _rows(layout_tp: int, padded: int, vocab_size: int, tp: int) -> range:
     return range(min(tp * per_rank, vocab_size), min((tp + 1) * per_rank, vocab_size))
 
 
-def recut_output_table(
+def reshard_output_table(
     table: Tensor | None,
     source: ModelGroups,
     target: ModelGroups,

@@ -64,7 +64,7 @@ def make_world(spec: WorldSpec) -> dict[str, Any]:
     with ProcessPoolExecutor(2, get_context("spawn"), initializer=_prepare_worker) as workers:
         student = workers.submit(make_network, spec, spec.student)
         teacher = workers.submit(make_teacher_side, spec)
-        world = _describe(spec) | {"teacher": teacher.result(), "student": student.result()}
+        world = _description(spec) | {"teacher": teacher.result(), "student": student.result()}
     world["seconds"] = round(time.perf_counter() - started, 1)
     (spec.save / "world.json").write_text(json.dumps(world, indent=2) + "\n")
     return world
@@ -147,7 +147,7 @@ def _write_jsonl(path: Path, rows: Sequence[dict[str, str | None]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _describe(spec: WorldSpec) -> dict[str, Any]:
+def _description(spec: WorldSpec) -> dict[str, Any]:
     return {
         "seed": spec.seed,
         "num_train_prompts": spec.num_train_prompts,

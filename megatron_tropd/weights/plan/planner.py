@@ -118,7 +118,7 @@ def _check_placements(
 ) -> None:
     given, expected = (len(sources), [len(t) for t in targets]), (num_sources, [engine.tp for engine in engines])
     if given != expected:
-        raise PlanError(f"places of (source ranks, ranks of each engine) {given} were given, there are {expected}")
+        raise PlanError(f"placements of (source ranks, ranks of each engine) {given} were given, there are {expected}")
 
 
 def build_plan(
