@@ -2,7 +2,8 @@
 #   make quickstart   the main job: a student learns from a teacher, two ranks, about two minutes
 #                     (ENGINE=sglang: rollouts by the real SGLang server, whose environment is made first)
 #   make test         the whole test suite
-# and besides: make verify (prints measured errors), make lint, make format, make clean, and
+# and besides: make check (lint, types, and all tests without ranks, servers or other processes: under 90 seconds),
+#   make verify (prints measured errors), make lint, make format, make clean, and
 #   make sglang-env   the SGLang server's own environment, for machines without a GPU (docs/sglang.md)
 # Each makes its own environment in .venv first; SGLang has one of its own, because it pins other versions.
 # Set PYTHON to choose another interpreter, and PIP_FLAGS for pip's own options (for example an index that has
@@ -20,13 +21,16 @@ SGLANG_INSTALL := $(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip
 VERIFY := model_parity vocab_parallel vocab_parallel_main_grad objectives_head head_memory kernels training_layouts \
 	training_methods training_oracle training_resume training_experts expert_gradients teacher weights_planned sglang_servers sglang_planned
 
-.PHONY: quickstart test sglang-env lint format verify clean
+.PHONY: quickstart test check sglang-env lint format verify clean
 
 quickstart: $(VENV)/.runtime $(if $(filter sglang,$(ENGINE)),$(SGLANG_VENV)/.ready)
 	$(BIN)/python tools/quickstart.py --engine $(ENGINE) --sglang-python $(SGLANG_VENV)/bin/python $(ARGS)
 
 test: $(VENV)/.test $(SGLANG_VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)
+
+check: lint
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
 
 verify: $(VENV)/.test $(SGLANG_VENV)/.ready
 	$(BIN)/python -m pytest -q $(addprefix tests/test_,$(addsuffix .py,$(VERIFY))) $(ARGS)

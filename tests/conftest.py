@@ -20,7 +20,11 @@ _MEASURED: dict[str, tuple[float, float]] = {}
 
 
 def pytest_collection_modifyitems(items):
-    """Tests on the shared servers come last: idle servers and idle ranks take time from each other."""
+    """Tests that need ranks or servers are slow.  Those on the shared servers come last: idle servers and idle ranks
+    take time from each other."""
+    for item in items:
+        if {"ranks", "sglang", "pool"} & set(item.fixturenames):
+            item.add_marker("slow")
     items.sort(key=lambda item: "sglang" in item.fixturenames)
 
 

@@ -242,6 +242,7 @@ def test_existing_output_is_kept_without_overwrite(ranks, sources, tmp_path):
     assert same_files(sources["qwen3_tied"], tmp_path / "hf")  # the old shards and index are gone
 
 
+@pytest.mark.slow
 def test_commands_as_a_user_runs_them(sources, tmp_path):
     """Files and modules, one process and torchrun, exit codes; no traceback for a user's error."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}

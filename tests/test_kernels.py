@@ -36,6 +36,7 @@ def _run(what, tmp_path, **environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_equal_float64(tmp_path, measured):
     errors = _run("interpret", tmp_path, TRITON_INTERPRET="1")
     assert len(errors) == 9
@@ -45,6 +46,7 @@ def test_interpreted_kernels_equal_float64(tmp_path, measured):
         measured(f"Triton kernels, interpreted: {name} (relative to float64)", error, 2e-6 if exact else 2**-7)
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu(tmp_path):
     sizes = _run("compile", tmp_path, TRITON_INTERPRET="0")
     assert len(sizes) == 4 and all(size > 1000 for size in sizes.values())

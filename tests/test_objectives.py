@@ -190,6 +190,7 @@ def test_unknown_method_lists_the_known_ones():
         make_objective("trpod", ObjectiveSettings())
 
 
+@pytest.mark.slow
 def test_objectives_import_torch_only():
     import subprocess
     import sys

@@ -11,6 +11,8 @@ from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
 from tools.model_sizes import NAMES, find_architecture
 from tools.plan_weights import TABLE, main, table_row
 
+pytestmark = pytest.mark.slow
+
 
 def test_text_says_what_was_planned_and_proved(capsys):
     flags = "--model qwen3-1.7b --world-size 4 --tensor-model-parallel-size 2 --num-engines 2 --sglang-tp-size 2"

@@ -26,6 +26,7 @@ def _resolve(owner):
         return getattr(_resolve(module), attribute)
 
 
+@pytest.mark.slow
 def test_every_replaced_name_still_exists_upstream():
     """Asked of an unpatched interpreter: an upgrade that moves a name fails here, loudly."""
     code = (
@@ -112,6 +113,7 @@ def test_checkpoint_writers_are_threads():
     assert results.get() == 1
 
 
+@pytest.mark.slow
 def test_install_changes_nothing_where_cuda_is_present():
     code = (
         "import torch\n"

@@ -17,6 +17,8 @@ from megatron_tropd.reporting.rollout_samples import RolloutSample, TokenMark
 from megatron_tropd.reporting.run_directory import RunDirectory
 from tests.test_reporting_files import eval_report, step_report
 
+pytestmark = pytest.mark.slow
+
 ATTACK = "</div><script>alert(1)</script><img src=x onerror=\"a('b')\">\u202e\x00\ud800"
 METRICS = {
     "tropd/trusted_frac": 0.9,

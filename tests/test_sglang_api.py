@@ -200,6 +200,7 @@ def _post(server_or_url, *, timeout_s=20.0, keys=KEYS, **options):
             server_or_url.shutdown()
 
 
+@pytest.mark.slow
 def test_busy_servers_are_asked_again():
     server = _Server((503, b""), (429, b""), (200, b'{"a": 1}'))
     assert _post(server) == {"a": 1} and len(server.asked) == 3
@@ -226,6 +227,7 @@ def test_broken_connections_are_repeated_only_where_that_does_no_harm():
     assert len(server.asked) == 1
 
 
+@pytest.mark.slow
 def test_deadlines_bad_json_and_nobody_there():
     with pytest.raises(EngineTimeout, match=r"no answer within 0.3 s"):
         _post(_Server(("hang", b"{}")), timeout_s=0.3)

@@ -10,6 +10,8 @@ import torch
 
 from tests.sglang_helpers import PYTHON
 
+pytestmark = pytest.mark.slow
+
 _SCRIPT = """
 import json
 import sgl_kernel, torch, torchvision, triton

@@ -20,6 +20,8 @@ from tests.sglang_helpers import KEYS, PYTHON
 from tests.tiny_run import flags, make_world
 from tests.torchrun_jobs import command, environment, process, wait_for_steps
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from megatron_tropd.rollout.sglang.api.weight_buckets import BucketBuilder, bytes_message, update_body
@@ -53,6 +54,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, sent >> 20)
 """
 
 
+@pytest.mark.slow
 def test_memory_of_a_push_depends_on_the_bucket_not_on_the_model():
     peaks = []
     for tensors in (32, 160):  # 128 and 640 MiB in buckets of 16

@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Qwen3ForCa
 
 from tools.small_world import arithmetic, build, language, pretraining, sampling
 
+pytestmark = pytest.mark.slow
+
 TINY = replace(pretraining.STUDENT, num_lessons=256, max_steps=5, stop_accuracy=float("inf"))
 
 

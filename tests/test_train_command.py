@@ -20,6 +20,8 @@ from tests.hf_models import edit_config, save_hf_checkpoint
 from tests.tiny_run import flags, make_world
 from tests.torchrun_jobs import command, environment, process, wait_for_steps
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from tests.tiny_run import flags, make_world
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
     "sft": {"objective": "sft", "tensor_model_parallel_size": 2, "eval_prompts": 2, "eval_interval": 1},

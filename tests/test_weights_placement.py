@@ -40,6 +40,7 @@ def test_places_are_numbered_by_machine_and_device():
     )
 
 
+@pytest.mark.slow
 def test_processes_on_this_machine_are_in_one_place():
     script = (
         "import dataclasses, json, torch\n"

@@ -114,6 +114,7 @@ def _mutants(case: Case, plan: WeightPlan, seed: int) -> Iterator[tuple[str, Wei
             yield "wrong parameter", swap(replace(copy, name=others[0].name, start=others[0].start))
 
 
+@pytest.mark.slow
 def test_the_proof_kills_every_mutant():
     killed: dict[str, int] = {}
     for seed, (name, case) in enumerate(CASES.items()):

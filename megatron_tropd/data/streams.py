@@ -26,7 +26,7 @@ class SampleScores:
     """Group advantage of the whole sample."""
 
 
-def blank_streams(num_tokens: int, needs: Needs, teacher_hidden: Tensor | None) -> TokenStreams:
+def blank_streams(num_tokens: int, needs: Needs, teacher_hidden: Tensor | None = None) -> TokenStreams:
     """``num_tokens`` labels of padding; optional streams exist exactly where ``needs`` asks for them.
 
     ``teacher_hidden`` is [0, H]: the width and dtype of the teacher's hidden states.

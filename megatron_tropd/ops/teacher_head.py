@@ -13,7 +13,7 @@ from megatron_tropd.types import TeacherScores
 
 @torch.no_grad()
 def teacher_scores(
-    hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, *, top_k: int, entropy: bool
+    hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, *, top_k: int = 0, entropy: bool = False
 ) -> TeacherScores:
     """Log-probability of ``labels`` [N], exact top-k and full-vocabulary entropy of frozen logits, which stay in the
     model's dtype.

@@ -1,17 +1,17 @@
 """Does a plan deliver every weight?  Checked copy by copy, without the planner.
 
 The planner intersects boxes and cuts them into pieces; the proof goes the other way.  It traces each copy from its
-source parameter to HF coordinates, and from its destination parameter to HF coordinates; both must be the same rectangle
-of the same tensor.  The rectangles that arrive in a destination box must tile it.  Of a plan, only the list of copies is
-used.
+source parameter to HF coordinates, and from its destination parameter to HF coordinates; both must be the same
+rectangle of the same tensor.  The rectangles that arrive in a destination box must tile it.  Of a plan, only the list
+of copies is used.
 
-What the proof shares with the planner, and what it does not: both take the boxes of trainer ranks and engine ranks from
-``weights/coordinates``.  A wrong box would be wrong in both, and no plan could show it.  Those boxes are therefore tested
-against the real modules: Megatron's, loaded from HF files and compared with transformers (tests/test_model_parity.py,
-tests/test_weights_oracle.py), and SGLang's, whose own loaders fill them (tests/test_sglang_modules.py).  The proof also
-checks what it can of the boxes themselves: they lie inside their tensors and parameters, they do not overlap, and the
-ranks of an engine hold the whole model.  Everything else here is written without the planner: the intersection of
-boxes, the choice of senders and the buckets.
+What the proof shares with the planner, and what it does not: both take the boxes of trainer ranks and engine ranks
+from ``weights/coordinates``.  A wrong box would be wrong in both, and no plan could show it.  Those boxes are therefore
+tested against the real modules: Megatron's, loaded from HF files and compared with transformers
+(tests/test_model_parity.py, tests/test_weights_oracle.py), and SGLang's, whose own loaders fill them
+(tests/test_sglang_modules.py).  The proof also checks what it can of the boxes themselves: they lie inside their
+tensors and parameters, they do not overlap, and the ranks of an engine hold the whole model.  Everything else here is
+written without the planner: the intersection of boxes, the choice of senders and the buckets.
 """
 
 from __future__ import annotations
