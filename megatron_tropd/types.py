@@ -102,7 +102,7 @@ class Needs:
     """What an objective has to be given besides the student's log-probability of every label."""
 
     top_k: int = 0
-    """Size of the teacher's exact top-k payload; 0 for none."""
+    """How many of the teacher's most probable tokens are sent; 0 for none."""
     teacher_entropy: bool = False
     """Full-vocabulary entropy of the teacher."""
     divergence: Divergence | None = None
@@ -140,7 +140,7 @@ class ScoreRequest:
     """What is asked of the teacher."""
 
     top_k: int = 0
-    """Size of the exact top-k payload; 0 for none."""
+    """How many of the most probable tokens are sent; 0 for none."""
     entropy: bool = False
     hidden: bool = False
     """The last hidden states, from which the student's ranks make the teacher's logits chunk by chunk."""
@@ -148,7 +148,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherScores:
-    """The teacher's payload for the response tokens of one rollout, all fp32 natural logs.
+    """The teacher's scores of the response tokens of one rollout, all fp32 natural logs.
 
     Of a prefix nothing but the log-probability is ever read, so the rest covers the W written tokens alone.
     """
@@ -172,7 +172,7 @@ class TokenStreams:
     region_T: Tensor  # uint8, the Region of the label
     sample_uid_T: Tensor  # int64, names (prompt uid, sample index); -1 on padding
     label_position_T: Tensor  # int64, index of the label inside its sequence
-    uniform_T: Tensor  # float64 in (0, 1), the gate's coin (rng.py); 0.5 where nobody filled it
+    uniform_T: Tensor  # float64 in (0, 1), the gate's coin (rng.py); 0.5 where it was not filled in
     rollout_logprob_T: Tensor  # fp32 by the engine that sampled, 0 where not ON_POLICY
     written_len_T: Tensor  # int64, ON_POLICY labels of the whole sample; 0 on padding
     teacher_logprob_T: Tensor  # fp32, 0 where not a response token

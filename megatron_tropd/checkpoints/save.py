@@ -156,7 +156,7 @@ def write_checkpoint(
             files=record_and_sync(temporary, known),
         )
         return on_rank_zero(lambda: _publish(save_dir, temporary, iteration, metadata), CheckpointError)
-    except CheckpointError:  # on every rank, so nobody writes any more
+    except CheckpointError:  # on every rank, so that no rank writes any more
         if dist.get_rank() == 0:
             _sweep(save_dir, temporary)
         raise

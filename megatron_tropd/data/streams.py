@@ -16,7 +16,7 @@ _Source = tuple[str, Tensor | None, Tensor | None, slice]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleScores:
     """Numbers of one rollout with R response tokens, W of them written by the student, from wherever they were made;
-    None where nobody asked."""
+    None where the objective did not ask."""
 
     teacher: TeacherScores | None = None
     reference_logprob: Tensor | None = None  # [R] fp32
@@ -32,7 +32,7 @@ def blank_streams(num_tokens: int, needs: Needs, teacher_hidden: Tensor | None =
     ``teacher_hidden`` is [0, H]: the width and dtype of the teacher's hidden states.
 
     Raises:
-        ValueError: hidden states are asked for and nobody said how wide they are.
+        ValueError: hidden states are asked for, and ``teacher_hidden`` does not say how wide they are.
     """
     if needs.score.hidden and teacher_hidden is None:
         raise ValueError("an objective over the full vocabulary needs a teacher that sends its hidden states")

@@ -38,7 +38,7 @@ from megatron_tropd.ops.topk import topk_overlap
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkLogits:
-    """This rank's logits of C tokens and where the looked-up ids are in them."""
+    """This rank's logits of C tokens, with the columns and the logits of the looked-up ids."""
 
     student: Tensor  # [C, v]
     teacher: Tensor | None  # [C, v_t], v_t <= v: the ids both models know
@@ -52,7 +52,7 @@ class ChunkLogits:
     def look_up(
         cls, student: Tensor, teacher: Tensor | None, labels: Tensor, ids: Tensor, shard: VocabShard
     ) -> ChunkLogits:
-        """``labels`` [C] and ``ids`` [C, K] are global."""
+        """Look up the label and the k ids of every token; ``labels`` [C] and ``ids`` [C, K] are global."""
         columns, mine = shard.columns(torch.cat([labels[:, None], ids], 1))
         return cls(
             student=student,
@@ -65,7 +65,7 @@ class ChunkLogits:
         )
 
     def keep(self, index: Tensor) -> ChunkLogits:
-        """Only the rows at ascending ``index``; overwrites the rest."""
+        """Keep only the rows at ascending ``index``, in the same memory; the other rows are overwritten."""
         return map_tensors(self, lambda rows: compact_(rows, index))
 
 
@@ -76,14 +76,14 @@ def _gather(logits: Tensor, columns: Tensor) -> Tensor:
 
 
 def _gather_teacher(teacher: Tensor, columns: Tensor) -> Tensor:
-    """-inf where only the student has the id."""
+    """The teacher's logits at ``columns``; -inf where only the student has the id."""
     found = _gather(teacher, columns.clamp(max=max(teacher.shape[1] - 1, 0)))
     return found.masked_fill(columns >= teacher.shape[1], -torch.inf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowStats:
-    """Numbers of C rows, reduced over the vocabulary, fp32."""
+    """Statistics of C rows, reduced over the vocabulary, fp32."""
 
     maximum: Tensor  # [C]
     log_sum: Tensor  # [C]
@@ -140,7 +140,7 @@ class RowGrads:
     divergence: Tensor | None  # [C]
 
     def active(self) -> Tensor:
-        """bool [C]: rows in which anything is not zero."""
+        """bool [C], true for rows in which any gradient is not zero."""
         out = (self.label != 0) | (self.ids != 0).any(1)
         for extra in (self.entropy, self.divergence):
             if extra is not None:
@@ -153,10 +153,10 @@ class RowGrads:
 
 
 def logits_gradient_(chunk: ChunkLogits, stats: RowStats, grads: RowGrads, spec: DivergenceSpec | None) -> Tensor:
-    """Overwrite the chunk's student logits with the gradient of the loss; the same tensor [C, v].
+    """Overwrite the chunk's student logits with the gradient of the loss; returns the same tensor [C, v].
 
-    The entries at looked-up ids are made in fp32 from the logits saved before and written once: added to a bf16
-    softmax they would carry its rounding error.
+    The entries at looked-up ids are computed in fp32 from the logits saved before and written once: if they were
+    added to a bf16 softmax, they would carry its rounding error.
     """
     if chunk.student.shape[1] == 0:
         return chunk.student
@@ -192,9 +192,11 @@ def _divergence_gradient(spec: DivergenceSpec, stats: RowStats, logits: Tensor, 
 
 
 def _totals(columns: Tensor, values: Tensor) -> Tensor:
-    """For every entry the sum of ``values`` [C, n] over the entries of its row with the same column: an id may repeat
-    (the sampled token is usually in the teacher's top-k), and entries with one column must be written with one
-    number."""
+    """For every entry, the sum of ``values`` [C, n] over all entries of the row with the same column.
+
+    An id may repeat (the sampled token is usually in the teacher's top-k), and all entries with the same column must
+    be written with the same number.
+    """
     if columns.shape[1] == 1:
         return values
     ordered, order = columns.sort(1)

@@ -29,7 +29,7 @@ from megatron_tropd.types import Divergence
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DivergenceSpec:
-    """Which one."""
+    """Which divergence; ``beta`` is the teacher's weight in the mixture of a jsd."""
 
     kind: Divergence
     beta: float = 0.5
@@ -43,7 +43,7 @@ class DivergenceSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DivergenceStats:
-    """Reduced numbers of C rows, fp32."""
+    """The divergence of C rows and the numbers that its gradient needs, reduced over the vocabulary, fp32."""
 
     value: Tensor  # [C]
     teacher_maximum: Tensor  # [C]

@@ -1,4 +1,4 @@
-"""Hidden states in, a loss out: the only way from the student to an objective."""
+"""The student's head, from hidden states to a loss: the only path from the student to an objective."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ HeadMode = Literal["one-pass", "recompute", "single-chunk"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadSettings:
-    """How the head computes; the result is the same."""
+    """How the head computes the loss; the loss itself is the same."""
 
     mode: HeadMode = "one-pass"
     """``one-pass`` forms gradients in forward, chunk by chunk: three products, for row-local objectives (all of ours).
-    ``recompute`` shows the objective all labels at once and makes the logits again in backward: four products.
-    ``single-chunk`` is one-pass with one chunk: the least traffic for the weight gradient, [N, V / tp] logits."""
+    ``recompute`` passes all labels to the objective at once and computes the logits again in backward: four products.
+    ``single-chunk`` is one-pass with one chunk: the least memory traffic for the weight gradient, but [N, V / tp]
+    logits exist at one time."""
     logits_dtype: torch.dtype | None = None
-    """None for the model's; torch.float32 for logits that no bf16 rounding has touched."""
+    """None for the model's dtype; torch.float32 for logits without bf16 rounding."""
     topk_overlap: bool = False
     """Fill TokenStats.topk_overlap_T; one more all-gather of k ids per chunk."""
 
@@ -40,10 +41,10 @@ _NO_NEEDS = Needs()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadOutput:
-    """Loss of a micro-batch, with everything its labels add to the step's sums."""
+    """Loss of a micro-batch, with everything that its labels add to the step's sums."""
 
     loss: Tensor  # fp32 scalar: sum of token losses; carries grad
-    denominator: Tensor  # int64 scalar, what the global sum is divided by, summed over the step
+    denominator: Tensor  # int64 scalar, these labels' part of the step's denominator
     metrics: dict[str, Metric]
     logprob_T: Tensor  # fp32, detached; the student at every label, 0 where the label is in no loss
 
@@ -51,8 +52,8 @@ class HeadOutput:
 def gather_hidden(hidden: Tensor, shard: VocabShard, *, sequence_parallel: bool) -> Tensor:
     """The last stage's output for all tokens of the micro-batch, [T, 1, H], differentiable.
 
-    The head's gradient of it is this rank's partial sum; backward adds the ranks (all-reduce, or
-    reduce-scatter under sequence parallelism, where ``hidden`` is [T / tp, 1, H]).
+    The head's gradient with respect to this output is a partial sum of this rank; backward sums it over ranks
+    (all-reduce, or reduce-scatter under sequence parallelism, where ``hidden`` is [T / tp, 1, H]).
     """
     if sequence_parallel:
         return gather_from_sequence_parallel_region(hidden, group=shard.group)
@@ -70,12 +71,12 @@ def student_token_stats(
     needs: Needs = _NO_NEEDS,
     teacher_weight: Tensor | None = None,
 ) -> TokenStats:
-    """The student at every position of the micro-batch, for any use by autograd; 0 where its label is in no loss.
+    """Statistics of the student at every position of the micro-batch, differentiable; 0 where a label is in no loss.
 
     Args:
         hidden: output of the last stage, [T, 1, H], or [T / tp, 1, H] under sequence parallelism.
         weight: this rank's rows of the output table, [V_padded / tp, H].
-        needs: its ``divergence`` is filled in, from ``tokens.teacher_hidden_TH`` and ``teacher_weight`` [v_t, H_t],
+        needs: its ``divergence`` is computed, from ``tokens.teacher_hidden_TH`` and ``teacher_weight`` [v_t, H_t],
             the rows of the teacher's output table for those ids of this rank that both models know.
     """
     flat = gather_hidden(hidden, shard, sequence_parallel=sequence_parallel).squeeze(1)
@@ -107,7 +108,7 @@ def head_loss(
     settings: HeadSettings = DEFAULT_SETTINGS,
     teacher_weight: Tensor | None = None,
 ) -> HeadOutput:
-    """``objective`` over all labels of a micro-batch, from hidden states; arguments as in
+    """Loss of ``objective`` over all labels of a micro-batch, from hidden states; arguments as in
     :func:`student_token_stats`.  Collective over the shard's group."""
     if settings.mode == "recompute":
         stats = student_token_stats(

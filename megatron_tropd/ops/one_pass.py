@@ -22,12 +22,12 @@ from megatron_tropd.ops.weight_gradient import accumulator, deliver
 from megatron_tropd.types import LossOutput, Metric, StepContext, TokenStats, TokenStreams
 
 _WORTH_MOVING = 7 / 8
-"""Rows without a gradient are dropped where at most this share has one; moving the others costs a copy."""
+"""Rows without a gradient are dropped if at most this share of rows has one; dropping them costs a copy of the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gradients:
-    """What is kept from forward to backward; None where nobody asked."""
+    """What is kept from forward to backward; None where it was not asked for."""
 
     hidden: Tensor | None  # [T, H], the model's dtype
     weight: Tensor | None  # [rows, H] fp32
@@ -46,7 +46,7 @@ class Precomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """The upstream factor is applied in fp32: a rounded one would scale every gradient."""
+        """Multiply by the upstream factor in fp32: a rounding error of the factor would scale every gradient."""
         saved = list(ctx.saved_tensors)
         hidden = saved.pop(0) if ctx.has[0] else None
         weight = saved.pop(0) if ctx.has[1] else None
@@ -67,7 +67,7 @@ class Totals:
         self.metrics: dict[str, Metric] = {}
 
     def add(self, out: LossOutput, tokens: TokenStreams) -> None:
-        """One chunk's."""
+        """Add the outputs of one chunk."""
         self.loss += out.token_loss_T.detach().sum(dtype=torch.float64)
         self.denominator += Regions.of(tokens).num_tokens if out.denominator is None else out.denominator
         for name, metric in out.metrics.items():
@@ -93,7 +93,7 @@ def _token_stats(stats: RowStats, tokens: TokenStreams) -> TokenStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnePass:
-    """One micro-batch's work; :meth:`run` is collective over the shard's group."""
+    """The work of one micro-batch; :meth:`run` is collective over the shard's group."""
 
     source: LogitsSource
     objective: Objective
@@ -125,7 +125,7 @@ class OnePass:
         return totals, gradients, logprob_T
 
     def _differentiate(self, stats: RowStats, tokens: TokenStreams) -> tuple[LossOutput, RowGrads]:
-        """Autograd through the objective alone, on tensors of [C] and [C, K]."""
+        """Loss and its gradients by autograd through the objective alone, on tensors of [C] and [C, K]."""
         leaves = _token_stats(map_tensors(stats, lambda value: value.detach().requires_grad_()), tokens)
         wanted = {name: value for name in _DIFFERENTIABLE if (value := getattr(leaves, name)) is not None}
         with torch.enable_grad():

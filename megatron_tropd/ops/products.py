@@ -2,7 +2,8 @@
 
 Operands are in the model's dtype; the weight gradient is summed over chunks in fp32.  On CUDA a product of bf16
 operands accumulates in fp32 and may leave its result in fp32 (``out_dtype``, torch 2.8).  A CPU has no such product
-and its bf16 one is slow in some layouts, so there operands of a slice of the vocabulary are turned into fp32 first.
+and its bf16 product is slow in some layouts, so on a CPU the operands are converted to fp32 first, one slice of the
+vocabulary at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 _SLICE = 4096
-"""Vocabulary rows whose fp32 copies exist at one time where operands have to be turned into fp32."""
+"""Vocabulary rows whose fp32 copies exist at one time where operands have to be converted to fp32."""
 
 _HAS_OUT_DTYPE = "dtype_out" in torch.ops.aten.addmm.overloads() and "dtype_out" in torch.ops.aten.mm.overloads()
 
@@ -55,7 +56,7 @@ def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
 
 
 def _is_plain(operand: Tensor) -> bool:
-    """Whether this device multiplies the operand's dtype well as it is."""
+    """Whether this device multiplies operands of this dtype well without conversion."""
     return operand.is_cuda or operand.dtype == torch.float32
 
 

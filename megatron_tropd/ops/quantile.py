@@ -15,12 +15,13 @@ _DIGITS = 32 // _DIGIT_BITS
 
 
 def quantile_threshold(values: Tensor, share: float, *, group: Any = None) -> float:
-    """The threshold whose "value >= threshold" selects the top ``share`` of all ranks' ``values`` (fp32, any number on
-    each rank, each value on one rank only).
+    """The threshold for which ``value >= threshold`` selects the top ``share`` of all ranks' ``values`` (fp32, any
+    number on each rank, each value on one rank only).
 
-    With n values in all it is the m-th greatest, m = ceil(share n): at least the share is selected, and more where
-    others equal the threshold.  It depends on the values alone, not on where they are.  inf without values; NaN counts
-    as greater than everything.  Collective over ``group``: four SUMs of 256 integers.
+    With n values in all, the threshold is the m-th greatest, m = ceil(share n): at least the share is selected, and
+    more where other values equal the threshold.  The threshold depends only on the values, not on the rank that holds
+    them; it is inf without values, and NaN counts as greater than everything.  Collective over ``group``: four SUMs of
+    256 integers.
 
     Raises:
         ValueError: ``share`` is not in (0, 1].

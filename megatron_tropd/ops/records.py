@@ -1,4 +1,4 @@
-"""The same operation on every tensor of a record."""
+"""Operations on every tensor of a record (a dataclass of tensors and records)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Record = TypeVar("Record")
 
 
 def map_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
-    """A new ``record`` with ``change`` applied to its tensors, those of records inside included; None stays None."""
+    """A new ``record`` with ``change`` applied to its tensors, also in nested records; None stays None."""
     return type(record)(**{name: _change(getattr(record, name), change) for name in _fields(record)})
 
 
@@ -23,7 +23,7 @@ def _change(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def cat_records(records: Sequence[Record]) -> Record:
-    """Records of consecutive rows as one."""
+    """One record made of the records of consecutive rows."""
     first = records[0]
     parts = {name: [getattr(record, name) for record in records] for name in _fields(first)}
     return type(first)(**{name: _cat(values) for name, values in parts.items()})

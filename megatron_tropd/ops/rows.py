@@ -1,7 +1,8 @@
 """Statistics of rows of logits and the gradient of a row, in PyTorch, a block of rows at a time.
 
-A block fits a cache: the passes over a row then cost little beside the matrix products, and fp32 copies of bf16 logits
-exist for one block alone.  On a GPU ``kernels/triton_rows.py`` takes the place of both functions.
+A block fits a cache, so the passes over a row cost little compared with the matrix products, and fp32 copies of bf16
+logits exist for one block only.  On a GPU ``kernels/triton_rows.py`` replaces :func:`row_partials` and
+:func:`softmax_gradient_`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from torch import Tensor
 from megatron_tropd.ops import kernels
 
 FLOOR = -1e4
-"""Stands for -inf in a shifted logit: exp is 0 and so is its product with exp, where 0 * -inf would be NaN."""
+"""Replaces -inf in a shifted logit: exp(FLOOR) and exp(FLOOR) * FLOOR are 0, whereas 0 * -inf would be NaN."""
 
 _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 
 
 def row_blocks(rows: Tensor) -> Iterator[slice]:
-    """Slices of the rows of [C, v] whose elements fit the device's block."""
+    """Slices of the rows of a tensor [C, v]; the elements of each slice fit the device's block."""
     size = max(1, _BLOCK_ELEMENTS[rows.device.type] // max(rows.shape[1], 1))
     for start in range(0, len(rows), size):
         yield slice(start, min(start + size, len(rows)))
@@ -52,7 +53,7 @@ def row_partials(logits: Tensor) -> Tensor:
 
 
 def finite(maximum: Tensor) -> Tensor:
-    """0 in place of -inf, so that -inf - maximum is -inf."""
+    """``maximum`` with 0 in place of -inf, so that -inf - maximum is -inf and not NaN."""
     return torch.where(maximum == -torch.inf, 0.0, maximum)
 
 
@@ -90,9 +91,9 @@ def softmax_term(shift: Tensor, scale: Tensor, slope: Tensor | None, offset: Ten
 
 
 def compact_(rows: Tensor, index: Tensor) -> Tensor:
-    """Move the rows at ascending ``index`` [n] to the front, in place; the first n rows."""
+    """Move the rows at ascending ``index`` [n] to the front, in place; returns the first n rows."""
     size = max(1, _BLOCK_ELEMENTS[rows.device.type] // max(rows.shape[1], 1))
-    for start in range(0, len(index), size):  # index[i] >= i: what is read later is not overwritten yet
+    for start in range(0, len(index), size):  # index[i] >= i: a row is read before it is overwritten
         part = index[start : start + size]
         rows[start : start + len(part)] = rows.index_select(0, part)
     return rows[: len(index)]

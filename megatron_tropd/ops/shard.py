@@ -1,4 +1,4 @@
-"""How the vocabulary is cut over tensor-parallel ranks, and the collectives over that cut."""
+"""The partition of the vocabulary over tensor-parallel ranks, and the collectives between these ranks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabShard:
-    """Which ids this rank's rows of the output table stand for."""
+    """The vocabulary ids of this rank's rows of the output table."""
 
     vocab_size: int
-    """Ids that exist: the rows of the HF checkpoint."""
+    """Number of ids that exist: the rows of the HF checkpoint's table."""
     rows_per_rank: int
     group: Any
     """Tensor-parallel process group."""
@@ -33,12 +33,12 @@ class VocabShard:
 
     @property
     def world_size(self) -> int:
-        """Ranks the vocabulary is cut over."""
+        """Number of ranks that the vocabulary is split over."""
         return dist.get_world_size(self.group)
 
     def columns(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(local column, owned here) of global ``ids``; the column of an id that another rank owns is some valid one,
-        to be read and thrown away."""
+        """(local column, owned here) of global ``ids``; an id that another rank owns gets some valid column,
+        whose value the caller ignores."""
         local = ids - self.start
         mine = (local >= 0) & (local < self.num_valid)
         return local.clamp(0, max(self.num_valid - 1, 0)), mine

@@ -1,4 +1,4 @@
-"""Where a chunk's logits come from: hidden states and this rank's rows of the output tables."""
+"""The source of a chunk's logits: hidden states and this rank's rows of the output tables."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Buffer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitsSource:
-    """Everything logits are made of; detached."""
+    """Everything that logits are computed from, detached."""
 
     hidden: Tensor  # [T, H]
     weight: Tensor  # [v, H]: the rows of this rank that are not padding
@@ -47,7 +47,7 @@ class LogitsSource:
     shard: VocabShard
     chunk_tokens: int
     dtype: torch.dtype
-    """Of the student's logits; the teacher's are in its own dtype, or in fp32 where this is fp32."""
+    """Dtype of the student's logits; the teacher's logits have the teacher's dtype, or fp32 where this is fp32."""
     overlap: bool = False
     """Whether RowStats.overlap is wanted."""
     spec: DivergenceSpec | None = None
@@ -55,7 +55,7 @@ class LogitsSource:
     teacher_weight: Tensor | None = None  # [v_t, H_t]
 
     def statistics(self, chunk: ChunkLogits) -> RowStats:
-        """Of one chunk; collective over the shard's group."""
+        """Statistics of one chunk; collective over the shard's group."""
         return reduce_rows(chunk, self.shard, self.spec, overlap=self.overlap)
 
     def gradient_(self, chunk: ChunkLogits, stats: RowStats, grads: RowGrads) -> Tensor:
@@ -63,8 +63,8 @@ class LogitsSource:
         return logits_gradient_(chunk, stats, grads, self.spec)
 
     def chunks(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, ChunkLogits]]:
-        """(positions, hidden rows, logits) for consecutive parts of ``rows``; each overwrites the one before.  One
-        empty chunk where there are no rows."""
+        """(positions, hidden rows, logits) for consecutive parts of ``rows``; each chunk overwrites the logits of
+        the chunk before.  Without rows there is one empty chunk."""
         size = max(1, min(self.chunk_tokens, len(rows)))
         student = _Buffer(self.hidden, self.weight, size, self.dtype)
         teacher = None
@@ -97,7 +97,7 @@ def make_source(
 
     Raises:
         ValueError: a full-vocabulary divergence without the teacher's hidden states or its output table, or with a
-            table that has other rows than the shard.
+            table that has more rows than the shard or another hidden size.
     """
     ids = tokens.teacher_topk_ids_TK
     if ids is None:

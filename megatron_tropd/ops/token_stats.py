@@ -1,4 +1,4 @@
-"""TokenStats that autograd can use in any way: the chunks' logits are made again in backward (four products in all)."""
+"""Statistics that autograd can use in any way: backward computes the chunks' logits again (four products in all)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Exact top-k over a vocabulary that is cut over ranks: by (logit descending, id ascending).
+"""Exact top-k over a vocabulary that is split over ranks, ordered by (logit descending, id ascending).
 
-Equal logits are the rule in bf16, not the exception: without the id, which of them are among the k depends on the
-number of ranks.  The k greatest values of a row are unique as values; only the ids of those equal to the k-th may be in
-doubt, and are looked up where they are.
+Equal logits are usual in bf16: without the id in the order, the choice among equal logits would depend on the number
+of ranks.  The k greatest values of a row are unique as values; only the ids of the values equal to the k-th may be
+ambiguous, and these ids are searched for where that is the case.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def local_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _first_of_equals(values: Tensor, columns: Tensor, equal: Tensor) -> Tensor:
-    """``columns`` [n, k] with the places of the k-th value given to the lowest columns of ``equal`` [n, v]."""
+    """``columns`` [n, k], where the entries with the k-th value become the lowest columns of ``equal`` [n, v]."""
     k, width = columns.shape[1], equal.shape[1]
     every = torch.arange(width, dtype=torch.int32, device=equal.device)
     lowest = torch.where(equal, every, width).topk(k, dim=1, largest=False, sorted=True).values.long()
@@ -44,14 +44,14 @@ def _first_of_equals(values: Tensor, columns: Tensor, equal: Tensor) -> Tensor:
 
 
 def sort_keys(values: Tensor, ids: Tensor) -> Tensor:
-    """int64 that sort by (value descending, id ascending); ``ids`` are below 2^31.  -0.0 equals 0.0."""
+    """int64 keys whose descending order is (value descending, id ascending); ``ids`` are below 2^31.  -0.0 equals 0.0."""
     bits = (values.float() + 0.0).contiguous().view(torch.int32)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     return (ordered << 31) + (0x7FFFFFFF - ids)
 
 
 def split_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """(ids int64, values fp32) of :func:`sort_keys`."""
+    """(ids int64, values fp32) from the keys of :func:`sort_keys`."""
     ids = 0x7FFFFFFF - (keys & 0x7FFFFFFF)
     ordered = (keys >> 31).int()
     return ids, torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
@@ -60,7 +60,7 @@ def split_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
 def exact_topk(logits: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """(ids int64, logits fp32) [C, k] of the whole vocabulary, in order; ``logits`` [C, v] are this rank's.
 
-    One all-gather of k candidates: every winner is among the first k of its own shard.
+    One all-gather of k candidates: every id of the result is among the first k of its own shard.
     """
     local_k = min(k, logits.shape[1])
     keys = torch.full((len(logits), k), _ABSENT, device=logits.device)

@@ -1,7 +1,7 @@
-"""The vocab-parallel head: hidden states in, numbers reduced over the vocabulary out.
+"""The vocab-parallel head: from hidden states to numbers reduced over the vocabulary.
 
-``ops/`` is the only room that sees logits; these are the names that other rooms use.  Logits exist for one
-chunk of tokens at a time and nothing of size [T, V] is kept.  The rows of the output table are split over
+``ops/`` is the only package that sees logits; the names below are those that other packages use.  Logits exist
+for one chunk of tokens at a time and nothing of size [T, V] is kept.  The rows of the output table are split over
 tensor-parallel ranks; rows at or beyond ``vocab_size`` are padding and are cut off BEFORE the product, so
 that they have no logit, no probability and a gradient of exactly zero.
 """

@@ -1,11 +1,11 @@
-"""Giving the gradient of the output table to whoever keeps it, in backward and in fp32.
+"""Adding the output table's gradient to where it is kept (Megatron's main_grad, or .grad), in backward and in fp32.
 
 Megatron's DDP keeps an fp32 sum ``weight.main_grad`` and adds ``weight.grad``, which has the weight's dtype, to
-it in a hook of the weight's gradient accumulator.  A layer that can do better adds to ``main_grad`` itself, sets
-``grad_added_to_main_grad`` and returns a placeholder: the hook then ignores ``weight.grad`` and still counts the
+it in a hook of the weight's gradient accumulator.  A layer may instead add to ``main_grad`` itself, set
+``grad_added_to_main_grad`` and return a placeholder: the hook then ignores ``weight.grad`` and still counts the
 weight as ready (megatron-core 0.16.1, ``distributed_data_parallel.py`` and ``tensor_parallel/layers.py``).  A
-tied table on one stage has ``zero_out_wgrad``: its embedding's gradient arrives in ``weight.grad`` too and the
-hook adds that, so the placeholder is zeros.
+tied table on one stage has ``zero_out_wgrad``: the embedding's gradient arrives in ``weight.grad`` too and
+the hook adds ``weight.grad``, so the placeholder is zeros.
 """
 
 from __future__ import annotations
@@ -46,4 +46,4 @@ def deliver(weight: Tensor, total: Tensor, upstream: Tensor | None = None) -> Te
         else:
             kept.addcmul_(total, upstream)
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # Megatron's, as main_grad
-    return weight.new_zeros(()).expand(weight.shape)  # one number; copied only after ``total`` is freed
+    return weight.new_zeros(()).expand(weight.shape)  # a view of one number; copied only after ``total`` is freed

@@ -1,4 +1,4 @@
-"""Moving values between ranks whose sizes everybody can work out: no headers, one message per pair."""
+"""Moving values between ranks.  Every rank can work out all sizes: no headers, one message per pair."""
 
 from __future__ import annotations
 

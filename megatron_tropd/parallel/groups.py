@@ -2,7 +2,7 @@
 
 Megatron's ``parallel_state`` is one set of globals and can hold one layout: the student's, because
 DDP and the optimizer ask it.  Every other model is handed a ``ProcessGroupCollection`` of its own.
-Only this room reads ``parallel_state``; everybody else receives a :class:`ModelGroups`.
+Only this room reads ``parallel_state``; all other rooms receive a :class:`ModelGroups`.
 """
 
 from __future__ import annotations

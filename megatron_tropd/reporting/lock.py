@@ -3,7 +3,7 @@
 The lock is a small JSON file with host and process.  It is never unlinked while it is contended, only
 rewritten under ``flock`` (a path that is unlinked and made again can be "taken" by two jobs at once).
 A lock is stale where its process is gone: same host and no such process, or, on a cluster, the same
-Slurm job started again.  On another host nobody can tell, so the error says what to do.
+Slurm job started again.  On another host this cannot be known, so the error says what to do.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def collect(run: Run, step: int) -> list[Rollout]:
 
 
 def plan_updates(run: Run, rollouts: Sequence[Rollout]) -> BatchPlan:
-    """Who trains on what, in which of the --num-minibatches updates."""
+    """Which replica trains on which rollouts, in which of the --num-minibatches updates."""
     layout, training = run.student.groups.layout, run.config.training
     return plan_batch(
         rollouts,
@@ -60,7 +60,7 @@ class ScoredBatch:
 
 
 def score_batch(run: Run, rollouts: Sequence[Rollout], plan: BatchPlan, step: int) -> ScoredBatch:
-    """Ask everybody whom the objective needs: teacher, reference, reward function, and the student itself.
+    """Score the rollouts with everything the objective needs: teacher, reference, reward function, the student itself.
 
     Collective over the world.
     """

@@ -39,12 +39,12 @@ class Workers:
         return _shares(items, self.count)[self.rank]
 
     def gather(self, value: T) -> list[T]:
-        """Everybody's value, by rank.  Collective."""
+        """The values of all processes, by rank.  Collective."""
         parts: list[T] = [value] * self.count
         if self.count > 1:
             dist.all_gather_object(parts, value)
         return parts
 
     def merge(self, mine: dict[str, str]) -> dict[str, str]:
-        """One mapping from everybody's, in name order.  Collective."""
+        """The mappings of all processes as one, in name order.  Collective."""
         return dict(sorted((name, value) for part in self.gather(mine) for name, value in part.items()))

@@ -58,7 +58,7 @@ class ParamWriter:
 def finish(
     folder: Path, written: WrittenFile, tensors: dict[str, tuple[Index, torch.dtype]], workers: Workers
 ) -> dict[str, FileRecord]:
-    """Write ``.metadata`` from everybody's records; digests of everybody's files.  Collective."""
+    """Write ``.metadata`` from the records of all processes, and return the digests of all files.  Collective."""
     files = workers.gather(written)
     on_rank_zero(lambda: write_metadata(folder, make_metadata(files, tensors)), CheckpointError)
     return {file.name: FileRecord(bytes=file.nbytes, sha256=file.sha256) for file in files}

@@ -1,7 +1,7 @@
 """Row statistics and the in-place softmax gradient in Triton; the same functions as in ``ops/rows.py``.
 
-Both read logits in their own dtype and compute in fp32 (arithmetic on bf16 is never done), use no atomics, and so give
-the same bits in every run.  Block sizes are chosen by hand: a row of 19k to 152k logits is a few dozen blocks.
+Both kernels read logits in their own dtype and compute in fp32 (never in bf16).  They use no atomics, and so give the
+same bits in every run.  Block sizes are chosen by hand: a row of 19k to 152k logits is a few dozen blocks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FLOOR = tl.constexpr(-1e4)  # as FLOOR in ops/rows.py
 
 @triton.jit
 def _partials_kernel(logits, out, stride, num_rows, width, BLOCK: tl.constexpr):
-    """One program per row: one read of it, rescaling both sums whenever the maximum grows."""
+    """One program per row: reads the row once and rescales both sums whenever the maximum grows."""
     row = tl.program_id(0)
     base = logits + row.to(tl.int64) * stride
     maximum = tl.full((), float("-inf"), tl.float32)
@@ -26,7 +26,7 @@ def _partials_kernel(logits, out, stride, num_rows, width, BLOCK: tl.constexpr):
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         z = tl.load(base + column, mask=column < width, other=float("-inf")).to(tl.float32)
-        # Selected, not maximum(): where NaN meets a number a hardware maximum may drop it.
+        # where(), not maximum(): a hardware maximum of NaN and a number may drop the NaN.
         top = tl.max(z, 0)
         larger = tl.where(top > maximum, top, maximum)
         safe = tl.where(larger == float("-inf"), 0.0, larger)

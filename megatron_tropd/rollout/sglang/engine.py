@@ -37,7 +37,7 @@ PauseMode = Literal["abort", "retract", "in_place"]
 
 
 class Engine:
-    """Server number ``index``: started here (``server``), or somebody else's (``url``).
+    """Server number ``index``: started here (``server``), or running elsewhere (``url``).
 
     ``version`` is the weight version it may be asked to write with; None keeps it out of rotation.
     """

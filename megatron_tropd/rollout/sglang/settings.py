@@ -106,7 +106,7 @@ class SGLangSettings:
     """Interpreter of SGLang's environment (``make sglang-env``); needed unless ``urls`` are given."""
     num_engines: int = 1
     urls: tuple[str, ...] = ()
-    """Servers that somebody else starts and restarts; ``num_engines`` is then ignored."""
+    """Servers that are started and restarted elsewhere; ``num_engines`` is then ignored."""
     host: str = "127.0.0.1"
     keys: Keys | None = None
     tp_size: int = 1

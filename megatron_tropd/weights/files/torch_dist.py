@@ -173,7 +173,7 @@ class TorchDistReader:
 
     Args:
         folder: The checkpoint.
-        metadata: Its ``.metadata``, read by somebody who trusts nothing (``checkpoint_safety``).
+        metadata: Its ``.metadata``, as ``checkpoints/safety.py`` reads it, which unpickles plain data only.
     """
 
     def __init__(self, folder: str | Path, metadata: Metadata) -> None:

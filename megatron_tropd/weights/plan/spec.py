@@ -62,7 +62,7 @@ class PlanSpec:
 
 @lru_cache(maxsize=1)
 def _build(spec: PlanSpec) -> WeightPlan:
-    """Remembers the last: whoever connects asks for digest, proof and messages, and a large plan takes seconds."""
+    """Keeps the last plan: a connection asks for it several times, and a large plan takes seconds."""
     return build_plan(
         spec.arch, spec.layout, spec.engines, dtype=spec.dtype, bucket_bytes=spec.bucket_bytes,
         source_placements=spec.source_placements, engine_placements=spec.engine_placements,

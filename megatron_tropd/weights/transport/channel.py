@@ -6,7 +6,8 @@
 
 The sender may fill a half of its staging memory again when the messages in it are on the other side, or are
 taken.  Both sides work through the buckets in the same order and a receiver says "taken" before it waits for
-a later bucket, so the lowest unfinished bucket of all ranks can always go on: nobody waits in a circle.
+a later bucket, so the lowest unfinished bucket of all ranks can always go on, and no ranks wait for each other in a
+circle.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ class PlannedSender(Endpoint):
         """Send the parameters as they are now, and wait until every receiver has acknowledged them.
 
         Raises:
-            TransportError: a receiver refused or did not answer in time; nobody may take ``version`` for
-                delivered.
+            TransportError: a receiver refused or did not answer in time; ``version`` must not be
+                taken for delivered.
         """
         start, sums, sent = time.monotonic(), dict.fromkeys(self._peers, 0), dict.fromkeys(self._peers, 0)
         self._greet(version)

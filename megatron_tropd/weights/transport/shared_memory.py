@@ -5,7 +5,7 @@ On a CPU a segment is a Linux memfd.  It has no name in /dev/shm: another proces
 however those end.  Nothing has to be cleaned up, and a container's limit on /dev/shm does not apply.  The two
 processes need not be related; they must have one user and one PID namespace.
 
-Handles are JSON values, never pickles: whoever reaches the group must not be able to run code.
+Handles are JSON values, never pickles: a process that reaches the group must not be able to run code here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class SharedSegment:
         }
 
     def close(self) -> None:
-        """Nobody may open it any more; who has, and :attr:`memory`, keep it."""
+        """No process can open the segment after this; those that have it open keep it, and so does :attr:`memory`."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -37,7 +37,7 @@ def join_store(*, host: str = LOOPBACK, port: int, timeout_s: float) -> dist.TCP
     """Connect to the store another process hosts.
 
     Raises:
-        ConnectionError: nobody answered in time.
+        ConnectionError: no store answered in time.
     """
     try:
         return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)

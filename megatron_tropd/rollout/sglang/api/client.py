@@ -111,6 +111,6 @@ class Client:
             raise BadResponse(f"{self.name}: {what}: the answer is not JSON: {start!r}") from None
 
     async def close(self) -> None:
-        """Close the connections; whoever still waits gets EngineDown."""
+        """Close the connections; calls that still wait raise EngineDown."""
         self._closed = True
         await self._http.aclose()

@@ -4,7 +4,7 @@ The weights themselves travel from every trainer rank straight to every engine r
 (``weights/transport/transfer.py``); what goes over HTTP is a request of a few hundred bytes.  Servers must
 run with ``--custom-weight-loader megatron_tropd.weights.engine_loader.load``.  Each call here is made while all
 trainer ranks make theirs: :meth:`PlannedEngines.connect` with ``connect_sender``,
-:meth:`PlannedEngines.receive` with ``PlannedSender.push``; only :meth:`PlannedEngines.locate` needs nobody else.
+:meth:`PlannedEngines.receive` with ``PlannedSender.push``; only :meth:`PlannedEngines.locate` needs no trainer rank.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A pool's weights sent as planned: every trainer rank sends its own rows straight to the engine ranks that hold them.
 
 The connection of one plan lives until an engine is started anew or given up; the next push then makes another: it asks
-the engines where their weights are, plans, proves the plan and has everybody join.  When anything fails, on either
+the engines where their weights are, plans, proves the plan and has all ranks join.  When anything fails, on either
 side, nothing is served and the pool sends whole tensors through SGLang's own update API instead, to whichever engines
 then lack the version.  After two failures in a row it does so for the rest of the run.
 """

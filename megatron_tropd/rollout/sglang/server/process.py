@@ -18,7 +18,7 @@ _STOP_TIMEOUT_S = 30.0
 
 
 def free_port(host: str) -> int:
-    """A port nobody listens on now."""
+    """A port that no process listens on now."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.bind((host, 0))
