@@ -2,7 +2,8 @@
 #   make quickstart   the main job: a student learns from a teacher, two ranks, about two minutes
 #                     (ENGINE=sglang: rollouts by the real SGLang server, whose environment is made first)
 #   make test         the whole test suite
-# and besides: make check (lint, types, and all tests without ranks, servers or other processes: under 90 seconds),
+# and besides: make check (lint, types, and all tests without ranks, servers or other processes: 75 seconds, the
+#   first time two minutes, because mypy then reads torch),
 #   make verify (prints measured errors), make lint, make format, make clean, and
 #   make sglang-env   the SGLang server's own environment, for machines without a GPU (docs/sglang.md)
 # Each makes its own environment in .venv first; SGLang has one of its own, because it pins other versions.

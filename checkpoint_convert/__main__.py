@@ -1,4 +1,4 @@
-"""All conversions under one command: ``tropd-convert COMMAND ...``, or ``python -m checkpoint_convert COMMAND ...``."""
+"""Run any conversion: ``tropd-convert COMMAND ...``, or ``python -m checkpoint_convert COMMAND ...``."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ COMMANDS = {
     "megatron-to-megatron": ("megatron_to_megatron", "convert", "a Megatron checkpoint split or padded in another way"),
     "inspect": ("inspect", "inspect", "what a checkpoint directory holds"),
 }
-"""Command -> (module, function, what it does)."""
+"""Command -> (module, function, description for --help)."""
 
 
 def usage() -> str:
-    """What ``--help`` prints."""
+    """Return the text of ``--help``."""
     lines = ["usage: tropd-convert COMMAND [flags]", "", "commands (each has a --help of its own):"]
     lines += [f"  {name:<22}{text}" for name, (_, _, text) in COMMANDS.items()]
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the first argument names; returns its exit status."""
+    """Run the command that the first argument names, and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] in (["-h"], ["--help"]):
         print(usage())

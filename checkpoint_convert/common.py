@@ -1,4 +1,4 @@
-"""What the commands share: flags, launch, errors."""
+"""Code that the commands share: flags, checks of them, launch and errors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ DEFAULT_BUFFER_MIB = 64
 
 
 def add_layout_flags(parser: argparse.ArgumentParser) -> None:
-    """Megatron's names for the sizes of a layout.  They only say where chunks are cut: any layout reads any
-    checkpoint, one that is cut its way without reading more than its own bytes."""
+    """Add Megatron's flags for the sizes of a layout.  They only set where chunks are cut: any layout reads any
+    checkpoint, and with chunks cut for it, each rank reads only its own bytes."""
     for name, letter in (("tensor-model", "N"), ("pipeline-model", "M"), ("expert-model", "E"), ("expert-tensor", "T")):
         default = "that of --tensor-model-parallel-size" if name == "expert-tensor" else "1"
         parser.add_argument(
@@ -36,7 +36,7 @@ def add_layout_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_stream_flags(parser: argparse.ArgumentParser) -> None:
-    """How much memory, and what is checked after writing."""
+    """Add --buffer-mib and --verify."""
     parser.add_argument(
         "--buffer-mib", type=int, default=DEFAULT_BUFFER_MIB, metavar="MIB",
         help=f"largest piece held at a time; peak memory is one to three of them per process ({DEFAULT_BUFFER_MIB})",
@@ -45,7 +45,7 @@ def add_stream_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_logits_flag(parser: argparse.ArgumentParser) -> None:
-    """The check that needs whole models."""
+    """Add --verify-logits, the check that loads whole models."""
     parser.add_argument(
         "--verify-logits", action="store_true",
         help="build both models and compare logits in fp32 (one process; needs memory for two fp32 models)",
@@ -56,17 +56,17 @@ def check_logits_flag(args: argparse.Namespace, processes: int) -> None:
     """Refuse --verify-logits under torchrun.
 
     Raises:
-        ValueError: there are several processes.
+        ValueError: --verify-logits is given and there are several processes.
     """
     if args.verify_logits and processes > 1:
         raise ValueError(f"--verify-logits runs in one process, torchrun started {processes}; start without torchrun")
 
 
 def buffer_bytes(args: argparse.Namespace) -> int:
-    """The value of --buffer-mib in bytes.
+    """Return the value of --buffer-mib in bytes.
 
     Raises:
-        ValueError: less than one.
+        ValueError: it is less than 1.
     """
     if args.buffer_mib < 1:
         raise ValueError(f"--buffer-mib {args.buffer_mib} must be at least 1")
@@ -74,13 +74,13 @@ def buffer_bytes(args: argparse.Namespace) -> int:
 
 
 def add_save_flags(parser: argparse.ArgumentParser) -> None:
-    """Where to write."""
+    """Add --save and --overwrite."""
     parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="write into a --save that holds files")
 
 
 def check_output(save: Path, *, overwrite: bool, sources: Sequence[Path]) -> None:
-    """Refuse to write over something, or into what is being read.
+    """Refuse an output directory that holds files (without ``overwrite``) or that overlaps a source.
 
     Raises:
         ValueError: names the flag to change.
@@ -96,7 +96,7 @@ def check_output(save: Path, *, overwrite: bool, sources: Sequence[Path]) -> Non
 
 
 def check_layout(args: argparse.Namespace, arch: Architecture) -> None:
-    """Refuse a layout that the model cannot be cut by.
+    """Refuse a layout into which the model cannot be split.
 
     Raises:
         ValueError: names the flags to change.
@@ -113,16 +113,16 @@ def check_layout(args: argparse.Namespace, arch: Architecture) -> None:
 
 
 def target_params(args: argparse.Namespace, arch: Architecture, divisor: int) -> tuple[StoredParam, ...]:
-    """The model's parameters, padded and cut for the layout of the flags."""
+    """Return the parameters of the model, padded to ``divisor`` and with chunks cut for the layout of the flags."""
     tp, etp = args.tensor_model_parallel_size, args.expert_tensor_parallel_size
     return stored_params(arch, ParallelLayout(tp=tp, etp=etp, make_vocab_size_divisible_by=divisor))
 
 
 def iteration(text: str | None) -> int | Literal["release"] | None:
-    """The value of --iteration.
+    """Return the value of --iteration.
 
     Raises:
-        ValueError: neither a number nor ``release``.
+        ValueError: it is neither a number nor ``release``.
     """
     if text is None:
         return None
@@ -134,12 +134,12 @@ def iteration(text: str | None) -> int | Literal["release"] | None:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16``."""
+    """Return the name of a dtype without ``torch.``, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def gigabytes(count: int) -> str:
-    """A size for people."""
+    """Return a number of bytes as text, such as ``1.25 GB``."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
@@ -147,18 +147,20 @@ def gigabytes(count: int) -> str:
 
 
 def prepare() -> None:
-    """What comes before the first import of Megatron: its answers about CUDA, and no word of what is not installed."""
+    """Prepare for the first import of Megatron: patch it for machines without CUDA, and silence its warnings about
+    packages that are not installed."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     platform.install()
 
 
 def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
-    """Exit status of a command: what a user can mend is one line on stderr and status 2, no traceback."""
+    """Run a command and return its exit status.  An error that a user can fix gives status 2 and a message on standard
+    error, without a traceback."""
     prepare()
     try:
         command(argv)
     except (ValueError, OSError, RankFailure) as error:
-        if not dist.is_initialized() or dist.get_rank() == 0:  # the same on every rank: let one speak
+        if not dist.is_initialized() or dist.get_rank() == 0:  # the error is the same on every rank
             print(f"error: {error}", file=sys.stderr, flush=True)
         return USAGE_ERROR
     finally:

@@ -1,10 +1,10 @@
-"""Hugging Face weights to a Megatron checkpoint.
+"""Convert Hugging Face weights to a Megatron checkpoint.
 
     python -m checkpoint_convert.hf_to_megatron --hf-checkpoint HF_DIR --save DIR
     torchrun --nproc-per-node 8 -m checkpoint_convert.hf_to_megatron ...
 
-Writes ``DIR/release/`` and a tracker that names it.  The checkpoint loads at any TP x PP x EP.  Any number
-of processes share the work; none of them holds more than a few buffers, whatever the model's size.
+Writes ``DIR/release/`` and a tracker that names it.  The checkpoint loads into any TP x PP x EP.  Any number
+of processes share the work.  Each of them holds at most a few buffers, whatever the model's size.
 """
 
 import os
@@ -39,7 +39,7 @@ from megatron_tropd.weights.files.hf_manifest import HfManifest  # noqa: E402
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Flags."""
+    """Parse the flags."""
     parser = argparse.ArgumentParser(
         prog="hf_to_megatron", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _check(args: argparse.Namespace, workers: Workers) -> tuple[HfCheckpoint, tuple[StoredParam, ...]]:
-    """Everything that can be wrong before anything is written."""
+    """Check the flags and open the source, before anything is written; return the source and the parameters."""
     divisor = args.make_vocab_size_divisible_by
     if divisor < 1:
         raise ValueError(f"--make-vocab-size-divisible-by {divisor} must be at least 1")
@@ -81,7 +81,7 @@ def convert(argv: Sequence[str] | None = None) -> None:
         digests.update(found)
         on_rank_zero(lambda: write_plain_files(folder), CheckpointError)
         if args.verify:
-            # The map is made anew, not the one that the checkpoint was written by.
+            # The check uses a new map of the parameters, not the one with which the checkpoint was written.
             uncut = stored_params(source.arch, ParallelLayout(make_vocab_size_divisible_by=padded))
             verify_stored(folder, uncut, source, digests, common.buffer_bytes(args), workers)
         return records

@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds, Hugging Face or Megatron:  python -m checkpoint_convert.inspect DIR"""
+"""Print what a Hugging Face or Megatron checkpoint directory holds:  python -m checkpoint_convert.inspect DIR"""
 
 import os
 import sys
@@ -18,7 +18,7 @@ SHOWN = 12
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Flags."""
+    """Parse the flags."""
     parser = argparse.ArgumentParser(prog="inspect", description=__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--iteration", metavar="N", help="a number or 'release'; default: what the tracker names")
@@ -36,7 +36,7 @@ def _model_lines(arch: Architecture) -> list[str]:
 
 
 def _tensors(rows: Sequence[tuple[str, str, Sequence[int], int]], *, everything: bool) -> list[str]:
-    """Lines for (name, dtype, shape, bytes) rows."""
+    """Return the report's lines for (name, dtype, shape, bytes) rows."""
     dtypes = Counter(dtype for _, dtype, _, _ in rows)
     total = sum(nbytes for _, _, _, nbytes in rows)
     spread = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
@@ -83,7 +83,7 @@ def _megatron(directory: Path, wanted: str | None, *, everything: bool) -> list[
 
 
 def inspect(argv: Sequence[str] | None = None) -> None:
-    """Print the report."""
+    """Print the report of a checkpoint directory."""
     args = parse(argv)
     directory: Path = args.directory
     if not directory.is_dir():

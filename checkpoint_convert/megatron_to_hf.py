@@ -1,11 +1,12 @@
-"""A Megatron checkpoint (converted or trained) to a Hugging Face directory.
+"""Convert a Megatron checkpoint (converted or trained) to a Hugging Face directory.
 
     python -m checkpoint_convert.megatron_to_hf --load DIR --save HF_DIR [--iteration 100]
     torchrun --nproc-per-node 8 -m checkpoint_convert.megatron_to_hf ...
 
-Files, order, metadata and dtypes are those of the checkpoint that the model came from; for an
-unchanged model (``release``) every byte is, and each tensor is held against its recorded sha256.  Any number
-of processes share the work; none of them holds more than a few buffers, whatever the model's size.
+Files, tensor order, metadata and dtypes are those of the Hugging Face checkpoint that the model came from.
+For converted weights that were not trained (``release``) every byte is the same, and each tensor is
+compared with its recorded sha256.  Any number of processes share the work.  Each of them holds at most a few
+buffers, whatever the model's size.
 """
 
 import os
@@ -41,7 +42,7 @@ from megatron_tropd.weights.files.hf_writer import HfWriter, remove_other_weight
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Flags."""
+    """Parse the flags."""
     parser = argparse.ArgumentParser(
         prog="megatron_to_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,7 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _check(args: argparse.Namespace, workers: Workers) -> tuple[CheckpointMetadata, HfManifest]:
-    """Everything that can be wrong before anything is written."""
+    """Check the flags and the checkpoint's metadata, before anything is written; return metadata and manifest."""
     metadata = read_metadata(args.load, common.iteration(args.iteration))
     common.buffer_bytes(args)
     common.check_logits_flag(args, workers.count)
@@ -68,7 +69,8 @@ def _check(args: argparse.Namespace, workers: Workers) -> tuple[CheckpointMetada
 def _write(
     args: argparse.Namespace, folder: Path, metadata: CheckpointMetadata, manifest: HfManifest, workers: Workers
 ) -> int:
-    """The weights; returns their bytes.  Nothing has its final name before all of it is there.  Collective."""
+    """Write the HF files and return their size in bytes.  Weight files get their final names only when all of them are
+    complete.  Collective."""
     arch, iteration = metadata.architecture, metadata.iteration
     params = stored_params(arch, ParallelLayout(make_vocab_size_divisible_by=metadata.make_vocab_size_divisible_by))
     stored = open_tensors(folder)

@@ -1,13 +1,13 @@
-"""A Megatron checkpoint to another Megatron checkpoint: cut for another layout, or padded otherwise.
+"""Copy a Megatron checkpoint with chunks cut for a layout, or with another padding of the vocabulary.
 
     python -m checkpoint_convert.megatron_to_megatron --load DIR --save DIR_2 [--iteration 100]
         [--tensor-model-parallel-size 8] [--make-vocab-size-divisible-by 1024] [--no-load-optim]
     torchrun --nproc-per-node 8 -m checkpoint_convert.megatron_to_megatron ...
 
 A torch_dist checkpoint has no layout: every TP x PP x EP reads every checkpoint, so this is never needed to
-change a layout.  It is for picking one iteration out of a run, with or without its optimizer; for another
-padding of the vocabulary; and for chunks cut as the readers are, so that each of them reads its own bytes
-and no more.  Any number of processes share the work; none of them holds more than a few buffers.
+change a layout.  Use it to take one iteration out of a run, with or without its optimizer; to change the
+padding of the vocabulary; or to cut the chunks for a layout, so that each of its ranks reads only its own
+bytes.  Any number of processes share the work.  Each of them holds at most a few buffers.
 """
 
 import os
@@ -47,7 +47,7 @@ CONFIG_FILE = "metadata.json"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Flags."""
+    """Parse the flags."""
     parser = argparse.ArgumentParser(
         prog="megatron_to_megatron", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -66,7 +66,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _check(args: argparse.Namespace) -> tuple[CheckpointMetadata, tuple[StoredParam, ...]]:
-    """Everything that can be wrong before anything is read."""
+    """Check the flags, before any tensor is read; return the metadata and the parameters of the new checkpoint."""
     metadata = read_metadata(args.load, common.iteration(args.iteration))
     if args.make_vocab_size_divisible_by is None:
         args.make_vocab_size_divisible_by = metadata.make_vocab_size_divisible_by
@@ -77,7 +77,7 @@ def _check(args: argparse.Namespace) -> tuple[CheckpointMetadata, tuple[StoredPa
 
 
 def _write_plain(source: Path, target: Path, *, weights_only: bool) -> None:
-    """What is not tensors: Megatron's own files, as they are or as of a checkpoint of weights."""
+    """Write Megatron's own files besides the tensors: copies, or those of a checkpoint that holds only weights."""
     if weights_only:
         write_plain_files(target)
         return
@@ -86,7 +86,7 @@ def _write_plain(source: Path, target: Path, *, weights_only: bool) -> None:
 
 
 def _write_hf(source: Path, target: Path, padded: int) -> None:
-    """The HF config, tokenizer and manifest travel along."""
+    """Copy the HF config, tokenizer and manifest, if there are any; the manifest gets the new vocabulary size."""
     if not source.is_dir():
         return
     copy_sidecars(source, target, skip=[MANIFEST_FILE])

@@ -1,7 +1,7 @@
 """Trust Region On-Policy Distillation (TrOPD, arXiv 2606.01249) as an extension of Megatron-core.
 
-Training is a command, ``torchrun ... -m megatron_tropd.train``.  The names below are the library: the
-vocabulary-parallel head, the objectives and the gate, for a training script of your own.
+To train, run the command ``torchrun ... -m megatron_tropd.train``.  The names below are the library for a training
+script of your own: the vocabulary-parallel head, the objectives and the gate.
 
     import megatron_tropd as tropd
 
@@ -9,10 +9,10 @@ vocabulary-parallel head, the objectives and the gate, for a training script of 
     out = tropd.head_loss(hidden, table, tokens, shard, objective, tropd.StepContext(), sequence_parallel=False)
     (out.loss / out.denominator).backward()
 
-``docs/library.md`` describes each name and says what is stable; ``examples/own_training_script.py`` runs.
+``docs/library.md`` describes each name and says what is stable; ``examples/own_training_script.py`` can be run.
 
 Names are imported at their first use, so that ``import megatron_tropd`` needs neither torch nor Megatron: SGLang's
-servers import ``megatron_tropd.weights.engine_loader``, and weight plans are made without torch.
+servers import ``megatron_tropd.weights.engine_loader``, and weight plans can be made without torch.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def __getattr__(name: str) -> Any:
         return version("megatron-tropd")
     for home, names in _HOMES.items():
         if name in names:
-            if home.startswith("ops."):  # the head imports Megatron, which asks about CUDA while it is imported
+            if home.startswith("ops."):  # the head imports Megatron, which calls torch.cuda when it is imported
                 importlib.import_module("megatron_tropd.parallel.platform").install()
             return getattr(importlib.import_module(f"{__name__}.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """The library's names."""
+    """Return the library's names and those already in the module."""
     return sorted([*globals(), *__all__])

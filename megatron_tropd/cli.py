@@ -1,4 +1,7 @@
-"""Flags and YAML from the dataclasses of ``config.py``: defaults < YAML < command line."""
+"""Read a configuration from flags and YAML, as the dataclasses of ``config.py`` define them.
+
+The command line overrides YAML, and YAML overrides the defaults.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ import yaml
 from megatron_tropd.config import TrainConfig
 
 SGLANG_PREFIX = "sglang-"
-"""Of flags that are SGLang's own, unless config.py has them."""
+"""Prefix of the flags that are passed to SGLang, unless config.py defines them."""
 _MISSPELLED = 0.9
-"""Likeness from which a name is taken for one of ours: above that of SGLang's ep-size and our tp-size (0.86)."""
+"""Similarity from which a name counts as a misspelled flag of ours; SGLang's ep-size and our tp-size have 0.86."""
 
 
 class ConfigError(ValueError):
-    """The user's configuration cannot be used; one message for everything that is wrong."""
+    """The configuration cannot be used; one message lists all errors."""
 
     def __init__(self, errors: Sequence[str]) -> None:
         self.errors = tuple(dict.fromkeys(errors))  # two models may have the same complaint
@@ -31,20 +34,20 @@ class ConfigError(ValueError):
 
 
 class _CollectingParser(argparse.ArgumentParser):
-    """argparse that reports instead of exiting."""
+    """An ArgumentParser that raises ConfigError instead of exiting."""
 
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigError([message])
 
 
 def sections() -> dict[str, type]:
-    """The dataclass of each section, in the order of TrainConfig."""
+    """Return the dataclass of each section, in the order of TrainConfig."""
     hints = typing.get_type_hints(TrainConfig)
     return {f.name: hints[f.name] for f in dataclasses.fields(TrainConfig) if dataclasses.is_dataclass(hints[f.name])}
 
 
 def _flags() -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
-    """flag name -> (section, field, type).  A field without a sentence of help is set by another section."""
+    """Return flag name -> (section, field, type).  A field without help text is not a flag; other sections set it."""
     flags = {}
     for section, cls in sections().items():
         hints = typing.get_type_hints(cls)
@@ -56,7 +59,7 @@ def _flags() -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
 
 
 def _choices(kind: Any) -> tuple[str, ...]:
-    """The words a Literal, or a union of Literals, allows; () for any other type."""
+    """Return the values that a Literal, or a union of Literals, allows; () for any other type."""
     if typing.get_origin(kind) is typing.Literal:
         return typing.get_args(kind)
     if typing.get_origin(kind) is typing.Union:
@@ -69,7 +72,7 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line of ``megatron_tropd.train``."""
+    """Return the command-line parser of ``megatron_tropd.train``."""
     parser = _CollectingParser(
         prog="torchrun ... -m megatron_tropd.train", allow_abbrev=False,
         description="Trust Region On-Policy Distillation on Megatron-core.",
@@ -90,8 +93,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _coerce(name: str, value: Any, kind: Any) -> Any:
-    """A value from YAML or the command line as the type of its field.  YAML reads 5e-6 as a string, so numbers
-    are parsed in both."""
+    """Convert a value from YAML or the command line to the type of its field.  YAML reads 5e-6 as a string, so numbers
+    are parsed in both cases."""
     if value is None:
         raise ConfigError([f"{name}: has no value; give one or leave the line out"])
     if kind is bool:
@@ -133,7 +136,7 @@ def _unknown(name: str, where: str, known: Sequence[str]) -> str:
 
 
 def _split_sglang(argv: Sequence[str], own: Collection[str]) -> tuple[dict[str, tuple[str, ...] | None], list[str]]:
-    """(flags for SGLang with the words after each, everything else), before argparse takes words out of the middle."""
+    """Return (flags for SGLang with the words after each, all other words), so that argparse sees only the latter."""
     passed: dict[str, tuple[str, ...] | None] = {}
     others: list[str] = []
     current: str | None = None
@@ -151,7 +154,7 @@ def _split_sglang(argv: Sequence[str], own: Collection[str]) -> tuple[dict[str, 
 
 
 def _sglang_errors(names: Collection[str], own: Collection[str]) -> list[str]:
-    """Names that cannot be SGLang's, and those that look like one of ours misspelled."""
+    """Return errors for names that cannot be SGLang flags, and for those that look like a misspelled flag of ours."""
     ours = [name.removeprefix(SGLANG_PREFIX) for name in own if name.startswith(SGLANG_PREFIX)]
     errors = []
     for name in names:
@@ -163,7 +166,7 @@ def _sglang_errors(names: Collection[str], own: Collection[str]) -> list[str]:
 
 
 def _words(value: Any) -> tuple[str, ...] | None:
-    """The words after a flag that YAML gives a value: none for true; None where it says false or nothing."""
+    """Return the words after a flag, from its YAML value: () for true; None for false or null (no flag)."""
     if value is None or value is False:
         return None
     if value is True:
@@ -172,10 +175,10 @@ def _words(value: Any) -> tuple[str, ...] | None:
 
 
 def parse(argv: Sequence[str]) -> TrainConfig:
-    """The configuration that ``argv`` asks for.
+    """Return the configuration that the command line ``argv`` gives.
 
     Raises:
-        ConfigError: unknown flags and keys, and values of a wrong type, all in one message.
+        ConfigError: there are unknown flags or keys, or values of a wrong type; one message lists them.
     """
     flags = _flags()
     sglang, argv = _split_sglang(argv, flags)
@@ -216,7 +219,7 @@ def parse(argv: Sequence[str]) -> TrainConfig:
 
 
 def to_flags(config: TrainConfig) -> dict[str, Any]:
-    """The resolved configuration as YAML keys."""
+    """Return the whole configuration as YAML keys and values."""
     own = {name: getattr(getattr(config, section), f.name) for name, (section, f, _) in _flags().items()}
     passed = {
         SGLANG_PREFIX + name: list(words) if len(words) > 1 else words[0] if words else True
@@ -226,6 +229,6 @@ def to_flags(config: TrainConfig) -> dict[str, Any]:
 
 
 def changed_flags(config: TrainConfig) -> dict[str, Any]:
-    """The settings that differ from their defaults."""
+    """Return the settings that differ from their defaults."""
     defaults = to_flags(TrainConfig())
     return {name: value for name, value in to_flags(config).items() if value != defaults.get(name)}

@@ -1,7 +1,7 @@
-"""Every setting of a run.  A field is a flag: ``train_iters`` is ``--train-iters`` on the command line and
-``train-iters`` in YAML.  Names are Megatron's wherever Megatron has the setting.
+"""All settings of a run.  A field is a flag: ``train_iters`` is ``--train-iters`` on the command line and
+``train-iters`` in YAML.  Where Megatron has the setting, the name is Megatron's.
 
-``cli.py`` turns these dataclasses into flags; ``setup/run_spec.py`` checks them against the world.
+``cli.py`` turns these dataclasses into flags; ``setup/run_spec.py`` checks their values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_tropd.objectives.settings import ObjectiveSettings
 
 
 def setting(default: Any, help: str) -> Any:
-    """A field with a default and the sentence ``--help`` prints."""
+    """Return a field with a default and the sentence that ``--help`` prints."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
@@ -36,7 +36,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """How the student is cut; the ranks that are left are data parallel."""
+    """How the student is split over ranks; the ranks that are left are data parallel."""
 
     tensor_model_parallel_size: int = setting(1, "tensor-parallel ranks of the student")
     pipeline_model_parallel_size: int = setting(1, "pipeline stages of the student")
@@ -50,13 +50,13 @@ class ParallelConfig:
 
     @property
     def distributed_timeout_s(self) -> float:
-        """The same in seconds."""
+        """Timeout of a collective in seconds."""
         return self.distributed_timeout_minutes * 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherConfig:
-    """The frozen model that scores tokens, on the student's ranks in a layout of its own."""
+    """The frozen model that scores tokens; it runs on the student's ranks, in its own layout."""
 
     teacher_hf_checkpoint: str = setting("", "HF directory of the teacher: config, tokenizer, weights")
     teacher_load: str = setting("", "Megatron checkpoint of the teacher instead of the HF weights")
@@ -71,7 +71,7 @@ class TeacherConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceConfig:
-    """A second frozen model, for the objectives that compare with one; by default the student's starting weights."""
+    """A second frozen model, for the objectives that need one; by default the student's starting weights."""
 
     reference_hf_checkpoint: str = setting("", "HF directory of the reference; it is cut as the teacher is")
     reference_load: str = setting("", "Megatron checkpoint of the reference instead of the HF weights")
@@ -107,7 +107,7 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutConfig:
-    """What the student writes every step."""
+    """How many rollouts the student writes in a step."""
 
     rollout_batch_size: int = setting(128, "prompts per step")
     n_samples_per_prompt: int = setting(4, "responses per prompt")
@@ -118,7 +118,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Who writes the rollouts.  Any other --sglang-X is handed to the SGLang servers as --X."""
+    """The engines that write the rollouts.  Any other --sglang-X is passed to the SGLang servers as --X."""
 
     rollout_engine: Literal["embedded", "sglang"] = setting(
         "embedded", "embedded: transformers inside every rank; sglang: SGLang servers"
@@ -149,7 +149,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveConfig:
-    """Which loss, and the teacher prefixes it starts from."""
+    """The loss, and the teacher prefixes that the student continues."""
 
     objective: str = setting("tropd", "a method of docs/objectives.md; it sets what `auto` means below")
     guidance: Literal["auto", "none", "ratio", "cap", "uniform"] = setting(
@@ -208,7 +208,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggingConfig:
-    """What a run leaves behind."""
+    """What a run writes besides checkpoints."""
 
     run_dir: str = setting("", "where everything is written")
     log_interval: int = setting(1, "steps between log lines")
@@ -224,7 +224,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """One run."""
+    """All settings of one run, by section."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -242,11 +242,11 @@ class TrainConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     sglang_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Flags of ``sglang.launch_server`` without their dashes, and the words after each."""
+    """Flags for ``sglang.launch_server``: name without its dashes -> the words after it."""
 
     @property
     def parity_limit(self) -> float:
-        """Nats; see --parity-limit."""
+        """Value of --parity-limit in nats, with its default resolved."""
         return self.engine.parity_limit or (0.1 if self.model.bf16 else 1e-3)
 
     @property
@@ -264,7 +264,7 @@ class TrainConfig:
 
     @property
     def objective_settings(self) -> ObjectiveSettings:
-        """Numbers of the objective, with those that other sections set."""
+        """Settings of the objective, including those that other sections determine."""
         return replace(
             self.method,
             guidance_beta=self.method.guidance_beta if self.guidance.mode != "none" else 0.0,

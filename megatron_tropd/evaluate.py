@@ -1,6 +1,6 @@
 """Evaluate a Hugging Face checkpoint: ``python -m megatron_tropd.evaluate --hf-checkpoint DIR --eval-data FILE``.
 
-Runs in one process on the embedded engine.  Exit code 2 and one message for anything a user can mend.
+Runs in one process on the embedded engine.  An error that the user can fix gives a message and exit code 2.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of this command."""
+    """Return the command-line parser of this command."""
     flags = argparse.ArgumentParser(
         prog="python -m megatron_tropd.evaluate", description="Accuracy of a Hugging Face checkpoint on prompts."
     )
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the flags themselves, all of it."""
+    """Return everything that is wrong with the flags themselves."""
     problems = [
         f"--{name} {value}: expected at least 1"
         for name in ("max-prompt-length", "max-response-length", "num-samples", "num-prompts", "max-batch-size")
@@ -92,16 +92,16 @@ def _load_engine(args: argparse.Namespace) -> EmbeddedEngine:
 
 
 def run(args: argparse.Namespace) -> list[EvalReport]:
-    """Load, generate, count.
+    """Load the checkpoint, answer the prompts and return one report per decoding.
 
     Raises:
-        OSError, ValueError, EngineError: with the flag to change.
+        OSError, ValueError, EngineError: a flag or a file cannot be used, or the engine failed.
     """
     if problems := _problems(args):
         raise ValueError("\n".join(problems))
     fmt = PromptFormat(
         prompt_key=args.prompt_key,
-        response_key="",  # responses in the file are not read here, so nothing about them is an error
+        response_key="",  # responses in the file are not used, so they are not checked
         answer_key=args.answer_key,
         chat_template=args.apply_chat_template,
         max_prompt_length=args.max_prompt_length,
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> list[EvalReport]:
 
 
 def table(reports: Sequence[EvalReport]) -> str:
-    """The reports for a terminal."""
+    """Return the reports as a text table."""
     lines = [f"{'decoding':<16}{'accuracy':>10}{'finished':>10}{'mean length':>13}{'prompts':>9}"]
     lines += [
         f"{report.decoding:<16}{report.accuracy:>10.2%}{report.finished:>10.2%}"
@@ -134,12 +134,12 @@ def table(reports: Sequence[EvalReport]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run the command and return its exit code."""
     args = parser().parse_args(argv)
     try:
         reports = run(args)
     except (OSError, ValueError, EngineError) as error:
-        # The prompt reader serves training too and names its flag.
+        # load_prompts names the flag of training in its errors.
         print(f"error: {str(error).replace('--prompt-data', '--eval-data')}", file=sys.stderr)
         return 2
     document = json.dumps([dataclasses.asdict(report) for report in reports], indent=2)

@@ -1,4 +1,4 @@
-"""Accuracy of the student on prompts with known answers, for several ways of decoding."""
+"""Measure the accuracy of the student on prompts with known answers, for several ways of decoding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
 
 Generate = Callable[[Sequence[GenerationRequest], SamplingParams], Sequence[Rollout]]
-"""Writes one rollout for each request, in their order; an engine's ``generate``, or a pool's over all ranks."""
+"""Returns one rollout per request, in order: ``generate`` of one engine, or of a pool over all ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,16 +34,16 @@ DECODINGS = {decoding.name: decoding for decoding in (GREEDY, TOP_P_07, TEMPERAT
 
 
 def extract_answer(text: str, pattern: re.Pattern[str]) -> str | None:
-    """Group 1 of the first match of ``pattern`` with runs of whitespace made one space; None without
-    a match (or where group 1 takes no part in it)."""
+    """Return group 1 of the first match of ``pattern``, with each run of whitespace as one space; None if there is no
+    match, or group 1 takes no part in it."""
     match = pattern.search(text)
     return None if match is None or match.group(1) is None else " ".join(match.group(1).split())
 
 
 def exact_match(rollout_text: str, finished: bool, answer: str, pattern: re.Pattern[str]) -> bool:
-    """Whether a response that ended by itself gives exactly ``answer``.
+    """Return whether a response that ended with a stop token gives exactly ``answer``.
 
-    A truncated response is wrong even if the answer stands in it: the student did not come to an end.
+    A truncated response is wrong even if it contains the answer, because the student did not finish.
     """
     return finished and extract_answer(rollout_text, pattern) == " ".join(answer.split())
 
@@ -89,22 +89,22 @@ def evaluate(
     step: int,
     num_samples: int = 1,
 ) -> list[EvalReport]:
-    """One report per decoding, the same on every rank.
+    """Answer the prompts with every decoding and return one report per decoding, the same on every rank.
 
     Args:
-        generate: writes with the student's weights; over several ranks it is collective and hands all rollouts
-            to all of them.
+        generate: generates with the student's weights; over several ranks it is collective and returns all
+            rollouts on each of them.
         prompts: each with an answer.
         tokenizer: turns responses into text; special tokens are left out.
         decodings: e.g. ``DECODINGS.values()``.
         answer_pattern: regular expression whose group 1 is the answer.
         max_response_length: tokens; a response cut there counts as wrong.
-        seed: with ``step`` names the random numbers; they differ from those of training.
-        step: number of updates done; goes into the reports.
+        seed: seed of the sampling; the random numbers depend on ``step`` too and differ from those of training.
+        step: number of training steps (rollout batches) done; goes into the reports.
         num_samples: responses per prompt, averaged (greedy decoding always writes one).
 
     Raises:
-        ValueError: no prompts, a prompt without answer, or a pattern without a group.
+        ValueError: there are no prompts, a prompt has no answer, or the pattern has no group.
         EngineError: the engine cannot generate.
     """
     pattern = re.compile(answer_pattern)

@@ -1,9 +1,7 @@
-"""Rewards of finished responses: what a reward function is given, the one that comes along, and how a user's own is
-found.
+"""Reward functions: their argument, the built-in function ``exact_match``, and loading a user's own function.
 
 A reward function is any callable ``f(sample: RewardSample) -> float``.  It is named on the command line as
-``package.module:function`` - the one import path this project reads, because a reward is the one part of a recipe
-that belongs to the user's data and not to this package.
+``package.module:function``.  No other flag takes an import path: only the reward depends on the user's data.
 """
 
 from __future__ import annotations
@@ -18,26 +16,26 @@ from megatron_tropd import evaluation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardSample:
-    """One finished response."""
+    """One response to be rewarded."""
 
     prompt: str
-    """As the model read it, special tokens left out."""
+    """Text of the prompt as the model read it, without special tokens."""
     response: str
-    """Special tokens left out."""
+    """Text of the response, without special tokens."""
     finished: bool
-    """False where the response was cut off at --max-response-length."""
+    """Whether the response ended with a stop token; False if it was cut off."""
     answer: str | None
-    """Reference answer of the row, where it has one."""
+    """Reference answer of the row; None if it has none."""
     domain: str
     answer_pattern: re.Pattern[str]
-    """--answer-pattern."""
+    """Compiled --answer-pattern."""
 
 
 RewardFunction = Callable[[RewardSample], float]
 
 
 def exact_match(sample: RewardSample) -> float:
-    """1 where a finished response gives exactly the answer (group 1 of --answer-pattern), else 0.
+    """Return 1 if a finished response gives exactly the answer (group 1 of --answer-pattern), else 0.
 
     Raises:
         ValueError: the row has no answer.
@@ -48,10 +46,10 @@ def exact_match(sample: RewardSample) -> float:
 
 
 def load_reward_function(path: str) -> RewardFunction:
-    """The callable that ``package.module:function`` names.
+    """Import the callable that ``package.module:function`` names.
 
     Raises:
-        ValueError: not such a path, or nothing callable is there; the message names the flag.
+        ValueError: ``path`` has another form, the import failed, or nothing callable is there.
     """
     flag = f"--reward-function {path}"
     module_name, colon, name = path.partition(":")

@@ -1,8 +1,8 @@
-"""Counter-based randomness: a coin is a pure function of its name.
+"""Counter-based random numbers: each number is a pure function of its key.
 
-Every random number of a run is keyed by (seed, stream, step, sample uid, position), so it is the same
-for every TP, PP and DP layout, micro-batch size, resume and replay, and no generator state has to
-be saved in a checkpoint.  The mixer is SplitMix64 (Steele, Lea & Flood, OOPSLA 2014).
+The key is (seed, stream, step, sample uid, position).  A number is therefore the same for every TP, PP and
+DP layout and micro-batch size, and after a resume; checkpoints need no generator state.  The mixer is
+SplitMix64 (Steele, Lea & Flood, OOPSLA 2014).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _SAMPLE_BITS = 20
 
 
 def sample_uid(prompt_uid: int, sample_index: int) -> int:
-    """One integer that names a sample of a prompt; at most 2**20 samples a prompt."""
+    """Return one integer that identifies a sample of a prompt; at most 2**20 samples per prompt."""
     if not 0 <= sample_index < 1 << _SAMPLE_BITS:
         raise ValueError(f"sample_index {sample_index} is not in [0, 2**{_SAMPLE_BITS})")
     return (prompt_uid << _SAMPLE_BITS) | sample_index
 
 
 def split_sample_uid(uid: int) -> tuple[int, int]:
-    """(prompt uid, sample index); inverse of :func:`sample_uid`."""
+    """Return (prompt uid, sample index); inverse of :func:`sample_uid`."""
     return uid >> _SAMPLE_BITS, uid & (1 << _SAMPLE_BITS) - 1
 
 
@@ -48,7 +48,7 @@ def _mix(x: int) -> int:
 
 
 def key(seed: int, stream: Stream, step: int) -> int:
-    """64-bit key of one stream of one step."""
+    """Return the 64-bit key of one stream of one step."""
     state = seed & _MASK64
     for word in (int(stream), step):
         state = _mix((state + _GOLDEN * (word + 1)) & _MASK64)
@@ -56,12 +56,12 @@ def key(seed: int, stream: Stream, step: int) -> int:
 
 
 def _signed(x: int) -> int:
-    """The int64 with the same bits."""
+    """Return the int64 with the same bits."""
     return x - (1 << 64) if x >= 1 << 63 else x
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64 bit patterns (torch only has the arithmetic one)."""
+    """Shift int64 bit patterns logically (torch has only the arithmetic shift)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -72,7 +72,7 @@ def _mix_tensor(x: Tensor) -> Tensor:
 
 
 def uniform(stream_key: int, sample_uids: Tensor, positions: Tensor) -> Tensor:
-    """Uniform numbers in (0, 1), float64, one per (sample uid, position).
+    """Return uniform numbers in (0, 1), float64, one per (sample uid, position).
 
     ``sample_uids`` and ``positions`` are int64 and broadcast against each other.  Integer
     arithmetic wraps, so the bits are the same on every device.
@@ -84,7 +84,7 @@ def uniform(stream_key: int, sample_uids: Tensor, positions: Tensor) -> Tensor:
 
 
 def permutation(stream_key: int, n: int) -> list[int]:
-    """A permutation of range(n), the same on every machine."""
+    """Return a random permutation of range(n), the same on every machine."""
     index = torch.arange(n, dtype=torch.int64)
     draws = uniform(stream_key, index, torch.zeros_like(index))
     return torch.argsort(draws, stable=True).tolist()

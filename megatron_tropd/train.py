@@ -1,7 +1,7 @@
 """Train a student: ``torchrun --nproc-per-node N -m megatron_tropd.train --config X.yaml [flags]``.
 
-Exit codes of a rank: 0 done, 1 failed while running, 2 the configuration cannot be used, 17 a number was
-not finite.  torchrun itself exits with 1 for all but the first and prints the rank's code.
+Exit codes of a rank: 0 done, 1 failed while running, 2 the configuration cannot be used, 17 a loss or gradient
+norm was not finite.  If a rank fails, torchrun itself exits with 1 and prints the rank's code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EXIT_BAD_CONFIG = 2
 
 
 class Terminated(Exception):
-    """SIGTERM: another rank failed and torchrun ends the job, or the machine is wanted back."""
+    """SIGTERM arrived: torchrun ends the job because another rank failed, or the machine is being taken away."""
 
 
 def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
@@ -41,18 +41,18 @@ def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _say(text: str) -> None:
-    """To standard error, once for each node: a path may be missing on one of them only."""
+    """Print to standard error on one rank of each node, because a path may be missing on only some of the nodes."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
 
 
 def _lost(error: BaseException, config: TrainConfig) -> str:
-    """What a user needs when a rank fails in the middle."""
+    """Return the message for a rank that fails during the run: the error, and how to continue."""
     what = f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}\nThe job ends; "
     interval = config.checkpoint.save_interval
     try:
         saved = resume_origin(config) is not None
-    except ValueError:  # a damaged tracker; the next launch says so
+    except ValueError:  # a damaged tracker; the next launch reports it
         saved = True
     if not saved:
         return what + (
@@ -83,17 +83,17 @@ def _run(spec: RunSpec) -> None:
 
 @record
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run the command and return its exit code."""
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
         spec = make_run_spec(config, int(os.environ.get("WORLD_SIZE", "1")))
     except ConfigError as error:
         _say(str(error))
         return EXIT_BAD_CONFIG
-    signal.signal(signal.SIGTERM, _on_terminate)  # so that every rank that can still speak says how to go on
+    signal.signal(signal.SIGTERM, _on_terminate)  # so that each rank still running prints how to continue
     try:
         _run(spec)
-    except ConfigError as error:  # the run directory belongs to another run
+    except ConfigError as error:  # another run holds the run directory, or it cannot be written
         _say(str(error))
         return EXIT_BAD_CONFIG
     except NonFiniteStep as error:

@@ -1,9 +1,9 @@
-"""The values that travel between rooms.  Torch is the only import.
+"""The records that are passed between the parts of the package.  Imports only torch.
 
 Shape legend: ``T`` labels of one micro-batch or of a part of it, ``K`` the teacher's top-k, ``H`` a hidden
 size, ``L`` tokens of one sequence (prompt + response), ``R`` its response tokens, ``W`` response tokens the
 student wrote.
-Every record is frozen, slotted and keyword-only; a step makes new ones, it never edits old ones.
+Every record is frozen, slotted and keyword-only; code makes new records instead of changing old ones.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor
 
 
 class Region(IntEnum):
-    """What a token is to the loss.  One label stream instead of many masks."""
+    """The role of a token in the loss; one stream of regions replaces many masks."""
 
     PAD = 0
-    """Filler up to the micro-batch shape; never read by a loss."""
+    """Padding up to the micro-batch shape; never read by a loss."""
     PROMPT = 1
-    """Given text; never read by a loss."""
+    """The prompt; never read by a loss."""
     GUIDANCE = 2
-    """Teacher prefix the student continues from; imitated with weight beta."""
+    """Teacher prefix that the student continues; imitated with weight beta."""
     ON_POLICY = 3
     """Written by the student in this step."""
     GUIDANCE_COPY = 4
-    """Teacher prefix repeated in the 2nd, 3rd, ... sample of one prompt: context only, so that a
-    prefix counts once per prompt (algorithms: row 7)."""
+    """The same teacher prefix in the 2nd, 3rd, ... sample of a prompt: only context, so that a prefix
+    counts once per prompt (docs/objectives.md, regions and denominators)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class Prompt:
     """Unique, stable across runs: the row number in the file(s)."""
     token_ids: tuple[int, ...]
     teacher_response_ids: tuple[int, ...] | None = None
-    """A response the teacher wrote, ending in its stop token; None where the file has none."""
+    """A response that the teacher wrote, ending in its stop token; None if the row has none."""
     answer: str | None = None
     domain: str = ""
 
@@ -99,10 +99,10 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What an objective has to be given besides the student's log-probability of every label."""
+    """What an objective needs besides the student's log-probability of every label."""
 
     top_k: int = 0
-    """How many of the teacher's most probable tokens are sent; 0 for none."""
+    """Number of the teacher's most probable tokens per position; 0 for none."""
     teacher_entropy: bool = False
     """Full-vocabulary entropy of the teacher."""
     divergence: Divergence | None = None
@@ -110,50 +110,50 @@ class Needs:
     divergence_beta: float = 0.5
     """Weight of the teacher in the mixture of ``divergence="jsd"``."""
     reference_logprob: bool = False
-    """log-probability of a third, frozen model (G-OPD)."""
+    """Log-probabilities of a third, frozen model (G-OPD)."""
     old_logprob: bool = False
     """The student's own log-probabilities before the first update on a rollout batch, from an extra forward
-    pass; without it the current ones, detached, stand for them (exact with one update per batch)."""
+    pass; if False, the current ones are used, detached (the same with one update per batch)."""
     entropy_quantile: float | None = None
-    """Share of the global batch's on-policy tokens, by highest student entropy, that the objective selects;
-    the threshold is found by the same extra forward pass."""
+    """Share of the global batch's on-policy tokens, those of highest student entropy, that the objective
+    selects; the threshold comes from the same extra forward pass."""
     rewards: bool = False
     """Group advantages from a reward function."""
     teacher: bool = True
-    """False: the objective never looks at the teacher, and none need be built."""
+    """False: the objective does not use the teacher, and none is built."""
     rollouts: bool = True
-    """False: the student writes nothing; it imitates the responses of the data (supervised finetuning)."""
+    """False: nothing is generated; the student imitates the responses of the data (supervised finetuning)."""
 
     @property
     def score(self) -> ScoreRequest:
-        """The part that the teacher answers."""
+        """What the teacher has to compute."""
         return ScoreRequest(top_k=self.top_k, entropy=self.teacher_entropy, hidden=self.divergence is not None)
 
     @property
     def old_policy(self) -> bool:
-        """Whether a forward pass over the rollout batch comes before the first update."""
+        """Whether the extra forward pass before the first update on a rollout batch is needed."""
         return self.old_logprob or self.entropy_quantile is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
-    """What is asked of the teacher."""
+    """What a frozen model has to compute besides the log-probability of every response token."""
 
     top_k: int = 0
-    """How many of the most probable tokens are sent; 0 for none."""
+    """Number of most probable tokens per position; 0 for none."""
     entropy: bool = False
     hidden: bool = False
-    """The last hidden states, from which the student's ranks make the teacher's logits chunk by chunk."""
+    """The last hidden states, from which the student's ranks compute the teacher's logits chunk by chunk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherScores:
-    """The teacher's scores of the response tokens of one rollout, all fp32 natural logs.
+    """A model's scores of the response tokens of one rollout.  Log-probabilities and entropy are fp32, in nats.
 
-    Of a prefix nothing but the log-probability is ever read, so the rest covers the W written tokens alone.
+    Of a prefix only the log-probability is ever read, so all other fields cover only the W written tokens.
     """
 
-    logprob: Tensor  # [R] log q(x_t | x_<t) of the token that stands there
+    logprob: Tensor  # [R] log q(x_t | x_<t) of every response token
     topk_ids: Tensor | None = None  # [W, K] int32, by (log-probability descending, id ascending)
     topk_logprobs: Tensor | None = None  # [W, K]
     entropy: Tensor | None = None  # [W] over the full vocabulary
@@ -162,15 +162,15 @@ class TeacherScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenStreams:
-    """Everything known about labels before the student's head sees them, one entry per label.
+    """The inputs of the loss for every label, apart from the student's own outputs; one entry per label.
 
-    A whole packed micro-batch or any selection of its labels (:meth:`rows`); an objective cannot tell.
-    Optional streams exist exactly where the objective's ``Needs`` ask for them.
+    Holds a whole packed micro-batch or any selection of its labels (:meth:`rows`); objectives treat both alike.
+    An optional stream is present only if the objective's ``Needs`` require it.
     """
 
     label_T: Tensor  # int64; 0 where region is PAD
     region_T: Tensor  # uint8, the Region of the label
-    sample_uid_T: Tensor  # int64, names (prompt uid, sample index); -1 on padding
+    sample_uid_T: Tensor  # int64, encodes (prompt uid, sample index); -1 on padding
     label_position_T: Tensor  # int64, index of the label inside its sequence
     uniform_T: Tensor  # float64 in (0, 1), the gate's coin (rng.py); 0.5 where it was not filled in
     rollout_logprob_T: Tensor  # fp32 by the engine that sampled, 0 where not ON_POLICY
@@ -188,11 +188,11 @@ class TokenStreams:
     sample_start_T: Tensor | None = None  # bool, the first ON_POLICY label of its sample: one True per sample
 
     def rows(self, index: Tensor) -> TokenStreams:
-        """The labels at ``index`` [N] (int64), in that order."""
+        """Return the labels at ``index`` [N] (int64), in that order."""
         return TokenStreams(**{name: value[index] for name, value in self._present()})
 
     def to(self, device: torch.device) -> TokenStreams:
-        """The same streams on ``device``."""
+        """Return the same streams on ``device``."""
         return TokenStreams(**{name: value.to(device) for name, value in self._present()})
 
     def _present(self) -> Iterator[tuple[str, Tensor]]:
@@ -213,7 +213,7 @@ class Microbatch:
     streams: TokenStreams
 
     def to(self, device: torch.device) -> Microbatch:
-        """The same micro-batch with every tensor on ``device``."""
+        """Return the same micro-batch with every tensor on ``device``."""
         return Microbatch(
             token_T=self.token_T.to(device),
             position_T=self.position_T.to(device),
@@ -225,21 +225,21 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenStats:
-    """The student at every label, already reduced over the vocabulary shards; fp32."""
+    """The student's statistics of every label, reduced over the vocabulary shards; fp32."""
 
     logprob_T: Tensor  # carries grad
     topk_logprob_TK: Tensor | None = None  # carries grad; the student at the TEACHER's ids
-    entropy_T: Tensor | None = None  # carries grad where the head was asked for it, else detached
+    entropy_T: Tensor | None = None  # carries grad
     divergence_T: Tensor | None = None  # carries grad; Needs.divergence over the full vocabulary
     topk_overlap_T: Tensor | None = None  # detached share of the teacher's top-k ids in the student's own top-k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepContext:
-    """Numbers of the whole step."""
+    """Values that hold for the whole step."""
 
     step: int = 0
-    """Rollout batches before this one."""
+    """Number of rollout batches before this one."""
     num_steps: int = 1
     """--train-iters."""
     entropy_threshold: float | None = None
@@ -248,7 +248,7 @@ class StepContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """A mean that reduces exactly over micro-batches and ranks: add sums and counts, then divide."""
+    """A mean as sum and count, which combines exactly over micro-batches and ranks: add both, then divide."""
 
     total: Tensor  # fp64 scalar, detached
     count: Tensor  # fp64 scalar, detached
@@ -256,18 +256,18 @@ class Metric:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossOutput:
-    """Loss of every token, not divided by anything."""
+    """Loss of every token, not yet divided by the denominator."""
 
-    token_loss_T: Tensor  # carries grad; exactly 0 where the objective reads nothing
+    token_loss_T: Tensor  # carries grad; exactly 0 for labels that the objective does not use
     metrics: dict[str, Metric] = field(default_factory=dict)
     denominator: Tensor | None = None
-    """int64 scalar: what these labels add to the step's denominator; None for the number of ON_POLICY and
-    GUIDANCE labels."""
+    """int64 scalar: the contribution of these labels to the denominator of the update; None for the number of
+    ON_POLICY and GUIDANCE labels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One training step, as it is shown, logged and plotted: one JSON line."""
+    """Results of one training step, as they are shown, logged and plotted."""
 
     step: int
     """Number of rollout batches trained on, this one included (the first step is 1)."""
@@ -278,9 +278,10 @@ class StepReport:
     tokens: dict[str, int]
     """Response tokens of the global batch by region, lower case: ``guidance``, ``on_policy``."""
     metrics: dict[str, float]
-    """Means over the global batch, keyed ``group/name``."""
+    """Metrics of the step, most of them means over the global batch, keyed ``group/name``."""
     seconds: dict[str, float]
-    """Wall seconds of rank 0 by phase: generate, score, train, push, save."""
+    """Wall seconds of rank 0 by phase: generate, score, train, push, save, eval.  The save and the evaluation after a
+    step count to the next step."""
     verdict: Literal["stepped", "skipped"]
 
 
@@ -295,4 +296,4 @@ class EvalReport:
     num_prompts: int
     mean_response_len: float
     finished: float
-    """Share of responses that ended with a stop token."""
+    """Share of the responses that ended with a stop token."""

@@ -1,4 +1,4 @@
-"""The vocab-parallel head beside a plain log-softmax and other people's functions: accuracy, bytes, time.
+"""Compares the vocab-parallel head with a plain log-softmax and functions of other projects: accuracy, bytes, time.
 
     python tools/benchmark_head.py                    # on a CPU, minutes
     python tools/benchmark_head.py --preset gpu       # one GPU, under 8 minutes
@@ -43,10 +43,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What is measured."""
+    """The sizes and repetitions of a measurement."""
 
     tokens: tuple[int, int]
-    """Time and peak at the larger; the slope of memory between the two."""
+    """Time and peak memory are measured at the larger number, the slope of memory between the two."""
     hidden: int
     vocab: int
     chunk: int
@@ -83,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=sorted(DTYPES))
     parser.add_argument("--only", nargs="+", default=[""], help="contenders whose name contains one of these")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; idle ones that spin are counted as time")
-    parser.add_argument("--time-limit", type=float, default=450.0, help="seconds; configurations beyond are not begun")
+    parser.add_argument("--time-limit", type=float, default=450.0, help="seconds; no configuration starts after them")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "head_benchmark")
     return parser.parse_args()
 
@@ -119,7 +119,7 @@ def measure(contenders: list[Contender], sizes: Sizes, preset: Preset, device: t
 
 
 def hardware(device: torch.device, threads: int) -> dict[str, Any]:
-    """What the numbers were made on."""
+    """The hardware and the versions that the numbers were measured with."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return {"GPU": name, "torch": torch.__version__, "CUDA": torch.version.cuda}

@@ -5,8 +5,8 @@
 Writes random bf16 weights, converts them and converts them back with the commands of ``checkpoint_convert``,
 each in processes of its own, and prints one JSON line per conversion: seconds, and by process the peak
 resident memory before the command began (imports) and at its end.  Each directory is removed as soon as it
-is not needed: at most two copies of the model are on disk.  The way back holds every tensor against the
-sha256 taken on the way there, so a run that ends well is also a test.
+is not needed: at most two copies of the model are on disk.  The way back compares every tensor with the
+sha256 taken on the way there, so a run that ends without an error is also a test.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def peak_bytes() -> int:
 
 
 def write_checkpoint(directory: Path, config: dict[str, object]) -> int:
-    """Random bits that are finite numbers, a block of them over and over; returns the bytes of the weights."""
+    """Write random finite numbers, one block of them repeated; returns the bytes of the weights."""
     import torch
 
     from megatron_tropd.models.architecture import architecture_from_hf_config
@@ -70,7 +70,7 @@ def write_checkpoint(directory: Path, config: dict[str, object]) -> int:
 
 
 def child(command: str, flags: list[str], report: Path) -> None:
-    """One process of a conversion."""
+    """Run one process of a conversion and write its peak memory into ``report``."""
     from checkpoint_convert import hf_to_megatron, megatron_to_hf
     from megatron_tropd.parallel.groups import shutdown
 
@@ -85,7 +85,7 @@ def child(command: str, flags: list[str], report: Path) -> None:
 
 
 def measure(command: str, flags: list[str], processes: int, work: Path) -> dict[str, object]:
-    """Run one conversion; seconds and memory by process."""
+    """Run one conversion; returns seconds and memory by process."""
     report = Path(tempfile.mkdtemp(dir=work))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     line = [sys.executable, "-W", "ignore", *(torchrun if processes > 1 else []), __file__, "--child", command]
@@ -106,7 +106,7 @@ def measure(command: str, flags: list[str], processes: int, work: Path) -> dict[
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="qwen3-0.6b")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
@@ -122,7 +122,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, object]]:
-    """Both conversions; what was measured, with the sizes that the bound is about."""
+    """Run both conversions; returns the measurements, with the sizes that the memory bound depends on."""
     config: dict[str, Any] = {**COMMON, **MODELS[args.model], **{key: int(value) for key, value in args.set}}
     if args.layers:
         config["num_hidden_layers"] = args.layers

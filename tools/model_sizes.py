@@ -1,4 +1,4 @@
-"""Published models by name, as far as their weights go: the keys of ``config.json`` that decide shapes."""
+"""Published models by name, with the keys of ``config.json`` that decide the shapes of their weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DENSE: dict[str, tuple[Any, ...]] = {
     "qwen2.5-7b": ("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False),
     "llama-3.1-8b": ("llama", 4096, 14336, 32, 32, 8, 128, 128256, False),
 }
-_SPARSE: dict[str, tuple[Any, ...]] = {  # and: experts, columns of an expert
+_SPARSE: dict[str, tuple[Any, ...]] = {  # with two more columns: experts, columns of an expert
     "qwen3-30b-a3b": ("qwen3_moe", 2048, 6144, 48, 32, 4, 128, 151936, False, 128, 768),
     "qwen3-235b-a22b": ("qwen3_moe", 4096, 12288, 94, 64, 4, 128, 151936, False, 128, 1536),
 }
@@ -29,7 +29,7 @@ NAMES = (*_DENSE, *_SPARSE)
 
 
 def config_of(name: str) -> dict[str, Any]:
-    """The shape-giving part of a model's ``config.json``; what does not touch shapes has a filler."""
+    """The shape-giving part of a model's ``config.json``; keys that do not affect shapes have filler values."""
     row = _DENSE.get(name) or _SPARSE[name]
     config = dict(zip((*_COLUMNS, "num_experts", "moe_intermediate_size"), row, strict=False))
     return {**config, "num_experts_per_tok": 8, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960}
@@ -39,7 +39,7 @@ def find_architecture(model: str) -> Architecture:
     """A model by name, or by the path of its ``config.json`` or of the directory that holds it.
 
     Raises:
-        ValueError: neither, with the names that are known; or a model that is not supported.
+        ValueError: ``model`` is neither (the message lists the known names), or the model is not supported.
     """
     if model.lower() in NAMES:
         return architecture_from_hf_config(config_of(model.lower()))

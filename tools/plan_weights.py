@@ -51,7 +51,7 @@ SHORT = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A plan, what it costs and what was proved."""
+    """A plan, its costs and its proof."""
 
     plan: WeightPlan
     stats: PlanStats
@@ -88,7 +88,7 @@ def layouts(args: argparse.Namespace, arch: Architecture) -> tuple[ParallelLayou
     """The trainer's layout and the engines'.
 
     Raises:
-        ValueError: everything that does not fit, in one message.
+        ValueError: a size or a layout does not fit; the message lists every layout error.
     """
     tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
     ep, etp, vpp = args.expert_model_parallel_size, args.expert_tensor_parallel_size, None
@@ -110,10 +110,10 @@ def layouts(args: argparse.Namespace, arch: Architecture) -> tuple[ParallelLayou
 
 
 def plan_and_prove(args: argparse.Namespace) -> Outcome:
-    """Do what the command line says.
+    """Make the plan that the command line describes, and prove the plan.
 
     Raises:
-        ValueError: a model, layout or bucket that cannot be.
+        ValueError: the model, a layout or the bucket size is not possible.
     """
     if not args.model:
         raise ValueError(f"--model is missing: name one of {', '.join(NAMES)}, or an HF directory")
@@ -163,7 +163,7 @@ def gb(count: float) -> str:
 
 
 def report(args: argparse.Namespace, out: Outcome) -> str:
-    """What a person wants to know."""
+    """The outcome as text, for people."""
     stats, proof, total = out.stats, out.proof, out.stats.bytes
     same_gpu, same_node, remote = (
         part / total for part in (stats.same_gpu_bytes, stats.same_node_bytes, stats.remote_bytes)
@@ -194,7 +194,7 @@ def report(args: argparse.Namespace, out: Outcome) -> str:
 
 
 def as_json(args: argparse.Namespace, out: Outcome) -> str:
-    """The same for a program."""
+    """The outcome as JSON, for programs."""
     value = {
         "model": args.model, "dtype": args.dtype, "trainer": trainer_text(args), "engines": engines_text(args),
         "digest": out.plan.digest, "plan_seconds": out.plan_seconds, "proof_seconds": out.proof_seconds,
@@ -230,7 +230,7 @@ def print_table() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; 0 when the plan is proved, 2 for an impossible request."""
+    """Run the command line; returns 0 when the plan is proved, 2 for an impossible request."""
     args = parser().parse_args(argv)
     try:
         if args.table:

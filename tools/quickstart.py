@@ -1,4 +1,4 @@
-"""The main job on real input, from nothing, in one command (``make quickstart``).
+"""Runs the main job on real input, without any prepared files, in one command (``make quickstart``).
 
 Makes the small world, converts both models to Megatron checkpoints, trains with TrOPD on two ranks
 (student TP 2; teacher PP 2), and compares the student before and after.  Exits with 1 if greedy and
@@ -26,14 +26,14 @@ BAR_WIDTH = 40
 
 
 def run(title: str, *command: str | Path) -> None:
-    """Run one part of the job, loudly; end the quickstart when it fails."""
+    """Run one part of the job and print its command; end the quickstart if the part fails."""
     words = [str(word) for word in command]
     print(f"\n=== {title}\n$ {' '.join(words)}", flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     environment["CUDA_VISIBLE_DEVICES"] = ""  # two ranks would need two GPUs, and models this small need none
     code = subprocess.run(words, cwd=ROOT, env=environment, check=False).returncode
     if code:
-        sys.exit(f"quickstart: {title!r} failed with exit code {code}; what went wrong stands above")
+        sys.exit(f"quickstart: {title!r} failed with exit code {code}; the error is printed above")
 
 
 def accuracies(records: list[dict[str, Any]], decoding: str) -> dict[int, float]:
@@ -48,7 +48,7 @@ def print_curve(curve: dict[int, float]) -> None:
 
 
 def judge(run_dir: Path, min_points: float) -> bool:
-    """Print what came out; whether it is what the README promises."""
+    """Print the results; returns whether accuracy rose by ``min_points``, as the README promises."""
     records = read_records(run_dir / "metrics.jsonl")
     print("\n=== Learning curve: greedy accuracy (whole set at the ends, its first prompts between)")
     print_curve(accuracies(records, "greedy"))
@@ -67,12 +67,12 @@ def judge(run_dir: Path, min_points: float) -> bool:
 
 
 def main() -> int:
-    """The command; returns its exit code."""
+    """Run the command; returns its exit code."""
     flags = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    flags.add_argument("--directory", type=Path, default=Path("runs"), help="where everything goes (default: runs)")
-    flags.add_argument("--seed", type=int, default=0, help="of the world and of the run")
+    flags.add_argument("--directory", type=Path, default=Path("runs"), help="directory for all files (default: runs)")
+    flags.add_argument("--seed", type=int, default=0, help="seed of the world and of the run")
     flags.add_argument("--min-points", type=float, default=15.0, help="rise in accuracy that must be reached")
-    flags.add_argument("--engine", choices=("embedded", "sglang"), default="embedded", help="what writes the rollouts")
+    flags.add_argument("--engine", choices=("embedded", "sglang"), default="embedded", help="rollout engine")
     flags.add_argument("--sglang-python", default=".venv-sglang/bin/python", help="interpreter of SGLang's environment")
     flags.add_argument("train_flags", nargs="*", help="after --: flags of megatron_tropd.train")
     args = flags.parse_args()

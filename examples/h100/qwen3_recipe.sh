@@ -1,15 +1,15 @@
 # Qwen3-1.7B learns from Qwen3-8B with the settings of the TrOPD paper (arXiv 2606.01249).
 # Sourced by one_node.sh and two_nodes.sh, which add PARALLEL_ARGS and start torchrun.
 #
-# NOT RUN ON GPUS YET.  tests/test_examples.py holds every flag below against the parser and the layouts
-# against the sizes of both models; no number of speed or quality is known for this recipe.
+# NOT RUN ON GPUS YET.  tests/test_examples.py checks every flag below with the parser and the layouts
+# with the sizes of both models; no number of speed or quality is known for this recipe.
 #
-# Wanted in the environment, on every node under the same path:
+# Environment variables that must be set, with the same paths on every node:
 #   STUDENT   Hugging Face directory of Qwen3-1.7B (config, tokenizer, safetensors)
 #   TEACHER   Hugging Face directory of Qwen3-8B
 #   PROMPTS   .jsonl or .parquet with the columns prompt and response (a response of the teacher), docs/data.md
 #   RUN_DIR   directory of the run; on a file system that all nodes share
-# and, where it applies:
+# and, where needed:
 #   EVAL_DATA      held-out prompts with the column answer, .jsonl or .parquet
 #   SGLANG_PYTHON  interpreter of SGLang's environment, if it is not the trainer's
 #   ENGINE_URLS    SGLang servers that run already, instead of eight started on the first node
@@ -26,7 +26,7 @@ MODEL_ARGS=(
     --hf-checkpoint "${STUDENT}"
     --teacher-hf-checkpoint "${TEACHER}"
     --bf16
-    --recompute-granularity full # memory first; drop it where activations fit
+    --recompute-granularity full # saves memory; remove it where activations fit
 )
 
 DATA_ARGS=(

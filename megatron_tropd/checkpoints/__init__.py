@@ -1,14 +1,14 @@
 """Training checkpoints in Megatron's directory conventions, and their conversion.
 
-    save.py, load.py   the two ways through; both are collective
-    state.py           the state dicts that go in and come out
-    directory.py       which iterations are there, and what they are
+    save.py, load.py   write and read a checkpoint; both are collective
+    state.py           state dicts: what is left out of a checkpoint, and loading one into a model
+    directory.py       the checkpoints in a directory, and what each of them holds
     metadata.py        checkpoint.json: architecture, size and digest of every file
-    integrity.py       files held against those records
-    safety.py          what a checkpoint may make a reader do: nothing but read numbers
-    conversion/        between Hugging Face files and checkpoints, as streams
+    integrity.py       compare the files with those sizes and digests
+    safety.py          refuse checkpoints that would run code when they are read
+    conversion/        convert between Hugging Face files and checkpoints, as streams
 
-When a run saves is decided in ``training/checkpointing.py``.
+``training/checkpointing.py`` decides when a run saves.
 """
 
 FRONT = {

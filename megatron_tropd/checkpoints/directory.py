@@ -1,4 +1,4 @@
-"""Megatron's checkpoint directory: which iterations are there, and what they are.  Nothing here is collective."""
+"""Megatron's checkpoint directory: which checkpoints it has, and what each holds.  Nothing here is collective."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from megatron_tropd.checkpoints.safety import read_dcp_metadata
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 HF_FOLDER = "hf"
 RELEASE: Literal["release"] = "release"
-"""The iteration of converted, not yet trained weights."""
+"""The iteration of converted weights that have not been trained."""
 _ITERATION = re.compile(r"iter_\d{7,}|release")
 _TEMPORARY = re.compile(r"(iter_\d{7,}|release)\.tmp-")
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
-"""How the keys of a model's tensors begin; an optimizer's begin otherwise."""
+"""Prefixes of the keys of model weights; keys of optimizer state have none of them."""
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a folder is a save that was never finished."""
+    """Return whether a folder name is that of an unfinished save."""
     return _TEMPORARY.match(name) is not None
 
 
 def iteration_name(iteration: Iteration) -> str:
-    """Folder of an iteration: ``iter_0000100`` or ``release``."""
+    """Return the folder name of an iteration: ``iter_0000100`` or ``release``."""
     return RELEASE if iteration == RELEASE else f"iter_{int(iteration):07d}"
 
 
 def latest_iteration(directory: str | Path) -> Iteration | None:
-    """What the tracker names; None where there is no tracker (nothing has been saved yet).
+    """Return the iteration that the tracker names; None without a tracker (nothing has been saved yet).
 
     Raises:
-        CheckpointError: the tracker is empty or unreadable.
+        CheckpointError: the tracker holds neither a number nor ``release``.
     """
     tracker = Path(directory) / TRACKER_FILE
     if not tracker.is_file():
@@ -56,7 +56,7 @@ def latest_iteration(directory: str | Path) -> Iteration | None:
 
 
 def find_checkpoint(directory: str | Path, iteration: Iteration | None = None) -> Path:
-    """Folder of ``iteration``, by default the one the tracker names.
+    """Return the folder of ``iteration``, by default of the one that the tracker names.
 
     Raises:
         CheckpointError: there is no such checkpoint; the message lists those that exist.
@@ -75,10 +75,10 @@ def find_checkpoint(directory: str | Path, iteration: Iteration | None = None) -
 
 
 def read_metadata(directory: str | Path, iteration: Iteration | None = None) -> CheckpointMetadata:
-    """What a checkpoint is, without loading it.
+    """Read the ``checkpoint.json`` of a checkpoint; no tensor is loaded.
 
     Raises:
-        CheckpointError: no such checkpoint, or not one of this package.
+        CheckpointError: there is no such checkpoint, or its ``checkpoint.json`` is missing or damaged.
     """
     path = find_checkpoint(directory, iteration) / METADATA_JSON
     if not path.is_file():
@@ -87,10 +87,10 @@ def read_metadata(directory: str | Path, iteration: Iteration | None = None) -> 
 
 
 def hf_directory(directory: str | Path, iteration: Iteration | None = None) -> Path:
-    """The HF config, tokenizer and manifest that a checkpoint carries.
+    """Return the folder inside a checkpoint that holds the HF config, tokenizer and manifest.
 
     Raises:
-        CheckpointError: no such checkpoint, or it carries none.
+        CheckpointError: there is no such checkpoint, or it was saved without them.
     """
     path = find_checkpoint(directory, iteration) / HF_FOLDER
     if not (path / "config.json").is_file():
@@ -101,10 +101,10 @@ def hf_directory(directory: str | Path, iteration: Iteration | None = None) -> P
 def stored_tensors(
     directory: str | Path, iteration: Iteration | None = None
 ) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Name, global shape and dtype of every tensor of a checkpoint, as Megatron stores them (layers stacked).
+    """Return the global shape and dtype of every tensor by name, as Megatron stores them (layers stacked).
 
     Raises:
-        CheckpointError: no such checkpoint, or its ``.metadata`` is missing, damaged or unsafe.
+        CheckpointError: there is no such checkpoint, or its ``.metadata`` is missing, damaged or unsafe.
     """
     folder = find_checkpoint(directory, iteration)
     try:
@@ -115,7 +115,7 @@ def stored_tensors(
 
 
 def model_dtype(directory: str | Path, iteration: Iteration | None = None) -> torch.dtype:
-    """The dtype that holds every stored model weight exactly: the common one, or fp32 where they differ.
+    """Return the dtype that holds every stored model weight exactly: their common dtype, or fp32 if they differ.
 
     Raises:
         CheckpointError: the checkpoint holds no model.

@@ -1,4 +1,4 @@
-"""Are the files of a checkpoint those that were saved?  Sizes and digests of a save, compared at the load."""
+"""Record the size and digest of every file at the save, and compare the files with them at the load."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from megatron_tropd.weights.files.hf_writer import fsync_path
 
 
 def _share_of_files(folder: Path) -> list[Path]:
-    """The files this rank reads for the others' sake: every world-size-th."""
+    """Return the files that this rank reads on behalf of all: every world-size-th."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != METADATA_JSON)
     return files[dist.get_rank() :: dist.get_world_size()]
 
 
 def record_and_sync(folder: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
-    """Size and digest of every file, each made durable by the rank that reads it.  Collective.
+    """Return size and digest of every file, after the rank that reads the file has synced it to disk.  Collective.
 
-    ``known`` files were digested and made durable as they were written.
+    Files in ``known`` were already digested and synced when they were written; they are not read again.
     """
 
     def mine() -> dict[str, FileRecord]:
@@ -46,7 +46,11 @@ def record_and_sync(folder: Path, known: Mapping[str, FileRecord]) -> dict[str, 
 def verify_files(
     folder: Path, metadata: CheckpointMetadata, *, digests: bool, except_suffix: tuple[str, ...] = ()
 ) -> None:  # fmt: skip
-    """Every recorded file is there with its size; this rank's share has its digest."""
+    """Check that every recorded file has its recorded size and, with ``digests``, this rank's share its sha256.
+
+    Raises:
+        CheckpointError: names the file that is missing or damaged.
+    """
     for name, record in metadata.files.items():
         path = folder / name
         if not path.is_file():

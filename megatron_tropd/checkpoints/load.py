@@ -1,4 +1,4 @@
-"""Reading a training checkpoint: found, checked, then loaded into whatever layout asks for it.  Collective."""
+"""Find, check and load a training checkpoint, into any parallel layout.  Collective."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def open_checkpoint(
     load_dir: str | Path, iteration: Iteration | None = None, *, arch: Architecture | None = None,
     verify_digests: bool = True, tensors_checked_later: bool = False,
 ) -> tuple[Path, CheckpointMetadata]:  # fmt: skip
-    """Find a checkpoint and check everything that can be checked without using its tensors.  Collective.
+    """Find a checkpoint and check everything that can be checked without loading its tensors.  Collective.
 
-    Every file is there with its size (and digest), and nothing in it makes a reader do more than read
-    numbers.  Arguments and errors are those of :func:`load_checkpoint`; with ``tensors_checked_later`` the
-    large files are not read for their digest, because the caller has one of every tensor.
+    Checks the size (and digest) of every file, and that no file runs code when it is read.  Arguments and errors are
+    those of :func:`load_checkpoint`.  With ``tensors_checked_later`` the tensor files are not read for their digest,
+    because the caller compares a digest of every tensor itself.
     """
     unread = (".distcp",) if tensors_checked_later else ()
 
@@ -48,20 +48,20 @@ def load_checkpoint(
     load_dir: str | Path, iteration: Iteration | None, sharded_state_dict: Mapping[str, Any],
     *, arch: Architecture | None = None, verify_digests: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """Read the parts that ``sharded_state_dict`` asks for, whatever layout saved them.  Collective.
+    """Load the shards that ``sharded_state_dict`` describes, whatever layout saved them.  Collective.
 
     Args:
         load_dir: Folder with the tracker.
-        iteration: None for the one the tracker names.
+        iteration: None for the one that the tracker names.
         sharded_state_dict: ShardedTensors of the receiving model (and optimizer).
         arch: If given, the checkpoint must be of this architecture.
-        verify_digests: Read every file once more, shared out over the ranks, and compare its sha256.
+        verify_digests: Also read every file, each on one rank, and compare its sha256.
 
     Returns:
         The state dict (to be loaded by :func:`load_model_state`, ``optimizer.load_state_dict``), and ``common``.
 
     Raises:
-        CheckpointError: on every rank, before any tensor of the caller is touched where it can be known.
+        CheckpointError: on every rank.  All checks of files come before the tensors of the caller are written to.
     """
     folder, _ = open_checkpoint(load_dir, iteration, arch=arch, verify_digests=verify_digests)
     state = on_all_ranks(

@@ -1,4 +1,4 @@
-"""``checkpoint.json``: what a checkpoint is and what its files must be."""
+"""``checkpoint.json``: the iteration and architecture of a checkpoint, and the size and digest of its files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRecord:
-    """One file of a checkpoint."""
+    """Size and digest of one file of a checkpoint."""
 
     bytes: int
     sha256: str
 
 
 def record_file(path: Path) -> FileRecord:
-    """Read a file once."""
+    """Read a file and return its size and digest."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
         return FileRecord(bytes=stream.tell(), sha256=digest.hexdigest())
@@ -36,16 +36,16 @@ def record_file(path: Path) -> FileRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointMetadata:
-    """Everything known about a checkpoint without loading it."""
+    """The content of ``checkpoint.json``."""
 
     iteration: Iteration
     architecture: Architecture
     make_vocab_size_divisible_by: int
     files: dict[str, FileRecord]
-    """By path inside the checkpoint's folder, ``checkpoint.json`` itself excepted."""
+    """Records by path inside the checkpoint's folder, without ``checkpoint.json`` itself."""
 
     def to_json(self) -> str:
-        """Text of ``checkpoint.json``."""
+        """Return the text of ``checkpoint.json``."""
         value = {
             "format": FORMAT,
             "iteration": self.iteration,
@@ -60,7 +60,7 @@ def parse_metadata(path: Path) -> CheckpointMetadata:
     """Read ``checkpoint.json``.
 
     Raises:
-        CheckpointError: not JSON, or of another format.
+        CheckpointError: it is not JSON, of another format or incomplete.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""What a checkpoint may make this process do: nothing but read numbers.
+"""Refuse checkpoints that would run code when they are read.
 
-torch.distributed.checkpoint unpickles ``.metadata`` and every non-tensor object without restriction.
-Both are read here first, with an allow-list, so that a checkpoint from elsewhere cannot run code.
+torch.distributed.checkpoint unpickles ``.metadata`` and every non-tensor object without restriction.  Both are
+therefore first read here, with an allow-list, so that a checkpoint from elsewhere cannot run code.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ALLOWED = {
 
 
 class UnsafeCheckpoint(ValueError):
-    """A checkpoint file names something that plain numbers do not need."""
+    """A checkpoint file refers to code, or holds objects other than plain data."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -47,11 +47,11 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_dcp_metadata(directory: Path) -> Any:
-    """The ``.metadata`` of a torch_dist checkpoint (a torch.distributed.checkpoint ``Metadata``).
+    """Read the ``.metadata`` of a torch_dist checkpoint (a torch.distributed.checkpoint ``Metadata``).
 
     Raises:
         UnsafeCheckpoint: it refers to anything outside the allow-list.
-        ValueError: missing or damaged.
+        ValueError: it is missing or damaged.
     """
     path = directory / METADATA_FILE
     if not path.is_file():
@@ -72,7 +72,7 @@ def _load_plain(stream: io.BytesIO | Path, what: str) -> Any:
 
 
 def check_pickles(directory: Path) -> None:
-    """Prove that loading ``directory`` unpickles only plain data.
+    """Check that loading the checkpoint in ``directory`` unpickles only plain data.
 
     Raises:
         UnsafeCheckpoint, ValueError: a file is missing, damaged or refers to other code.

@@ -1,12 +1,12 @@
-"""Training checkpoints in Megatron's directory conventions; complete or invisible.
+"""Write checkpoints in Megatron's directory conventions, so that none is visible before it is complete.
 
     <save>/latest_checkpointed_iteration.txt     "100" or "release"
-    <save>/iter_0000100/                         torch_dist: loads at any TP x PP x DP
+    <save>/iter_0000100/                         torch_dist: loads into any TP x PP x DP
         checkpoint.json                          architecture, iteration, size and sha256 of every file
         hf/                                      config, tokenizer and file layout of the HF model it came from
 
-A checkpoint is written under a temporary name, made durable, renamed, and only then does the tracker
-name it.  Every function that is collective raises the same error on every rank.
+A checkpoint is written under a temporary name, synced to disk and renamed; only then is its iteration written to the
+tracker.  Every collective function raises the same error on every rank.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ from megatron_tropd.weights.files.hf_writer import fsync_path, replace_text
 
 
 def write_hf_folder(sidecar: Path, manifest: HfManifest | None, target: Path) -> None:
-    """Copy config and tokenizer; keep how the HF files were laid out."""
+    """Copy config and tokenizer of ``sidecar``, and write the manifest of how the HF files were laid out.
+
+    Without ``manifest`` it is taken from ``sidecar``, without digests.
+    """
     copy_sidecars(sidecar, target, skip=[MANIFEST_FILE])
     if manifest is None:
         kept = HfManifest.load(sidecar)
@@ -55,7 +58,7 @@ def write_hf_folder(sidecar: Path, manifest: HfManifest | None, target: Path) ->
 
 
 def _prepare(save_dir: Path, iteration: Iteration) -> Path:
-    """An empty temporary folder for this save, and none left of earlier ones."""
+    """Remove the temporary folders of earlier saves, and make one for this save."""
     save_dir.mkdir(parents=True, exist_ok=True)
     for stale in save_dir.iterdir():
         if is_temporary(stale.name):
@@ -66,7 +69,7 @@ def _prepare(save_dir: Path, iteration: Iteration) -> Path:
 
 
 def _write(state: dict[str, Any], folder: Path) -> None:
-    """Megatron's save.  Its failure reaches every rank, its reason only rank 0."""
+    """Save with Megatron.  If this fails, it raises on every rank, but only rank 0 gets the reasons."""
     try:
         dist_checkpointing.save(state, str(folder))
     except CheckpointException as error:
@@ -77,13 +80,13 @@ def _write(state: dict[str, Any], folder: Path) -> None:
 
 
 def _publish(save_dir: Path, temporary: Path, iteration: Iteration, metadata: CheckpointMetadata) -> Path:
-    """Give the finished folder its name, then let the tracker name it."""
+    """Give the finished folder its final name, then write its iteration to the tracker."""
     replace_text(temporary / METADATA_JSON, metadata.to_json())
     for folder in (temporary / HF_FOLDER, temporary):
         if folder.is_dir():
             fsync_path(folder)
     final = save_dir / iteration_name(iteration)
-    if final.exists():  # saved before a restart; out of the way first, a folder cannot be replaced
+    if final.exists():  # saved before a restart; moved away first, because a rename cannot replace a folder
         os.rename(final, final.with_name(f"{temporary.name}-old"))
     os.rename(temporary, final)
     fsync_path(save_dir)
@@ -101,17 +104,17 @@ def save_checkpoint(
     """Write one checkpoint and make it the latest.  Collective; returns its folder.
 
     Args:
-        save_dir: Made if missing; on a file system all ranks share.
-        iteration: Number of optimizer steps done, or ``"release"``.
+        save_dir: Made if missing; on a file system that all ranks share.
+        iteration: Number of training steps (rollout batches) done, or ``"release"``.
         sharded_state_dict: Megatron ShardedTensors of model and optimizer, under keys of the caller's choice.
         common: Small plain values, equal on all ranks: numbers, strings, lists, dicts, tensors.
-        arch: Stored, so that a reader knows the model before it builds one.
+        arch: Stored, so that a reader can check it before it builds the model.
         hf_sidecar: Folder with the HF config and tokenizer: the HF model or another checkpoint's ``hf/``.
-        manifest: How to write HF files again; by default that of ``hf_sidecar`` without its digests.
+        manifest: How to lay out HF files again; by default that of ``hf_sidecar`` without its digests.
         make_vocab_size_divisible_by: Stored for the reader.
 
     Raises:
-        CheckpointError: on every rank; the tracker still names the checkpoint before.
+        CheckpointError: on every rank; the tracker still names the previous checkpoint.
     """
     state = {**without_extra_state(sharded_state_dict), COMMON_KEY: dict(common)}
 
@@ -133,16 +136,16 @@ def write_checkpoint(
     save_dir: str | Path, iteration: Iteration, write: Callable[[Path], Mapping[str, FileRecord]],
     write_hf: Callable[[Path], None], *, arch: Architecture, make_vocab_size_divisible_by: int,
 ) -> Path:  # fmt: skip
-    """The protocol around the tensors: temporary folder, records of every file, rename, tracker.  Collective.
+    """Write a checkpoint whose tensors ``write`` stores: temporary folder, file records, rename, tracker.  Collective.
 
     Args:
-        save_dir: As for :func:`save_checkpoint`, like ``iteration`` and the last two.
-        write: Fills the folder it is given, on every rank; returns the records of files that it has
-            already digested and made durable (the same on every rank).  Fails on all ranks or on none.
-        write_hf: On rank 0, fills ``hf/``, which it makes.
+        save_dir: As for :func:`save_checkpoint`, as are ``iteration`` and the last two arguments.
+        write: Called on every rank with the folder to fill; returns the records of the files that it has
+            already digested and synced to disk (the same on every rank).  Fails on all ranks or on none.
+        write_hf: Called on rank 0 with the path of ``hf/``, which it makes and fills.
 
     Raises:
-        CheckpointError: on every rank; the tracker still names the checkpoint before.
+        CheckpointError: on every rank; the tracker still names the previous checkpoint.
     """
     save_dir = Path(save_dir)
     temporary = on_rank_zero(lambda: _prepare(save_dir, iteration), CheckpointError)
@@ -156,14 +159,14 @@ def write_checkpoint(
             files=record_and_sync(temporary, known),
         )
         return on_rank_zero(lambda: _publish(save_dir, temporary, iteration, metadata), CheckpointError)
-    except CheckpointError:  # on every rank, so that no rank writes any more
+    except CheckpointError:  # raised on every rank, so no rank is still writing
         if dist.get_rank() == 0:
             _sweep(save_dir, temporary)
         raise
 
 
 def _sweep(save_dir: Path, temporary: Path) -> None:
-    """Give back the disk space of a save that failed, as far as it goes; the next save sweeps too."""
+    """Remove the files of a failed save as far as possible; the next save removes what is left."""
     shutil.rmtree(temporary, ignore_errors=True)
     with contextlib.suppress(OSError):
-        save_dir.rmdir()  # only if this save made it, or it was empty before
+        save_dir.rmdir()  # works only if the folder is empty

@@ -1,4 +1,4 @@
-"""The state dicts of a checkpoint: what is left out of them, and how a model takes one."""
+"""The state dicts of a checkpoint: what is left out of them, and how one is loaded into a model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 from megatron_tropd.checkpoints.metadata import CheckpointError
 
 COMMON_KEY = "common"
-"""Where the small plain values of a run are kept beside its tensors."""
+"""Key of the small plain values of a run in its state dict."""
 
 
 def without_extra_state(state: Any) -> Any:
-    """A copy of a state dict without Transformer Engine's ``_extra_state``.
+    """Copy a state dict without Transformer Engine's ``_extra_state``.
 
-    It is empty except under FP8, and without it local and TE layers exchange checkpoints.
+    That state is empty except under FP8.  Without it, checkpoints do not depend on whether layers are TE's or local.
     """
     if not isinstance(state, Mapping):
         return state
@@ -24,7 +24,7 @@ def without_extra_state(state: Any) -> Any:
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Put a loaded model state into the model; every parameter must get a value.
+    """Load a model state into the model; every parameter must get a value.
 
     Raises:
         CheckpointError: names the missing and the unexpected parameters.

@@ -1,4 +1,4 @@
-"""What an objective is, and the words all of them share."""
+"""The interface of an objective, and the helper functions that objectives share."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from megatron_tropd.types import LossOutput, Metric, Needs, Region, StepContext,
 
 
 class Objective(Protocol):
-    """A pure function of reduced numbers: no logits, no ranks, no division by counts."""
+    """A pure function of numbers reduced over the vocabulary: no logits, no ranks, no division by counts."""
 
     @property
     def needs(self) -> Needs:
-        """What it has to be given."""
+        """The inputs that the objective has to be given."""
         ...
 
     def __call__(self, stats: TokenStats, tokens: TokenStreams, context: StepContext) -> LossOutput:
-        """Loss of every label.  A label's loss depends on that label's numbers and on ``context`` alone: the
-        head may show the labels of a batch in any number of parts."""
+        """Loss of every label.
+
+        A label's loss depends only on that label's numbers and on ``context``, so the head may pass the labels of
+        a batch in any number of parts.
+        """
         ...
 
 
@@ -39,12 +42,12 @@ class Regions:
 
     @property
     def num_tokens(self) -> Tensor:
-        """Tokens the loss is averaged over, int64 scalar (algorithms: row 6)."""
+        """Tokens the loss is averaged over, int64 scalar (docs/objectives.md, regions and denominators)."""
         return (self.on_policy_T | self.guidance_T).sum()
 
 
 def mean_over(value_T: Tensor, mask_T: Tensor, weight_T: Tensor | None = None) -> Metric:
-    """(Weighted) mean of ``value_T`` over ``mask_T``, still as sum and count; masked-out values may be
+    """(Weighted) mean of ``value_T`` over ``mask_T``, kept as a sum and a count; values outside the mask may be
     infinite."""
     weight = mask_T.double() if weight_T is None else torch.where(mask_T, weight_T.detach().double(), 0.0)
     value = torch.where(mask_T, value_T.detach().double(), 0.0)
@@ -54,7 +57,8 @@ def mean_over(value_T: Tensor, mask_T: Tensor, weight_T: Tensor | None = None) -
 def student_before(stats: TokenStats, tokens: TokenStreams) -> Tensor:
     """The trainer's log p(x) before the first update on this rollout batch, detached, [T].
 
-    With one update per batch that is the current one; with several, ``old_logprob_T`` holds it.
+    This is ``old_logprob_T`` where the batch holds it.  Otherwise there is one update per batch, and the current
+    log p(x) is the same value.
     """
     return stats.logprob_T.detach() if tokens.old_logprob_T is None else tokens.old_logprob_T
 
@@ -63,7 +67,7 @@ def student_entropy(stats: TokenStats, tokens: TokenStreams) -> Tensor:
     """Entropy of the student before the first update on this rollout batch, detached, [T].
 
     Raises:
-        ValueError: nobody computed it.
+        ValueError: neither ``tokens`` nor ``stats`` holds the student's entropy.
     """
     if tokens.old_entropy_T is not None:
         return tokens.old_entropy_T
@@ -73,5 +77,5 @@ def student_entropy(stats: TokenStats, tokens: TokenStreams) -> Tensor:
 
 
 def negative_infinity_to(value_T: Tensor, replacement: float) -> Tensor:
-    """``value_T`` with -inf replaced; a NaN stays one."""
+    """``value_T`` with ``replacement`` in place of -inf; a NaN stays NaN."""
     return torch.where(value_T == -torch.inf, replacement, value_T)

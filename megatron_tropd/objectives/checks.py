@@ -1,4 +1,4 @@
-"""Streams held against what an objective needs, before a step is made with them."""
+"""Checks that the token streams hold what an objective needs, before a step uses them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from megatron_tropd.rng import split_sample_uid
 from megatron_tropd.types import Needs, TokenStreams
 
 _MAX_LOGPROB = 1e-2
-"""A log-probability may be above 0 by rounding, not by more."""
+"""Largest accepted log-probability: rounding may lift a log-probability slightly above 0."""
 
 
 def check_streams(tokens: TokenStreams, needs: Needs) -> None:
-    """Every stream that ``needs`` names is there, aligned, and a number where a loss reads it.
+    """Check that every stream in ``needs`` is present, aligned with the labels, and valid where a loss reads it.
 
-    -inf from the teacher is allowed: it means that the teacher excludes the token.  On a GPU this waits for
-    one number; call it once per micro-batch, before the forward pass.
+    -inf from the teacher is allowed: it means that the teacher excludes the token.  On a GPU the check waits for
+    the device once; call it once per micro-batch, before the forward pass.
 
     Raises:
-        ValueError: what is missing, of a wrong shape, NaN, positive where it is a log-probability, or repeated.
+        ValueError: a stream is missing, has a wrong shape, or holds a NaN, an infinity, a log-probability above 0 or
+            a repeated top-k id; the message names the stream.
     """
     problems = _missing(tokens, needs) or _misshapen(tokens, needs) or _impossible(tokens, needs)
     if problems:
@@ -78,19 +79,19 @@ def _impossible(tokens: TokenStreams, needs: Needs) -> list[str]:
     for name in ("teacher_entropy_T", "old_entropy_T", "sequence_error_T", "advantage_T"):
         if (value := getattr(tokens, name)) is not None:
             bad[name] = written_T & ~value.isfinite()
-    counts = torch.stack([mask.sum() for mask in bad.values()]).tolist()  # the one wait
+    counts = torch.stack([mask.sum() for mask in bad.values()]).tolist()  # the only wait for the device
     return [_complaint(tokens, name, bad[name], count) for name, count in zip(bad, counts, strict=True) if count]
 
 
 def _is_logprob(value: Tensor, *, finite: bool = False) -> Tensor:
-    """False for a NaN, for +inf and for a probability; for -inf only where it must be ``finite``."""
+    """False for a NaN, for +inf and for a value clearly above 0; with ``finite`` also for -inf."""
     return (value <= _MAX_LOGPROB) & (value > -torch.inf) if finite else value <= _MAX_LOGPROB
 
 
 def _bad_ids(ids_TK: Tensor, present_TK: Tensor) -> Tensor:
-    """Boolean [T]: an id with mass is negative or occurs twice, which would count its mass twice."""
+    """Boolean [T], true where an id with mass is negative or occurs twice (its mass would then count twice)."""
     places = torch.arange(ids_TK.shape[1], device=ids_TK.device)
-    distinct = torch.where(present_TK, ids_TK, -1 - places)  # what is absent gets a name of its own
+    distinct = torch.where(present_TK, ids_TK, -1 - places)  # each absent entry gets an id of its own
     ordered = distinct.sort(-1).values
     return (ordered[:, 1:] == ordered[:, :-1]).any(-1) | (present_TK & (ids_TK < 0)).any(-1)
 

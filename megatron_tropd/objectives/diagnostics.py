@@ -1,8 +1,8 @@
-"""Which part of an objective moves the weights: the same loss, one region at a time.
+"""Split of an objective's gradient by region: the same loss, restricted to one region at a time.
 
-The four regions are a partition of the labels that have a loss, so their gradients add up to the whole one.
-``trusted`` is the objective's own gate (a soft weight is compared with the label's coin) or, for an objective
-without a gate, the paper's coin.
+The four regions are a partition of the labels that have a loss, so their gradients add up to the gradient of
+the whole loss.  A label is trusted by the objective's own gate (a soft weight is compared with the label's coin) or,
+for an objective without a gate, by the paper's coin.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class OnlyRegion:
 
     @property
     def needs(self) -> Needs:
-        """Those of the whole objective."""
+        """The needs of the whole objective."""
         return self.objective.needs
 
     def __call__(self, stats: TokenStats, tokens: TokenStreams, context: StepContext) -> LossOutput:
@@ -53,8 +53,11 @@ def only_region(objective: Objective, region: GradientRegion) -> Objective:
 def region_masks(
     objective: Objective, stats: TokenStats, tokens: TokenStreams, context: StepContext
 ) -> dict[GradientRegion, Tensor]:
-    """Boolean [T] of every region.  Without a teacher all that the student wrote is trusted, and the group
-    advantage stands for the reward."""
+    """Boolean mask [T] of every region.
+
+    Without a teacher every token that the student wrote is trusted, and the group advantage takes the place of
+    the reward.
+    """
     regions = Regions.of(tokens)
     on_policy_T = regions.on_policy_T
     reward_T = torch.where(on_policy_T, tokens.teacher_logprob_T - student_before(stats, tokens), 0.0)

@@ -1,4 +1,4 @@
-"""From a rule about the tokens a student wrote to a whole objective: reward, guidance, denominator, metrics."""
+"""A whole objective from a rule for the student's tokens: adds reward, guidance, denominator and metrics."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class Distillation:
     importance: Importance = field(default_factory=Importance)
     guidance: Guidance = field(default_factory=Guidance)
     reward_logprob: RewardLogprob = "trainer"
-    """Whose log p(x) is in the reward: the trainer's before the first update, or the rollout engine's."""
+    """Source of log p(x) in the reward: the trainer before the first update, or the rollout engine."""
     outlier_threshold: float = -1.72
-    """Only for the metric ``tropd/outlier_frac``."""
+    """Used only for the metric ``tropd/outlier_frac``."""
 
     @property
     def needs(self) -> Needs:
-        """The rule's, and the old log-probabilities where several updates or a correction use them."""
+        """The rule's needs, and the old log-probabilities where several updates or a correction use them."""
         needs = self.rule.needs
         return replace(needs, old_logprob=needs.old_logprob or self.importance.needs_old_logprob)
 
     def __call__(self, stats: TokenStats, tokens: TokenStreams, context: StepContext) -> LossOutput:
-        """Token losses are exactly 0 outside both regions."""
+        """Loss of every label; exactly 0 outside both regions."""
         labels = self._labels(stats, tokens, context)
         term = self.rule(labels)
         on_policy_T, guidance_T = labels.regions.on_policy_T, labels.regions.guidance_T
@@ -54,7 +54,7 @@ class Distillation:
         )
 
     def trust(self, stats: TokenStats, tokens: TokenStreams, context: StepContext) -> Tensor:
-        """Weight of the trusted part of every label by the rule's gate, or by the paper's where it has none, [T]."""
+        """Weight of the trusted part of every label, by the rule's gate or, without one, by the paper's gate, [T]."""
         labels = self._labels(stats, tokens, context)
         weight_T = self.rule(labels).trust_T
         return expected_acceptance(labels.reward_T) if weight_T is None else weight_T

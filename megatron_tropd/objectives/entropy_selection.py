@@ -22,7 +22,7 @@ class EntropySelection:
 
     share: float = 0.2
     denominator: Denominator = "all"
-    """``all`` on-policy tokens, as in 2506.01939, or only those that are ``kept``."""
+    """Divide by ``all`` on-policy tokens, as in 2506.01939, or only by the tokens that are ``kept``."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -30,7 +30,7 @@ class EntropySelection:
 
     @property
     def needs(self) -> Needs:
-        """The quantile of the batch."""
+        """The entropy quantile of the batch."""
         return Needs(entropy_quantile=self.share)
 
     def __call__(self, labels: Labels) -> Term:
@@ -41,7 +41,7 @@ class EntropySelection:
 
 
 def above_entropy_threshold(labels: Labels) -> Tensor:
-    """Boolean [T]: the student's entropy is in the batch's top share."""
+    """Boolean [T], true where the student's entropy is in the batch's top share."""
     if labels.context.entropy_threshold is None:
-        raise ValueError("this objective needs the entropy threshold of the global batch, and nobody computed it")
+        raise ValueError("this objective needs the entropy threshold of the global batch, which was not computed")
     return student_entropy(labels.stats, labels.tokens) >= labels.context.entropy_threshold

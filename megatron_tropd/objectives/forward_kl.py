@@ -1,9 +1,9 @@
 """Forward KL on the teacher's top-k ids V (TrOPD Eq. 3), with Q and P the mass of q and p on V:
 
-raw          sum_V q log(q / p)                                its minimum puts nothing outside V
-renorm       raw / Q - log Q                                   q / Q from the full p
-renorm_both  sum_V (q / Q) log((q / Q) / (p / P))              says nothing about P
-tail         raw + (1 - Q) log((1 - Q) / (1 - P))              outside V one bucket; zero at p = q
+raw          sum_V q log(q / p)                                its minimum puts no mass outside V
+renorm       raw / Q - log Q                                   KL from q / Q to the full p
+renorm_both  sum_V (q / Q) log((q / Q) / (p / P))              does not depend on P
+tail         raw + (1 - Q) log((1 - Q) / (1 - P))              all ids outside V are one bucket; zero at p = q
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_tropd.objectives.settings import FklGrad, FklSupport
 from megatron_tropd.types import Needs, TokenStats, TokenStreams
 
 _MAX_MASS = 1 - 1e-6
-"""Of the student on V, where the tail bucket takes log(1 - P)."""
+"""Largest mass P of the student on V in the tail bucket, so that log(1 - P) stays finite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +30,9 @@ class ForwardKl:
     clamp_zero: bool = False
     """A negative value becomes 0 and loses its gradient."""
     logprob_min: float = 0.0
-    """Log-probabilities below it become it, and those of the student lose their gradient; 0 for no floor."""
+    """Floor of log-probabilities; a student log-probability below the floor loses its gradient.  0 for no floor."""
     maximum: float = 0.0
-    """A larger value becomes it and loses its gradient; 0 for none."""
+    """Ceiling of the value; a larger value loses its gradient.  0 for no ceiling."""
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -77,7 +77,7 @@ def top_k_logprobs(stats: TokenStats, tokens: TokenStreams) -> tuple[Tensor, Ten
 
 
 def _log_mass(logprob_TK: Tensor) -> Tensor:
-    """log of the mass on V, [T, 1]; 0 where there is none, so that a label without a payload stays one."""
+    """log of the mass on V, [T, 1]; 0 where there is no mass, so that the log-probabilities there stay -inf."""
     mass_T = logprob_TK.logsumexp(-1, keepdim=True)
     return torch.where(mass_T == -torch.inf, 0.0, mass_T)
 
@@ -95,7 +95,7 @@ class ForwardKlEverywhere:
     """The rule: forward KL on every token the student wrote (``fkl``, ``fkl_reward``).
 
     As a detached reward its mean gradient is zero, because it does not depend on the sampled token; that form
-    exists to replicate collapses (algorithms: section 0, finding 2).
+    exists only to replicate published collapses (docs/objectives.md, the forward KL).
     """
 
     forward_kl: ForwardKl

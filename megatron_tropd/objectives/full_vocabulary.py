@@ -1,6 +1,6 @@
 """Exact divergences over the whole vocabulary: ``full_fkl``, ``full_rkl``, ``gkd_jsd``, and ``vopd``.
 
-They cost the teacher's hidden states, from which the head makes its logits chunk by chunk.
+They need the teacher's hidden states, from which the head computes the teacher's logits chunk by chunk.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which tokens are inside the trust region: a weight in [0, 1], detached.
+"""The gate: which tokens are inside the trust region, as a detached weight in [0, 1].
 
 The paper accepts a token with probability min(p_T / p_S, 1) = min(e^R, 1) (TrOPD Eq. 6), the acceptance
-rule of speculative decoding; in expectation over p_S this accepts 1 - TV(p_T, p_S).
+rule of speculative decoding; in expectation over p_S a share 1 - TV(p_T, p_S) is accepted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Gate:
     """Weight of the trusted term.
 
     ``bernoulli``    1 where log u < R, with one coin u per token of a rollout batch (the paper)
-    ``expected``     min(1, e^R): the coin's mean, same expected gradient without its noise
+    ``expected``     min(1, e^R): the coin's mean; the same expected gradient without the coin's noise
     ``threshold``    1 where R > threshold
     ``probability``  1 where q(x) - p(x) > margin (AOPD)
     ``none``         1

@@ -1,4 +1,4 @@
-"""G-OPD (arXiv 2602.12125): go past the teacher along the line from a reference model.
+"""G-OPD (arXiv 2602.12125): extrapolation beyond the teacher, along the line from a reference model.
 
     L = PG(lambda (log q(x) - log ref(x)) - (log p(x) - log ref(x)))
 

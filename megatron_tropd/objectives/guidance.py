@@ -1,4 +1,4 @@
-"""What a token of a teacher prefix is worth (TrOPD Eq. 8)."""
+"""Loss of a token in a teacher prefix (TrOPD Eq. 8)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Guidance:
 
     ``nll``              differentiated through log p: imitation; log q only shifts the value
     ``logratio_reward``  the same value as a policy gradient, whose direction is AWAY from the teacher; for
-                         replication (algorithms: section 0, finding 3)
+                         replication (docs/objectives.md, methods)
     """
 
     beta: float = 0.0

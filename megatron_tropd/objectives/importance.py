@@ -23,7 +23,7 @@ from megatron_tropd.objectives.settings import Correction
 from megatron_tropd.types import Region, TokenStats, TokenStreams
 
 _MAX_LOG_RATIO = 20.0
-"""e^20 is far outside every window, and still finite in fp32 when multiplied by an advantage."""
+"""Limit of log ratios: e^20 is far outside every window, and still finite in fp32 when multiplied by an advantage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class Importance:
 
     @property
     def needs_old_logprob(self) -> bool:
-        """Whether the student has to be asked before the first update on a rollout batch."""
+        """Whether the student's log-probabilities before the first update on a rollout batch are needed."""
         return self.num_minibatches > 1 or self.correction == "seq_err"
 
     def weight(self, stats: TokenStats, tokens: TokenStreams) -> Tensor:
@@ -66,7 +66,7 @@ class Importance:
         return torch.where(self.masked(stats, tokens), 0.0, ratio_T)
 
     def masked(self, stats: TokenStats, tokens: TokenStreams) -> Tensor:
-        """Boolean [T]: what ``seq_err`` masks, or under any other correction what ``icepop`` would."""
+        """Boolean [T], true where ``seq_err`` masks a token or, under any other correction, where ``icepop`` would."""
         if self.correction == "seq_err":
             if tokens.sequence_error_T is None:
                 raise ValueError("--importance-correction seq_err needs the error of every sample; none was computed")

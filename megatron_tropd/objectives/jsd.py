@@ -3,8 +3,8 @@
     m = beta q + (1 - beta) p
     J = beta sum_V q log(q / m) + (1 - beta) log(p(x) / m(x))
 
-``direct``  the first half is differentiated through p, the second is PG(-(1 - beta) log(p(x) / m(x)))
-``reward``  both are: PG(-J), as veRL would train it
+``direct``  the first half is differentiated through p, the second half is PG(-(1 - beta) log(p(x) / m(x)))
+``reward``  both halves are a detached reward: PG(-J), as veRL would train it
 The second half's reward is at least -(1 - beta) log(1 / (1 - beta)): a soft clip of K1.
 """
 

@@ -1,4 +1,4 @@
-"""What a rule reads and what it returns."""
+"""A rule's interface, its input and its output."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Labels:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Term:
-    """A rule's answer, one entry per label; entries that are not ON_POLICY are not read."""
+    """Output of a rule, one entry per label; entries that are not ON_POLICY are not read."""
 
     loss_T: Tensor  # carries grad
     trust_T: Tensor | None = None
@@ -43,7 +43,7 @@ class Term:
     selected_T: Tensor | None = None
     """Boolean: picked by the method's own criterion (an entropy, a phase)."""
     counted_T: Tensor | None = None
-    """Boolean: adds one to the denominator; None for every ON_POLICY label."""
+    """Boolean: the label adds one to the denominator; None if every ON_POLICY label does."""
 
 
 class Rule(Protocol):
@@ -51,9 +51,9 @@ class Rule(Protocol):
 
     @property
     def needs(self) -> Needs:
-        """What it has to be given."""
+        """The inputs that the rule has to be given."""
         ...
 
     def __call__(self, labels: Labels) -> Term:
-        """Row-local: a label's entries depend on that label's numbers and on ``labels.context`` alone."""
+        """Entries of every label, row-local: they depend only on that label's numbers and on ``labels.context``."""
         ...

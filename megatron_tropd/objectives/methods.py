@@ -1,4 +1,4 @@
-"""Every method by name: one row each.  Adding a method is adding a row (and a file, if its rule is not here yet)."""
+"""The table of methods by name.  To add a method, add a row (and a file for its rule, if the rule is new)."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ METHODS: dict[str, Method] = {
     "clip_fkl": Method(
         make=rule(lambda s: _floored(s, only_rejected=False)), loss="PG(max(R, f)) + c FKL_k", source="ours",
     ),
-    # neighbours
+    # related methods
     "gopd": Method(
         make=rule(lambda s: Gopd(extrapolation=s.gopd_lambda)),
         loss="PG(l (log q(x) - log ref(x)) - (log p(x) - log ref(x)))", source="G-OPD / ExOPD, arXiv 2602.12125",
@@ -193,7 +193,7 @@ def make_objective(name: str, settings: ObjectiveSettings) -> Objective:
     """The objective called ``name``.
 
     Raises:
-        ValueError: unknown name; the message lists the known ones.  Or a setting out of its range.
+        ValueError: the name is unknown (the message lists the known names), or a setting is out of its range.
     """
     if name not in METHODS:
         raise ValueError(f"--objective {name!r} is not known; choose one of {', '.join(METHODS)}")

@@ -1,6 +1,6 @@
-"""What every method reports about its labels, under the same names: means, as sums and counts.
+"""The metrics that every method reports about its labels, under the same names: means, kept as sums and counts.
 
-A method without a gate reports trust by the paper's: min(1, q(x) / p(x)), whose mean over x ~ p is 1 - TV(p, q).
+A method without a gate reports trust by the paper's gate: min(1, q(x) / p(x)), whose mean over x ~ p is 1 - TV(p, q).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _teacher(labels: Labels, term: Term, tau: float) -> Entries:
 
 
 def _importance(labels: Labels) -> Entries:
-    """What a correction does, or would do if it were on."""
+    """Metrics of the importance correction: its effect, or the effect it would have if it were on."""
     on_policy_T, stats, tokens, importance = labels.regions.on_policy_T, labels.stats, labels.tokens, labels.importance
     ratio_T = engine_ratio(stats, tokens)
     entries = {
@@ -85,7 +85,7 @@ def _importance(labels: Labels) -> Entries:
 
 
 def _sums(entries: Entries) -> dict[str, Metric]:
-    """All means at once: a GPU would spend more on launching one small kernel per name than on the numbers."""
+    """Sums and counts of all metrics at once: on a GPU, launching one small kernel per name would take longer."""
     weight = torch.stack([weight for _, weight in entries.values()]).double()
     value = torch.stack([value for value, _ in entries.values()]).double()
     totals = (weight * torch.where(weight != 0, value, 0.0)).sum(1)  # a value without weight may be infinite

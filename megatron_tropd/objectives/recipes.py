@@ -1,4 +1,4 @@
-"""How settings become the parts of a method; ``methods.py`` puts them into rows."""
+"""Functions that build the parts of a method from settings; ``methods.py`` uses them in its rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rule(
     make: Callable[[ObjectiveSettings], Rule], *, guidance_grad: GuidanceGrad = "nll", correction: Correction = "off",
     clip_high: float | None = None,
 ) -> Maker:  # fmt: skip
-    """An objective made of a rule; the keywords are what ``auto`` means for it."""
+    """The maker of a rule's objective; the keywords are the values that ``auto`` stands for."""
 
     def objective(s: ObjectiveSettings) -> Objective:
         return Distillation(
@@ -53,7 +53,7 @@ def rule(
 
 
 def forward_kl(s: ObjectiveSettings, support: FklSupport = "raw", *, logprob_min: float = 0.0) -> ForwardKl:
-    """The top-k forward KL; ``support`` and ``logprob_min`` are the method's own."""
+    """The top-k forward KL; ``support`` and ``logprob_min`` are the method's own values."""
     return ForwardKl(
         top_k=s.top_k,
         support=pick(s.fkl_support, support),
@@ -67,7 +67,7 @@ def trust_region(
     s: ObjectiveSettings, gate: GateKind, rejected: Rejected, *, support: FklSupport = "raw",
     grad: FklGrad = "direct", logprob_min: float = 0.0, tau: float | None = None,
 ) -> TrustRegion:  # fmt: skip
-    """A gate and what a rejected token gets; ``tau`` instead of --outlier-threshold."""
+    """The rule of a gate and a treatment of rejected tokens; ``tau``, where given, replaces --outlier-threshold."""
     tau = s.outlier_threshold if tau is None else tau
     return TrustRegion(
         gate=Gate(kind=gate, threshold=tau, margin=s.gate_margin),

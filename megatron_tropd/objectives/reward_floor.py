@@ -1,10 +1,10 @@
 """Two variants of ours, not in the TrOPD paper: a floor under every reward, and a forward KL added to it.
 
-    tropd_floor   PG(max(R, tau)) + (1 - min(1, q(x) / p(x))) c FKL_tail     no coin: its mean is the weight
+    tropd_floor   PG(max(R, tau)) + (1 - min(1, q(x) / p(x))) c FKL_tail     no coin: the coin's mean is the weight
     clip_fkl      PG(max(R, tau)) + c FKL_k                                  both on every token
 
-Why: where the student puts a small mass on a token that the teacher excludes, TrOPD acts on it only in second
-order of that mass; both of these act in first order.
+Why: where the student puts a small mass on a token that the teacher excludes, the gradient of TrOPD is only of
+second order in that mass; that of both variants is of first order.
 """
 
 from __future__ import annotations

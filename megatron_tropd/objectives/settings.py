@@ -1,7 +1,7 @@
-"""The numbers a user may set.  A field is a flag; each method reads those it has.
+"""Settings of the objectives.  Each field is a flag; a method reads only the settings that it has.
 
-``auto`` means the method's own choice, which its row in ``methods.py`` states; a zero where the help says so
-means the same for a number.
+``auto`` means the method's own choice, which is stated in its row in ``methods.py``.  For a number, 0 means the same
+where the help text says so.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _number(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveSettings:
-    """Defaults are the paper's, or its baselines' own papers' where it is silent."""
+    """Settings of the objectives.  Defaults are the TrOPD paper's or, where it has none, the baseline papers'."""
 
     top_k: int = _number(64, "teacher tokens per position for a forward KL or a JSD")
     gate: GateKind | Auto = _number("auto", "how the tropd methods trust a token")

@@ -26,7 +26,7 @@ class Topd:
 
     @property
     def needs(self) -> Needs:
-        """The sampled log-probability is enough."""
+        """Nothing besides the log-probability of the sampled token."""
         return Needs()
 
     def __call__(self, labels: Labels) -> Term:

@@ -19,7 +19,7 @@ from megatron_tropd.types import Needs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TropdAopd:
-    """``tropd`` is TrOPD without guidance; it brings its gate and its forward KL."""
+    """The rule ``tropd_aopd``.  ``tropd`` is TrOPD without guidance; its gate and its forward KL are used."""
 
     tropd: TrustRegion
     reading: Literal["add_pg_on_positive", "union_fkl"] = "add_pg_on_positive"
@@ -27,7 +27,7 @@ class TropdAopd:
 
     @property
     def needs(self) -> Needs:
-        """TrOPD's."""
+        """The needs of TrOPD."""
         return self.tropd.needs
 
     def __call__(self, labels: Labels) -> Term:

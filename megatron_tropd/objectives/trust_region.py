@@ -1,4 +1,4 @@
-"""OPD, the outlier baselines, TrOPD and AOPD: a gate, a trusted term, and what a rejected token gets.
+"""OPD, the outlier baselines, TrOPD and AOPD: a gate, a trusted term, and a term for rejected tokens.
 
     L = PG(w R)                            mask
     L = PG(w R + (1 - w) tau)              clip
@@ -26,7 +26,7 @@ Rejected = Literal["mask", "clip", "forward_kl"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrustRegion:
-    """One rule, most rows of the method table."""
+    """The rule of most rows in the method table."""
 
     gate: Gate
     rejected: Rejected = "mask"

@@ -27,7 +27,7 @@ _WORTH_MOVING = 7 / 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gradients:
-    """What is kept from forward to backward; None where it was not asked for."""
+    """Gradients kept from forward to backward; None where no gradient is wanted."""
 
     hidden: Tensor | None  # [T, H], the model's dtype
     weight: Tensor | None  # [rows, H] fp32

@@ -44,7 +44,7 @@ def _first_of_equals(values: Tensor, columns: Tensor, equal: Tensor) -> Tensor:
 
 
 def sort_keys(values: Tensor, ids: Tensor) -> Tensor:
-    """int64 keys whose descending order is (value descending, id ascending); ``ids`` are below 2^31.  -0.0 equals 0.0."""
+    """int64 keys that rank by (value descending, id ascending); ``ids`` are below 2^31.  -0.0 equals 0.0."""
     bits = (values.float() + 0.0).contiguous().view(torch.int32)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     return (ordered << 31) + (0x7FFFFFFF - ids)

@@ -1,4 +1,4 @@
-"""Adding the output table's gradient to where it is kept (Megatron's main_grad, or .grad), in backward and in fp32.
+"""Adds the output table's gradient where it is kept, in backward: to Megatron's fp32 main_grad, or else to .grad.
 
 Megatron's DDP keeps an fp32 sum ``weight.main_grad`` and adds ``weight.grad``, which has the weight's dtype, to
 it in a hook of the weight's gradient accumulator.  A layer may instead add to ``main_grad`` itself, set

@@ -1,4 +1,4 @@
-"""Moving values between ranks.  Every rank can work out all sizes: no headers, one message per pair."""
+"""Move values between ranks.  Tensors need no headers, because every rank can compute all sizes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from megatron_tropd.parallel import platform
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """Shape and dtype of a tensor that will arrive."""
+    """Shape and dtype of a tensor to be received."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        """Size on the wire."""
+        """Size of the message in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -43,7 +43,7 @@ def _from_bytes(message: Tensor, specs: Sequence[TensorSpec]) -> list[Tensor]:
 def exchange(
     send: Mapping[int, Sequence[Tensor]], receive: Mapping[int, Sequence[TensorSpec]]
 ) -> dict[int, list[Tensor]]:
-    """Send tensors to ranks and receive tensors from ranks, CPU tensors over gloo.
+    """Send tensors to ranks and receive CPU tensors from ranks, over gloo, one message per pair of ranks.
 
     Collective over exactly the pairs that appear; both sides must agree on order and sizes.
     """
@@ -72,9 +72,9 @@ def exchange(
 
 
 def broadcast_tensors(tensors: Sequence[Tensor] | None, specs: Sequence[TensorSpec], *, group: Any) -> list[Tensor]:
-    """The first rank's ``tensors`` on every rank of ``group``, as CPU tensors, in one message.
+    """Broadcast the ``tensors`` of the first rank of ``group``, in one message; return them as CPU tensors.
 
-    The message travels on this rank's device: by NCCL between GPUs, by gloo between CPUs.  Other ranks
+    The message is sent from the device of the rank: by NCCL between GPUs, by gloo between CPUs.  Other ranks
     pass None.  Collective over ``group``.
     """
     device = platform.device()
@@ -87,7 +87,7 @@ def broadcast_tensors(tensors: Sequence[Tensor] | None, specs: Sequence[TensorSp
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """``value`` of every rank, on every rank (small host objects: rollouts, reports)."""
+    """Return the values of all ranks, by rank, on every rank (small host objects: rollouts, reports).  Collective."""
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -96,7 +96,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's ``value`` on every rank (small host objects); what other ranks pass is ignored."""
+    """Return rank 0's ``value`` on every rank (small host objects); the other ranks' is ignored.  Collective."""
     if not dist.is_initialized():
         return value
     box = [value]

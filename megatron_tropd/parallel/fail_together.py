@@ -1,11 +1,11 @@
-"""An action that fails on one rank fails on every rank, with the same error.
+"""Run actions so that a failure on one rank raises the same error on every rank.
 
-A rank that raised alone would leave the others waiting in the next collective until its timeout.  So whatever may fail
-between two collectives runs through one of three functions, which differ in who acts and who gets the result:
+A rank that raised alone would leave the others waiting in the next collective until its timeout.  So code that may fail
+between two collectives runs through one of three functions, which differ in where it runs and where results go:
 
-    on_all_ranks      every rank acts and gets its own result
-    from_all_ranks    every rank acts, and every rank gets all results
-    on_rank_zero      rank 0 acts, and every rank gets its result
+    on_all_ranks      runs on every rank; each rank gets its own result
+    from_all_ranks    runs on every rank; each rank gets all results
+    on_rank_zero      runs on rank 0; each rank gets its result
 
 All three are collective over the world, and work without a process group, where the world is one rank.
 """
@@ -22,28 +22,28 @@ from megatron_tropd.parallel.exchange import broadcast_object, gather_objects
 
 T = TypeVar("T")
 Failure = Callable[[str], Exception]
-"""Makes the error that every rank raises from the reasons of those that failed."""
+"""Makes the error that every rank raises, from the reasons of the ranks that failed."""
 
 
 class RankFailure(RuntimeError):
-    """An action failed on some rank; the message has the reason, and the rank where the reasons differ."""
+    """An action failed on some rank; the message gives the reason, or each rank's if the reasons differ."""
 
 
 class FailedElsewhere(RuntimeError):
-    """Raised by an action that failed only because another rank did; it is not reported beside the real reason."""
+    """Raised by an action that failed only because another rank did; it is left out of the reported reasons."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome(Generic[T]):
-    """What an action gave on one rank."""
+    """Result of an action on one rank."""
 
     value: T | None = None
     reason: str | None = None
-    """Why it failed; None where it did not, empty where the reason is another rank's."""
+    """Why the action failed; None if it did not, empty if it failed only because another rank did."""
 
 
 def reason_of(error: Exception, failure: Failure = RankFailure) -> str:
-    """The text of an error, and its type where the text may not explain itself."""
+    """Return the text of an error, preceded by its type if the text may not be clear alone; "" for FailedElsewhere."""
     if isinstance(error, FailedElsewhere):
         return ""
     text = str(error) or type(error).__name__
@@ -74,7 +74,7 @@ def on_all_ranks(action: Callable[[], T], failure: Failure = RankFailure) -> T:
     The action itself may be collective only if it fails on all ranks or on none.
 
     Raises:
-        failure: on every rank, if the action raised on any.
+        failure: on every rank, if the action raised on any rank.
     """
     outcome, caught = _attempt(action, failure)
     reasons = {rank: reason for rank, reason in enumerate(gather_objects(outcome.reason)) if reason is not None}
@@ -83,10 +83,10 @@ def on_all_ranks(action: Callable[[], T], failure: Failure = RankFailure) -> T:
 
 
 def from_all_ranks(action: Callable[[], T], failure: Failure = RankFailure) -> list[T]:
-    """Run ``action`` on every rank and return the (picklable) results of all, by rank.
+    """Run ``action`` on every rank and return the (picklable) results of all ranks, by rank.
 
     Raises:
-        failure: on every rank, if the action raised on any.
+        failure: on every rank, if the action raised on any rank.
     """
     mine, caught = _attempt(action, failure)
     outcomes: list[_Outcome[T]] = gather_objects(mine)
@@ -112,5 +112,5 @@ def on_rank_zero(action: Callable[[], T], failure: Failure = RankFailure) -> T:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the rank that :func:`on_rank_zero` acts on."""
+    """Return whether this process is the rank on which :func:`on_rank_zero` runs its action."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,8 +1,8 @@
 """Process groups of the student and of the teacher.
 
 Megatron's ``parallel_state`` is one set of globals and can hold one layout: the student's, because
-DDP and the optimizer ask it.  Every other model is handed a ``ProcessGroupCollection`` of its own.
-Only this room reads ``parallel_state``; all other rooms receive a :class:`ModelGroups`.
+DDP and the optimizer read it.  Every other model gets a ``ProcessGroupCollection`` of its own.  Only
+``parallel/`` reads ``parallel_state``; all other code receives a :class:`ModelGroups`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_tropd.parallel.layout import ParallelLayout, RankCoords
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelGroups:
-    """One model's place in the world: its layout, this rank's coordinates, its process groups."""
+    """Layout and process groups of one model, and this rank's coordinates in the layout."""
 
     layout: ParallelLayout
     coords: RankCoords
@@ -50,8 +50,8 @@ class ModelGroups:
 
     @property
     def reports(self) -> bool:
-        """Whether this rank reports what its replica computed.  The tensor-parallel ranks of the last stage hold equal
-        numbers, so that one of them is enough; of all ranks, each number is then reported once."""
+        """Whether this rank reports the results of its replica: tensor-parallel rank 0 of the last stage.  The
+        tensor-parallel ranks hold equal numbers, so each number is reported once."""
         return self.is_last_stage and self.coords.tp == 0
 
 
@@ -59,13 +59,13 @@ DEFAULT_TIMEOUT_S = 600.0
 
 
 def init_distributed(timeout_s: float = DEFAULT_TIMEOUT_S) -> tuple[int, int]:
-    """Join the job torchrun started; without torchrun, a job of one rank.  Returns (rank, world size).
+    """Join the job that torchrun started, or make a job of one rank.  Returns (rank, world size).
 
     A collective of all ranks fails after ``timeout_s`` seconds, so that a lost rank cannot hang the others.
-    Groups made later are told their timeout again: torch does not hand it down.
+    Groups made later need a timeout of their own, because torch does not pass this one on to them.
 
     Raises:
-        ValueError: more ranks on this machine than GPUs.
+        ValueError: there are more ranks on this machine than GPUs.
     """
     if not dist.is_initialized():
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
@@ -87,8 +87,11 @@ def init_distributed(timeout_s: float = DEFAULT_TIMEOUT_S) -> tuple[int, int]:
 
 
 def release_groups() -> None:
-    """Give back every group but the world.  Megatron's destroy_model_parallel only forgets its groups, and each of
-    gloo's keeps its threads; its cache of rotary embeddings keeps their modules, and with them their groups."""
+    """Destroy every process group except the world.
+
+    Megatron's destroy_model_parallel only drops its references, which leaves the threads of gloo's groups running.  Its
+    cache of rotary embeddings keeps modules and their groups alive, and is therefore cleared first.
+    """
     getattr(RotaryEmbedding.forward, "cache_clear", lambda: None)()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -98,14 +101,14 @@ def release_groups() -> None:
 
 
 def shutdown() -> None:
-    """Leave the job."""
+    """Destroy all process groups and leave the job."""
     if dist.is_initialized():
         release_groups()
         dist.destroy_process_group()
 
 
 def student_groups(layout: ParallelLayout, *, seed: int = 1234, timeout_s: float = DEFAULT_TIMEOUT_S) -> ModelGroups:
-    """Make ``layout`` Megatron's global layout, and the only one.  Collective over the world."""
+    """Make ``layout`` Megatron's global layout, after destroying all earlier groups.  Collective over the world."""
     release_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
@@ -125,11 +128,11 @@ def student_groups(layout: ParallelLayout, *, seed: int = 1234, timeout_s: float
 
 DENSE_AXES = ("tp", "cp", "dp", "pp")
 EXPERT_AXES = ("etp", "ep", "edp", "pp")
-"""The same ranks, as Megatron numbers them for attention and for experts."""
+"""Names of the coordinates of a rank (:class:`RankCoords`) in the grids of dense layers and of experts."""
 
 
 def _enumerate(layout: ParallelLayout, varying: str, axes: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    """Rank lists of the groups in which exactly the coordinates named in ``varying`` differ."""
+    """Return the rank lists of the groups in which exactly the coordinates named in ``varying`` differ."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank in range(layout.world_size):
         coords = layout.coords(rank)
@@ -139,7 +142,7 @@ def _enumerate(layout: ParallelLayout, varying: str, axes: tuple[str, ...]) -> t
 
 
 def _new_groups(rank_lists: tuple[tuple[int, ...], ...], timeout_s: float) -> dist.ProcessGroup:
-    """Create every group on every rank (new_group is collective over the world); return this rank's."""
+    """Create every group on every rank (new_group is collective over the world); return this rank's group."""
     mine = None
     for ranks in rank_lists:
         group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
@@ -151,7 +154,7 @@ def _new_groups(rank_lists: tuple[tuple[int, ...], ...], timeout_s: float) -> di
 
 
 def teacher_groups(layout: ParallelLayout, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ModelGroups:
-    """Groups of a second model on the same ranks, in a layout of its own.  Collective over the world.
+    """Make the groups of a frozen model on the same ranks, in a layout of its own.  Collective over the world.
 
     Built without ``parallel_state``; there is no group for tied embeddings, because a frozen model
     has no embedding gradients to add.
@@ -162,7 +165,7 @@ def teacher_groups(layout: ParallelLayout, *, timeout_s: float = DEFAULT_TIMEOUT
 
     def group(varying: str, axes: tuple[str, ...] = DENSE_AXES) -> dist.ProcessGroup:
         ranks = _enumerate(layout, varying, axes)
-        if ranks not in made:  # layouts without experts or context parallelism have many groups twice
+        if ranks not in made:  # without experts or context parallelism many groups coincide
             made[ranks] = _new_groups(ranks, timeout_s)
         return made[ranks]
 

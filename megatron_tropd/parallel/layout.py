@@ -1,8 +1,8 @@
-"""Where a rank stands in Megatron's grid.  Pure integers, no process group.
+"""Parallel layouts: the coordinates of a rank in Megatron's grid.  Pure integers, no process group.
 
-Attention and experts are cut by two grids over the same ranks (Megatron's order ``tp-cp-ep-dp-pp``):
-dense layers by tp-cp-dp-pp, experts by etp-ep-edp-pp, the leftmost fastest.  Pipeline stages are equal in
-both.
+Dense layers and experts are split by two grids over the same ranks (Megatron's order ``tp-cp-ep-dp-pp``):
+dense layers by tp-cp-dp-pp, experts by etp-ep-edp-pp, with the leftmost coordinate varying fastest.  Both grids have
+the same pipeline stages.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class RankCoords:
 class ParallelLayout:
     """Sizes of a grid over the first ``world_size`` ranks, TP fastest.
 
-    ``ep`` experts' groups and ``etp`` shards per expert (None: as many as ``tp``) share the ranks that dense
-    layers use for tp x cp x dp; ``vpp`` is the number of model chunks of a pipeline stage (None: one).
+    Experts use the tp x cp x dp ranks of a pipeline stage in another way: ``ep`` groups of experts, with ``etp``
+    shards per expert (None: as many as ``tp``).  ``vpp`` is the number of model chunks per rank (None: one).
 
     Example:
         >>> ParallelLayout(tp=2, pp=2).coords(3)
         RankCoords(tp=1, pp=1, dp=0, cp=0, etp=1, ep=0, edp=0)
 
     Raises:
-        ValueError: sizes below one, experts that do not fill the dense ranks, ``vpp`` without pipeline stages.
+        ValueError: a size is below 1, etp x ep does not divide tp x cp x dp, or ``vpp`` is given with ``pp`` 1.
     """
 
     tp: int = 1
@@ -51,7 +51,7 @@ class ParallelLayout:
     etp: int | None = None
     vpp: int | None = None
     make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR
-    """Rows of the vocabulary tables are padded to a multiple of it, and of ``tp``."""
+    """The vocabulary tables are padded to a multiple of this number of rows, and of ``tp``."""
 
     def __post_init__(self) -> None:
         sizes = (self.tp, self.pp, self.dp, self.cp, self.ep, self.expert_tp, self.chunks)
@@ -76,10 +76,10 @@ class ParallelLayout:
         vpp: int | None = None, make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR,
         owner: Literal["", "teacher-"] = "",
     ) -> ParallelLayout:  # fmt: skip
-        """The layout that fills ``world_size`` ranks; the rest of them become data parallel.
+        """Return the layout that fills ``world_size`` ranks; ranks left by tp, pp and cp become data parallel.
 
         Raises:
-            ValueError: the sizes do not divide the world; the message names the flags.
+            ValueError: the sizes do not fit the world; the message names the flags.
         """
         if tp < 1 or pp < 1:
             raise ValueError(
@@ -122,7 +122,7 @@ class ParallelLayout:
         return 1 if self.vpp is None else self.vpp
 
     def coords(self, rank: int) -> RankCoords:
-        """Coordinates of ``rank``."""
+        """Return the coordinates of ``rank``."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is not in a layout of {self.world_size} ranks")
         pp, within = divmod(rank, self.stage_size)
@@ -133,11 +133,11 @@ class ParallelLayout:
         return RankCoords(tp=tp, pp=pp, dp=dp, cp=cp, etp=etp, ep=ep, edp=edp)
 
     def rank(self, *, tp: int, pp: int, dp: int, cp: int = 0) -> int:
-        """The rank at these dense coordinates; inverse of :meth:`coords`."""
+        """Return the rank at these dense coordinates; inverse of :meth:`coords`."""
         return tp + self.tp * (cp + self.cp * (dp + self.dp * pp))
 
     def stage_layers(self, num_layers: int, pp_rank: int, chunk: int = 0) -> range:
-        """Global layer numbers of one model chunk of a pipeline stage (an even split).
+        """Return the global layer numbers of one model chunk of a pipeline stage (an even split).
 
         Chunk c of stage s holds slice ``c * pp + s`` of the pp x chunks slices, as Megatron's interleaved
         schedule has it.
@@ -157,7 +157,7 @@ class ParallelLayout:
         return range(first, first + per_slice)
 
     def padded_vocab_size(self, vocab_size: int) -> int:
-        """Rows of the embedding and output tables, padding included.
+        """Return the rows of the embedding and output tables, padding included.
 
         The multiple is lcm(make_vocab_size_divisible_by, tp), not Megatron-LM's product of the two: for every TP that
         divides ``make_vocab_size_divisible_by`` the padded size is then the same, and checkpoints reshape freely.

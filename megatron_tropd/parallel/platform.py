@@ -1,8 +1,8 @@
-"""Where the run happens: CUDA, or a machine without one.  The only file that patches anything.
+"""Run on CUDA or, without it, on the CPU.  The only file that patches torch or Megatron-core.
 
-Megatron-core asks ``torch.cuda`` questions and writes ``device="cuda"`` without a switch.
-:func:`install` answers them on a machine without CUDA, so that the REAL Megatron-core runs there on
-gloo; where CUDA is present it changes nothing.  Call it before the first ``import megatron``.
+Megatron-core calls ``torch.cuda`` and uses ``device="cuda"`` unconditionally.  On a machine without CUDA,
+:func:`install` patches these calls, so that the unmodified Megatron-core runs on the CPU over gloo; with
+CUDA and Transformer Engine it changes nothing.  Call it before the first ``import megatron``.
 
 Every name that is replaced is listed in ``REPLACED`` and has a test (tests/test_platform.py) that
 fails when an upgrade of torch or megatron-core moves it.
@@ -40,22 +40,22 @@ REPLACED: dict[str, tuple[str, ...]] = {
 
 
 def is_cuda() -> bool:
-    """Whether this process computes on a GPU."""
+    """Return whether this process computes on a GPU."""
     return torch.cuda.is_available()
 
 
 def device() -> torch.device:
-    """The device this rank computes on."""
+    """Return the device that this rank computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if is_cuda() else CPU
 
 
 def backend() -> str:
-    """The ``init_process_group`` backend: gloo carries CPU tensors, NCCL carries CUDA tensors."""
+    """Return the ``init_process_group`` backend: gloo for CPU tensors, NCCL for CUDA tensors."""
     return "cpu:gloo,cuda:nccl" if is_cuda() else "gloo"
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine layers can be used (they need CUDA)."""
+    """Return whether Transformer Engine layers can be used (they need CUDA)."""
     return is_cuda() and importlib.util.find_spec("transformer_engine") is not None
 
 
@@ -63,9 +63,11 @@ _installed = False
 
 
 def install() -> None:
-    """Let Megatron-core run here.  Idempotent.  Where CUDA is present nothing of torch is touched, and
-    with Transformer Engine nothing at all; without it Megatron's own layers and torch's AdamW are used,
-    and three of their defects are mended."""
+    """Patch torch and Megatron-core so that Megatron-core runs here.  Idempotent.
+
+    With CUDA, torch is not patched.  Without Transformer Engine, Megatron's own layers and torch's AdamW are used, and
+    three of their defects are fixed; with CUDA and Transformer Engine nothing is patched.
+    """
     global _installed
     if _installed:
         return
@@ -76,7 +78,7 @@ def install() -> None:
             _patch_norm_sequence_parallel()
             _name_the_missing_gemm()
         return
-    # megatron-core's jit_fuser is torch.compile, bound at its import: compiling costs 12 s on a CPU
+    # megatron-core's jit_fuser is torch.compile, bound when it is imported.  On a CPU compiling takes 12 s
     # and gains nothing at the sizes that run there.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _answer_torch_cuda()
@@ -103,10 +105,10 @@ def _on_cpu(factory: Any) -> Any:
 
 
 def _redirect_device_literals() -> None:
-    """``device="cuda"``, ``.cuda()``, ``.to("cuda")`` mean the CPU.
+    """Make ``device="cuda"``, ``.cuda()`` and ``.to("cuda")`` mean the CPU.
 
-    Not a TorchFunctionMode: torch runs backward with modes popped, so activation recomputation
-    would meet "cuda" again.
+    A TorchFunctionMode would not do: torch runs the backward pass without modes, so activation recomputation
+    would use "cuda" again.
     """
     from torch.utils._device import _device_constructors
 
@@ -129,7 +131,7 @@ def _redirect_device_literals() -> None:
         answer = original_type(self, *args, **kwargs)
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if not args and not kwargs and caller.startswith("megatron.core.optimizer"):
-            return answer.replace("torch.", "torch.cuda.", 1)  # it asserts "torch.cuda.FloatTensor"
+            return answer.replace("torch.", "torch.cuda.", 1)  # Megatron asserts "torch.cuda.FloatTensor"
         return answer
 
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
@@ -138,7 +140,7 @@ def _redirect_device_literals() -> None:
 
 
 class _NullStream:
-    """Stands for torch.cuda.Stream and Event; a class, because annotations say ``Stream | None``."""
+    """Replaces torch.cuda.Stream and Event; it is a class because annotations say ``Stream | None``."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -184,12 +186,12 @@ def _patch_rng() -> None:
 
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    # fork() warns whenever the CPU generator moved; here it is the generator in use.
+    # fork() warns when the CPU generator has advanced; here that generator is the one in use.
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
 def _patch_distributed_optimizer_load() -> None:
-    """megatron-core 0.16.1 forgets that torch's AdamW keeps a ``step`` beside its moments."""
+    """Let the distributed optimizer load states of torch's AdamW; megatron-core 0.16.1 cannot load their ``step``."""
     from megatron.core.optimizer import distrib_optimizer
 
     if distrib_optimizer.HAVE_APEX_OR_TE:
@@ -207,8 +209,8 @@ def _patch_distributed_optimizer_load() -> None:
 
 
 def _patch_norm_sequence_parallel() -> None:
-    """WrappedTorchNorm refuses sequence parallelism; mark its weights instead, as TE's norm does, so
-    that ``finalize_model_grads`` adds their gradients over the tensor-parallel group."""
+    """Let WrappedTorchNorm, which rejects sequence parallelism, be used with it.  Its weights are marked, as TE's norm
+    does, so that ``finalize_model_grads`` adds their gradients over the tensor-parallel group."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     original = WrappedTorchNorm.__new__
@@ -229,7 +231,7 @@ def _patch_norm_sequence_parallel() -> None:
 
 
 class _ThreadContext:
-    """The part of a multiprocessing context that Megatron's checkpoint writer uses, on threads."""
+    """The part of a multiprocessing context that Megatron's checkpoint writer uses, with threads."""
 
     Queue: Any = staticmethod(queue.Queue)
     JoinableQueue: Any = Queue
@@ -246,15 +248,16 @@ class _ThreadContext:
 
 
 def _patch_checkpoint_writers() -> None:
-    """The writer forks a process with gloo and OpenMP threads in it, which was seen to hang, and starts a
-    manager process, which costs seconds.  A synchronous save on a CPU needs neither."""
+    """Let the checkpoint writer use threads.  It forks a process that has gloo and OpenMP threads, which was seen to
+    hang, and starts a manager process, which takes seconds.  A synchronous save on a CPU needs neither."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async.mp = _ThreadContext()
 
 
 def _patch_expert_dispatch() -> None:
-    """Split sizes of an all-to-all become plain numbers on their way from the GPU; here they start on the CPU."""
+    """Convert the split sizes of an all-to-all to numpy here too: Megatron converts them only when it copies them from
+    the GPU."""
     from megatron.core.transformer.moe import token_dispatcher
 
     original = token_dispatcher.maybe_move_tensor_to_cpu
@@ -268,7 +271,8 @@ def _patch_expert_dispatch() -> None:
 
 
 def _name_the_missing_gemm() -> None:
-    """The router of megatron-core 0.16.1 asks whether TE's gemm is None, and does not define it without TE."""
+    """Define ``te_general_gemm``: the router of megatron-core 0.16.1 tests whether it is None, but without TE does not
+    define it."""
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -276,8 +280,8 @@ def _name_the_missing_gemm() -> None:
 
 
 def prime_adam_state(megatron_optimizer: Any) -> None:
-    """Give a torch AdamW that has not stepped yet its (zero) state, so that a checkpoint can be
-    loaded into it.  Needed only without TE and apex, whose Adam Megatron primes itself."""
+    """Give a torch AdamW that has made no step its (zero) state, so that a checkpoint can be loaded into
+    it.  Needed only without TE and apex, because Megatron itself does so for their Adam."""
     for adam in _torch_adams(megatron_optimizer):
         for group in adam.param_groups:
             for parameter in group["params"]:
@@ -292,8 +296,8 @@ def prime_adam_state(megatron_optimizer: Any) -> None:
 def separate_adam_steps(megatron_optimizer: Any) -> None:
     """Give every parameter a step counter of its own after a load.
 
-    megatron-core 0.16.1's distributed optimizer loads ONE tensor as the counter of all parameters of a
-    torch AdamW, which each of them then increments: from the second step on the bias correction is wrong.
+    megatron-core 0.16.1's distributed optimizer loads one shared tensor as the counter of all parameters of a
+    torch AdamW.  Each parameter would then increment it, and the bias correction would be wrong from then on.
     """
     for adam in _torch_adams(megatron_optimizer):
         for state in adam.state.values():

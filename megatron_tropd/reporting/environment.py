@@ -1,4 +1,4 @@
-"""What a run ran on, for ``env.json``: code, versions, machine, command line; never a secret."""
+"""Description of what a run ran on, for ``env.json``: code, versions, machine, command line; without secrets."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def git_state(directory: Path) -> dict[str, Any] | None:
     """Commit and dirty flag of the repository that tracks ``directory``; None where none does.
 
     An installed package may lie inside the repository of something else (a virtual environment in a
-    checkout), whose commit says nothing about this code; so tracked files are asked for first.
+    checkout), whose commit says nothing about this code; so the function first checks that
+    the repository tracks files here.
     """
     if not _git(directory, "ls-files", "--", "."):
         return None

@@ -1,9 +1,9 @@
 """One job per run directory.
 
-The lock is a small JSON file with host and process.  It is never unlinked while it is contended, only
-rewritten under ``flock`` (a path that is unlinked and made again can be "taken" by two jobs at once).
-A lock is stale where its process is gone: same host and no such process, or, on a cluster, the same
-Slurm job started again.  On another host this cannot be known, so the error says what to do.
+The lock is a small JSON file with host and process.  The file is never unlinked, only rewritten under ``flock``
+(a path that is unlinked and made again can be "taken" by two jobs at once).  A lock is stale if its process is gone:
+same host and no such process, or, on a cluster, the same Slurm job started again.  For a process on another host this
+cannot be known, so the error says what to do.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RunLock:
         atexit.register(self.release)
 
     def release(self) -> None:
-        """Give the lock back; nothing happens in a forked child or where it was taken over."""
+        """Release the lock; does nothing in a forked child or where another job has taken the lock over."""
         atexit.unregister(self.release)
         if self._mine["pid"] != os.getpid() or not self._path.exists():
             return
@@ -52,7 +52,7 @@ class RunLock:
 
 
 def describe_this_process() -> dict[str, Any]:
-    """What is written into the lock."""
+    """The identity of this process, as it is written into the lock."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -67,12 +67,12 @@ def is_stale(owner: dict[str, Any]) -> bool:
     here = describe_this_process()
     same_job = bool(owner.get("slurm_job")) and owner["slurm_job"] == here["slurm_job"]
     if same_job and owner.get("slurm_restart", 0) < here["slurm_restart"]:
-        return True  # a requeued job keeps its id, and starts only when its former life has ended
+        return True  # a requeued job keeps its id, and starts only after its previous run has ended
     if owner.get("host") != here["host"]:
         return False
     try:
         process = psutil.Process(int(owner["pid"]))
-        # A process id is given out again; the start time tells its holders apart.
+        # The system reuses process ids; the start time tells apart two processes with one id.
         return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - owner["started"]) > 1.0
     except psutil.NoSuchProcess:
         return True
@@ -83,7 +83,7 @@ def is_stale(owner: dict[str, Any]) -> bool:
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Iterator[TextIO]:
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as stream:
-        # Some network file systems have no flock; the lock then still works, but for a race of microseconds.
+        # Some network file systems have no flock; the lock then still works, except for a race of microseconds.
         with contextlib.suppress(OSError):
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield stream
@@ -94,7 +94,7 @@ def _read(stream: TextIO) -> dict[str, Any]:
     try:
         owner = json.loads(stream.read() or "{}")
     except ValueError:
-        return {}  # half a lock: its writer died while writing
+        return {}  # an incomplete lock: its writer died while writing
     return owner if isinstance(owner, dict) else {}
 
 

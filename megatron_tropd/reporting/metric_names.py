@@ -1,7 +1,7 @@
 """Every metric name of this project, with its unit and its meaning.
 
 ``docs/metrics.md`` holds the table made by :func:`markdown_table`; a test keeps the two equal.  A metric
-that is not in the table is still written and sent to the sinks: the table is a promise, not a filter.
+that is not in the table is still written and sent to the sinks: the table is documentation, not a filter.
 """
 
 from __future__ import annotations

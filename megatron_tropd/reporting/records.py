@@ -1,7 +1,7 @@
-"""Reports as JSON lines and back.
+"""Converts reports to JSON lines and back.
 
-A record is what one line of ``metrics.jsonl`` parses to.  JSON has no NaN: such a number is written as
-null, with a note under ``nonfinite`` that says which it was, and comes back as itself.
+A record is what one line of ``metrics.jsonl`` parses to.  JSON has no NaN and no infinity: such a number is written
+as null, with a note under ``nonfinite`` that names the number, and is restored when the line is read.
 
 Example:
     {"kind": "step", "step": 3, "loss": null, ..., "nonfinite": {"loss": "nan"}}
@@ -70,9 +70,9 @@ def _without_nonfinite(value: Any, path: str, notes: dict[str, str]) -> Any:
 
 
 def read_records(path: Path) -> list[Record]:
-    """All whole records of a metrics file, in order, each step and evaluation once (the last one counts).
+    """All complete records of a metrics file, in order, each step and evaluation once (the last one counts).
 
-    A line that does not parse is what a crash leaves behind; it is left out.
+    A line that does not parse was cut off by a crash and is left out.
     """
     if not path.exists():
         return []
@@ -89,11 +89,11 @@ def read_records(path: Path) -> list[Record]:
 
 
 def drop_after(path: Path, step: int | None) -> int:
-    """Keep the whole lines up to ``step`` (all whole lines for None), atomically; how many were dropped."""
+    """Keep the complete lines up to ``step`` (for None, all of them), atomically; returns how many were dropped."""
     if not path.exists():
         return 0
     before = path.read_bytes()
-    # Without its newline the last line is whole only if it parses, which the filter finds out.
+    # A last line without a newline is complete only if it parses, which the filter below checks.
     lines = before.decode("utf-8", errors="replace").removesuffix("\n").split("\n") if before else []
     kept = [line for line in lines if _keeps(line, step)]
     after = "".join(f"{line}\n" for line in kept)
@@ -111,7 +111,7 @@ def _keeps(line: str, step: int | None) -> bool:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a whole file, or leave the old one: a reader never sees half of it."""
+    """Write a whole file, or leave the old one: a reader never sees a partly written file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # Model text may hold lone surrogates, which UTF-8 cannot carry.
     with temporary.open("wb") as stream:

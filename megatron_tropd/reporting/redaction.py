@@ -1,7 +1,7 @@
-"""Keep secrets out of what a run writes down.
+"""Keeps secrets out of the files that a run writes.
 
-A value is hidden where its name says that it is one.  Names are judged by what they contain, so the
-rule errs on the side of hiding; numbers under a ``token`` name (``max-tokens-per-microbatch``,
+A value is hidden if its name says that the value is a secret.  The rule looks for words inside a name, so it
+hides too much rather than too little; numbers under a ``token`` name (``max-tokens-per-microbatch``,
 ``eos_token_id``), column names of data files and anything about a tokenizer are shown.
 """
 

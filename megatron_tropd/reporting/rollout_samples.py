@@ -19,7 +19,7 @@ class TokenMark:
 
     text: str
     trusted: bool | None = None
-    """None where it was not asked for, or where the objective has no gate."""
+    """None where the gate was not evaluated, or where the objective has no gate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

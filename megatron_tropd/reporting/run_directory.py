@@ -30,11 +30,11 @@ from megatron_tropd.reporting.rollout_samples import RolloutSample, write_sample
 from megatron_tropd.types import EvalReport, StepReport
 
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-"""Set above 0 by torchrun and Slurm in a job that they started again."""
+"""Environment variables that torchrun and Slurm set above 0 in a job that they started again."""
 
 
 class RunDirectory:
-    """Files of a run that this process holds the lock of; a context manager that gives it back.
+    """The files of a run whose lock this process holds; a context manager that releases the lock.
 
     Example:
         with RunDirectory.create("runs/a", config={"lr": 1e-6}, resume=True) as run:
@@ -59,7 +59,7 @@ class RunDirectory:
         """Take the directory and write ``config.yaml`` and ``env.json``.
 
         ``resume`` allows a directory that already holds a run; the caller then says with :meth:`rewind`
-        from which step it goes on.  With ``defaults`` the report can show what differs from them.
+        from which step the run continues.  With ``defaults`` the report can show the flags that differ from them.
         """
         path = Path(path)
         for folder in (path / "rollouts", path / "plots"):
@@ -75,7 +75,7 @@ class RunDirectory:
         return cls(path, lock)
 
     def rewind(self, step: int) -> int:
-        """Forget everything after ``step``, so that no curve has a point twice; how many lines were dropped."""
+        """Delete everything after ``step``, so that no curve has a point twice; returns how many lines were dropped."""
         self._close_metrics()
         dropped = drop_after(self.path / "metrics.jsonl", step)
         for samples in (self.path / "rollouts").glob("step_*.jsonl"):
@@ -84,11 +84,11 @@ class RunDirectory:
         return dropped
 
     def step(self, report: StepReport) -> Record:
-        """Append one training step; the record that was written."""
+        """Append one training step; returns the record that was written."""
         return self._append(step_record(report))
 
     def evaluation(self, report: EvalReport) -> Record:
-        """Append one evaluation; the record that was written."""
+        """Append one evaluation; returns the record that was written."""
         return self._append(eval_record(report))
 
     def rollouts(self, step: int, samples: Sequence[RolloutSample]) -> Path:
@@ -98,7 +98,7 @@ class RunDirectory:
         return path
 
     def close(self) -> None:
-        """Close the files and give the lock back."""
+        """Close the files and release the lock."""
         self._close_metrics()
         self._lock.release()
 
@@ -122,10 +122,10 @@ class RunDirectory:
 
 
 def _make_room(path: Path, *, resume: bool) -> None:
-    """Drop what a crash cut off; without ``resume``, refuse to mix two runs.
+    """Drop lines that a crash cut off; without ``resume``, refuse to mix two runs.
 
-    A job that its launcher started again before the first checkpoint has nothing to resume from, and must
-    not fail for ever on its own lines: it starts the directory over.
+    A job that its launcher started again before the first checkpoint has nothing to resume from.  It must not fail
+    at every restart because of its own lines, so it drops all of them and starts over.
     """
     metrics = path / "metrics.jsonl"
     if resume or not metrics.exists():
@@ -145,7 +145,7 @@ def step_of(samples: Path) -> int:
 
 
 def plain(value: Any) -> Any:
-    """The same value in what YAML and JSON can hold without tags."""
+    """The same value in types that YAML and JSON can write without tags."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -163,7 +163,7 @@ def _write_config(path: Path, config: dict[str, Any]) -> None:
     target = path / "config.yaml"
     text = yaml.safe_dump(config, sort_keys=False, width=100)
     if target.exists() and (before := target.read_text(encoding="utf-8")) != text:
-        # A run may go on with other flags; what its first part ran with must not be lost.
+        # A run may be resumed with other flags; the flags of its first part must not be lost.
         number = 1 + len(list(path.glob("config.before_*.yaml")))
         write_atomic(path / f"config.before_{number}.yaml", before)
     write_atomic(target, text)
@@ -177,7 +177,7 @@ def _changed(config: Mapping[str, object], defaults: Mapping[str, object] | None
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity; in this list, which is only read by people, its name will do."""
+    """``value``, or its name where it is not finite: JSON has no infinity, and only people read this list."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,7 +1,7 @@
 """Optional writers beside ``metrics.jsonl``: tensorboard and wandb.
 
-A missing package is an error before anything starts (:func:`check_sinks`); anything that fails later
-costs a warning and the sink, never the run: ``metrics.jsonl`` has it all.
+A missing package is an error before anything starts (:func:`check_sinks`); a sink that fails
+later is dropped with a warning and never ends the run: ``metrics.jsonl`` holds all the numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_tropd.reporting.run_directory import plain
 
 
 class Sink(Protocol):
-    """Somewhere that numbers go."""
+    """A destination for the numbers of a run."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write the numbers of a step."""
@@ -33,7 +33,7 @@ class TensorboardSink:
     def __init__(self, directory: str | Path, *, start_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What an earlier life of the run wrote after the checkpoint is hidden by purge_step.
+        # purge_step hides what an earlier launch of the run wrote after the checkpoint.
         purge = start_step + 1 if start_step else None
         self._writer = SummaryWriter(log_dir=str(directory), purge_step=purge)
 
@@ -48,7 +48,7 @@ class TensorboardSink:
 
 
 class WandbSink:
-    """A Weights & Biases run; it keeps its id in the run directory, so that a resumed run goes on in it."""
+    """A Weights & Biases run; its id is kept in the run directory, so that a resumed run continues it."""
 
     def __init__(self, project: str, name: str | None, *, config: Mapping[str, object], run_dir: Path) -> None:
         import wandb
@@ -64,7 +64,7 @@ class WandbSink:
             config=plain(redact_mapping(config)),
         )
         kept.write_text(f"{self._run.id}\n", encoding="utf-8")
-        # Our own step axis: wandb drops what is logged below its last step, which a resumed run does.
+        # A step axis of our own: wandb drops values below its last step, and a resumed run logs such values.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -110,7 +110,7 @@ class Sinks:
 
 
 def check_sinks(*, tensorboard_dir: str | None, wandb_project: str | None) -> list[str]:
-    """What is missing for the sinks that were asked for, one message each."""
+    """One message for each requested sink whose package is missing."""
     wanted = (
         ("--tensorboard-dir", tensorboard_dir, "tensorboard"),
         ("--wandb-project", wandb_project, "wandb"),
@@ -124,7 +124,7 @@ def check_sinks(*, tensorboard_dir: str | None, wandb_project: str | None) -> li
 
 
 def _installed(package: str) -> bool:
-    """wandb leaves a folder ``wandb`` where it ran, which Python would import as an empty package."""
+    """Whether a real package is installed: wandb leaves a folder ``wandb``, which imports as an empty package."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
 

@@ -1,8 +1,8 @@
-"""What happens before a run: its configuration is checked, its models are found, its parts are assembled.
+"""Prepare a run: check its configuration, find its models, build its parts.
 
-    run_spec.py        everything that can be known, and refused, before a process group or a model exists
+    run_spec.py        check a configuration before any process group or model is made
     checks.py, engine_checks.py, model_specs.py, engine_settings.py   the parts of that check
-    assemble.py        from a checked configuration to the parts of a run, with models.py, engines.py, run_files.py
+    assemble.py        build the parts of a run from a checked configuration, with models.py, engines.py, run_files.py
 
-A run itself is the room ``training``.
+The run itself is in ``training/``.
 """

@@ -1,4 +1,4 @@
-"""From a checked run spec to the parts of a run."""
+"""Build the parts of a run from a checked run spec."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from megatron_tropd.weights.coordinates.parameters import local_parameters
 from megatron_tropd.weights.transport.hf_export import HfExporter
 
 Decode = Callable[[Sequence[int]], str]
-"""Token ids as text, without special tokens."""
+"""Turns token ids into text, without special tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembled:
-    """A run, where it starts, and what must be closed."""
+    """A run, the step it starts from, and the files to close after it."""
 
     run: Run
     start_step: int
@@ -44,7 +44,7 @@ class Assembled:
 
 
 def make_rewarder(spec: RunSpec, decode: Decode) -> Rewarder | None:
-    """The reward function with what it is given; None for an objective that reads no rewards."""
+    """Make the rewarder; None for an objective that needs no rewards."""
     if spec.reward_function is None:
         return None
     return Rewarder(
@@ -56,13 +56,14 @@ def make_rewarder(spec: RunSpec, decode: Decode) -> Rewarder | None:
 
 
 def make_export(student: Student, arch: Architecture, config: TrainConfig) -> Export:
-    """The student's weights by HF name, planned once; each call is a collective export."""
+    """Return a function that exports the student's weights by HF name.  The export is planned once; each call is
+    collective over the world."""
     exporter = HfExporter(arch, student.groups.layout, dist.get_rank(), dtype=params_dtype(config))
     return lambda: exporter.export(local_parameters(student.model), student.groups.world)
 
 
 def make_run_logger(spec: RunSpec, decode: Decode, files: RunFiles, progress: NullProgress) -> RunLogger:
-    """What writes the run's story."""
+    """Make the logger of the run's steps, evaluations and sampled rollouts."""
     config = spec.config
     reader = RolloutReader(
         decode=decode,
@@ -80,7 +81,7 @@ def make_run_logger(spec: RunSpec, decode: Decode, files: RunFiles, progress: Nu
 
 
 def assemble(spec: RunSpec) -> Assembled:
-    """Build everything; collective over the world."""
+    """Build all parts of the run, resumed from its checkpoint if there is one; collective over the world."""
     config = spec.config
     checkpoints = Checkpoints(config, spec.models.student.arch, spec.models.student.hf_dir)
     start_step = checkpoints.resume_step()
@@ -103,7 +104,7 @@ def _make_run(
     export = make_export(student, models.student.arch, config)
     probes = Probes(sequences=probe_sequences(spec.prompts.prompts), vocab_size=models.student.arch.vocab_size)
     engines = None
-    if objective.needs.rollouts or spec.eval_prompts:  # servers start while the other models are read
+    if objective.needs.rollouts or spec.eval_prompts:  # servers start while other models load
         engines = make_engines(spec, student, export, probes.sequences)
         on_failure.callback(engines.close)
     teacher, reference = make_scorers(spec, student.groups)
@@ -141,7 +142,7 @@ def _progress(config: TrainConfig, start_step: int) -> NullProgress:
 
 
 def close(assembled: Assembled) -> None:
-    """Give back files, sinks, engines and the student's memory."""
+    """Close the files, sinks and engines, and free the student's memory."""
     assembled.run.student.close()
     try:
         assembled.files.close()

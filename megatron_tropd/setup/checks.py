@@ -1,4 +1,4 @@
-"""Checks of settings against each other; no file is read."""
+"""Check ranges of settings, and settings against each other and against the models; no file is read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_tropd.setup.problems import Problems
 
 
 def check_numbers(config: TrainConfig, problems: Problems) -> None:
-    """Every number is in its range."""
+    """Check that required settings are given and that numbers are in their ranges."""
     training, rollout, method = config.training, config.rollout, config.method
     problems.require(config.logging.run_dir, "--run-dir is missing: name a directory for everything the run writes")
     problems.require(config.data.prompt_data, "--prompt-data is missing: name at least one .jsonl or .parquet file")
@@ -75,7 +75,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 
 def check_method(config: TrainConfig, objective: Objective, problems: Problems) -> None:
-    """The settings around an objective are those it can use; what it would leave aside becomes a warning."""
+    """Check that the settings suit the objective; settings that it does not use give a warning."""
     needs, name = objective.needs, f"--objective {config.objective.objective}"
     samples = config.rollout.n_samples_per_prompt
     if needs.rewards:
@@ -109,7 +109,7 @@ def check_method(config: TrainConfig, objective: Objective, problems: Problems) 
 
 
 def check_lengths(config: TrainConfig, models: Models, objective: Objective, problems: Problems) -> None:
-    """The longest sequence fits a micro-batch and every model."""
+    """Check that the longest sequence fits into a micro-batch and into every model."""
     data = config.data
     longest = data.max_prompt_length + data.max_response_length
     what = f"--max-prompt-length {data.max_prompt_length} + --max-response-length {data.max_response_length}"

@@ -1,4 +1,4 @@
-"""Checks of the engines' settings against each other and against the student; nothing is started."""
+"""Check the engines' settings against each other and against the student; nothing is started."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OF_BOTH_ENGINES = frozenset({"rollout_engine", "parity_limit", "on_parity"})
 
 
 def check_engine_flags(config: TrainConfig, problems: Problems) -> None:
-    """Numbers are in their range, waits fit into each other, and nothing is given that the engine does not read."""
+    """Check the engines' timeouts; settings that the chosen engine does not use give a warning."""
     engine = config.engine
     start, request = engine.sglang_start_timeout, engine.sglang_request_timeout
     for name, value in (("start", start), ("request", request)):
@@ -44,11 +44,11 @@ def check_engine_flags(config: TrainConfig, problems: Problems) -> None:
 
 
 def check_engine_layout(config: TrainConfig, models: Models, problems: Problems) -> None:
-    """SGLang can cut the student as its flags ask, and a planned transport can reach such servers."""
+    """Check that SGLang can run the student, and that a planned transport suits the servers and can reach them."""
     if config.engine.rollout_engine != "sglang":
         return
     arch = models.student.arch
-    errors = EngineLayout().cut_errors(arch)  # of the model itself, whatever the cut
+    errors = EngineLayout().cut_errors(arch)  # with TP 1 and EP 1: models that SGLang cannot run in any layout
     problems.errors.extend(f"{error}; use --rollout-engine embedded" for error in errors)
     if is_planned(config) and not errors:
         _check_planned(config, models, problems)
@@ -66,7 +66,7 @@ def _check_planned(config: TrainConfig, models: Models, problems: Problems) -> N
         problems.warnings.append(
             f"{flag}: the servers of --rollout-engine-urls must run with --custom-weight-loader {LOADER}"
         )
-        return  # how they are cut is theirs to say
+        return  # the layout of servers that run already is not set by flags of this run
     ep_sizes = [words[0] for name in _EP_FLAGS if (words := config.sglang_flags.get(name))]
     if ep_sizes and not ep_sizes[0].isdecimal():
         problems.errors.append(f"--sglang-ep-size {ep_sizes[0]} is not a number of ranks")

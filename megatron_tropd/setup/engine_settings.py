@@ -1,4 +1,4 @@
-"""How the SGLang servers of a run are run, from its flags; nothing is started here."""
+"""Make the settings of a run's SGLang servers from its flags; nothing is started here."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from megatron_tropd.weights.engine_loader import LOADER
 
 
 def is_planned(config: TrainConfig) -> bool:
-    """Whether weights go rank to rank, and whole tensors only when that fails."""
+    """Return whether weights go directly from rank to rank; whole tensors are then sent only when that fails."""
     return config.engine.update_weight_transport in ("planned", "planned-shared")
 
 
 def sglang_settings(config: TrainConfig, student: ModelSpec) -> SGLangSettings | None:
-    """How the SGLang servers of this run are run; None without --rollout-engine sglang.
+    """Return the settings of this run's SGLang servers; None without --rollout-engine sglang.
 
     Raises:
-        ValueError: a setting that cannot be used; nothing has been started.
+        ValueError: a setting cannot be used.
         OSError: the key file cannot be read.
     """
     engine = config.engine

@@ -1,4 +1,4 @@
-"""The rollout engines of a run, as its settings ask for them."""
+"""Make the rollout engines of a run from its settings."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from megatron_tropd.weights.transport.side_group import LOOPBACK
 
 
 def make_engines(spec: RunSpec, student: Student, export: Export, probes: Sequence[Rollout]) -> EnginePool:
-    """Engines without weights; the first push fills them.  Collective over the world.
+    """Make the engines without weights; the first push fills them.  Collective over the world.
 
-    ``probes`` are scored by engines that can prove a push.
+    SGLang servers score ``probes`` after every push, to check it.
     """
     config, source, tokens = spec.config, spec.models.student, spec.tokens
     if settings := sglang_settings(config, source):
@@ -51,7 +51,8 @@ def make_engines(spec: RunSpec, student: Student, export: Export, probes: Sequen
 
 
 def _trainer_weights(student: Student) -> TrainerWeights:
-    """On one machine all ranks meet on loopback, on several at torchrun's master address."""
+    """Describe the trainer's weights and where its ranks meet the engines': on one machine at the loopback address, on
+    several at torchrun's master address."""
     world_size = dist.get_world_size()
     alone = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size
     host = LOOPBACK if alone else os.environ["MASTER_ADDR"]
@@ -64,8 +65,8 @@ def _trainer_weights(student: Student) -> TrainerWeights:
 
 
 def _own_address(peer: str) -> str:
-    """The address by which ``peer`` sees this machine.  A host name may resolve to a loopback address; a route
-    does not."""
+    """Return the address of this machine on its route to ``peer``.  Its host name would not do: that may resolve to a
+    loopback address."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((peer, 9))  # sends nothing
         return str(probe.getsockname()[0])

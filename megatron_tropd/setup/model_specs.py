@@ -1,4 +1,4 @@
-"""The models a run reads: where each comes from and how it is cut."""
+"""Find the models of a run: where each is stored, its architecture and its parallel layout."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Where a model's config, tokenizer and weights are."""
+    """Where a model's config, tokenizer and weights are, and its architecture."""
 
     hf_dir: Path
-    """Config and tokenizer; weights too unless ``megatron_dir`` is given."""
+    """Directory of config and tokenizer, and of the weights unless ``megatron_dir`` is given."""
     megatron_dir: Path | None
     arch: Architecture
 
@@ -41,7 +41,7 @@ class Models:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Flags:
-    """How the flags of one model are called."""
+    """Names of the flags of one model."""
 
     who: str
     hf: str
@@ -60,16 +60,20 @@ class _ParallelSizes:
     make_vocab_size_divisible_by: int
 
     def layout(self, world_size: int, owner: Literal["", "teacher-"]) -> ParallelLayout:
-        """The layout that fills the world."""
+        """Return the layout of these sizes that fills the world.
+
+        Raises:
+            ValueError: the sizes do not fit the world; the message names the flags.
+        """
         return ParallelLayout.for_world(
             world_size, self.tp, self.pp, ep=self.ep, etp=self.etp or None, owner=owner,
             make_vocab_size_divisible_by=self.make_vocab_size_divisible_by,
         )  # fmt: skip
 
     def errors(self, arch: Architecture, owner: str) -> list[str]:
-        """Why ``arch`` cannot be cut so."""
+        """Return why ``arch`` cannot be split with these sizes; empty when it can."""
         if min(self.tp, self.pp, self.ep) < 1:
-            return []  # making the layout says so
+            return []  # :meth:`layout` reports it
         return arch.check_layout(self.tp, self.pp, ep=self.ep, etp=self.etp or None, owner=owner)
 
 
@@ -79,9 +83,10 @@ REFERENCE = _Flags(who="reference", hf="--reference-hf-checkpoint", megatron="--
 
 
 def find_models(config: TrainConfig, needs: Needs, world_size: int, problems: Problems) -> Models | None:
-    """The models that ``needs`` asks for; None where one of them cannot be used, and why is in ``problems``.
+    """Find the models that the objective needs; None if ``problems`` has errors, with those found here added to it.
 
-    A reference of its own is cut as the teacher is; without one it is the student as it starts, cut as the student.
+    A reference given by flags has the teacher's layout.  By default the reference is the student's starting weights,
+    in the student's layout.
     """
     parallel, frozen = config.parallel, config.teacher
     sizes = _ParallelSizes(
@@ -128,7 +133,7 @@ def _find(
 
 
 def _source(hf_checkpoint: str, megatron: str, flags: _Flags) -> ModelSpec:
-    """Find one model; its safetensors headers are read, so a truncated file is found now."""
+    """Find one model.  Of HF weights the safetensors headers are read, so that a truncated file is found now."""
     if not hf_checkpoint and not megatron:
         raise ValueError(f"the {flags.who} is missing: give {flags.hf} DIR or {flags.megatron} DIR")
     try:

@@ -1,4 +1,4 @@
-"""The models of a run, with their weights."""
+"""Build the models of a run and load their weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_weights(model: HiddenStateGPT, source: ModelSpec, groups: ModelGroups, 
 
 
 def make_student(spec: RunSpec) -> Student:
-    """The student with its first weights."""
+    """Build the student with its starting weights; collective over the world."""
     config = spec.config
     groups = student_groups(
         spec.models.student_layout, seed=config.training.seed, timeout_s=config.parallel.distributed_timeout_s
@@ -46,7 +46,7 @@ def make_student(spec: RunSpec) -> Student:
 
 
 def make_frozen(spec: RunSpec, source: ModelSpec, groups: ModelGroups) -> MegatronTeacher:
-    """A model that only scores, in the layout of ``groups``."""
+    """Build a frozen model that only scores tokens, in the layout of ``groups``; collective over the world."""
     config = spec.config
     model = build_gpt_model(
         source.arch,
@@ -65,7 +65,7 @@ def make_frozen(spec: RunSpec, source: ModelSpec, groups: ModelGroups) -> Megatr
 
 
 def make_scorers(spec: RunSpec, student: ModelGroups) -> tuple[MegatronTeacher | None, MegatronTeacher | None]:
-    """(teacher, reference), each only where the objective needs it; collective over the world."""
+    """Build (teacher, reference), each only if the objective needs it, else None; collective over the world."""
     models, frozen = spec.models, {}
 
     def groups_of(layout: ParallelLayout) -> ModelGroups:

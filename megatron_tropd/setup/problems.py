@@ -1,4 +1,4 @@
-"""Complaints about a configuration, collected so that a user sees all of them at once."""
+"""Collect everything that is wrong with a configuration, so that a user sees all of it at once."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 
 class Problems:
-    """What is wrong, and what deserves a warning."""
+    """The errors and warnings found so far."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
         self.warnings: list[str] = []
 
     def attempt(self, call: Callable[[], T]) -> T | None:
-        """The value of ``call``, or None and its complaint noted."""
+        """Return the value of ``call``, or None with its ConfigError, ValueError or OSError noted."""
         try:
             return call()
         except ConfigError as error:
@@ -28,11 +28,11 @@ class Problems:
         return None
 
     def require(self, condition: object, complaint: str) -> None:
-        """Note ``complaint`` unless ``condition`` holds."""
+        """Note the error ``complaint`` unless ``condition`` holds."""
         if not condition:
             self.errors.append(complaint)
 
     def stop_if_any(self) -> None:
-        """End the checks here when later ones would only repeat what is wrong."""
+        """Raise ConfigError if there are errors, where later checks would only repeat them."""
         if self.errors:
             raise ConfigError(self.errors)

@@ -1,4 +1,4 @@
-"""What rank 0 holds open while a run goes on: the run directory and the sinks."""
+"""The files that rank 0 holds open during a run: the run directory and the sinks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megatron_tropd.reporting.sinks import Sinks, make_sinks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
-    """Empty on every rank but the first."""
+    """The run directory and the sinks; on every rank but 0 there are none."""
 
     directory: RunDirectory | None
     sinks: Sinks
 
     def close(self) -> None:
-        """Give them back."""
+        """Close the sinks and release the run directory."""
         self.sinks.close()
         if self.directory is not None:
             self.directory.close()
@@ -42,10 +42,10 @@ def _take_directory(config: TrainConfig, start_step: int | None) -> RunDirectory
 
 
 def open_files(config: TrainConfig, start_step: int | None) -> RunFiles:
-    """Rank 0 takes the run directory; all ranks fail alike when it cannot.  Collective over the world.
+    """Open the run directory and the sinks on rank 0.  Collective over the world.
 
     Raises:
-        ConfigError: another run holds the directory, or it cannot be written.
+        ConfigError: on every rank: another run holds the run directory, or it cannot be written.
     """
     directory = on_all_ranks(
         lambda: _take_directory(config, start_step) if is_rank_zero() else None,

@@ -1,4 +1,4 @@
-"""Everything that can be known, and refused, before a process group or a model exists."""
+"""Check a run's configuration and the files it names, before any process group or model is made."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_tropd.types import Needs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSpec:
-    """A configuration that was held against the files it names."""
+    """A checked configuration, and what was read from the files it names."""
 
     config: TrainConfig
     models: Models
@@ -40,10 +40,10 @@ class RunSpec:
 
 
 def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
-    """Hold ``config`` against the world and the files it names.  Reads headers and prompts, no weights.
+    """Check ``config`` against the world size and the files it names.  Reads headers and prompts, no weights.
 
     Raises:
-        ConfigError: everything that is wrong, in one message.
+        ConfigError: the configuration cannot be used; one message lists what is wrong.
     """
     problems = Problems()
     check_numbers(config, problems)
@@ -74,7 +74,7 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     if config.evaluation.eval_data and tokenizer and tokens:
         already = len(problems.errors)
         eval_prompts = _prompts(config, tokenizer, tokens, config.evaluation.eval_data, problems)
-        # The reader serves both and names the flag of training.
+        # load_prompts reads both kinds of data and names the flag of training in its errors.
         problems.errors[already:] = [text.replace("--prompt-data", "--eval-data") for text in problems.errors[already:]]
         if eval_prompts:
             _require_answers(eval_prompts, "--eval-data", config, problems)
@@ -87,7 +87,11 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
 
 
 def _tokens(models: Models) -> TokenizerReport:
-    """Proof that all models speak the same tokens; the common vocabulary is that of all of them."""
+    """Check that all models use the same tokens, and return their common vocabulary.
+
+    Raises:
+        ValueError: the tokenizers differ.
+    """
     student, teacher, reference = models.student, models.teacher, models.reference
     report = check_same_tokens(student.hf_dir, teacher.hf_dir) if teacher else student_tokens(student.hf_dir)
     if reference is None or reference is student:
@@ -99,7 +103,7 @@ def _tokens(models: Models) -> TokenizerReport:
 def _check_prompts(
     config: TrainConfig, objective: Objective, reward: RewardFunction | None, prompts: PromptSet, problems: Problems
 ) -> None:
-    """The prompts have what the method reads."""
+    """Check that the prompts have the columns that the method reads, and that there are enough of them."""
     problems.errors.extend(check_guidance(prompts.prompts, config.guidance))
     if not objective.needs.rollouts:
         missing = sum(not prompt.teacher_response_ids for prompt in prompts.prompts)
@@ -123,10 +127,10 @@ def _require_answers(prompts: PromptSet, flag: str, config: TrainConfig, problem
 
 
 def _check_resume(config: TrainConfig, arch: Architecture) -> None:
-    """The checkpoint a run would go on from, if there is one.
+    """Check the checkpoint that the run would resume from, if there is one.
 
     Raises:
-        ValueError: it is none of a run, or of another architecture.
+        ValueError: it holds converted weights and not a run, or a model of another architecture.
     """
     load_dir = config.load_dir
     iteration = latest_iteration(load_dir)

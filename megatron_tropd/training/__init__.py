@@ -1,11 +1,11 @@
-"""The run itself.  Read ``loop.py`` first; it calls, in this order,
+"""The training run.  Read ``loop.py`` first; it calls, in this order,
 
-    batch.py     the rollouts of a step, and everything that is known about them
+    batch.py     the rollouts of a step, and their scores
     step.py      one forward and backward pass over an update
-    guard.py     whether the update may be made
-    student.py   the model that learns: gradients, update, schedule
+    guard.py     whether the loss and the gradient are finite, so that the update may be made
+    student.py   the student: gradients, optimizer update, learning-rate schedule
 
-Beside them: ``old_policy.py`` (the student before the first update on a batch), ``rewarding.py``, ``parity.py`` (do the
-engines write with the weights that were trained?), ``diagnostics.py``, ``evaluations.py``, ``checkpointing.py`` (when
-a run saves), ``run_logger.py``, ``finish.py``, and ``run.py``, the parts of a run by name.
+Other modules: ``old_policy.py`` (scores by the student before the first update on a batch), ``rewarding.py``,
+``parity.py`` (compares the log-probabilities of engines and trainer), ``diagnostics.py``, ``evaluations.py``,
+``checkpointing.py`` (when a run saves), ``run_logger.py``, ``finish.py``, and ``run.py`` (the parts of a run).
 """

@@ -1,4 +1,4 @@
-"""When a run saves, what it saves, and how it goes on."""
+"""When a run saves a checkpoint, what the checkpoint holds, and how a run resumes from one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from megatron_tropd.training.student import Student
 
 
 def resume_origin(config: TrainConfig) -> tuple[str, int] | None:
-    """(directory, step) that a launch goes on from.  A run's own --save comes before --load, so that the
-    same command, given again, keeps what it has done.
+    """Return the (directory, step) to resume from, or None to start fresh.
+
+    --save is searched before --load, so that the same command, given again, continues its own run.
 
     Raises:
-        CheckpointError: a tracker is damaged, or nothing is there under --exit-on-missing-checkpoint.
+        CheckpointError: a tracker is damaged, or there is no checkpoint and --exit-on-missing-checkpoint is set.
     """
     for directory in (config.save_dir, config.load_dir):
         iteration = latest_iteration(directory)
@@ -35,13 +36,13 @@ def resume_origin(config: TrainConfig) -> tuple[str, int] | None:
 
 
 class Checkpoints:
-    """Saving on schedule, resuming at start."""
+    """Saves a run's checkpoints on schedule, and loads one when the run resumes."""
 
     def __init__(self, config: TrainConfig, arch: Architecture, hf_dir: Path) -> None:
         self._config, self._arch, self._hf_dir = config, arch, hf_dir
 
     def save_if_due(self, step: int, student: Student, source: PromptSource) -> None:
-        """Save after every --save-interval updates and after the last one."""
+        """Save after every --save-interval steps and after the last step.  Collective."""
         interval = self._config.checkpoint.save_interval
         if step == self._config.training.train_iters or (interval and step % interval == 0):
             save_checkpoint(
@@ -55,16 +56,16 @@ class Checkpoints:
             )
 
     def resume_step(self) -> int | None:
-        """The step a run would go on from; None when there is nothing to load.  Collective.
+        """Return the step to resume from; None when there is no checkpoint to load.  Collective.
 
         Raises:
-            CheckpointError: the directory cannot be used, or is empty under --exit-on-missing-checkpoint.
+            CheckpointError: a tracker is damaged, or there is no checkpoint and --exit-on-missing-checkpoint is set.
         """
         origin = on_rank_zero(lambda: resume_origin(self._config), CheckpointError)
         return None if origin is None else origin[1]
 
     def resume(self, student: Student, source: PromptSource) -> None:
-        """Bring student and prompt cursor to where they were when the checkpoint was saved.  Collective."""
+        """Load the saved state of the student and of the prompt cursor.  Collective."""
         origin = on_rank_zero(lambda: resume_origin(self._config), CheckpointError)
         assert origin is not None, "resume_step said there is a checkpoint"
         directory, step = origin

@@ -1,8 +1,8 @@
-"""What each kind of token contributes to the gradient: norms, and how well they agree with the exact reverse KL.
+"""Measure the gradient of each region of tokens: its norm, and its cosine with the exact reverse-KL gradient.
 
-A pass over the first update's rollouts for every region, with the objective's loss left as it is inside the region
-and 0 outside; the denominator stays that of the whole, so the regions' gradients add up to the update's.  Compared
-with the gradient of the full-vocabulary reverse KL on the student's tokens.
+Each region takes one pass over the rollouts of the first update, with the objective's loss inside the region and 0
+outside.  The denominator stays that of the whole update, so the gradients of the regions add up to the update's.  The
+gradient compared with is that of the full-vocabulary reverse KL on the student's tokens.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from megatron_tropd.training.student import Gradient, Student
 
 
 def diagnostics_due(config: TrainConfig, step: int) -> bool:
-    """Whether ``step`` (from 0) is measured: every --gradient-diagnostics-interval steps, the first included."""
+    """Return whether to measure ``step`` (from 0): every --gradient-diagnostics-interval steps, the first included."""
     interval = config.logging.gradient_diagnostics_interval
     return bool(interval) and step % interval == 0
 
 
 def gradient_diagnostics(student: Student, objective: Objective, batch: Batch, plan: PackPlan) -> dict[str, float]:
-    """Gradient norm of every region of ``plan`` and its cosine with the exact reverse-KL gradient, by metric name.
+    """Return every region's gradient norm, and its cosine with the exact reverse-KL gradient, by metric name.
 
-    Costs five forward and backward passes and one more copy of the gradient (without a teacher there is nothing to
-    compare with: four, and no copy).  A cosine with a gradient of zero is absent; what is not finite is
-    reported as it is.  Leaves no gradient behind; collective over the world.
+    Costs five forward and backward passes and one more copy of the gradient; without a teacher there is no reverse
+    KL, and it costs four passes and no copy.  A cosine with a gradient of zero is left out; values that are not
+    finite are reported as they are.  The gradients are zero afterwards.  Collective over the world.
     """
 
     def gradient(objective: Objective) -> tuple[Gradient, float]:

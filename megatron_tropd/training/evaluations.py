@@ -13,7 +13,7 @@ from megatron_tropd.types import Prompt
 
 
 class Evaluations:
-    """Which prompts are answered when, with which decodings.  Collective over the world."""
+    """Evaluates the student on the held-out prompts, with every decoding."""
 
     def __init__(
         self, config: TrainConfig, prompts: Sequence[Prompt], tokenizer: Any, logger: RunLogger, progress: NullProgress
@@ -22,13 +22,13 @@ class Evaluations:
         self._run_logger, self._progress = logger, progress
 
     def due(self, step: int) -> bool:
-        """Whether a part is answered after ``step``: every --eval-interval steps, but not after the last one, where
-        the whole follows."""
+        """Return whether to evaluate after ``step``: every --eval-interval steps, except the last step, which is
+        followed by an evaluation of all prompts."""
         interval = self._config.evaluation.eval_interval
         return bool(self._prompts and interval and step % interval == 0 and step < self._config.training.train_iters)
 
     def run(self, generate: Generate, *, step: int, whole: bool) -> None:
-        """Answer all prompts, or the first --eval-prompts of them, with every decoding."""
+        """Answer all prompts, or only the first --eval-prompts, and log a report per decoding.  Collective."""
         prompts = self._prompts if whole else self._prompts[: self._config.evaluation.eval_prompts or None]
         if not prompts:
             return

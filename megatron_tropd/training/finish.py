@@ -1,4 +1,4 @@
-"""What a finished run leaves: the student as an HF checkpoint, and the report."""
+"""Write the results of a finished run: the student as an HF checkpoint, and the report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_results(run: Run, arch: Architecture, hf_dir: Path) -> None:
     ``hf_dir`` is the Hugging Face directory that the student, of ``arch``, came from.
 
     Raises:
-        RankFailure: on every rank, if the first one could not write.
+        RankFailure: on every rank, if rank 0 could not write or the export failed on any rank.
     """
     tensors = iter(run.export())
 
@@ -35,7 +35,7 @@ def write_results(run: Run, arch: Architecture, hf_dir: Path) -> None:
             if dist.get_rank() == 0:
                 _write(run, arch, hf_dir, tensors)
         finally:
-            for _ in tensors:  # every rank takes part in the whole export, whatever became of the files
+            for _ in tensors:  # the export is collective: every rank runs it to its end, even if writing failed
                 pass
 
     on_all_ranks(take_part)
@@ -51,7 +51,7 @@ def _write(run: Run, arch: Architecture, hf_dir: Path, tensors: Iterator[tuple[s
 
 
 def _file_layout(hf_dir: Path) -> HfManifest | None:
-    """How the HF files that the student came from are cut and typed."""
+    """Return the file split and dtypes of the HF files that the student came from; None where there are none."""
     kept = HfManifest.load(hf_dir)
     if kept is None and any(hf_dir.glob("*.safetensors")):
         kept = HfManifest.of(HfCheckpoint.open(hf_dir))

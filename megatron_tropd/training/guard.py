@@ -1,4 +1,4 @@
-"""No weight moves on a number that is not finite, and all ranks take the same branch."""
+"""Stop or skip an update whose loss or gradient norm is not finite, with the same decision on every rank."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ EXIT_NONFINITE = 17
 
 
 class NonFiniteStep(RuntimeError):
-    """The loss or the gradient of a step is NaN or Inf; no weight was changed."""
+    """The loss or the gradient norm of an update is NaN or Inf; that update changed no weight."""
 
 
 MAX_SKIPS_IN_A_ROW = 10
 
 
 class Guard:
-    """Decides whether a step may move the weights.
+    """Decides whether an update may change the weights.
 
-    Loss and gradient norm are global numbers, so every rank decides alike without talking.
+    Loss and gradient norm are global, so all ranks decide alike without communication.
     """
 
     def __init__(self, policy: Literal["stop", "skip"]) -> None:
@@ -26,10 +26,10 @@ class Guard:
         self._skipped = 0
 
     def judge(self, *, step: int, loss: float, grad_norm: float) -> Literal["stepped", "skipped"]:
-        """Whether to update.
+        """Return ``stepped`` to make the update, ``skipped`` to leave it out.
 
         Raises:
-            NonFiniteStep: under ``stop``, or after too many skips in a row.
+            NonFiniteStep: a number is not finite, and the policy is ``stop`` or MAX_SKIPS_IN_A_ROW skips came before.
         """
         numbers = {"loss": loss, "gradient norm": grad_norm}
         bad = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]

@@ -1,4 +1,4 @@
-"""The training loop: TrOPD as the paper tells it."""
+"""The training loop: generate rollouts, score them, update the student, push the weights to the engines."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def train(run: Run, start_step: int) -> None:
     for step in range(start_step, run.config.training.train_iters):
         report, rollouts = train_step(run, step)
         run.logger.step(report, rollouts)
-        _evaluate(run, report.step)  # before the save: a point saved is kept
+        _evaluate(run, report.step)  # before the save: a resumed run does not evaluate its start
         with run.progress.phase("save"):
             run.checkpoints.save_if_due(report.step, run.student, run.source)
     _evaluate(run, run.config.training.train_iters, whole=True)
 
 
 def train_step(run: Run, step: int) -> tuple[StepReport, list[Rollout]]:
-    """The updates of one batch of rollouts."""
+    """Collect and score one batch of rollouts and make its updates; return the report and the rollouts."""
     progress = run.progress
     with progress.phase("generate"):
         rollouts = collect(run, step)
@@ -67,7 +67,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, list[Rollout]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Outcome:
-    """The updates of one rollout batch, together."""
+    """The result of all updates of one rollout batch."""
 
     sums: StepSums
     grad_norm: float
@@ -75,11 +75,11 @@ class _Outcome:
     learning_rate: float
     """Of the last update."""
     verdict: Literal["stepped", "skipped"]
-    """skipped: at least one update was left out."""
+    """``skipped`` if at least one update was skipped."""
 
 
 def _update(run: Run, batch: Batch, plan: BatchPlan, step: int) -> _Outcome:
-    """One optimizer update for each minibatch; the same outcome on every rank."""
+    """Make one optimizer update for each minibatch; the outcome is the same on every rank."""
     student = run.student
     sums, norms = [], []
     verdict: Literal["stepped", "skipped"] = "stepped"
@@ -100,15 +100,18 @@ def _update(run: Run, batch: Batch, plan: BatchPlan, step: int) -> _Outcome:
 
 
 def _diagnostics(run: Run, batch: Batch, plan: BatchPlan, step: int) -> dict[str, float]:
-    """Of the first update, before it is made."""
+    """Return the gradient diagnostics of the first update, before it is made; {} when ``step`` is not measured."""
     if not diagnostics_due(run.config, step):
         return {}
     return gradient_diagnostics(run.student, run.objective, batch, plan.minibatches[0])
 
 
 def push_weights(run: Run) -> dict[str, float]:
-    """Give the engines the student's weights unless they have them, and compare what they say of the probes with the
-    trainer's own numbers.  Collective; returns what was measured."""
+    """Push the student's weights to the engines unless they have this version, and check the push with the probes.
+
+    The engines score the probes with the new weights, and their log-probabilities are compared with the trainer's.
+    Collective; returns the metric of the comparison, or {} where there is none.
+    """
     engines, student = run.engines, run.student
     if engines is None or engines.weight_version == student.version:
         return {}
@@ -129,7 +132,7 @@ def _judge_parity(run: Run, gap: float, what: str) -> None:
 
 
 def _evaluate(run: Run, step: int, *, whole: bool = False) -> None:
-    """All held-out prompts, or those due after ``step``."""
+    """Evaluate on all held-out prompts (``whole``), or on --eval-prompts of them if that is due after ``step``."""
     if run.engines is None or not (whole or run.evaluations.due(step)):
         return
     push_weights(run)
@@ -138,7 +141,7 @@ def _evaluate(run: Run, step: int, *, whole: bool = False) -> None:
 
 
 def _batch_metrics(run: Run, step: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """What the rollouts themselves say."""
+    """Return the metrics of the rollouts themselves: lengths, guidance, truncation, engine counters."""
     count = len(rollouts)
     if run.engines is None or not run.objective.needs.rollouts:
         return {"rollout/len_mean": sum(r.response_len for r in rollouts) / count}

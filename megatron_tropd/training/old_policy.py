@@ -1,4 +1,4 @@
-"""The student's own numbers before the first update on a rollout batch, from a forward pass without gradients."""
+"""Score a rollout batch with the student as it is before the first update, in a forward pass without gradients."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from megatron_tropd.types import Microbatch, Needs, Rollout, TeacherScores
 def old_policy_scores(
     student: Student, rollouts: Sequence[Rollout], plan: BatchPlan, *, vocab_size: int | None = None
 ) -> dict[int, TeacherScores]:
-    """Log-probability of every response token and entropy of every written one, by rollout index, where the rollout
-    is trained on.
+    """Return the log-probability of every response token and the entropy of every written token, by rollout index.
 
-    One pass over the micro-batches of the updates themselves, so the numbers are already on the ranks that need
-    them: every rank of the last stage of the replica that owns a rollout; {} elsewhere.  0 for the tokens that no
-    loss reads (the prefix in the 2nd, 3rd, ... sample of a prompt).  Collective over the world.
+    The pass runs over the micro-batches of the updates themselves, so the scores are already on the ranks that need
+    them: every rank of the last stage of the replica that owns a rollout.  Other ranks get {}.  The log-probability
+    is 0 for tokens that no loss reads (the prefix in the 2nd, 3rd, ... sample of a prompt).  Collective over the world.
 
-    ``vocab_size``: the ids that probabilities are over; by default those that all models know.
+    Probabilities are over the first ``vocab_size`` ids; by default over the common vocabulary of all models.
     """
     shard = student.shard if vocab_size is None else replace(student.shard, vocab_size=vocab_size)
 
@@ -51,12 +50,13 @@ def old_policy_scores(
 
 
 def entropy_threshold(student: Student, before: Mapping[int, TeacherScores], share: float) -> float:
-    """The entropy that the ``share`` of the batch's written tokens with the highest entropy reach, exact and the
-    same in every layout (see :func:`quantile_threshold`).  Collective over the world.
+    """Return the entropy that the ``share`` of the batch's written tokens with the highest entropy reaches.
+
+    It is exact and the same in every layout (see :func:`quantile_threshold`).  Collective over the world.
 
     Args:
-        student: tells which ranks report: the first of each replica's last stage.
-        before: what :func:`old_policy_scores` gave.
+        student: its groups tell which ranks report: tensor-parallel rank 0 of each replica's last stage.
+        before: result of :func:`old_policy_scores`.
         share: in (0, 1].
     """
     reports = student.groups.reports

@@ -1,8 +1,8 @@
-"""Do the engines write with the weights that were trained?  Their log-probabilities against the trainer's.
+"""Check that engines and trainer compute the same log-probabilities, and so use the same weights.
 
-Versions and checksums say that the bytes arrived; these numbers say that both sides make the same model of
-them.  Every step compares the tokens that were written; after every push, engines outside the trainer's processes
-score a few fixed sequences (probes) before they write anything.
+Versions and checksums show only that the bytes of a push arrived; equal log-probabilities show that both sides build
+the same model from them.  Every step compares the tokens of its rollouts.  After every push, engines outside the
+trainer's processes also score a few fixed sequences (probes) before they generate anything.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ class ParityError(RuntimeError):
 
 
 class ParityAlarm:
-    """Holds mean differences against --parity-limit.  The numbers are global, so all ranks take one branch."""
+    """Compares mean differences with --parity-limit.  They are global numbers, so all ranks decide alike."""
 
     def __init__(self, limit: float, policy: Literal["stop", "warn"]) -> None:
         self._limit, self._policy = limit, policy
 
     def judge(self, mean: float, what: str) -> str | None:
-        """A warning to show where ``mean`` [nats] is above the limit; None where all is well.
+        """Return a warning if the mean difference ``mean`` [nats] is above the limit or NaN, else None.
 
         Raises:
-            ParityError: under ``stop``.
+            ParityError: instead of the warning, under ``stop``.
         """
-        if mean <= self._limit:  # NaN is an alarm too
+        if mean <= self._limit:  # false for NaN, which is an alarm too
             return None
         text = (
             f"{what}: the engine's log-probabilities differ from the trainer's by {mean:.3g} nats on average, above "
@@ -51,16 +51,19 @@ class ParityAlarm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probes:
-    """Fixed sequences of which engine and trainer compare the log-probabilities."""
+    """Fixed sequences that engines and trainer score, to compare their log-probabilities."""
 
     sequences: tuple[Rollout, ...]
     vocab_size: int
-    """Rows of the student's vocabulary.  An engine's log-probabilities of given tokens are over all of them, also over
-    those that no other model knows."""
+    """Size of the student's vocabulary.  An engine's log-probabilities of given tokens are over all of it, including
+    ids that the other models do not have."""
 
 
 def probe_sequences(prompts: Sequence[Prompt]) -> tuple[Rollout, ...]:
-    """The first prompts with what the teacher answered, cut short, as sequences of which all is written."""
+    """Return the first prompts, each with the teacher's response where there is one, cut to PROBE_TOKENS tokens.
+
+    All tokens but the first count as written, so that all of them are scored.
+    """
     probes = []
     for prompt in prompts:
         token_ids = (prompt.token_ids + (prompt.teacher_response_ids or ()))[:PROBE_TOKENS]
@@ -79,9 +82,9 @@ def probe_sequences(prompts: Sequence[Prompt]) -> tuple[Rollout, ...]:
 def probe_differences(
     student: Student, probes: Probes, scored: Mapping[str, Sequence[Sequence[float]]], *, max_tokens: int
 ) -> dict[str, float]:
-    """Mean absolute difference [nats] between trainer and engine over the probes, by engine; equal on all ranks.
+    """Return the mean absolute difference [nats] of trainer and engine over the probes, by engine; equal on all ranks.
 
-    Collective over the world.  ``scored`` is what the engines said (:class:`PushReport`).
+    Collective over the world.  ``scored`` holds the engines' log-probabilities (:class:`PushReport`).
     """
     layout = student.groups.layout
     plan = plan_batch(

@@ -1,4 +1,4 @@
-"""Rewards of a rollout batch."""
+"""Compute the rewards of a rollout batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RewardError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rewarder:
-    """A reward function with what it needs to be called."""
+    """A reward function, and what its samples are made from."""
 
     function: RewardFunction
     decode: Callable[[Sequence[int]], str]
@@ -29,10 +29,10 @@ class Rewarder:
     pattern: re.Pattern[str]
 
     def rewards(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """One finite number per rollout, on every rank.  Collective: each rank calls the function for its share.
+        """Return one finite reward per rollout, on every rank.  Collective: each rank calls the function for its share.
 
         Raises:
-            RewardError: on every rank, where any call failed or gave no finite number.
+            RewardError: on every rank, if any call failed or returned a number that is not finite.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
         parts = from_all_ranks(lambda: [self._reward(rollout) for rollout in rollouts[rank::world_size]], RewardError)

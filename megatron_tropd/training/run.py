@@ -1,4 +1,4 @@
-"""The parts of a run, as ``setup/assemble.py`` puts them together."""
+"""The parts of a run, which ``setup/assemble.py`` builds."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from megatron_tropd.training.student import Student
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Everything a step uses.  What the objective does not need is None and was never built."""
+    """Everything a training step uses.  Parts that the objective does not need are None and were never built."""
 
     config: TrainConfig
     source: PromptSource
     student: Student
     teacher: MegatronTeacher | None
     teacher_weight: Tensor | None
-    """The teacher's output table for this rank's part of the student's vocabulary, where full distributions are
-    compared; on the student's last stage."""
+    """Rows of the teacher's output table for this rank's shard of the student's vocabulary.  None before the
+    student's last stage, and where no full distributions are compared."""
     reference: MegatronTeacher | None
     rewarder: Rewarder | None
     objective: Objective
     engines: EnginePool | None
-    """None where nothing is generated: supervised finetuning without --eval-data."""
+    """None for supervised finetuning without --eval-data, which generates nothing."""
     export: Export
     checkpoints: Checkpoints
     guard: Guard

@@ -1,4 +1,4 @@
-"""What rank 0 writes down; other ranks hold a logger that does nothing."""
+"""The log of a run.  Only rank 0 writes; the logger of any other rank does nothing."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from megatron_tropd.types import EvalReport, Rollout, StepReport
 
 ROLLOUTS_KEPT = 8
 ROLLOUTS_READ = 64
-"""Rollouts of a step that are turned into text: the other ranks wait for rank 0 meanwhile."""
+"""Rollouts per step that are decoded and judged; few, because the other ranks wait for rank 0 meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutReader:
-    """Turns rollouts into text and, where the answer is known, into right or wrong."""
+    """Decodes rollouts and, where the answer is known, tells whether they are right."""
 
     decode: Callable[[Sequence[int]], str]
     """Ids to text without special tokens."""
@@ -33,7 +33,7 @@ class RolloutReader:
     pattern: re.Pattern[str]
 
     def correct(self, rollout: Rollout) -> bool | None:
-        """Whether the whole response, guidance included, is right; None where no answer is known."""
+        """Return whether the whole response, guidance included, is right; None where no answer is known."""
         answer = self.answers.get(rollout.prompt_uid)
         if answer is None:
             return None
@@ -42,7 +42,7 @@ class RolloutReader:
 
 
 class RunLogger:
-    """Steps, evaluations and sampled rollouts, to the run directory, the sinks and the display."""
+    """Writes steps, evaluations and sampled rollouts to the run directory, the sinks and the display."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class RunLogger:
         self._rollout_interval, self._last_step = rollout_interval, last_step
 
     def step(self, report: StepReport, rollouts: Sequence[Rollout]) -> None:
-        """One finished step."""
+        """Log one finished step."""
         if self._directory is None:
             return
         verdicts = [self._reader.correct(rollout) for rollout in rollouts[:ROLLOUTS_READ]]
@@ -73,7 +73,7 @@ class RunLogger:
             self._directory.rollouts(report.step, samples)
 
     def evaluation(self, report: EvalReport) -> None:
-        """One finished evaluation."""
+        """Log one finished evaluation."""
         if self._directory is None:
             return
         self._sinks.record(self._directory.evaluation(report))
@@ -81,7 +81,7 @@ class RunLogger:
 
 
 def _rank_zero_metrics(report: StepReport, verdicts: Sequence[bool | None]) -> dict[str, float]:
-    """What only rank 0 measures."""
+    """Return the metrics that only rank 0 measures: its peak memory, throughput, accuracy of the rollouts."""
     metrics = {"memory/peak_bytes": float(peak_bytes())}
     if seconds := sum(report.seconds.values()):
         metrics["throughput/tokens_per_second"] = sum(report.tokens.values()) / seconds
@@ -91,7 +91,7 @@ def _rank_zero_metrics(report: StepReport, verdicts: Sequence[bool | None]) -> d
 
 
 def peak_bytes() -> int:
-    """Peak memory of this process: on its GPU, or resident where it has none."""
+    """Return the peak memory of this process in bytes: allocated on its GPU, or resident where it has none."""
     if platform.is_cuda():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

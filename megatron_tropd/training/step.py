@@ -27,13 +27,13 @@ from megatron_tropd.types import Metric, Microbatch, Rollout, StepContext, Token
 
 
 def _larger(a: float, b: float) -> float:
-    """The maximum; NaN if either is, which ``max`` would hide or not by their order."""
+    """Return the maximum, or NaN if either is NaN (with ``max`` that depends on their order)."""
     return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSums:
-    """What some of the labels of a step gave, still as sums: of a micro-batch, an update, a rollout batch."""
+    """Loss and metrics of a micro-batch, an update or a rollout batch, kept as sums so that they can be added up."""
 
     loss_sum: float
     denominator: int
@@ -43,7 +43,7 @@ class StepSums:
 
     @classmethod
     def of(cls, parts: Sequence[StepSums]) -> StepSums:
-        """All ``parts`` together; the order does not matter."""
+        """Combine ``parts``; their order does not matter."""
         sums = {}
         for name in {name for part in parts for name in part.sums}:
             pairs = [part.sums[name] for part in parts if name in part.sums]
@@ -67,28 +67,28 @@ class StepSums:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Means and maxima by name; a metric that nothing counted for is absent."""
+        """Means and maxima by name; a metric whose count is 0 is left out."""
         means = {name: total / count for name, (total, count) in self.sums.items() if count}
         return dict(sorted({**means, **self.maxima}.items()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """A rollout batch with everything known about it, and the updates it is cut into."""
+    """A rollout batch with its scores and what else the loss needs; a plan says which rollouts make an update."""
 
     rollouts: Sequence[Rollout]
     sample_scores: Mapping[int, SampleScores]
-    """By rollout index, of the rollouts this rank's data-parallel replica owns; read on its last stage only."""
+    """By rollout index, for the rollouts of this rank's data-parallel replica; read on its last stage only."""
     context: StepContext
     seed: int
     teacher_hidden: Tensor | None = None
-    """[0, H]: width and dtype of the teacher's hidden states, where the sample scores hold them."""
+    """[0, H]: gives the width and dtype of the teacher's hidden states; None without a teacher."""
     teacher_weight: Tensor | None = None
-    """[v, H]: the teacher's output table for this rank's part of the vocabulary, where its logits are made here."""
+    """[v, H]: the teacher's output rows for this rank's vocabulary shard, where teacher logits are computed here."""
 
 
 def forward_backward(student: Student, objective: Objective, batch: Batch, plan: PackPlan) -> StepSums:
-    """Leave the gradient of the token-mean loss over ``plan`` in the student; collective over the world.
+    """Compute the gradient of the token-mean loss over ``plan`` into the student; collective over the world.
 
     Division by the global token count happens once, in Megatron's ``finalize_model_grads``.
     Returns sums over the rollouts of ``plan``, the same on every rank.
@@ -108,7 +108,7 @@ def forward_backward(student: Student, objective: Objective, batch: Batch, plan:
 
 
 def _microbatches(student: Student, objective: Objective, batch: Batch, plan: PackPlan) -> Iterator[Microbatch]:
-    """This replica's micro-batches, on the CPU, with the gate's coins; sample scores on the last stage only."""
+    """Yield this replica's micro-batches, on the CPU, with the gate's coins; sample scores on the last stage only."""
     coins = rng.key(batch.seed, rng.Stream.GATE, batch.context.step)
     for indices in plan.microbatches[student.groups.coords.dp]:
         packed = pack(
@@ -124,9 +124,9 @@ def _microbatches(student: Student, objective: Objective, batch: Batch, plan: Pa
 
 
 def check_batch(student: Student, objective: Objective, batch: Batch, plan: BatchPlan) -> None:
-    """Hold every stream against what the objective needs, before any gradient is formed; collective over the world.
+    """Check every stream against the objective's needs, before any gradient is computed; collective over the world.
 
-    The micro-batches are packed once more for it: a copy on the CPU, which saves keeping them all.
+    The micro-batches are packed for this check and again for training, so that they need not all be kept in memory.
 
     Raises:
         ValueError: on every rank; the message names the prompt.
@@ -153,7 +153,7 @@ def _forward_step(
 def _loss(
     hidden: Tensor, *, microbatch: Microbatch, student: Student, objective: Objective, of: Batch
 ) -> tuple[Tensor, Tensor, StepSums]:
-    """Megatron's per-token-loss contract: (loss sum, number of tokens, what to keep)."""
+    """Return (loss sum, number of tokens, sums to report), as Megatron's per-token loss requires."""
     tokens = microbatch.streams
     out = head_loss(
         hidden,
@@ -177,9 +177,9 @@ def _loss(
 
 
 def _parity(logprob_T: Tensor, tokens: TokenStreams) -> tuple[dict[str, Metric], dict[str, float]]:
-    """How far the trainer's log-probabilities are from those of the engine that sampled: (means, maxima)."""
+    """Return (means, maxima) of the difference between the log-probabilities of trainer and sampling engine."""
     on_policy_T = Regions.of(tokens).on_policy_T
-    # After the first update of a batch the current student is no longer the one that wrote it.
+    # After the first update of a batch the current student is no longer the one that generated it.
     trainer_T = logprob_T if tokens.old_logprob_T is None else tokens.old_logprob_T
     gap_T = (trainer_T - tokens.rollout_logprob_T).abs()
     largest = float(torch.where(on_policy_T, gap_T, 0.0).max())

@@ -1,4 +1,4 @@
-"""The model that learns: GPTModel, Megatron's DDP, optimizer and learning-rate schedule."""
+"""The student: GPTModel, Megatron's DDP, optimizer and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -28,27 +28,28 @@ SHARDED_STATE_METADATA = {
 }
 
 Gradient = list[list[Tensor]]
-"""fp32 tensors of each optimizer."""
+"""Gradient tensors (fp32) of each optimizer, this rank's part."""
 _SLICE = 1 << 24
-"""Elements of a gradient that are turned into fp64 at one time."""
+"""Elements of a gradient that are converted to fp64 at one time."""
 _SET_BY_FLAGS = ("max_lr", "min_lr", "betas", "eps")
-"""Of an optimizer's parameter group; the schedule sets ``lr`` and ``weight_decay`` from its own flags."""
+"""Settings of a parameter group that come from flags, not from a checkpoint; ``lr`` and ``weight_decay`` are set by the
+schedule, from its own flags."""
 
 
 def params_dtype(config: TrainConfig) -> torch.dtype:
-    """dtype of the weights; the optimizer's master weights are fp32 either way."""
+    """Return the dtype of the weights; the optimizer's master weights are fp32 either way."""
     return torch.bfloat16 if config.model.bf16 else torch.float32
 
 
 def training_errors(arch: Architecture, layout: ParallelLayout, *, sequence_parallel: bool) -> list[str]:
-    """Why megatron-core cannot train a model that it can run in this layout; empty when it can."""
+    """Return why megatron-core cannot train this model in this layout, though it can run it; empty when it can."""
     errors = []
     if arch.num_experts and layout.tp > 1 and not sequence_parallel:
         errors.append(
             f"a model with experts trains at --tensor-model-parallel-size {layout.tp} only with --sequence-parallel"
         )
     if arch.num_experts and layout.ep == 1 and layout.expert_tp != layout.tp:
-        # Experts then count as dense layers, whose gradients are added over data-parallel ranks alone.
+        # megatron-core then treats experts as dense layers, whose gradients it adds over data-parallel ranks only.
         errors.append(
             f"--expert-tensor-parallel-size {layout.expert_tp} other than --tensor-model-parallel-size {layout.tp} "
             "trains only with --expert-model-parallel-size above 1: megatron-core would lose gradients"
@@ -57,10 +58,10 @@ def training_errors(arch: Architecture, layout: ParallelLayout, *, sequence_para
 
 
 def build_student(config: TrainConfig, arch: Architecture, groups: ModelGroups) -> HiddenStateGPT:
-    """This rank's part of the student, before its weights are loaded.
+    """Build this rank's part of the student, without loading its weights.
 
     Raises:
-        ValueError: it cannot be trained in this layout; the message names the flags.
+        ValueError: the student cannot be trained in this layout; the message names the flags.
     """
     if errors := training_errors(arch, groups.layout, sequence_parallel=config.parallel.sequence_parallel):
         raise ValueError("; ".join(errors))
@@ -82,13 +83,13 @@ def build_student(config: TrainConfig, arch: Architecture, groups: ModelGroups) 
 
 
 class Student:
-    """The student with everything that changes its weights."""
+    """The student model with its optimizer and schedule."""
 
     def __init__(self, model: HiddenStateGPT, groups: ModelGroups, config: TrainConfig, *, vocab_size: int) -> None:
         self.model = model
         self.groups = groups
         self.version = 0
-        """Updates done; names the weights that the engines sample from."""
+        """Number of updates made; identifies the weights that the engines sample from."""
         self.shard = VocabShard(
             vocab_size=vocab_size,
             rows_per_rank=model.vocab_size // groups.layout.tp,
@@ -107,32 +108,35 @@ class Student:
         model.config.grad_scale_func = self.optimizer.scale_loss
 
     def close(self) -> None:
-        """No more steps: the weights may be freed."""
+        """End training, so that the memory of the weights can be freed."""
         break_cycles(self.model)
 
     def head(self, needs: Needs) -> HeadSettings:
-        """How the vocabulary head computes what ``needs`` asks for."""
+        """Return the settings of the vocabulary head for an objective's ``needs``."""
         return replace(self._head, topk_overlap=self._head.topk_overlap and needs.top_k > 0)
 
     def zero_grad(self) -> None:
-        """Forget the gradients of the last step."""
+        """Set all gradients to zero."""
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def grad_norm(self) -> float:
-        """Global norm of the finished gradients, before clipping; the same number on every rank."""
+        """Return the global norm of the finished gradients, before clipping; the same number on every rank."""
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
 
     def gradient(self) -> Gradient:
-        """This rank's part of the finished gradient: over all ranks every parameter is there exactly once (tied and
-        replicated ones are left out where another rank has them).  Read it before the next pass."""
+        """Return this rank's part of the finished gradient, valid until the next pass.
+
+        Over all ranks every parameter occurs exactly once: tied and replicated parameters are left out on all ranks
+        but one.
+        """
         self.optimizer.prepare_grads()
         return [optimizer.get_main_grads_for_grad_norm() for optimizer in self._optimizers]
 
     def inner_product(self, left: Gradient, right: Gradient) -> float:
-        """Of two gradients of this student, over all parameters; the same number on every rank.  Collective over the
-        ranks that share a gradient."""
+        """Return the inner product of two gradients over all parameters; the same number on every rank.  Collective
+        over the ranks that share a gradient."""
         total = 0.0
         for optimizer, mine, other in zip(self._optimizers, left, right, strict=True):
             part = torch.zeros((), dtype=torch.float64, device=platform.device())
@@ -145,26 +149,26 @@ class Student:
 
     @property
     def _optimizers(self) -> list[Any]:
-        """One for each set of parameters that is reduced over its own ranks; experts have one of their own."""
+        """The optimizers inside Megatron's: one per set of parameters with its own ranks, so experts have their own."""
         return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update."""
+        """Learning rate of the next update."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def step(self) -> None:
-        """Clip, update, advance the schedule and the version."""
+        """Clip the gradient, update the weights, and advance the schedule and the version."""
         self.optimizer.step()
         self.scheduler.step(increment=1)
         self.version += 1
 
     def skip(self) -> None:
-        """Leave the weights; the schedule goes on so that an update's number means one learning rate."""
+        """Skip an update but advance the schedule, so that the learning rate of the n-th update does not change."""
         self.scheduler.step(increment=1)
 
     def sharded_state_dict(self, *, is_loading: bool = False, with_optimizer: bool = True) -> dict[str, Any]:
-        """Model, optimizer and schedule for ``dist_checkpointing``."""
+        """Return the sharded state of model, optimizer and schedule for ``dist_checkpointing``."""
         if is_loading and with_optimizer:
             platform.prime_adam_state(self.optimizer)
         metadata = {**SHARDED_STATE_METADATA, "dp_cp_group": self.groups.pg_collection.dp_cp}
@@ -176,8 +180,8 @@ class Student:
         return state
 
     def load_state_dict(self, state: dict[str, Any], *, version: int) -> None:
-        """Continue from a loaded :meth:`sharded_state_dict`.  Numbers a flag sets (learning rate, betas, length of
-        the decay) are those of this launch, not those of the checkpoint."""
+        """Continue from a loaded :meth:`sharded_state_dict`.  Settings that have flags (learning rate, betas, length
+        of the decay) are those of this launch, not those of the checkpoint."""
         load_model_state(self.model, state["model"])
         settings = [{name: group[name] for name in _SET_BY_FLAGS} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -189,9 +193,11 @@ class Student:
 
 
 def break_cycles(model: HiddenStateGPT) -> None:
-    """Let a model that was trained be freed.  Two cycles lead through autograd's nodes to DDP's gradient hooks, where
-    Python's collector cannot see them: from the config by the optimizer's fp32 shards, and from the probabilities that
-    an expert dispatcher keeps of its last pass.  Weights and process groups would stay as long as the process lives."""
+    """Break the reference cycles that would keep a trained model and its process groups until the process ends.
+
+    Two cycles lead through autograd's nodes to DDP's gradient hooks, where Python's garbage collector cannot see them:
+    from the config through the optimizer's fp32 shards, and from the probabilities that an expert dispatcher keeps.
+    """
     model.config.grad_scale_func = None
     for module in model.modules():
         if dispatcher := getattr(module, "token_dispatcher", None):
@@ -229,7 +235,7 @@ def _optimizer(ddp: DistributedDataParallel, training: TrainingConfig, parallel:
 
 
 def _scheduler(optimizer: Any, training: TrainingConfig, num_updates: int) -> OptimizerParamScheduler:
-    """Counts updates, not samples."""
+    """Make the schedule of learning rate and weight decay; it counts updates, not samples as Megatron-LM does."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

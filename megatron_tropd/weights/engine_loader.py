@@ -1,14 +1,14 @@
-"""Planned updates inside an SGLang server: its workers call :func:`load` and receive their own rows.
+"""Planned updates inside an SGLang server: its workers call :func:`load` and receive their own parts of the weights.
 
     sglang.launch_server ... --custom-weight-loader megatron_tropd.weights.engine_loader.load
 
 SGLang calls a custom loader in every tensor-parallel worker with the model and the tensors of an
 ``update_weights_from_tensor`` request.  Here the one tensor is a request in JSON (:class:`LoaderRequest`):
-``locate`` says where the worker's weights are, ``connect`` makes the plan and joins the side group, ``receive``
-takes one update while the trainer pushes it, ``close`` leaves.  An exception in a custom loader ends the whole
-server, so none is let out: what came of a request is written to the side group's store, where the trainer waits
-for it, and a failed update is refused to the trainer besides.  Needs torch and this package's pure modules, not
-Megatron.
+``locate`` reports where the worker's weights are, ``connect`` builds the plan and joins the side group, ``receive``
+receives one update while the trainer pushes it, ``close`` leaves the group.  An exception in a custom loader ends the
+whole server, so errors in serving a request are caught: the outcome is written to the side group's store, where the
+trainer waits for it, and only logged where that store cannot be reached.  A failed update is also refused to the
+sending ranks.  This module needs torch and this package's pure modules, but not Megatron.
 """
 
 from __future__ import annotations
@@ -40,50 +40,51 @@ Request = Literal["locate", "connect", "receive", "close"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderRequest:
-    """What the trainer asks of an engine.  ``group`` names the side group; it is new for every connection."""
+    """A request of the trainer to an engine.  ``group`` names the side group; it is new for every connection."""
 
     do: Request
     group: str
     engine: int
     ticket: str
-    """Under which the outcome is found; new for every request of a group."""
+    """Last part of the key of the outcome in the store; new for every request of a group."""
     version: int = -1
     spec: str = ""
-    """:meth:`PlanSpec.to_json`; this and all that follows is for ``connect``, host and port also for ``locate``."""
+    """Text of :meth:`PlanSpec.to_json`.  This and the fields below are read by ``connect``; host, port and timeout
+    also by ``locate``, ``run_name`` also by ``receive`` and ``close``."""
     digest: str = ""
     host: str = ""
     port: int = 0
     backend: Backend = "gloo"
     address: str = LOOPBACK
-    """The engine's own, by which the trainer's ranks reach it (gloo)."""
+    """Address of the engine, at which the trainer's ranks reach it (gloo)."""
     timeout_s: float = 600.0
     run_name: str = ""
-    """Names the trainer's run: another one may begin with an earlier version."""
+    """Name of the trainer's run.  Versions are compared within a run: another run may begin with an earlier one."""
     shared: bool = False
     """Whether payloads stay in the trainer's memory where this engine can open it."""
 
     def named_tensors(self) -> list[tuple[str, Tensor]]:
-        """As SGLang's ``update_weights_from_tensor`` takes them."""
+        """Return the request as the named tensors of SGLang's ``update_weights_from_tensor``."""
         return [(REQUEST, torch.frombuffer(bytearray(json.dumps(asdict(self)).encode()), dtype=torch.uint8))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What one rank of an engine made of a request."""
+    """The result of a request on one rank of an engine."""
 
     error: str = ""
-    """Empty when all went well."""
+    """Empty if the request succeeded."""
     version: int = -1
-    """Last update that arrived whole."""
+    """Last update that arrived whole; not set by ``locate``."""
     partial: bool = False
-    """The weights are a mixture."""
+    """Whether the weights are a mixture, not those of one whole update."""
     payload_bytes: int = 0
     location: Location | None = None
-    """Where its weights are; the answer to ``locate``."""
+    """Where the rank's weights are; the answer to ``locate``."""
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Outcome:
-        """Inverse of ``json.dumps(asdict(outcome))``."""
+        """Read an outcome from the text of ``json.dumps(asdict(outcome))``."""
         value = json.loads(text)
         at = value["location"]
         return cls(**{**value, "location": at and Location(**at)})
@@ -96,21 +97,21 @@ class _Connection:
 
 
 _connections: dict[str, _Connection] = {}
-"""Of this process, by group."""
+"""The connections of this process, by group."""
 _versions: dict[tuple[str, int], int] = {}
-"""Last whole update by run and engine, over all connections: an older one is refused after a reconnection too."""
+"""Last whole update by run and engine, over all connections, so that an older one is refused after a reconnection."""
 
 
 def outcome_key(group: str, engine: int, rank: int, ticket: str) -> str:
-    """Where in the store the outcome of a request stands."""
+    """Return the key under which the store holds the outcome of a request."""
     return f"outcome/{group}/{engine}/{rank}/{ticket}"
 
 
 def read_outcomes(store: dist.TCPStore, request: LoaderRequest, num_ranks: int, *, timeout_s: float) -> list[Outcome]:
-    """What every rank of an engine made of ``request``; for the trainer.
+    """Wait for the outcome of ``request`` on every rank of an engine and return them; called by the trainer.
 
     Raises:
-        TransportError: a rank said nothing in time, or not what was asked for; the message names engine
+        TransportError: a rank wrote no outcome in time, or the request failed there; the message names engine
             and rank.
     """
     outcomes, problems = [], []
@@ -130,7 +131,7 @@ def read_outcomes(store: dist.TCPStore, request: LoaderRequest, num_ranks: int, 
 
 
 def load(model: nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """SGLang's custom weight loader: do what the request says and write down what came of it."""
+    """Carry out the request in ``named_tensors`` and write its outcome to the store.  SGLang's custom weight loader."""
     tensors: Mapping[str, Tensor] = dict(named_tensors)
     if tensors.keys() != {REQUEST}:
         log.error("the planned loader was given %s instead of a request; nothing was done", sorted(tensors))
@@ -165,7 +166,9 @@ def _serve(model: nn.Module, request: LoaderRequest, rank: int, store: dist.TCPS
     if request.do == "locate":
         return Outcome(location=location(model.parameters()))
     if request.do == "connect":
-        _connections.clear()  # the trainer left without a word; staging memory, its own too, lives as long as they do
+        # The last trainer may have left without ``close``.  Its connection would keep staging memory allocated, and
+        # with shared memory the trainer's as well.
+        _connections.clear()
         receiver = connect_receiver(
             PlanSpec.from_json(request.spec), request.digest, engine=request.engine, engine_rank=rank,
             params=dict(model.named_parameters()), store=store, group=request.group, backend=request.backend,

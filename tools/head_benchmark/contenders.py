@@ -1,7 +1,7 @@
-"""Ways to get from hidden states to a loss with gradients.
+"""The implementations that the benchmark compares, from hidden states to a loss with gradients.
 
 A contender is a function of :class:`Inputs` that returns a scalar whose backward fills ``hidden.grad`` and
-``weight.grad``.  ``loss`` names what it computes; REFERENCES has each of these by definition, in float64.
+``weight.grad``.  ``loss`` names the loss; REFERENCES computes each loss by its definition, in float64.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Contender:
     """A key of REFERENCES."""
     run: Callable[[Inputs], Tensor]
     whole_chunk: bool = False
-    """Holds logits of all tokens by design: its slope is no chunk's business."""
+    """Whether the contender holds the logits of all tokens by design, so that chunks do not bound its memory."""
 
 
 def _trusted(inputs: Inputs, reward: Tensor) -> Tensor:
@@ -81,11 +81,11 @@ REFERENCES: dict[str, Callable[[Inputs], Tensor]] = {
     "top-k FKL": _reference_fkl,
     "NLL": _reference_nll,
 }
-"""By definition, for inputs whose hidden states and weights are float64."""
+"""Each loss by its definition, for inputs whose hidden states and weights are float64."""
 
 
 def three_products(inputs: Inputs) -> None:
-    """The unit of time: logits, hidden gradient and weight gradient of nothing in particular."""
+    """The unit of time: the products for logits, hidden gradient and weight gradient, without a loss."""
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
     logits = hidden @ weight.t()
     logits @ weight

@@ -13,7 +13,7 @@ from megatron_tropd.types import Region, TokenStreams
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """One configuration."""
+    """The sizes of one configuration."""
 
     tokens: int
     hidden: int
@@ -26,7 +26,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What every contender is given."""
+    """The inputs that every contender gets."""
 
     sizes: Sizes
     hidden: Tensor  # [N, H], a leaf
@@ -34,7 +34,7 @@ class Inputs:
     tokens: TokenStreams
 
     def clear(self) -> None:
-        """Forget gradients."""
+        """Clear the gradients."""
         self.hidden.grad = self.weight.grad = None
 
 

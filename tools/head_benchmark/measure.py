@@ -1,4 +1,4 @@
-"""Accuracy first, then bytes, then time."""
+"""The three measurements of a contender: accuracy, then memory, then time."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Row:
     error: float | None = None
     """Worst relative error of loss, hidden and weight gradient against float64."""
     peak_bytes: int | None = None
-    """Beyond inputs and returned gradients, at the larger number of tokens."""
+    """Peak memory beyond inputs and returned gradients, at the larger number of tokens."""
     slope: float | None = None
     """Bytes per token and local column, between the two numbers of tokens."""
     milliseconds: float | None = None
     ratio: float | None = None
-    """Time over that of the three matrix products, measured in turns."""
+    """Time divided by that of the three matrix products, both measured in turns."""
     note: str = ""
 
 
 def forward_backward(contender: Contender, inputs: Inputs) -> torch.Tensor:
-    """The loss; gradients are in the inputs."""
+    """The loss of one forward and backward pass; the gradients are left in ``inputs``."""
     inputs.clear()
     loss = contender.run(inputs)
     loss.backward()
@@ -68,7 +68,7 @@ def _relative(ours: Tensor | None, theirs: Tensor | None) -> float:
 def memory(contender: Contender, sizes: Sizes, device: torch.device) -> int:
     """Peak bytes beyond inputs and the two gradients that are returned."""
     inputs = make_inputs(sizes, device)
-    forward_backward(contender, inputs)  # warm: what a first call caches is not counted
+    forward_backward(contender, inputs)  # warm-up: memory that a first call caches is not counted
     inputs.clear()
     gc.collect()
     peak = peak_bytes(lambda: forward_backward(contender, inputs), device)
@@ -76,7 +76,7 @@ def memory(contender: Contender, sizes: Sizes, device: torch.device) -> int:
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds: events on a GPU; of the process (all threads) on a CPU, where wall time counts the neighbours."""
+    """Seconds, by events on a GPU; on a CPU those of the process (all threads): wall time includes other processes."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -92,9 +92,9 @@ def _timed(work: Callable[[], Any], device: torch.device) -> float:
 def times(
     contenders: Sequence[Contender], sizes: Sizes, device: torch.device, repeats: int, warmup: int
 ) -> tuple[float, dict[str, float | str]]:
-    """(median seconds of the three products, median seconds or the reason for none of every contender).
+    """(median seconds of the three products; for every contender median seconds, or the reason why there are none).
 
-    In turns, and every other round backwards, so that a change of clock meets all of them.
+    Contenders run in turns, in reverse order in every other round, so that a change of clock affects all of them.
     """
     inputs = make_inputs(sizes, device)
     products: list[float] = []
@@ -122,7 +122,7 @@ def times(
 
 
 def tried(work: Callable[[], float]) -> tuple[float | None, str]:
-    """(result, "") or (None, why not): foreign code may fail in any way."""
+    """(result, "") or (None, the reason of the failure): foreign code may fail in any way."""
     try:
         return work(), ""
     except torch.OutOfMemoryError:

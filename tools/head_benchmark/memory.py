@@ -1,4 +1,4 @@
-"""Peak bytes of live tensors: counted op by op on a CPU, asked of the allocator on a GPU."""
+"""Peak bytes of live tensors: counted operation by operation on a CPU, read from the allocator on a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and take note of storages that are new."""
+        """Run the operation and count the storages that are new."""
         before = {value.untyped_storage()._cdata for value in tree_iter((args, kwargs)) if _owns(value)}
         out = func(*args, **(kwargs or {}))
         for value in tree_iter(out):

@@ -1,5 +1,5 @@
-"""Other people's functions, loaded from their installed packages.  A package that is not there, or that does not run
-on this device, is a reason in the table, not an error."""
+"""Functions of other projects, loaded from their installed packages.  A package that is not installed, or that does
+not run on this device, is listed with the reason and is no error."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Loader = Callable[[], Callable[[Inputs], Tensor]]
 
 
 def _module_from(package: str, path: str, stubs: dict[str, dict[str, Any]]) -> Any:
-    """One file of an installed ``package``, with stand-ins for the imports it does not need here: importing the whole
-    of verl asks for ray and more."""
+    """One file of an installed ``package``, with stand-ins for the imports that are not needed here: importing the
+    whole of verl would need ray and more."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError(f"No module named {package!r}")
@@ -37,7 +37,7 @@ def _module_from(package: str, path: str, stubs: dict[str, dict[str, Any]]) -> A
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # Triton looks a kernel's source up there
+    sys.modules[name] = module  # Triton looks for a kernel's source there
     spec.loader.exec_module(module)
     return module
 
@@ -73,7 +73,7 @@ def _verl_triton() -> Callable[[Inputs], Tensor]:
     kernels = _module_from("verl", "utils/kernel/kernels.py", stubs)
 
     class Function(torch.autograd.Function):
-        """verl's own wrapper, whose import drags in the package."""
+        """Stands in for verl's own wrapper, whose import would load the whole package."""
 
         @staticmethod
         def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ def _verl_triton() -> Callable[[Inputs], Tensor]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-            """Gradients of both."""
+            """Gradients with respect to hidden states and weight."""
             hidden_grad, weight_grad = kernels.efficient_entropy_backward(
                 *(g.contiguous() for g in grads), *ctx.saved_tensors, ctx.reduction, False, 1.0, dist.group.WORLD
             )
@@ -148,11 +148,11 @@ PEERS: dict[str, tuple[str, Loader]] = {
 
 
 def load_peers() -> tuple[list[Contender], dict[str, str]]:
-    """(those that can be tried, why the others cannot)."""
+    """(contenders that were loaded, the reason for each one that was not)."""
     found, absent = [], {}
     for name, (loss, loader) in PEERS.items():
         try:
             found.append(Contender(name=name, loss=loss, run=loader(), whole_chunk="Megatron" in name))
-        except Exception as error:  # any failure of foreign code to load is a reason, not ours to sort
+        except Exception as error:  # foreign code may fail to load in any way; the table shows the reason
             absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return found, absent

@@ -67,7 +67,7 @@ def plot(tables: Sequence[tuple[str, Sequence[Row]]], directory: Path) -> list[P
 def write(
     directory: Path, hardware: dict[str, Any], tables: Sequence[tuple[str, Sequence[Row]]], absent: dict[str, str]
 ) -> str:
-    """Write ``head_benchmark.md``, ``.json``, ``.svg``, ``.png``; the markdown."""
+    """Write ``head_benchmark.md``, ``.json``, ``.svg``, ``.png``; returns the markdown."""
     directory.mkdir(parents=True, exist_ok=True)
     parts = ["Hardware: " + ", ".join(f"{name} {value}" for name, value in hardware.items()) + "\n"]
     parts += [markdown(title, rows) for title, rows in tables]

@@ -52,11 +52,11 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """A response to imitate, and which of its tokens are worth imitating."""
+    """A response to imitate, and which of its tokens are targets."""
 
     token_ids: tuple[int, ...]
     taught: tuple[bool, ...]
-    """False on a wrong result: it is context to go on from, never a target."""
+    """False on a wrong result, which is context for the tokens after it, but never a target."""
 
 
 def apply(value: int, sign: str, operand: int) -> int:
@@ -78,9 +78,8 @@ def draw_problems(rng: Random, count: int, seen: Collection[Problem] = frozenset
 def write_lesson(rng: Random, problem: Problem) -> Lesson:
     """A worked response, perhaps with wrong results.
 
-    After a wrong result everything, the answer too, goes on from the value that was WRITTEN.  So a teacher
-    learns to be right about the next step whatever the student did before, which is the premise of
-    learning from a teacher's opinion on student-made text.
+    After a wrong result all later steps, and the answer, continue from the value that was WRITTEN.  So a teacher
+    learns the right next step whatever the student wrote before, which on-policy distillation depends on.
     """
     words: list[str] = []
     taught: list[bool] = []

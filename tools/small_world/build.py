@@ -26,7 +26,7 @@ from .sampling import DECODINGS, TEMPERATURE_1, TOP_P, accuracy, prompt_batch, w
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorldSpec:
-    """What to make."""
+    """The world to make, and where."""
 
     save: Path
     seed: int = 0
@@ -46,7 +46,7 @@ class ProblemSets:
 
 
 def split_problems(spec: WorldSpec, num_stopping: int = 192) -> ProblemSets:
-    """Draw the sets together, so that they differ."""
+    """Draw the three sets together, so that they share no problem."""
     sizes = spec.num_eval_prompts, spec.num_train_prompts
     drawn = draw_problems(Random(f"{spec.seed} prompts"), sum(sizes) + num_stopping)
     return ProblemSets(held_out=drawn[: sizes[0]], train=drawn[sizes[0] : sum(sizes)], stopping=drawn[sum(sizes) :])
@@ -55,8 +55,8 @@ def split_problems(spec: WorldSpec, num_stopping: int = 192) -> ProblemSets:
 def make_world(spec: WorldSpec) -> dict[str, Any]:
     """Write everything and return the content of ``world.json``.
 
-    Teacher and student do not need each other: each is made by a process with one thread, because networks
-    this small gain nothing from a second one.
+    Teacher and student do not depend on each other: each is made by a process with one thread, because networks
+    this small gain nothing from a second thread.
     """
     started = time.perf_counter()
     spec.save.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def _prepare_worker() -> None:
 
 
 def make_teacher_side(spec: WorldSpec) -> dict[str, Any]:
-    """The teacher, and the prompt files, which hold what it wrote."""
+    """Make the teacher, and the prompt files, which hold the responses of the teacher."""
     facts = make_network(spec, spec.teacher)
     model = Qwen3ForCausalLM.from_pretrained(spec.save / spec.teacher.name)
     problems = split_problems(spec)
@@ -109,7 +109,7 @@ def make_network(spec: WorldSpec, recipe: Recipe) -> dict[str, Any]:
 
 
 def save_checkpoint(model: Qwen3ForCausalLM, directory: Path) -> None:
-    """A directory that every Hugging Face tool can open."""
+    """Save a directory that every Hugging Face tool can open."""
     model.generation_config = GenerationConfig(
         eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=True, max_new_tokens=MAX_RESPONSE_LEN
     )
@@ -119,7 +119,7 @@ def save_checkpoint(model: Qwen3ForCausalLM, directory: Path) -> None:
 
 
 def _name_tokenizer_class(path: Path) -> None:
-    """Transformers 5 writes a class name that 4.57 does not know; this one both know."""
+    """Write a class name that Transformers 4.57 and 5 both know; 5 writes one that 4.57 does not know."""
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
 
 

@@ -19,14 +19,14 @@ OPERATIONS = ("+", "-", "*")
 LABELS = tuple("abcdefgh")
 CONNECTIVES = (",", ";", "so", "then")
 FILLERS = ("ok", "um", "hmm", "now", "well", "thus", "and", "wait")
-"""Words that no lesson uses; a world with chattier students can."""
+"""Words that no lesson uses; a world whose students write more words may use them."""
 
 WORDS = (PAD, EOS, UNK, QUESTION, EQUALS, ANSWER, *DIGITS, *OPERATIONS, *LABELS, *CONNECTIVES, *FILLERS)
 """36 words: a vocabulary that 128 does not divide, so padding it for tensor parallelism is exercised."""
 WORD_ID = {word: index for index, word in enumerate(WORDS)}
 PAD_ID, EOS_ID, UNK_ID = WORD_ID[PAD], WORD_ID[EOS], WORD_ID[UNK]
 ANSWER_PATTERN = r"#\s*(.*)$"
-"""Where the answer stands in a response (special tokens skipped)."""
+"""The place of the answer in a response (special tokens skipped)."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -44,10 +44,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def encode(text: str) -> list[int]:
-    """Ids of words separated by spaces; what the tokenizer gives, without its overhead."""
+    """Ids of words separated by spaces; the same as the tokenizer gives, without its overhead."""
     return [WORD_ID[word] for word in text.split()]
 
 
 def decode(token_ids: list[int]) -> str:
-    """Words of the ids, special words skipped; what the tokenizer gives, without its overhead."""
+    """Words of the ids, special words skipped; the same as the tokenizer gives, without its overhead."""
     return " ".join(WORDS[index] for index in token_ids if index not in (PAD_ID, EOS_ID, UNK_ID))

@@ -17,8 +17,8 @@ from .language import EOS_ID, PAD_ID, WORDS, encode
 
 REPORT_EVERY = 100
 EMBEDDING_SPEED = 20.0
-"""Learning rate of the embedding, relative to the rest.  Its entries are an order of magnitude larger than other
-weights and AdamW steps are not, so at the same rate it hardly moves and one teacher in three learns too late."""
+"""Learning rate of the embedding, relative to the other weights.  Its entries are an order of magnitude larger and
+AdamW steps are not, so at the same rate it hardly moves and one teacher in three learns too late."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class Recipe:
         return self.learning_rate * min(warmup, decay)
 
     def may_stop_at(self, step: int) -> bool:
-        """Whether accuracy is looked at after ``step`` updates."""
+        """Whether accuracy is measured after ``step`` updates, to decide on stopping."""
         return self.stop_accuracy < math.inf and step >= self.stop_from_step and step % self.stop_every == 0
 
 
@@ -107,8 +107,8 @@ def make_model(hidden_size: int, seed: int) -> Qwen3ForCausalLM:
 
 
 def _initialize(model: Qwen3ForCausalLM) -> None:
-    """Unit-variance activations from the first step on; the 0.02 of large models starts slowly at this width."""
-    quiet = 0.5 / math.sqrt(model.config.num_hidden_layers)  # of what is added to the residual stream
+    """Draw weights for unit-variance activations; the standard deviation 0.02 of large models starts slowly here."""
+    quiet = 0.5 / math.sqrt(model.config.num_hidden_layers)  # for weights whose output is added to the residual stream
     for name, weight in model.named_parameters():
         if weight.ndim < 2:
             continue
@@ -125,7 +125,7 @@ def _initialize(model: Qwen3ForCausalLM) -> None:
 def lesson_loss(model: Qwen3ForCausalLM, token_BL: Tensor, taught_BR: Tensor) -> Tensor:
     """Mean cross entropy of the taught tokens.
 
-    Padding stands at the right, where causal attention never looks from a real token: no mask is needed.
+    Padding stands at the right, where causal attention of a real token never reaches, so no mask is needed.
     """
     length = PROMPT_LEN + int(taught_BR.any(0).nonzero().max()) + 1
     token_BL, taught_BR = token_BL[:, :length], taught_BR[:, : length - PROMPT_LEN]
@@ -142,7 +142,7 @@ def _make_optimizer(model: Qwen3ForCausalLM) -> torch.optim.Optimizer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """How a training went."""
+    """The outcome of a training."""
 
     steps: int
     loss: float

@@ -1,4 +1,4 @@
-"""Writing with a small model, and counting right answers."""
+"""Writes responses with a small model, and counts right answers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write_responses(
 
 
 def _choose(logits: Tensor, decoding: Decoding, generator: torch.Generator | None) -> Tensor:
-    logits[:, [PAD_ID, UNK_ID]] = -torch.inf  # never taught, and text could not tell them from nothing
+    logits[:, [PAD_ID, UNK_ID]] = -torch.inf  # never taught, and decoding would drop them from the text
     if decoding.greedy:
         return logits.argmax(-1)
     probabilities = logits.softmax(-1)

@@ -1,7 +1,7 @@
-"""Conversions as streams of row bands: no process ever holds a tensor, let alone a model.
+"""Convert checkpoints as streams of row bands, so that no process holds a whole tensor larger than its buffer.
 
-Parameters are dealt out to the processes by bytes.  A process takes the rows of its parameters in order, one
-band of at most the buffer's size at a time, and hashes what goes by; nothing is read twice and nothing is
-sent but names and digests.  Peak memory above the interpreter is one buffer, two where dtypes differ or chunks
-are cut by columns, three where both.
+Parameters are dealt out to the processes by size.  A process reads the rows of its parameters in order, in bands of at
+most the buffer's size, and hashes the bytes.  Each weight is read once, apart from checks before and after the
+conversion.  Processes send each other no weights, only records of files and digests.  Peak memory above the
+interpreter is one buffer; two where dtypes differ or chunks are cut by columns; three where both are so.
 """

@@ -1,4 +1,4 @@
-"""HF files to a torch_dist checkpoint."""
+"""Convert HF files to a torch_dist checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_tropd.weights.files.torch_dist import ChunkFile
 
 
 class _HfRows:
-    """Rows of parameters out of an HF checkpoint, with the digest of every HF tensor that goes by."""
+    """Reads rows of parameters from an HF checkpoint, and digests every HF tensor on the way."""
 
     def __init__(self, source: HfCheckpoint) -> None:
         self._source = source
@@ -49,7 +49,7 @@ class _HfRows:
     def hexdigests(self) -> dict[str, str]:
         digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
         if self._source.has_tied_copy and EMBED_TOKENS in digests:
-            digests[LM_HEAD] = digests[EMBED_TOKENS]  # found equal, row by row
+            digests[LM_HEAD] = digests[EMBED_TOKENS]  # check_tied_copy has compared every row
         return digests
 
 
@@ -63,7 +63,7 @@ def hf_to_torch_dist(
         Records of the files, and the sha256 of every HF tensor's bytes.
 
     Raises:
-        CheckpointError: on every process.
+        CheckpointError: on every process, if any process failed.
     """
     rows = _HfRows(source)
 

@@ -1,4 +1,4 @@
-"""The check that shares nothing with a conversion: both models, built by their owners, on the same tokens."""
+"""Check a conversion without its code: compare the logits of transformers' model and Megatron's on the same tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_tropd.types import Rollout
 
 NUM_TOKENS = 16
 LIMIT = 1e-3
-"""Of the largest difference, relative to the largest logit (or 1); fp32 sums in another order stay far below."""
+"""Limit of the largest difference, relative to the largest logit or 1.  Other orders of fp32 sums stay far below it."""
 
 
 def _tokens(vocab_size: int) -> Tensor:
@@ -29,7 +29,7 @@ def _tokens(vocab_size: int) -> Tensor:
 
 
 def _megatron(load: Path, iteration: Iteration, token_T: Tensor) -> Tensor:
-    """[T, V] through Megatron's own loader and model, in this process alone."""
+    """Return the logits [T, V] by Megatron's own loader and model, in this process alone."""
     metadata = read_metadata(load, iteration)
     arch, divisor = metadata.architecture, metadata.make_vocab_size_divisible_by
     groups = student_groups(ParallelLayout(make_vocab_size_divisible_by=divisor))
@@ -49,10 +49,10 @@ def check_logits(hf: Path, load: Path, iteration: Iteration) -> str:
     """Compare the logits of an HF directory, by transformers, with those of a Megatron checkpoint, in fp32.
 
     Returns:
-        A line for people.
+        One line of text with the largest difference.
 
     Raises:
-        CheckpointError: they differ by more than rounding.
+        CheckpointError: they differ by more than ``LIMIT``.
     """
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Reading a torch_dist checkpoint as HF tensors, band by band."""
+"""Read a torch_dist checkpoint as HF tensors, band by band."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_tropd.weights.files.torch_dist import TorchDistReader
 
 
 def open_tensors(folder: Path) -> TorchDistReader:
-    """The tensors of a checkpoint folder.
+    """Open the tensors of a checkpoint folder for reading.
 
     Raises:
         ValueError: its ``.metadata`` is missing, damaged or unsafe.
@@ -31,15 +31,15 @@ def open_tensors(folder: Path) -> TorchDistReader:
 
 
 def check_stored(stored: TorchDistReader, params: Sequence[StoredParam], prefix: str = "") -> None:
-    """Hold the tensors of a checkpoint against the model.
+    """Compare the tensors of a checkpoint with the parameters of the model.
 
     Args:
-        stored: The checkpoint.
-        params: What the model has.
-        prefix: "" for the weights, which must all be there; an optimizer's for its state, which may be partial.
+        stored: Reader of the checkpoint.
+        params: All parameters of the model.
+        prefix: "" for the weights, which must all be there; or that of optimizer state, which may be partial.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown or of another shape; all of them in one message.
+        CheckpointError: tensors are missing, unknown or of another shape; the message lists them.
     """
     mine = {
         key.removeprefix(prefix): shape
@@ -52,7 +52,7 @@ def check_stored(stored: TorchDistReader, params: Sequence[StoredParam], prefix:
         problems += [f"missing tensor {key}" for key in sorted(expected.keys() - mine.keys())]
     for key in sorted(mine.keys() & expected.keys()):
         shape, found = expected[key].global_shape, mine[key]
-        if expected[key].may_be_padded:  # more or less padding is the same table
+        if expected[key].may_be_padded:  # tables that differ only in their padding rows are the same
             good = found[1:] == shape[1:] and found[0] >= expected[key].real_rows
             wanted = f"{[expected[key].real_rows, *shape[1:]]} or more rows"
         else:
@@ -71,7 +71,7 @@ def _hf_bands(
     scratch: Scratch,
     prefix: str = "",
 ) -> Iterable[tuple[int, Tensor]]:
-    """(row, rows) of one HF tensor out of a checkpoint, in order, in the stored dtype; valid until the next."""
+    """Yield (first row, band) of one HF tensor in row order, in the stored dtype; a band is valid until the next."""
     for param, box in boxes:
         key = prefix + param.key
         dtype = stored.tensors[key][1]
@@ -92,14 +92,14 @@ def _weighted(params: Sequence[StoredParam]) -> list[tuple[tuple[str, list[tuple
 def hf_tensors(
     stored: TorchDistReader, params: Sequence[StoredParam], buffer_bytes: int, workers: Workers, prefix: str = ""
 ) -> Iterator[tuple[str, Iterable[tuple[int, Tensor]]]]:
-    """The HF tensors of this process by name, each as its bands, which must be read before the next tensor."""
+    """Yield (name, bands) of this process's HF tensors; read the bands of one before taking the next."""
     scratch = Scratch()
     for name, boxes in workers.mine(_weighted(params)):
         yield name, _hf_bands(boxes, stored, buffer_bytes, scratch, prefix)
 
 
 def sha256_of(parts: Iterable[memoryview]) -> str:
-    """Digest of bytes that come in parts."""
+    """Return the sha256 of bytes that come in parts."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -110,12 +110,13 @@ def hf_digests(
     stored: TorchDistReader, params: Sequence[StoredParam], dtypes: Mapping[str, torch.dtype] | None,
     buffer_bytes: int, workers: Workers, *, prefix: str = "",
 ) -> dict[str, str]:  # fmt: skip
-    """sha256 of every HF tensor as a checkpoint would give it back, in the dtypes of its files.  Collective.
+    """Return the sha256 of every HF tensor as read from a checkpoint, converted to ``dtypes``.  Collective.
 
-    With ``dtypes`` None in the stored dtype, with a ``prefix`` of the optimizer's state instead of the weights.
+    With ``dtypes`` None the tensors keep their stored dtypes.  With a ``prefix``, the optimizer state under that prefix
+    is digested instead of the weights.
 
     Raises:
-        CheckpointError: on every process.
+        CheckpointError: on every process, if any process failed.
     """
 
     def work() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A checkpoint cut anew: other chunks, another padding of the vocabulary, the same numbers; optimizer included."""
+"""Copy a checkpoint with other chunks or another vocabulary padding; the numbers, optimizer state included, stay."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from megatron_tropd.weights.coordinates.checkpoint_boxes import StoredParam
 from megatron_tropd.weights.files.torch_dist import ChunkFile, TorchDistReader
 
 _MODEL_KEY = re.compile("|".join(rf"(?<![^.]){re.escape(prefix)}" for prefix in MODEL_PREFIXES))
-"""Where a model's key begins inside a key."""
+"""Matches where the key of a model weight begins inside a stored key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyJob:
-    """One parameter, or its state in an optimizer, to be cut anew."""
+    """One parameter, or one optimizer state of it, to be copied in other chunks."""
 
     prefix: str
-    """What stands before the model's key: "" for the weights, ``optimizer.state.exp_avg.`` and so on."""
+    """Text before the model's key: "" for a weight, else ``optimizer.state.exp_avg.`` and the like."""
     param: StoredParam
 
     @property
@@ -39,15 +39,19 @@ class CopyJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyPlan:
-    """Everything of a checkpoint that goes into another."""
+    """Everything that is copied from one checkpoint into another."""
 
     jobs: tuple[CopyJob, ...]
     objects: tuple[str, ...]
-    """Values that are not tensors; carried over byte for byte."""
+    """Keys of values that are not tensors; these are copied byte for byte."""
 
 
 def _prefixes(stored: TorchDistReader) -> list[str]:
-    """Of the weights, which have none, and of every state that is kept for each of them."""
+    """Return the prefixes of stored keys: "" for the weights, and one for each kind of optimizer state.
+
+    Raises:
+        CheckpointError: a tensor is neither a weight nor the state of one.
+    """
     prefixes = [""]
     for key in sorted(stored.tensors):
         if not (match := _MODEL_KEY.search(key)):
@@ -61,10 +65,10 @@ def _prefixes(stored: TorchDistReader) -> list[str]:
 
 
 def plan_copy(stored: TorchDistReader, params: Sequence[StoredParam], *, weights_only: bool) -> CopyPlan:
-    """What to copy.  An optimizer keeps tensors of the shapes of the weights, under their keys with a prefix.
+    """Plan what to copy.  Optimizer state has the shapes of the weights, and their keys with a prefix.
 
     Raises:
-        CheckpointError: the checkpoint is of another model, or holds a tensor whose meaning is not known.
+        CheckpointError: the checkpoint is of another model, or a tensor is neither a weight nor state of one.
     """
     prefixes = [""] if weights_only else _prefixes(stored)
     for prefix in prefixes:
@@ -79,10 +83,10 @@ def plan_copy(stored: TorchDistReader, params: Sequence[StoredParam], *, weights
 def write_copy(
     stored: TorchDistReader, folder: Path, copy: CopyPlan, buffer_bytes: int, workers: Workers
 ) -> dict[str, FileRecord]:
-    """Cut the tensors of a checkpoint anew: other chunks, another vocabulary padding, the same numbers.  Collective.
+    """Write the tensors and objects of ``copy`` into ``folder``, in the chunks and padding of the plan.  Collective.
 
     Raises:
-        CheckpointError: on every process.
+        CheckpointError: on every process, if any process failed.
     """
 
     def fill(job: CopyJob, rows: range, band: Tensor) -> None:

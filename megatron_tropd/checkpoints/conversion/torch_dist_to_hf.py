@@ -1,4 +1,4 @@
-"""A torch_dist checkpoint to HF files."""
+"""Convert a torch_dist checkpoint to HF files."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def torch_dist_to_hf(
     """Fill the files of ``writer`` (made by :meth:`HfWriter.create`) from a checkpoint.  Collective.
 
     Args:
-        stored: The checkpoint.
-        params: Its model.
-        writer: One per process, of the same directory.
-        buffer_bytes: Largest band.
-        workers: Who shares the work.
-        verify: Hold every tensor against the sha256 in the writer's manifest.
+        stored: Reader of the checkpoint.
+        params: All parameters of its model.
+        writer: Every process has its own, for the same directory.
+        buffer_bytes: Size limit of a band.
+        workers: The processes that share the work.
+        verify: Compare every tensor with its sha256 in the writer's manifest, where there is one.
 
     Returns:
         sha256 of the bytes written, by HF tensor.
 
     Raises:
-        CheckpointError: on every process.
+        CheckpointError: on every process, if any process failed.
     """
 
     def work() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What was written, read again and compared with its source."""
+"""Read written files again and compare their digests with those of the source."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def verify_stored(
     folder: Path, params: Sequence[StoredParam], source: HfCheckpoint, digests: Mapping[str, str], buffer_bytes: int,
     workers: Workers,
 ) -> None:  # fmt: skip
-    """Read a written checkpoint again and hold every HF tensor against the digest of its source.  Collective.
+    """Read a written checkpoint again and compare every HF tensor with the digest of its source.  Collective.
 
     Raises:
         CheckpointError: on every process; names the tensors that differ.
@@ -34,7 +34,7 @@ def verify_stored(
 
 
 def verify_hf(writer: HfWriter, digests: Mapping[str, str], workers: Workers) -> None:
-    """Read HF files again before they are published, and hold every tensor against what was written.  Collective.
+    """Read HF files again before they are published, and compare every tensor with ``digests``.  Collective.
 
     Raises:
         CheckpointError: on every process; names the tensors that differ.

@@ -31,20 +31,20 @@ class Workers:
 
     @classmethod
     def of_job(cls) -> Workers:
-        """All processes torchrun started."""
+        """Return the workers of this job: all processes that torchrun started."""
         return cls(rank=dist.get_rank(), count=dist.get_world_size())
 
     def mine(self, items: Sequence[tuple[T, int]]) -> list[T]:
-        """This process's share of ``(item, bytes)`` pairs; the same deal on every process."""
+        """Return this process's share of ``(item, weight)`` pairs.  All processes compute the same shares."""
         return _shares(items, self.count)[self.rank]
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank.  Collective."""
+        """Return the values of all processes, by rank.  Collective."""
         parts: list[T] = [value] * self.count
         if self.count > 1:
             dist.all_gather_object(parts, value)
         return parts
 
     def merge(self, mine: dict[str, str]) -> dict[str, str]:
-        """The mappings of all processes as one, in name order.  Collective."""
+        """Return the mappings of all processes as one, in name order.  Collective."""
         return dict(sorted((name, value) for part in self.gather(mine) for name, value in part.items()))

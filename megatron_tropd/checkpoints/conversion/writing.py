@@ -1,4 +1,4 @@
-"""Writing a torch_dist checkpoint as a stream of row bands, one file per process."""
+"""Write a torch_dist checkpoint as a stream of row bands, one file per process."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from megatron_tropd.weights.files.byte_ranges import Scratch
 from megatron_tropd.weights.files.torch_dist import ChunkFile, WrittenFile, make_metadata, write_metadata
 
 Fill = Callable[[range, Tensor], None]
-"""Puts some rows of a parameter into a tensor of those rows; where there is padding it holds zeros."""
+"""Copies the given rows of a parameter into a tensor of those rows; padding rows are zero already and stay so."""
 
 
 def rows_of(shape: Index, dtype: torch.dtype, buffer_bytes: int) -> int:
-    """Rows of a parameter that fit a buffer; at least one."""
+    """Return how many rows of a parameter fit into a buffer; at least 1."""
     return max(1, buffer_bytes // (math.prod(shape[1:]) * dtype.itemsize))
 
 
 class ParamWriter:
-    """Stores parameters in one process's file, band by band, each band cut into a target rank's columns."""
+    """Stores parameters in one process's file, band by band; a band is split into the target ranks' columns."""
 
     def __init__(self, file: ChunkFile, buffer_bytes: int) -> None:
         self._file, self._buffer_bytes = file, buffer_bytes
         self._band, self._piece = Scratch(), Scratch()
 
     def add(self, param: StoredParam, key: str, dtype: torch.dtype, fill: Fill) -> None:
-        """Store ``param`` under ``key``; ``fill`` gives its rows."""
+        """Store ``param`` under ``key``, with the rows that ``fill`` provides."""
         lead = (1,) * len(param.at)
         for rows in param.bands(rows_of(param.shape, dtype, self._buffer_bytes)):
             band = self._band.take((len(rows), *param.shape[1:]), dtype)
@@ -65,7 +65,7 @@ def finish(
 
 
 def write_plain_files(folder: Path) -> None:
-    """Megatron's own files of a checkpoint that holds weights and nothing else."""
+    """Write the files besides the tensors that Megatron expects in a checkpoint that holds only weights."""
     torch.save({COMMON_KEY: {}}, folder / COMMON_FILE)
     save_config(CheckpointingConfig("torch_dist"), str(folder))
 

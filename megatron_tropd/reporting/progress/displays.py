@@ -23,22 +23,22 @@ class Display(Protocol):
     """Where progress is shown."""
 
     def start(self) -> None:
-        """Before the first event."""
+        """Prepare the display, before the first event."""
 
     def phase(self, name: str, detail: str) -> None:
-        """A phase began, ended (empty name) or got on (``detail``)."""
+        """Show that a phase began, ended (empty name) or made progress (``detail``)."""
 
     def step(self, report: StepReport, eta: float | None) -> None:
-        """A step is done."""
+        """Show a finished step."""
 
     def evaluation(self, report: EvalReport, before: float | None) -> None:
-        """An evaluation is done; ``before`` is the first accuracy with this way of decoding."""
+        """Show a finished evaluation; ``before`` is the first accuracy with this way of decoding."""
 
     def message(self, text: str) -> None:
-        """Something that a person should read."""
+        """Show a text that a person should read."""
 
     def close(self) -> None:
-        """After the last event."""
+        """Close the display, after the last event."""
 
 
 class LineDisplay:
@@ -51,10 +51,10 @@ class LineDisplay:
         self._stream = stream
 
     def start(self) -> None:
-        """Nothing to prepare."""
+        """Do nothing: there is nothing to prepare."""
 
     def phase(self, name: str, detail: str) -> None:
-        """Phases would only fill the log; their seconds are in ``metrics.jsonl``."""
+        """Do nothing: phases would only fill the log, and their seconds are in ``metrics.jsonl``."""
 
     def step(self, report: StepReport, eta: float | None) -> None:
         """Write the line of a step that is due."""
@@ -67,12 +67,12 @@ class LineDisplay:
         self.message(eval_line(report, before))
 
     def message(self, text: str) -> None:
-        """Write a line at once: a log that lags is of no use after a crash."""
+        """Write and flush a line at once, so that the log is complete after a crash."""
         self._stream.write(f"{text}\n")
         self._stream.flush()
 
     def close(self) -> None:
-        """The stream is not ours to close."""
+        """Do nothing: the stream belongs to the caller."""
 
 
 class LiveDisplay:
@@ -112,13 +112,13 @@ class LiveDisplay:
         self._draw(now=True)
 
     def evaluation(self, report: EvalReport, before: float | None) -> None:
-        """Keep the line above the panel and the accuracy inside it."""
+        """Print the line above the panel and show the accuracy inside the panel."""
         change = "" if before is None else f" ({100 * (report.accuracy - before):+.1f})"
         self._accuracy[report.decoding] = f"{percent(report.accuracy)}{change}"
         self.message(eval_line(report, before))
 
     def message(self, text: str) -> None:
-        """Print above the panel; as it is, for model text may look like markup."""
+        """Print above the panel, without reading markup: model text may look like markup."""
         self._live.console.print(Text(text), soft_wrap=True)
         self._draw(now=True)
 

@@ -1,4 +1,4 @@
-"""Wall seconds by phase, so that the phases of a step add up to what was spent in them."""
+"""Wall seconds by phase, so that the phases of a step add up to the time spent in them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from collections.abc import Iterator
 class PhaseClock:
     """Charges time to the innermost open phase: an evaluation inside ``train`` is not counted twice.
 
-    On a GPU the caller synchronises where it wants a phase to own its kernels; reading the loss does.
+    On a GPU the caller synchronises inside a phase whose kernels it wants to charge to that phase; reading the loss
+    synchronises.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class PhaseClock:
             self._open.pop()
 
     def take_seconds(self) -> dict[str, float]:
-        """What was charged since the last call."""
+        """Seconds charged to each phase since the last call."""
         self._charge()
         taken, self._seconds = self._seconds, {}
         return taken

@@ -1,4 +1,4 @@
-"""What the terminal shows while a run goes on.
+"""Shows the progress of a run on the terminal.
 
 Rank 0 makes a :class:`Progress`: a live panel on a terminal, plain lines in Megatron's style everywhere
 else (a pipe, ``NO_COLOR``, ``TERM=dumb``).  All other ranks make a :class:`NullProgress`, which only
@@ -51,16 +51,16 @@ class NullProgress:
         return self._clock.take_seconds()
 
     def detail(self, text: str) -> None:
-        """How far the open phase got, such as ``37/128 rollouts``."""
+        """Report how far the open phase got, such as ``37/128 rollouts``."""
 
     def step(self, report: StepReport) -> None:
-        """A step is done."""
+        """Report a finished step."""
 
     def evaluation(self, report: EvalReport) -> None:
-        """An evaluation is done."""
+        """Report a finished evaluation."""
 
     def message(self, text: str) -> None:
-        """Something that a person should read."""
+        """Report a text that a person should read."""
 
 
 class Progress(NullProgress):
@@ -100,7 +100,7 @@ class Progress(NullProgress):
             self.detail("")
 
     def detail(self, text: str) -> None:
-        """How far the open phase got; cheap enough to call for every rollout."""
+        """Show how far the open phase got; cheap enough to call for every rollout."""
         self._show(lambda display: display.phase(self._clock.current, text))
 
     def step(self, report: StepReport) -> None:
@@ -109,7 +109,7 @@ class Progress(NullProgress):
         self._show(lambda display: display.step(report, eta))
 
     def evaluation(self, report: EvalReport) -> None:
-        """Show an evaluation, next to the first one that this process saw."""
+        """Show an evaluation, compared with the first one that this process saw."""
         before = self._first_accuracy.get(report.decoding)
         self._first_accuracy.setdefault(report.decoding, report.accuracy)
         self._show(lambda display: display.evaluation(report, before))
@@ -119,7 +119,7 @@ class Progress(NullProgress):
         self._show(lambda display: display.message(text))
 
     def _show(self, event: Callable[[Display], None]) -> None:
-        """A terminal that went away (``| head``, a lost connection) ends the display, not the training."""
+        """Pass an event to the display; a lost terminal (``| head``, a lost connection) does not end the training."""
         if self._display is None:
             return
         try:
@@ -130,7 +130,7 @@ class Progress(NullProgress):
 
 
 def _silence(stream: TextIO) -> None:
-    """Point a lost standard output at nothing: the interpreter flushes it at its end, and would exit with 120."""
+    """Redirect a lost standard output to the null device: flushing it at exit would give exit code 120."""
     if stream is sys.stdout:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

@@ -12,7 +12,7 @@ _WINDOW = 20
 class Eta:
     """Seconds left, from the wall time of the last steps with their checkpoints and evaluations.
 
-    A window forgets the first steps, which compile and warm up.
+    The window leaves out the first steps, which compile and warm up.
     """
 
     def __init__(self, total_steps: int) -> None:
@@ -20,7 +20,7 @@ class Eta:
         self._marks: deque[float] = deque(maxlen=_WINDOW + 1)
 
     def start(self, now: float) -> None:
-        """The first step begins."""
+        """Record that the first step begins."""
         self._marks.append(now)
 
     def after(self, step: int, now: float) -> float | None:
@@ -33,7 +33,7 @@ class Eta:
 
 
 def tokens_per_second(report: StepReport) -> float | None:
-    """The reported throughput, or response tokens by measured seconds."""
+    """The reported throughput, or response tokens divided by measured seconds."""
     reported = report.metrics.get("throughput/tokens_per_second")
     seconds = sum(report.seconds.values())
     if reported is not None or not seconds:
@@ -82,7 +82,7 @@ def duration(seconds: float | None) -> str:
 
 
 def step_fields(report: StepReport) -> dict[str, str]:
-    """Label and value of what is worth showing of a step; what was not measured is left out."""
+    """Label and value of the numbers of a step that are shown; a number that was not measured is left out."""
     fields = {
         "loss": f"{report.loss:.4f}",
         "grad norm": f"{report.grad_norm:.3f}",

@@ -1,4 +1,4 @@
-"""How figures look: colours, axes, and files that suit a light and a dark page.
+"""The style of the figures: colours, axes, and files that suit a light and a dark page.
 
 Colours are those of Okabe and Ito, which people with any kind of colour vision can tell apart.
 """
@@ -92,7 +92,7 @@ def draw(axes: Axes, series: Series, label: str, index: int = 0) -> None:
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean over a centred window; what is not finite is left out of it."""
+    """Mean over a centred window; values that are not finite are left out."""
     half = max(width // 2, 1)
     means = []
     for index in range(len(values)):

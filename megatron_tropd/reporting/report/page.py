@@ -66,7 +66,7 @@ _PAGE = """<!DOCTYPE html>
 
 
 def page(title: str, body: Iterable[str]) -> str:
-    """The whole document.  Its policy forbids scripts and requests, should an escape ever be missing."""
+    """The whole document.  Its content policy forbids scripts and requests, in case an escape is ever missing."""
     return _PAGE.format(title=text(title), style=STYLE, body="\n".join(part for part in body if part))
 
 
@@ -76,13 +76,13 @@ def text(value: object) -> str:
 
 
 def section(title: str, *parts: str) -> str:
-    """A heading and what stands below it; nothing where that is nothing."""
+    """A heading and the content below it; an empty string without content."""
     content = "\n".join(part for part in parts if part)
     return f"<section><h2>{text(title)}</h2>\n{content}</section>" if content else ""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Iterable[int] = ()) -> str:
-    """A table from cells that are HTML already; ``numbers`` are the columns set flush right."""
+    """A table from cells that are HTML already; ``numbers`` are the right-aligned columns."""
     right = set(numbers)
     lines = [_row("th", [text(cell) for cell in head], right), *(_row("td", row, right) for row in rows)]
     return f'<div class="wide"><table>{"".join(lines)}</table></div>' if len(lines) > 1 else ""

@@ -20,7 +20,7 @@ from megatron_tropd.reporting.report.figure_style import Series
 
 Records = Sequence[Record]
 
-# Blue and sky would touch in the stack of a step, and are alike on a dark page.
+# Without sky: blue and sky would touch in the stack of a step, and look alike on a dark page.
 _PHASE_COLOURS = (style.BLUE, style.RED, style.GREEN, style.PINK, style.ORANGE, style.YELLOW)
 
 
@@ -36,7 +36,7 @@ def series(records: Records, name: str) -> Series:
 
 
 def accuracy(records: Records) -> Figure | None:
-    """Held-out accuracy by way of decoding, with the standard error of a share of that many prompts."""
+    """Held-out accuracy for each way of decoding, with the standard error of a share of that many prompts."""
     evaluations = of_kind(records, "eval")
     if not evaluations:
         return None
@@ -147,7 +147,7 @@ FIGURES: dict[str, Callable[[Records], Figure | None]] = {
 
 
 def make_plots(records: Records, directory: Path) -> list[Path]:
-    """Write every figure that has data, as SVG and PNG; the paths that were written."""
+    """Write every figure that has data, as SVG and PNG; returns the paths that were written."""
     paths: list[Path] = []
     for name, make in FIGURES.items():
         figure = make(records)

@@ -13,7 +13,7 @@ LONGEST_TEXT = 6000
 
 
 def rollouts(directory: Path) -> str:
-    """A few rollouts of the first and of the last step that has any."""
+    """A few rollouts of the first and of the last step that has rollouts."""
     files = sorted(directory.glob("step_*.jsonl"))
     chosen = list(dict.fromkeys([*files[:1], *files[-1:]]))
     parts = [_step(path) for path in chosen]

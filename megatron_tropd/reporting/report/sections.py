@@ -1,4 +1,4 @@
-"""The sections of the report, each from what was read of the run directory."""
+"""The sections of the report; each is made from data that was read from the run directory."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ KEY_FLAGS = (
     "pipeline-model-parallel-size",
     "rollout-engine",
 )
-"""What is shown of a configuration where its defaults are not known."""
+"""The flags that are shown where the defaults of a configuration are not known."""
 
 
 def headline(name: str, records: Sequence[Record], environment: dict[str, Any]) -> str:
-    """Title and the few numbers that one looks for first."""
+    """Title and the few most important numbers."""
     steps = of_kind(records, "step")
     tiles = [(f"{decoding}, accuracy", _change(points)) for decoding, points in _by_decoding(records).items()]
     if steps:
@@ -103,7 +103,7 @@ def _accuracy(record: Record) -> str:
 
 
 def configuration(config: dict[str, Any], config_text: str, environment: dict[str, Any]) -> str:
-    """What differs from the defaults where they are known, else the flags that matter most; then all."""
+    """The flags that differ from their defaults where these are known, else the main flags; then all flags."""
     changed = environment.get("changed_flags")
     if changed is not None:
         caption, shown = "Flags that differ from their defaults.", changed

@@ -21,7 +21,7 @@ from megatron_tropd.reporting.report.rollouts import rollouts
 
 
 def write_report(run_dir: Path) -> Path:
-    """Draw the curves again and write ``report.html``; its path."""
+    """Draw the curves again and write ``report.html``; returns its path."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ValueError(f"run directory {run_dir} does not exist")
@@ -64,7 +64,7 @@ def _mapping(config_text: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Write report.html of a run directory again.")
     parser.add_argument("run_dir", type=Path)
     print(write_report(parser.parse_args().run_dir))

@@ -50,21 +50,24 @@ class ParamBoxes:
     """One parameter of one rank's model."""
 
     names: tuple[str, ...]
-    """What the model may call it.  A GPTModel: the Transformer Engine spec's name first, layers and experts
-    numbered LOCALLY, behind ``model0.``, ``model1.`` ... where a rank has several model chunks."""
+    """Names that it may have in the model.  In a GPTModel: the Transformer Engine spec's name comes first, layers and
+    experts are numbered LOCALLY, and names begin with ``model0.``, ``model1.`` ... if a rank has several chunks."""
     shape: Index
     """Local shape, vocabulary padding included."""
     boxes: tuple[Box, ...]
 
 
 def block(hf_name: str, hf_start: int, size: Index, local_row: int, *stack: int) -> Box:
-    """A box of whole rows: ``size`` from row ``hf_start``, placed at row ``local_row`` (of entry ``stack``)."""
+    """Return a box of whole rows: ``size`` from row ``hf_start``, placed at row ``local_row`` (of entry ``stack``)."""
     rest = (0,) * (len(size) - 1)
     return Box(hf_name=hf_name, start=(hf_start, *rest), size=size, local_start=(*stack, local_row, *rest))
 
 
 def column_block(hf_name: str, shape: Index, parts: int, part: int, *stack: int) -> Box:
-    """Columns ``part`` of ``parts`` of a matrix of ``shape``, filling the local matrix (of entry ``stack``)."""
+    """Return the box of share ``part`` of the columns of a matrix of ``shape``, cut evenly into ``parts`` shares.
+
+    It fills the local matrix (of entry ``stack``).
+    """
     columns = shape[1] // parts
     return Box(
         hf_name=hf_name, start=(0, part * columns), size=(shape[0], columns), local_start=(*stack, 0, 0)

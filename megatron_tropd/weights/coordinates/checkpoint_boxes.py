@@ -1,11 +1,11 @@
-"""Where every parameter lies in a Megatron ``torch_dist`` checkpoint.  Integers only, as in ``boxes.py``.
+"""Where every parameter lies in a Megatron ``torch_dist`` checkpoint.  Integers only, as in ``box.py``.
 
 Such a checkpoint has no layout: every parameter of every layer (and expert) is one rectangle of a global
 tensor.  Layers are stacked along a leading dimension, experts along a second one; query, key and value
-rows lie interleaved by query group, gate rows before up rows, and the vocabulary is padded.  That is what
-a rank of a 1 x 1 layout holds, so the boxes of that one rank are the whole map between HF files and
-checkpoints.  What a checkpoint is *cut* into is free; cutting where a target layout cuts lets each of its
-ranks read its own bytes and no others.
+rows lie interleaved by query group, gate rows before up rows, and the vocabulary is padded.  The only rank of
+a 1 x 1 layout holds the same parameters, so its boxes are the whole map between HF files and checkpoints.
+A checkpoint may be *cut* into chunks of any size; cutting where a target layout cuts lets each of its ranks
+read its own bytes and no others.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StoredParam:
     of: Index
     """Sizes of those dimensions."""
     shape: Index
-    """Of the parameter itself, vocabulary padding included."""
+    """Shape of the parameter itself, vocabulary padding included."""
     boxes: tuple[Box, ...]
     """HF rectangles, each of whole rows, in the order of the rows they fill."""
     cut: Index
@@ -54,7 +54,7 @@ class StoredParam:
 
     @property
     def real_rows(self) -> int:
-        """Rows that HF tensors fill; a padded vocabulary has more."""
+        """Number of rows that HF tensors fill; a padded vocabulary table has more rows."""
         return max(box.local_start[0] + box.size[0] for box in self.boxes)
 
     @property
@@ -63,16 +63,16 @@ class StoredParam:
         return not self.of and len(self.shape) == 2
 
     def bands(self, max_rows: int) -> Iterator[range]:
-        """Consecutive ranges of rows, none longer than ``max_rows`` and none across a cut."""
+        """Yield consecutive ranges of rows, none longer than ``max_rows`` (at least 1) and none across a cut."""
         for first in range(0, self.shape[0], self.cut[0]):
             rows = min(self.cut[0], self.shape[0] - first)
-            step = -(-rows // -(-rows // max(1, max_rows)))  # as even as it goes
+            step = -(-rows // -(-rows // max(1, max_rows)))  # ranges as equal in length as possible
             for start in range(first, first + rows, step):
                 yield range(start, min(start + step, first + rows))
 
 
 def _place(names: Sequence[str], arch: Architecture) -> tuple[str, Index, Index]:
-    """(key, at, of) of the parameter a GPTModel calls ``names[0]``."""
+    """Return (key, at, of) of the parameter whose name in a GPTModel is ``names[0]``."""
     layer = _LAYER.fullmatch(names[0])
     if layer is None:
         return names[0], (), ()
@@ -85,7 +85,7 @@ def _place(names: Sequence[str], arch: Architecture) -> tuple[str, Index, Index]
 
 
 def _cut(whole: ParamBoxes, part: ParamBoxes) -> Index:
-    """Sizes of the runs of ``whole`` that the first target rank's ``part`` is made of."""
+    """Return the sizes of the runs of ``whole`` that make up ``part``, the first target rank's parameter."""
     place = {(box.hf_name, box.start): box.local_start[0] for box in whole.boxes}
     run = part.shape[0]
     for box in part.boxes:
@@ -96,7 +96,7 @@ def _cut(whole: ParamBoxes, part: ParamBoxes) -> Index:
 
 
 def stored_params(arch: Architecture, layout: ParallelLayout) -> tuple[StoredParam, ...]:
-    """Every parameter of the model, padded as ``layout`` says and cut at its tensor and expert tensor ranks.
+    """Return every parameter of the model, padded and cut for the TP and expert-TP sizes of ``layout``.
 
     Raises:
         ValueError: the model cannot be cut that way.
@@ -114,7 +114,7 @@ def stored_params(arch: Architecture, layout: ParallelLayout) -> tuple[StoredPar
 
 
 def by_hf_tensor(params: Sequence[StoredParam]) -> dict[str, list[tuple[StoredParam, Box]]]:
-    """For every HF tensor its boxes and where they are stored, in the order of its rows."""
+    """Return, for every HF tensor, its boxes with the parameters that store them, in the order of its rows."""
     found: dict[str, list[tuple[StoredParam, Box]]] = {}
     for param in params:
         for box in param.boxes:

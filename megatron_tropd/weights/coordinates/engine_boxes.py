@@ -2,9 +2,9 @@
 
 Parameter names and shapes are those of SGLang 0.5.23's own modules, unquantised: q, k and v merged as [q|k|v] with
 key/value heads repeated where there are more ranks than heads; gate and up merged; the vocabulary padded to a
-multiple of 64 (of 64 x TP where that does not divide); experts stacked as ``w13_weight`` [E, 2I, H] (gate
+multiple of 64 (of 64 x TP where TP does not divide that); experts stacked as ``w13_weight`` [E, 2I, H] (gate
 above up) and ``w2_weight`` [E, H, I]; a tied head is the embedding itself.  A server without a GPU pads feed-forward
-columns too.  What is padded has no box.
+columns too.  Padding has no box.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ CPU_FFN_PADDING = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLayout:
-    """How one engine cuts the model: ``--sglang-tp-size`` ranks, experts over ``--sglang-ep-size`` of them.
+    """How one engine cuts the model over ``tp`` ranks (``--sglang-tp-size``).
 
-    Each expert is shared by ``tp / ep`` consecutive ranks (SGLang's ``moe_tp``).
+    The experts are divided among ``ep`` groups of ranks (``--sglang-ep-size``).  Each group has ``tp / ep``
+    consecutive ranks (SGLang's ``moe_tp``), which share every expert of the group.
     """
 
     tp: int = 1
@@ -38,7 +39,7 @@ class EngineLayout:
         return self.tp // self.ep
 
     def padded_vocab_size(self, vocab_size: int) -> int:
-        """Rows of the vocabulary tables over all ranks, padding included."""
+        """Return the rows of a vocabulary table over all ranks, padding included."""
         padded = -(-vocab_size // VOCAB_PADDING) * VOCAB_PADDING
         if padded % self.tp == 0:
             return padded
@@ -46,12 +47,12 @@ class EngineLayout:
         return -(-vocab_size // multiple) * multiple
 
     def padded_ffn_size(self, size: int) -> int:
-        """Feed-forward columns over all ranks that share them, padding included."""
+        """Return the feed-forward columns over all ranks that share them, padding included."""
         multiple = CPU_FFN_PADDING * self.tp if self.cpu else 1
         return -(-size // multiple) * multiple
 
     def cut_errors(self, arch: Architecture) -> list[str]:
-        """Why SGLang cannot cut the model this way; empty when it can."""
+        """Return the reasons why SGLang cannot cut the model this way; empty when it can."""
         if self.tp < 1 or self.ep < 1 or self.tp % self.ep:
             return [f"--sglang-ep-size {self.ep} does not divide --sglang-tp-size {self.tp}"]
         tp = f"--sglang-tp-size {self.tp}"
@@ -76,7 +77,7 @@ class EngineLayout:
 
 
 def _qkv(arch: Architecture, engine: EngineLayout, rank: int, prefix: str, kind: str) -> ShapeAndBoxes:
-    """[q | k | v] of this rank's heads; key/value head ``rank // repeats`` where heads are repeated."""
+    """Return shape and boxes of [q | k | v] of a rank's heads: k/v head ``rank // repeats`` where they are repeated."""
     rest = hf_shape(arch, f"{prefix}q_proj.{kind}")[1:]
     q_rows = arch.num_attention_heads // engine.tp * arch.head_dim
     kv_heads = max(1, arch.num_query_groups // engine.tp)
@@ -107,7 +108,7 @@ class _Share:
         return cls(start=start, real=min(max(size - start, 0), columns), columns=columns)
 
     def gate_up(self, prefix: str, hidden: int, *stack: int) -> list[Box]:
-        """[gate; padding; up; padding]"""
+        """Return the boxes of the rows [gate; padding; up; padding]."""
         if not self.real:
             return []
         return [
@@ -116,7 +117,7 @@ class _Share:
         ]
 
     def down(self, prefix: str, hidden: int, *stack: int) -> list[Box]:
-        """[down | padding]"""
+        """Return the box of the columns [down | padding]."""
         if not self.real:
             return []
         size, start = (hidden, self.real), (0, self.start)
@@ -177,10 +178,10 @@ def _experts(arch: Architecture, engine: EngineLayout, rank: int, prefix: str) -
 
 
 def engine_boxes(arch: Architecture, engine: EngineLayout, rank: int) -> tuple[ParamBoxes, ...]:
-    """Every parameter of the model on tensor-parallel rank ``rank`` of an engine.
+    """Return every parameter of the model on tensor-parallel rank ``rank`` of an engine.
 
     Raises:
-        ValueError: SGLang cannot cut the model this way (the message names the flags), or no such rank.
+        ValueError: SGLang cannot cut the model this way (the message names the flags), or the engine has no such rank.
     """
     if errors := engine.cut_errors(arch):
         raise ValueError("; ".join(errors))
@@ -199,10 +200,12 @@ def engine_boxes(arch: Architecture, engine: EngineLayout, rank: int) -> tuple[P
 
 
 def parameter_names(arch: Architecture, hf_names: Collection[str]) -> set[str]:
-    """Parameters of an engine that the HF tensors ``hf_names`` fill; how the engine is cut does not change their names.
+    """Return the names of an engine's parameters that the HF tensors ``hf_names`` fill completely.
+
+    The names do not depend on how the engine is cut.
 
     Raises:
-        ValueError: SGLang has no such model.
+        ValueError: SGLang does not support the model.
     """
     given = set(hf_names)
     params = engine_boxes(arch, EngineLayout(), 0)

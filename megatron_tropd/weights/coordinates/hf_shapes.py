@@ -13,10 +13,10 @@ Index = tuple[int, ...]
 
 
 def hf_shape(arch: Architecture, hf_name: str) -> Index:
-    """Shape of one HF tensor, found by the end of its name.
+    """Return the shape of one HF tensor, found by the end of its name.
 
     Raises:
-        KeyError: no such module is known.
+        KeyError: the module in the name is none of those listed here.
     """
     hidden = arch.hidden_size
     ffn = arch.moe_intermediate_size if ".experts." in hf_name else arch.ffn_hidden_size
@@ -44,7 +44,7 @@ def hf_shape(arch: Architecture, hf_name: str) -> Index:
 
 
 def _model_rules(arch: Architecture) -> Iterator[tuple[WeightRule, int, int]]:
-    """Every (rule, layer, expert) of the whole model in HF reading order; 0 where there is none."""
+    """Yield (rule, layer, expert) for the whole model in HF order; 0 where a rule has no layer or expert."""
     yield EMBEDDING_RULE, 0, 0
     for layer in range(arch.num_layers):
         for rule in arch.layer_rules():
@@ -58,7 +58,7 @@ def _model_rules(arch: Architecture) -> Iterator[tuple[WeightRule, int, int]]:
 
 
 def hf_shapes(arch: Architecture) -> dict[str, Index]:
-    """Name and shape of every tensor of the HF checkpoint, without ``lm_head.weight`` when it is tied."""
+    """Return name and shape of every tensor of the HF checkpoint, without ``lm_head.weight`` when it is tied."""
     return {
         name: hf_shape(arch, name)
         for rule, layer, expert in _model_rules(arch)

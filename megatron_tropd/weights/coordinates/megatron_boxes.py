@@ -51,10 +51,12 @@ def _gate_up(arch: Architecture, names: tuple[str, ...], parts: int, part: int) 
 
 
 def _qkv(arch: Architecture, names: tuple[str, ...], parts: int, part: int) -> ShapeAndBoxes:
-    """Rows [q_0..q_r-1, k, v] of every query group one after the other, cut evenly (weight or bias).
+    """Return shape and boxes of one rank's share of [q_0..q_r-1, k, v], the rows of a query group (weight or bias).
 
-    With more ranks than groups the cut goes through a group, as Megatron's does: it gathers the
-    activations of a group, not its weights.
+    The groups lie one after the other, and their rows are cut evenly.
+
+    With more ranks than groups a cut goes through a group, as in Megatron, which gathers the activations of
+    a group, not its weights.
     """
     rest = hf_shape(arch, names[0])[1:]
     q_rows = arch.num_attention_heads // arch.num_query_groups * arch.head_dim
@@ -73,7 +75,7 @@ def _qkv(arch: Architecture, names: tuple[str, ...], parts: int, part: int) -> S
 
 
 def _vocab(arch: Architecture, name: str, layout: ParallelLayout, tp_rank: int) -> ShapeAndBoxes:
-    """Rows of the padded table that are real rows; a rank of nothing but padding has no box."""
+    """Return this rank's part of the padded table and the box of its real rows; none if all rows are padding."""
     rows = layout.padded_vocab_size(arch.vocab_size) // layout.tp
     first = tp_rank * rows
     real = min(rows, arch.vocab_size - first)
@@ -98,7 +100,7 @@ class _RuleInstance:
 
 
 def _chunk_rules(arch: Architecture, layout: ParallelLayout, coords: RankCoords, chunk: int) -> Iterator[_RuleInstance]:
-    """Every parameter of one model chunk, in the order of the model."""
+    """Yield every parameter of one model chunk, in the order of the model."""
     if coords.pp == 0 and chunk == 0:
         yield _RuleInstance(rule=EMBEDDING_RULE)
     per_rank = arch.num_experts // layout.ep
@@ -120,7 +122,7 @@ def _chunk_rules(arch: Architecture, layout: ParallelLayout, coords: RankCoords,
 
 
 def rank_boxes(arch: Architecture, layout: ParallelLayout, rank: int) -> tuple[ParamBoxes, ...]:
-    """Every parameter of the GPTModel on ``rank``, of all its chunks.
+    """Return every parameter of the GPTModel on ``rank``, of all its chunks.
 
     Raises:
         ValueError: the weights cannot be cut by this layout; the message names the flags.
@@ -147,11 +149,11 @@ def rank_boxes(arch: Architecture, layout: ParallelLayout, rank: int) -> tuple[P
 
 
 def owners(arch: Architecture, layout: ParallelLayout) -> tuple[OwnedBox, ...]:
-    """One sender for every region of the HF model: each HF element is in exactly one of these boxes.
+    """Return one sender for every region of the HF model: each HF element is in exactly one of these boxes.
 
     Replicas (data or context parallel, tensor parallel norms, experts of another expert-data rank, the tied
     output table of the last stage) hold boxes with equal coordinates; the lowest rank that holds one sends
-    it.  Sorted by HF tensor in the order of :func:`hf_shapes`, then by rank, and equal on every rank.
+    it.  The boxes are sorted by HF tensor in the order of :func:`hf_shapes`, then by rank; equal on every rank.
     """
     order = {name: number for number, name in enumerate(hf_shapes(arch))}
     seen: set[tuple[str, Index]] = set()

@@ -1,4 +1,4 @@
-"""The parameters of a live module, paired with their boxes.  The one file of this room that knows tensors."""
+"""The parameters of a live module, paired with their boxes.  The only module of this package that uses tensors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from megatron_tropd.weights.coordinates.box import ParamBoxes
 
 
 class WeightMismatch(ValueError):
-    """A module's parameters are not those the architecture and layout call for."""
+    """A module's parameters are not those that its architecture and layout require."""
 
 
 def local_parameters(model: nn.Module | Sequence[nn.Module]) -> dict[str, Tensor]:
-    """Parameters by GPTModel name, whether or not ``model`` is wrapped in Float16Module or DDP.
+    """Return the parameters by GPTModel name, whether or not ``model`` is wrapped in Float16Module or DDP.
 
-    Several model chunks (a virtual pipeline) are a sequence; their names begin with ``model0.``, ``model1.`` ...
+    Several model chunks (a virtual pipeline) are a sequence; the names then begin with ``model0.``, ``model1.`` ...
     """
     if not isinstance(model, nn.Module):
         if len(model) == 1:
@@ -35,7 +35,7 @@ def match_parameters(params: Mapping[str, Tensor], boxes: Iterable[ParamBoxes]) 
     """Pair every parameter with its boxes, by any of its names.
 
     Raises:
-        WeightMismatch: a parameter is missing, unknown or of another shape; all of them in one message.
+        WeightMismatch: a parameter is missing, unknown or of another shape; one message reports all problems.
     """
     problems, pairs, used = [], [], set()
     for wanted in boxes:

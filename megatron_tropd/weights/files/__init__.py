@@ -1,12 +1,12 @@
 """Weights in files: Hugging Face safetensors, and Megatron's torch_dist.
 
     hf_checkpoint.py   an opened Hugging Face directory: headers checked, ranges read on demand
-    load.py            fills a live module from one
-    hf_writer.py       writes one, from a manifest of how its files looked (hf_manifest.py)
+    load.py            fills a live module from such a directory
+    hf_writer.py       writes the weight files of one, from a manifest of how they looked (hf_manifest.py)
     torch_dist.py      reads and writes torch_dist checkpoints chunk by chunk, without holding a model
 
-``safetensors_header.py``, ``torch_dist_chunk.py`` and ``byte_ranges.py`` are what those are made of.  What a training
-checkpoint is around its tensors (directories, digests, metadata) is the room ``checkpoints``.
+``safetensors_header.py``, ``torch_dist_chunk.py`` and ``byte_ranges.py`` are the parts that those are built from.  The
+package ``checkpoints`` has the rest of a training checkpoint: directories, digests and metadata.
 """
 
 FRONT = {

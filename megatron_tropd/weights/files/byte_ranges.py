@@ -1,4 +1,4 @@
-"""Positioned reads: a range of a file straight into a tensor, nothing mapped, nothing read twice."""
+"""Read ranges of files straight into tensors, without memory maps and without an intermediate copy."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ HASH_CHUNK_BYTES = 1 << 24
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The raw bytes of a tensor, row-major (little-endian machines only, as safetensors is)."""
+    """Return the raw bytes of a tensor, row-major (little-endian machines only; safetensors is little-endian)."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
 def sha256_of_range(path: Path, offset: int, nbytes: int) -> str:
-    """Digest of a range of a file."""
+    """Return the sha256 of a range of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         stream.seek(offset)
@@ -32,17 +32,16 @@ def sha256_of_range(path: Path, offset: int, nbytes: int) -> str:
 
 
 class Scratch:
-    """One piece of memory under many tensors, one at a time.
+    """One piece of memory that many tensors use, one at a time.
 
-    Allocating each of them anew leaves the allocator with holes of many sizes: 350 MB were seen held where
-    140 MB were in use.
+    Allocating each tensor anew fragments the process's memory: 350 MB were seen held where 140 MB were in use.
     """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor with a storage of exactly its size and any values, until the next one is taken."""
+        """Return an uninitialised tensor whose storage has exactly its size; valid until the next call."""
         count = math.prod(shape)
         if count * dtype.itemsize > len(self._memory):
             self._memory = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
@@ -53,7 +52,7 @@ class Scratch:
 class FileRanges:
     """The files of one directory, each opened at its first use.
 
-    Memory maps are avoided on purpose: their pages count as resident memory of the process.
+    Memory maps are avoided because their pages count as resident memory of the process.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -69,14 +68,14 @@ class FileRanges:
         return self._open[file]
 
     def read(self, file: str, offset: int, count: int) -> bytes:
-        """``count`` bytes, fewer at the end of the file."""
+        """Read ``count`` bytes, fewer at the end of the file."""
         return os.pread(self._descriptor(file), count, offset)
 
     def read_into(self, file: str, offset: int, target: Tensor) -> None:
         """Fill a contiguous CPU tensor with the bytes at ``offset``.
 
         Raises:
-            ValueError: the file ends before.
+            ValueError: the file ends too early, or the tensor is not contiguous.
         """
         if not target.is_contiguous():
             raise ValueError(f"cannot read {file} into a tensor that is not contiguous")

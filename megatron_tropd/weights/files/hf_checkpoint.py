@@ -1,4 +1,4 @@
-"""Reading Hugging Face checkpoint directories: headers first, then only the ranges that are asked for."""
+"""Read Hugging Face checkpoint directories: all headers first, then only the ranges that are needed."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgp
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfCheckpoint:
-    """An opened HF directory: every file complete, every tensor known, named once and of the right shape."""
+    """An opened HF directory whose files are complete and whose tensors have the expected names and shapes."""
 
     directory: Path
     arch: Architecture
     headers: dict[str, FileHeader]
     """By file name, in name order."""
     index_text: str | None
-    """``model.safetensors.index.json`` as it stands, None for a one-file checkpoint."""
+    """Unchanged text of ``model.safetensors.index.json``, None for a one-file checkpoint."""
     tensors: dict[str, TensorInfo]
     _ranges: FileRanges = field(repr=False, compare=False)
     _handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -42,7 +42,7 @@ class HfCheckpoint:
         """Read and check the headers; ``arch`` defaults to what ``config.json`` says.
 
         Raises:
-            HfCheckpointError: what is wrong with which file or tensor.
+            HfCheckpointError: a file or a tensor is missing or wrong; the message names it.
             FileNotFoundError, ValueError: no usable ``config.json``.
         """
         directory = Path(directory)
@@ -72,7 +72,7 @@ class HfCheckpoint:
         return self.arch.tie_word_embeddings and LM_HEAD in self.tensors
 
     def read(self, name: str, start: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
-        """The rectangle ``size`` at ``start`` of a tensor (all of it by default), in the file's dtype, on the CPU."""
+        """Read the rectangle ``size`` at ``start`` of a tensor (default: all), in the file's dtype, on the CPU."""
         info = self.tensors[name]
         start = start if start is not None else (0,) * len(info.shape)
         size = size if size is not None else info.shape
@@ -93,7 +93,7 @@ class HfCheckpoint:
         self._ranges.read_into(info.file, info.offset + row * (info.nbytes // info.shape[0]), target)
 
     def sha256(self, name: str) -> str:
-        """Digest of a tensor's bytes as they lie in the file."""
+        """Return the sha256 of a tensor's bytes in the file."""
         info = self.tensors[name]
         return sha256_of_range(self.directory / info.file, info.offset, info.nbytes)
 
@@ -116,7 +116,7 @@ class HfCheckpoint:
 
 
 def _read_index(directory: Path) -> tuple[str | None, dict[str, str] | None]:
-    """(text, tensor -> file) of the index; (None, None) for a one-file checkpoint."""
+    """Return (text, tensor -> file) of the index; (None, None) for a one-file checkpoint."""
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     if single.is_file() and index.is_file():
         raise HfCheckpointError(
@@ -168,7 +168,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _check_tensors(arch: Architecture, tensors: dict[str, TensorInfo]) -> None:
-    """Names and shapes against the architecture; all complaints in one message."""
+    """Check names and shapes against the architecture; one message reports all problems (at most 8)."""
     expected = hf_shapes(arch)
     allowed = expected | ({LM_HEAD: expected[EMBED_TOKENS]} if arch.tie_word_embeddings else {})
     problems = []
@@ -186,7 +186,7 @@ def _check_tensors(arch: Architecture, tensors: dict[str, TensorInfo]) -> None:
 
 
 def is_sidecar(path: Path) -> bool:
-    """Whether a file of an HF directory describes the model (config, tokenizer, chat template) and holds no weights."""
+    """Return whether a file of an HF directory holds no weights (config, tokenizer, chat template and the like)."""
     return (
         path.is_file()
         and not path.name.startswith(".")
@@ -196,7 +196,7 @@ def is_sidecar(path: Path) -> bool:
 
 
 def copy_sidecars(source: str | Path, target: str | Path, *, skip: Iterable[str] = ()) -> list[str]:
-    """Copy what is not weights (config, tokenizer, generation config, chat template, licence) byte for byte."""
+    """Copy all files without weights (config, tokenizer, chat template, licence) byte for byte; return their names."""
     target = Path(target)
     target.mkdir(parents=True, exist_ok=True)
     skipped = set(skip)

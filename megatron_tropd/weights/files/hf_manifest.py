@@ -1,4 +1,4 @@
-"""What the files of an HF checkpoint looked like, so that they can be written again byte for byte."""
+"""A record of the files of an HF checkpoint, without their data, so that they can be written again byte for byte."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfManifest:
-    """The shape of a checkpoint without its numbers.
+    """The files of a checkpoint without their data.
 
-    It keeps each file's header as text: order, metadata, dtypes and padding then come out as they went
-    in, whatever program wrote the source.
+    It keeps each file's header as text, so that order, metadata, dtypes and padding are written as they were
+    read, whatever program wrote the source.
     """
 
     headers: dict[str, FileHeader]
     index_text: str | None
     sha256: dict[str, str]
-    """Digest of each tensor's bytes; empty where the weights are not those of a source any more."""
+    """Digest of each tensor's bytes; empty if none was recorded or the weights are no longer the source's."""
     vocab_size: int
     padded_vocab_size: int | None = None
 
@@ -50,7 +50,7 @@ class HfManifest:
     def of(
         cls, checkpoint: HfCheckpoint, *, sha256: Mapping[str, str] | None = None, padded_vocab_size: int | None = None
     ) -> HfManifest:
-        """The manifest of an opened checkpoint."""
+        """Return the manifest of an opened checkpoint."""
         return cls(
             headers=dict(checkpoint.headers),
             index_text=checkpoint.index_text,
@@ -63,7 +63,7 @@ class HfManifest:
     def default(
         cls, arch: Architecture, dtype: torch.dtype, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES
     ) -> HfManifest:
-        """A layout of our own for weights that came with no manifest: one file, or shards with an index."""
+        """Return a manifest for weights that have none: one file, or several files with an index."""
         shards: list[dict[str, tuple[int, ...]]] = [{}]
         filled = 0
         for name, shape in hf_shapes(arch).items():
@@ -87,11 +87,11 @@ class HfManifest:
         )
 
     def aliases(self, arch: Architecture) -> dict[str, str]:
-        """Tensors that are written as copies of another one: a tied head that the source stored anyway."""
+        """Return (copy -> original) for tensors written as copies of another: a tied head that the source stored."""
         return {LM_HEAD: EMBED_TOKENS} if arch.tie_word_embeddings and LM_HEAD in self.tensors else {}
 
     def without_digests(self) -> HfManifest:
-        """The same layout for other numbers."""
+        """Return the same manifest without digests, for weights with other values."""
         return replace(self, sha256={})
 
     def check(self, arch: Architecture) -> None:
@@ -103,7 +103,7 @@ class HfManifest:
             raise HfCheckpointError(f"{MANIFEST_FILE} is of another model; first difference: {differing[0]}")
 
     def to_json(self) -> str:
-        """Text of the manifest file."""
+        """Return the text of the manifest file."""
         value: dict[str, Any] = {
             "format": FORMAT,
             "vocab_size": self.vocab_size,
@@ -116,7 +116,7 @@ class HfManifest:
 
     @classmethod
     def from_json(cls, text: str) -> HfManifest:
-        """Inverse of :meth:`to_json`.
+        """Read a manifest from the text of :meth:`to_json`.
 
         Raises:
             HfCheckpointError: not a manifest of this format.
@@ -137,6 +137,6 @@ class HfManifest:
 
     @classmethod
     def load(cls, directory: str | Path) -> HfManifest | None:
-        """The manifest kept in ``directory``, or None."""
+        """Read the manifest in ``directory``; None if it has none."""
         path = Path(directory) / MANIFEST_FILE
         return cls.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Writing HF safetensors files from a manifest: tensors arrive in any order, each is held once."""
+"""Write HF safetensors files from a manifest: tensors arrive in any order and are written one at a time."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class HfWriter:
     """
 
     def __init__(self, directory: str | Path, manifest: HfManifest, arch: Architecture) -> None:
-        """Raises HfCheckpointError: the manifest is of another model."""
+        """Raise HfCheckpointError if the manifest is of another model."""
         manifest.check(arch)
         self.directory, self.manifest = Path(directory), manifest
         self._copies: dict[str, list[str]] = {}
@@ -55,11 +55,11 @@ class HfWriter:
         self._paths = {file: self.directory / (file + TMP_SUFFIX) for file in manifest.headers}
 
     def names(self, source: str) -> tuple[str, ...]:
-        """The tensors that get the rows of ``source``: itself, and a tied head that is stored anyway."""
+        """Return the tensors that get the rows of ``source``: itself, and a tied head that is stored too."""
         return (source, *self._copies.get(source, ()))
 
     def create(self) -> None:
-        """Headers, and room for the data."""
+        """Write the headers and extend the files to their full size."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for file, header in self.manifest.headers.items():
             with self._paths[file].open("wb") as stream:
@@ -67,7 +67,7 @@ class HfWriter:
                 stream.truncate(header.file_bytes)
 
     def write_rows(self, source: str, row: int, rows: Tensor) -> memoryview:
-        """Put ``rows`` from row ``row`` of tensor ``source`` on; returns the bytes as written."""
+        """Write ``rows`` to tensor ``source`` (and its copies) from row ``row`` on; return the bytes as written."""
         info = self.manifest.tensors[source]
         data = tensor_bytes(rows.to(info.dtype))
         for name in self.names(source):
@@ -78,12 +78,12 @@ class HfWriter:
         return data
 
     def written_sha256(self, name: str) -> str:
-        """Digest of a tensor's bytes as they lie in the unpublished file."""
+        """Return the sha256 of a tensor's bytes in the unpublished file."""
         info = self.manifest.tensors[name]
         return sha256_of_range(self._paths[info.file], info.offset, info.nbytes)
 
     def check_digest(self, source: str, sha256: str) -> None:
-        """Raise HfCheckpointError unless ``sha256`` is what the manifest recorded of the tensor (if it did)."""
+        """Raise HfCheckpointError if the manifest recorded another digest than ``sha256`` for the tensor."""
         for name in self.names(source):
             if self.manifest.sha256.get(name, sha256) != sha256:
                 raise HfCheckpointError(
@@ -91,7 +91,7 @@ class HfWriter:
                 )
 
     def publish(self) -> int:
-        """Give every file its name, the index last; returns the number of bytes."""
+        """Give every file its final name and write the index last; return the bytes of the safetensors files."""
         for file, path in self._paths.items():
             fsync_path(path)
             os.replace(path, self.directory / file)
@@ -101,7 +101,7 @@ class HfWriter:
         return sum(header.file_bytes for header in self.manifest.headers.values())
 
     def discard(self) -> None:
-        """Remove what has not been published."""
+        """Remove the files that have not been published."""
         for path in self._paths.values():
             path.unlink(missing_ok=True)
 
@@ -110,10 +110,10 @@ def write_hf_files(
     directory: str | Path, manifest: HfManifest, arch: Architecture, tensors: Iterable[tuple[str, Tensor]],
     *, verify: bool,
 ) -> int:  # fmt: skip
-    """Write the safetensors files (and index) that ``manifest`` describes; returns the number of bytes.
+    """Write the safetensors files (and index) that ``manifest`` describes; return the bytes of those files.
 
-    Each tensor is cast to its recorded dtype.  Nothing has its final name before every tensor of every
-    file is there; the index comes last.  With ``verify`` the bytes must have the recorded digests.
+    Each tensor is cast to its recorded dtype.  No file gets its final name before every tensor of every
+    file is written; the index comes last.  With ``verify`` the bytes must have the recorded digests.
 
     Raises:
         HfCheckpointError: a tensor is missing, unknown, repeated, of another shape or of other bytes.

@@ -1,4 +1,4 @@
-"""Filling a rank's GPTModel from an HF checkpoint, reading only the ranges this rank holds."""
+"""Fill a rank's GPTModel from an HF checkpoint, reading only the ranges that this rank holds."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def load_hf_into(
     model: nn.Module | Sequence[nn.Module], checkpoint: HfCheckpoint, arch: Architecture, layout: ParallelLayout,
     rank: int,
 ) -> None:  # fmt: skip
-    """Copy this rank's part of ``checkpoint`` into ``model``; vocabulary padding becomes zero.  Not collective.
+    """Copy this rank's part of ``checkpoint`` into ``model``; vocabulary padding becomes zero.  Not a collective.
 
-    Values are cast to the parameter's dtype (exact where it is at least as wide as the file's).
+    Values are cast to the parameter's dtype (exact if that is the file's dtype or fp32).
 
     Raises:
-        WeightMismatch: the module is not ``arch`` cut by ``layout``; nothing has been copied then.
+        WeightMismatch: the module is not ``arch`` cut by ``layout``; nothing has been copied in this case.
         HfCheckpointError: a stored copy of tied embeddings differs from them.
     """
     boxes = rank_boxes(arch, layout, rank)

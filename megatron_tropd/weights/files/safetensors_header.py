@@ -1,4 +1,4 @@
-"""The header of a safetensors file: read and checked without touching the data, or made anew.
+"""The header of a safetensors file: read and checked without reading the data, or newly made.
 
 A file is: 8 bytes little-endian header length, the header (JSON, padded with spaces), the data.
 """
@@ -17,7 +17,7 @@ import torch
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""The dtypes a dense checkpoint has.  Quantized ones need their scales and are refused."""
+"""The supported dtypes.  Quantized tensors, which need their scales, are refused."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -27,7 +27,7 @@ class HfCheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """Where one tensor lies."""
+    """Where one tensor lies, and its dtype and shape."""
 
     file: str
     dtype: torch.dtype
@@ -105,7 +105,7 @@ def parse_header(text: str, file: str) -> FileHeader:
 
 
 def read_header(path: Path) -> FileHeader:
-    """Header of the file at ``path``.
+    """Read and check the header of the file at ``path``.
 
     Raises:
         HfCheckpointError: as :func:`parse_header`, or the file is shorter or longer than its header says.
@@ -133,7 +133,7 @@ def read_header(path: Path) -> FileHeader:
 
 
 def make_header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, file: str) -> FileHeader:
-    """The header the safetensors library writes for tensors of one dtype with metadata ``{"format": "pt"}``."""
+    """Return the header that the safetensors library writes for tensors of one dtype, metadata ``{"format": "pt"}``."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name in sorted(shapes):

@@ -1,9 +1,9 @@
-"""The torch_dist format, chunk by chunk: what Megatron's ``dist_checkpointing`` reads and writes, without
-ever holding a model.
+"""Read and write torch_dist, the format of Megatron's ``dist_checkpointing``, chunk by chunk, without ever
+holding a model in memory.
 
-A checkpoint is ``.metadata`` (a pickled torch.distributed.checkpoint ``Metadata``: every global tensor, its
-chunks, and the byte range of each) and ``.distcp`` files, in which each chunk is what ``torch.save`` makes of a
-tensor (``chunk_header.py``).
+A checkpoint consists of ``.metadata`` (a pickled torch.distributed.checkpoint ``Metadata``: every global tensor,
+its chunks, and the byte range of each) and ``.distcp`` files, which hold each chunk in the format of
+``torch.save`` (``torch_dist_chunk.py``).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WrittenFile:
-    """What one process wrote."""
+    """The file that one process wrote, and where its chunks and objects are in it."""
 
     name: str
     nbytes: int
@@ -63,7 +63,7 @@ class WrittenFile:
 
 
 class ChunkFile:
-    """The ``.distcp`` file of one process: appended to, hashed on the way, durable when closed."""
+    """The ``.distcp`` file of one process: data is appended and hashed; closing makes the file durable."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._name = f"__{rank}_0.distcp"
@@ -74,14 +74,14 @@ class ChunkFile:
         self._objects: dict[str, ByteRange] = {}
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append raw bytes (the file-like side, which ``torch.save`` calls)."""
+        """Append raw bytes (part of the file interface that ``torch.save`` uses)."""
         self._digest.update(data)
         count = self._stream.write(data)
         self._written += count
         return count
 
     def flush(self) -> None:
-        """Part of the file-like side; :meth:`close` flushes."""
+        """Do nothing (part of the file interface that ``torch.save`` uses); :meth:`close` flushes."""
 
     def _since(self, offset: int) -> ByteRange:
         return ByteRange(file=self._name, offset=offset, length=self._written - offset)
@@ -101,7 +101,7 @@ class ChunkFile:
         self._objects[key] = self._since(offset)
 
     def close(self) -> WrittenFile:
-        """Make the file durable."""
+        """Make the file durable, close it and return what was written."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
@@ -114,12 +114,12 @@ class ChunkFile:
         )
 
     def abandon(self) -> None:
-        """Close without a promise."""
+        """Close the file without making it durable."""
         self._stream.close()
 
 
 def make_metadata(files: Iterable[WrittenFile], tensors: Mapping[str, tuple[Index, torch.dtype]]) -> Metadata:
-    """The ``.metadata`` of ``files``, whose global tensors have these shapes and dtypes."""
+    """Return the ``.metadata`` of ``files``, whose global tensors have these shapes and dtypes."""
     entries: dict[str, Any] = {
         key: TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
         for key, (shape, dtype) in tensors.items()
@@ -143,14 +143,17 @@ def write_metadata(folder: Path, metadata: Metadata) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Index:
-    """The chunks of one global tensor, sorted: layers are stacked, so the first index says much."""
+    """The chunks of one global tensor, sorted by start.
+
+    Layers are stacked along the first dimension, so an index along it selects few chunks.
+    """
 
     chunks: list[Chunk]
     firsts: list[int]
     longest: int
 
     def near(self, start: int, stop: int) -> list[Chunk]:
-        """Chunks that may touch the first indices from ``start`` to ``stop``."""
+        """Return the chunks that may touch the first indices from ``start`` to ``stop``."""
         low, high = bisect_left(self.firsts, start - self.longest + 1), bisect_left(self.firsts, stop)
         return self.chunks[low:high]
 
@@ -169,11 +172,13 @@ def _index(key: str, parts: Iterable[ChunkStorageMetadata], places: Mapping[Any,
 
 
 class TorchDistReader:
-    """Rectangles of the global tensors of a checkpoint, reading only their bytes.
+    """Reads rectangles of the global tensors of a checkpoint.
+
+    Of a chunk that a rectangle touches, it reads whole rows (the whole chunk if that is not contiguous).
 
     Args:
         folder: The checkpoint.
-        metadata: Its ``.metadata``, as ``checkpoints/safety.py`` reads it, which unpickles plain data only.
+        metadata: Its ``.metadata``, read by ``checkpoints/safety.py``, which unpickles plain data only.
     """
 
     def __init__(self, folder: str | Path, metadata: Metadata) -> None:
@@ -197,7 +202,7 @@ class TorchDistReader:
         self._ranges.close()
 
     def read_object(self, key: str) -> bytes:
-        """Serialized bytes of a value that is not a tensor."""
+        """Return the serialized bytes of a value that is not a tensor."""
         span = self.objects[key]
         return self._ranges.read(span.file, span.offset, span.length)
 
@@ -205,7 +210,7 @@ class TorchDistReader:
         """Fill ``target`` with the rectangle of its shape that begins at ``start``, cast to its dtype.
 
         Raises:
-            TorchDistError: no chunk holds a part of it, or a chunk is damaged.
+            TorchDistError: the chunks do not hold all of it, or a chunk is damaged.
         """
         if key not in self._chunks:
             raise TorchDistError(f"the checkpoint has no tensor {key}")

@@ -1,6 +1,7 @@
-"""What ``torch.save`` makes of one tensor, read without loading it: a zip file whose pickled half says how the
-tensor lies in its storage, and whose other half is the storage, uncompressed.  The numbers are therefore a
-plain range of bytes of the file.
+"""Read the header of one tensor in the format of ``torch.save``, without loading the tensor.
+
+The format is a zip file that holds a pickle, which describes how the tensor lies in its storage, and the storage
+itself, uncompressed.  The elements are therefore a plain range of bytes of the file.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _STORAGE_DTYPES = {
 
 
 class TorchDistError(ValueError):
-    """A torch_dist checkpoint does not hold what is asked of it, or is damaged."""
+    """A torch_dist checkpoint lacks data that was to be read, or is damaged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,7 @@ class ByteRange:
 
 
 class _Window(io.RawIOBase):
-    """A range of a file as a file of its own, for ``zipfile``."""
+    """A range of a file that ``zipfile`` can read as a separate file."""
 
     def __init__(self, ranges: FileRanges, span: ByteRange) -> None:
         self._ranges, self._range, self._position = ranges, span, 0
@@ -80,7 +81,7 @@ class ChunkHeader:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether the numbers lie row by row without holes."""
+        """Whether the elements lie row by row without holes."""
         dense = itertools.accumulate(reversed(self.shape[1:]), lambda a, b: a * b, initial=1)
         return all(n == 1 or s == d for n, s, d in zip(reversed(self.shape), reversed(self.stride), dense, strict=True))
 
@@ -90,7 +91,7 @@ def _rebuild(storage: Any, first: int, shape: Sequence[int], stride: Sequence[in
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Reads what ``torch.save`` writes of one tensor, and makes nothing but numbers of it."""
+    """Unpickles the description of one tensor, and refuses every class that a plain tensor does not need."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -107,7 +108,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def read_header(ranges: FileRanges, span: ByteRange) -> ChunkHeader:
-    """Where the numbers of the chunk at ``span`` are.
+    """Read the header of the chunk at ``span``.
 
     Raises:
         TorchDistError: it is not one plain, uncompressed, little-endian tensor.

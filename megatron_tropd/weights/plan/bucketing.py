@@ -1,4 +1,4 @@
-"""Cutting a stream of copies into buckets, so that no rank ever stages more than a bucket.  Integers only."""
+"""Divide a stream of copies into buckets, so that no rank ever stages more than a bucket.  Integers only."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections import defaultdict
 from collections.abc import Hashable
 
 HEADER_BYTES = 64
-"""What every message carries besides its payload (``message.py``)."""
+"""Size of the header of every message (``transport/message.py``)."""
 
 
 class BucketPacker:
-    """First fit: a copy goes to the first bucket in which its sender and its receiver have room.
+    """First fit: a copy goes to the first bucket, from the pair's last one on, with room for sender and receiver.
 
-    All ranks work through the buckets in the same order, so one that is busy elsewhere does not hold up
-    the others: stages of a pipeline and engines fill each other's gaps.
+    All ranks work through the buckets in the same order.  Copies of different pairs of ranks go into the same
+    bucket where there is room, so that pipeline stages and engines do not wait for each other.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -21,7 +21,7 @@ class BucketPacker:
         self._filled: defaultdict[Hashable, list[int]] = defaultdict(list)
         """By rank: bytes in each of its buckets, headers included."""
         self._current: dict[tuple[Hashable, Hashable], int] = {}
-        """By pair: the bucket of its last copy."""
+        """By pair (sender, receiver): the bucket of its last copy."""
 
     def _room(self, rank: Hashable, bucket: int) -> int:
         filled = self._filled[rank]
@@ -33,7 +33,7 @@ class BucketPacker:
         filled[bucket] += num_bytes
 
     def place(self, sender: Hashable, receiver: Hashable, num_bytes: int) -> int:
-        """The bucket of a copy of ``num_bytes`` (at most the capacity less a header)."""
+        """Place a copy of ``num_bytes`` (at most the capacity less a header) and return its bucket."""
         pair = (sender, receiver)
         bucket = self._current.get(pair, -1)
         if bucket < 0 or min(self._room(sender, bucket), self._room(receiver, bucket)) < num_bytes:

@@ -1,4 +1,4 @@
-"""Which machine and device every rank is on, found out where it runs, so that a plan can choose near senders."""
+"""The machine and device of every rank, determined in its own process, so that a plan can choose senders nearby."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Location:
     """Where the weights of a rank are.  Equal for two ranks on one GPU, or in the host memory of one machine."""
 
     machine: str
-    """The same in every container of a machine: the id of its kernel's boot."""
+    """Boot id of the kernel, equal in every container of a machine; the host name where there is no boot id."""
     device: str
-    """UUID of a GPU, which is the same under any CUDA_VISIBLE_DEVICES; "cpu" for host memory."""
+    """UUID of a GPU, which does not depend on CUDA_VISIBLE_DEVICES; "cpu" for host memory."""
 
 
 def location(params: Iterable[Tensor]) -> Location:
-    """Of the process that holds ``params``."""
+    """Return the location of ``params``, which this process holds: that of the first one."""
     device = next((tensor.device for tensor in params), torch.device("cpu"))
     machine = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else socket.gethostname()
     name = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else device.type
@@ -36,7 +36,7 @@ def location(params: Iterable[Tensor]) -> Location:
 def number_placements(
     sources: Sequence[Location], engines: Sequence[Sequence[Location]]
 ) -> tuple[tuple[Placement, ...], tuple[tuple[Placement, ...], ...]]:
-    """Numbers for :func:`build_plan`: ``source_placements`` and ``engine_placements``, in order of appearance."""
+    """Return ``source_placements`` and ``engine_placements`` of :func:`build_plan`, numbered in order of appearance."""
     nodes: dict[str, int] = {}
     devices: dict[Location, int] = {}
 
@@ -47,7 +47,7 @@ def number_placements(
 
 
 def ranks_on_one_gpu(sources: Sequence[Location], engines: Sequence[Sequence[Location]]) -> str:
-    """Names a trainer rank and an engine rank whose weights are on the same GPU; empty where none are."""
+    """Return the names of a trainer rank and an engine rank with weights on the same GPU; empty if there are none."""
     for number, engine in enumerate(engines):
         for engine_rank, at in enumerate(engine):
             if at.device != "cpu" and at in sources:

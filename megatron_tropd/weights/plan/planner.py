@@ -1,9 +1,9 @@
-"""Who sends which bytes of which parameter to whom, decided once and equal on every rank.  Integers only.
+"""Decide which rank sends which bytes of which parameter to which rank.  Integers only; equal on every rank.
 
 Every destination box is intersected with the shards that the source ranks hold.  Each piece gets one
-sender: on the same GPU if one is there, else on the same node, else the replica that sends least so far,
-else the lowest rank.  Pieces are laid into buckets; a message is what one sender sends one receiver in one
-bucket.  ``proof.py`` checks a plan without believing any of this.
+sender: a replica on the same GPU if there is one, else on the same node, else any; of equally near ones the
+replica that sends least so far, then the lowest rank.  Pieces are put into buckets; a message is everything
+that one sender sends one receiver in one bucket.  ``proof.py`` checks a plan without using this module.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_tropd.weights.plan.types import (
 
 
 def source_params(arch: Architecture, layout: ParallelLayout) -> list[tuple[tuple[int, ...], tuple[ParamBoxes, ...]]]:
-    """(ranks, their parameters) for every set of Megatron ranks that hold the same."""
+    """Return (ranks, their parameters) for every set of Megatron ranks that hold the same parameters."""
     alike: dict[tuple[int, ...], list[int]] = {}
     for rank in range(layout.world_size):
         c = layout.coords(rank)
@@ -42,18 +42,18 @@ def source_params(arch: Architecture, layout: ParallelLayout) -> list[tuple[tupl
 
 
 class _Senders:
-    """Chooses a sender for every piece and remembers how much each sends."""
+    """Chooses a sender for every piece and counts the bytes that each rank sends."""
 
     def __init__(self, places: Sequence[Placement]) -> None:
         self._placements = places
         self._load = [0] * len(places)
 
     def distances(self, target: Placement) -> list[int]:
-        """By source rank: 0 on the target's GPU, 1 on its node, 2 elsewhere."""
+        """Return, by source rank: 0 on the target's GPU, 1 on its node, 2 elsewhere."""
         return [0 if place == target else 1 if place.node == target.node else 2 for place in self._placements]
 
     def choose(self, holders: Iterable[Holder], distances: Sequence[int], num_bytes: int) -> tuple[int, Holder]:
-        """The sender of a piece of ``num_bytes`` and its parameter."""
+        """Choose the sender of a piece of ``num_bytes``; return it and the parameter that holds the piece."""
         load = self._load
         _, _, rank, _, holder = min(
             (distances[rank], load[rank], rank, number, holder)
@@ -67,7 +67,7 @@ class _Senders:
 def _wanted(
     shards: dict[str, TensorShards], params: Iterable[ParamBoxes], max_elements: int
 ) -> list[tuple[str, str, Piece]]:
-    """(HF name, parameter, piece) of one destination rank in the order of its model, none above ``max_elements``."""
+    """Return (HF name, parameter, piece) for one destination rank in model order, no piece above ``max_elements``."""
     return [
         (box.hf_name, param.names[0], part)
         for param in params
@@ -89,7 +89,7 @@ def _copies(
     rank: int,
     itemsize: int,
 ) -> Iterator[Copy]:
-    """One copy per piece, its sender chosen."""
+    """Choose the sender of every piece and yield one copy per piece."""
     distances = senders.distances(target)
     for hf_name, name, piece in wanted:
         num_bytes = piece.numel * itemsize
@@ -102,7 +102,7 @@ def _copies(
 
 
 def _apart(num_sources: int, engines: Sequence[EngineLayout]) -> tuple[list[Placement], list[list[Placement]]]:
-    """Places of ranks of which nothing is known: none shares a node with another."""
+    """Return placements for ranks whose places are not known: no two share a node."""
     node = count()
     return (
         [Placement(node=next(node), gpu=0) for _ in range(num_sources)],
@@ -134,10 +134,10 @@ def build_plan(
     """Plan one update of every engine.
 
     Args:
-        dtype: Of every parameter on both sides, by torch's name (:data:`ITEMSIZES`).
+        dtype: Dtype of every parameter on both sides, by torch's name (:data:`ITEMSIZES`).
         bucket_bytes: Staging memory a rank may use, headers included.
-        source_placements: By source rank; by default each rank is alone on its node, and so is each engine rank.
-        engine_placements: By engine and rank.
+        source_placements: By source rank.
+        engine_placements: By engine and rank.  Unless both are given, no two ranks share a node.
 
     Raises:
         PlanError, ValueError: a layout that does not fit the model, sources that lack an element, a bucket
@@ -153,7 +153,7 @@ def build_plan(
     itemsize, half = ITEMSIZES[dtype], bucket_bytes // STAGING_HALVES
     senders, packer = _Senders(source_placements), BucketPacker(half)
     lots: dict[tuple[int, int, int, int], list[Copy]] = {}
-    wanted: dict[tuple[EngineLayout, int], list[tuple[str, str, Piece]]] = {}  # engines cut alike want alike
+    wanted: dict[tuple[EngineLayout, int], list[tuple[str, str, Piece]]] = {}  # shared by engines of one layout
     for engine, engine_layout in enumerate(engines):
         for rank in range(engine_layout.tp):
             key = (engine_layout, rank)

@@ -1,17 +1,17 @@
-"""Does a plan deliver every weight?  Checked copy by copy, without the planner.
+"""Check that a plan delivers every weight, copy by copy and without the planner.
 
 The planner intersects boxes and cuts them into pieces; the proof goes the other way.  It traces each copy from its
 source parameter to HF coordinates, and from its destination parameter to HF coordinates; both must be the same
-rectangle of the same tensor.  The rectangles that arrive in a destination box must tile it.  Of a plan, only the list
-of copies is used.
+rectangle of the same tensor.  The rectangles that arrive in a destination box must tile it.  No rank may stage more
+than half a plan's ``bucket_bytes`` in one bucket.  A plan's placements and digest are not checked.
 
-What the proof shares with the planner, and what it does not: both take the boxes of trainer ranks and engine ranks
-from ``weights/coordinates``.  A wrong box would be wrong in both, and no plan could show it.  Those boxes are therefore
+The proof and the planner share one thing: both take the boxes of trainer ranks and engine ranks from
+``weights/coordinates``.  A wrong box would be wrong in both, and the proof could not find it.  The boxes are therefore
 tested against the real modules: Megatron's, loaded from HF files and compared with transformers
 (tests/test_model_parity.py, tests/test_weights_oracle.py), and SGLang's, whose own loaders fill them
 (tests/test_sglang_modules.py).  The proof also checks what it can of the boxes themselves: they lie inside their
-tensors and parameters, they do not overlap, and the ranks of an engine hold the whole model.  Everything else here is
-written without the planner: the intersection of boxes, the choice of senders and the buckets.
+tensors and parameters, they do not overlap, and the ranks of an engine hold the whole model.  It uses none of the
+planner's code for the intersection of boxes, the choice of senders and the buckets.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ProofError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanProof:
-    """What was checked.  That it exists means that every check passed."""
+    """Totals of a plan that passed every check."""
 
     copies: int
     parameters: int
@@ -49,19 +49,19 @@ class PlanProof:
     """Bytes of all destination elements that are not padding."""
     bytes_sent: int
     padding_elements: int
-    """Destination elements that no copy touches: rows beyond the vocabulary."""
+    """Destination elements that no copy writes: rows beyond the vocabulary, feed-forward padding of CPU engines."""
     staging_bytes: int
     """The most that one rank sends or receives in one bucket, headers included."""
 
     @property
     def redundancy(self) -> float:
-        """Bytes sent per byte needed: 1 or the plan would not have passed."""
+        """Bytes sent per byte needed; 1 for every plan that passes."""
         return self.bytes_sent / self.bytes_needed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Area:
-    """A box as plain corners, with a number of its own."""
+    """A box as plain corners, with a number that is unique on its rank."""
 
     number: int
     hf_name: str
@@ -103,7 +103,7 @@ def _areas_by_name(params: Iterable[ParamBoxes]) -> _AreasByName:
 
 
 def _trace(areas: Iterable[_Area], low: Index, high: Index) -> tuple[_Area, Index] | None:
-    """The area that contains a rectangle, and the rectangle's HF corner."""
+    """Return the area that contains a rectangle and the rectangle's first HF corner; None if there is no such area."""
     for area in areas:
         if all(a <= b and c <= d for a, b, c, d in zip(area.low, low, high, area.high, strict=True)):
             return area, tuple(hf + at - base for hf, at, base in zip(area.hf_low, low, area.low, strict=True))
@@ -111,7 +111,7 @@ def _trace(areas: Iterable[_Area], low: Index, high: Index) -> tuple[_Area, Inde
 
 
 def _paint(rectangles: Sequence[tuple[Index, Index]], low: Index, high: Index) -> tuple[list[np.ndarray], np.ndarray]:
-    """How often each cell of a grid is covered; the grid's lines are the edges of the rectangles and of the area."""
+    """Return the lines of a grid (all edges of rectangles and area) and how often each of its cells is covered."""
     edges = [
         np.unique([corner[axis] for pair in (*rectangles, (low, high)) for corner in pair]) for axis in range(len(low))
     ]
@@ -129,7 +129,7 @@ def _overlap(a: tuple[Index, Index], b: tuple[Index, Index]) -> bool:
 
 
 def _tiles(rectangles: Sequence[tuple[Index, Index]], low: Index, high: Index) -> str:
-    """Why rectangles do not cover an area once each; empty when they do.  Painted on a grid of their own edges."""
+    """Return how rectangles fail to cover every element of an area exactly once; empty when they do not fail."""
     if len(rectangles) == 1 and rectangles[0] == (low, high):
         return ""
     edges, painted = _paint(rectangles, low, high)
@@ -141,8 +141,8 @@ def _tiles(rectangles: Sequence[tuple[Index, Index]], low: Index, high: Index) -
 
 
 def _padding(params: Sequence[ParamBoxes], shapes: Mapping[str, Index], where: str, *, pads_mlp: bool) -> int:
-    """Elements without a box, after checking that boxes are disjoint and that nothing else than vocabulary rows (and
-    feed-forward columns of an engine that pads them) lacks one."""
+    """Return the number of elements without a box.  Check that boxes are disjoint, and that only vocabulary rows (and
+    feed-forward padding of an engine that has it) are without one."""
     total = 0
     for param in params:
         for box in param.boxes:
@@ -173,7 +173,7 @@ def _padding(params: Sequence[ParamBoxes], shapes: Mapping[str, Index], where: s
 def _check_engine_is_whole(
     params_of_ranks: Sequence[Sequence[ParamBoxes]], shapes: Mapping[str, Index], engine: int
 ) -> None:
-    """Together, an engine's ranks must hold every element of the model."""
+    """Check that the ranks of an engine together hold every element of the model."""
     held: dict[str, set[tuple[Index, Index]]] = {name: set() for name in shapes}
     for params in params_of_ranks:
         for box in (box for param in params for box in param.boxes):
@@ -185,7 +185,7 @@ def _check_engine_is_whole(
 
 
 class _PlanTrace:
-    """What was seen of a plan so far."""
+    """Checks the copies of a plan one by one and records where they land."""
 
     def __init__(
         self, plan: WeightPlan, sources: Mapping[int, _AreasByName], targets: Mapping[tuple[int, int], _AreasByName]
@@ -242,7 +242,7 @@ class _PlanTrace:
         self.copies += 1
 
     def check_landed(self, key: tuple[int, int]) -> int:
-        """That every box of an engine rank is written once; returns its elements."""
+        """Check that every box of an engine rank is written exactly once; return the number of their elements."""
         elements = 0
         for name, stacks in self.targets[key].items():
             for area in (area for areas in stacks.values() for area in areas):
@@ -253,7 +253,10 @@ class _PlanTrace:
 
 
 def _check_staging(plan: WeightPlan) -> int:
-    """No rank may stage more than half its memory in one bucket; one message per pair and bucket."""
+    """Check that no rank stages more than half its memory in a bucket, and that a pair has one message per bucket.
+
+    Return the most bytes that one rank stages in one bucket.
+    """
     staged: dict[tuple[object, int], int] = {}
     seen: set[tuple[int, int, int, int]] = set()
     for message in plan.messages:
@@ -274,7 +277,7 @@ def _check_staging(plan: WeightPlan) -> int:
 
 
 def prove(plan: WeightPlan, arch: Architecture, layout: ParallelLayout) -> PlanProof:
-    """Check that ``plan`` writes every element of every engine once, from a rank that owns it.
+    """Check that ``plan`` writes every element of every engine once, from a rank that holds it.
 
     Raises:
         ProofError: it does not; the message names the tensor, the engine and the rank.

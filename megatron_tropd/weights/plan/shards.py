@@ -1,4 +1,4 @@
-"""Which source ranks hold which part of each HF tensor, and what of it a destination needs.  Integers only."""
+"""Which source ranks hold which part of each HF tensor, and which part of it a destination needs.  Integers only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """A parameter that holds one shard, on several ranks alike."""
+    """A parameter that holds one shard, equal on all of ``ranks``."""
 
     ranks: tuple[int, ...]
     names: tuple[str, ...]
@@ -26,7 +26,7 @@ class Holder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """What one destination box takes from one shard."""
+    """The part of one destination box that one shard provides."""
 
     holders: tuple[Holder, ...]
     offset: Index
@@ -41,7 +41,7 @@ class Piece:
         return prod(self.size)
 
     def split(self, hf_name: str, max_elements: int) -> Iterator[Piece]:
-        """The piece as rows enough for ``max_elements`` at a time.
+        """Yield the piece in groups of rows with at most ``max_elements`` elements each.
 
         Raises:
             PlanError: a single row is larger.
@@ -73,10 +73,10 @@ class TensorShards:
     starts: tuple[int, ...]
     ends: tuple[int, ...]
     holders: tuple[tuple[Holder, ...], ...]
-    """By shard; all replicas of it."""
+    """By shard: every parameter that holds it."""
 
     def pieces(self, box: Box) -> Iterator[Piece]:
-        """The parts of ``box`` by shard, in order."""
+        """Yield the parts of ``box``, one per shard, in order."""
         axis, stacked = self.axis, len(box.local_start) - len(box.size)
         low, high = box.start[axis], box.start[axis] + box.size[axis]
         position = low
@@ -94,11 +94,11 @@ class TensorShards:
 def source_shards(
     shapes: Mapping[str, Index], sources: Iterable[tuple[Sequence[int], Sequence[ParamBoxes]]]
 ) -> dict[str, TensorShards]:
-    """Shards of every tensor in ``shapes``.
+    """Return the shards of every tensor in ``shapes``.
 
     Args:
         shapes: HF name -> shape of the whole tensor.
-        sources: (ranks, their parameters) for every set of ranks that hold the same.
+        sources: (ranks, their parameters) for every set of ranks that hold the same parameters.
 
     Raises:
         PlanError: a tensor that no rank holds, or of which the ranks do not hold every element, or which
@@ -116,7 +116,7 @@ def source_shards(
 
 
 def _cut(name: str, shape: Index, shards: dict[tuple[Index, Index], list[Holder]]) -> TensorShards:
-    """Check that the shards tile the tensor along one axis."""
+    """Check that the shards tile the tensor along one axis, and return them in order."""
     if not shards:
         raise PlanError(f"no source rank holds {name}")
     cut = {axis for _, size in shards for axis, extent in enumerate(size) if extent != shape[axis]}

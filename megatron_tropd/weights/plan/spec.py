@@ -1,4 +1,4 @@
-"""A plan's inputs as JSON, so that a process elsewhere can make the same plan instead of being sent it."""
+"""A plan's inputs as JSON, so that another process can build the same plan instead of receiving it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PlanSpec:
     engine_placements: tuple[tuple[Placement, ...], ...] | None = None
 
     def build(self) -> WeightPlan:
-        """The plan; equal for equal specs, wherever it is made.
+        """Build the plan; it is equal for equal specs, in any process.
 
         Raises:
             PlanError, ValueError: as :func:`build_plan`.
@@ -34,12 +34,12 @@ class PlanSpec:
         return _build(self)
 
     def to_json(self) -> str:
-        """Text of the spec."""
+        """Return the spec as JSON text."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> PlanSpec:
-        """Inverse of :meth:`to_json`.
+        """Read a spec from the text of :meth:`to_json`.
 
         Raises:
             ValueError: not the text of a spec of this version.
@@ -62,7 +62,7 @@ class PlanSpec:
 
 @lru_cache(maxsize=1)
 def _build(spec: PlanSpec) -> WeightPlan:
-    """Keeps the last plan: a connection asks for it several times, and a large plan takes seconds."""
+    """Build a plan and cache the last one: a connection needs it several times, and a large plan takes seconds."""
     return build_plan(
         spec.arch, spec.layout, spec.engines, dtype=spec.dtype, bucket_bytes=spec.bucket_bytes,
         source_placements=spec.source_placements, engine_placements=spec.engine_placements,

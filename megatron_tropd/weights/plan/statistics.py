@@ -1,4 +1,4 @@
-"""What a plan costs: bytes, balance, how many stay on a GPU or a node.  Integers only."""
+"""The cost of a plan: bytes, balance between ranks, and bytes that stay on a GPU or a node."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ class PlanStats:
     copies: int
     messages: int
     pairs: int
-    """(source, engine rank) pairs that talk."""
+    """Number of (source rank, engine rank) pairs with messages."""
     buckets: int
     bytes: int
     egress_max: int
-    """The most that one source rank sends."""
+    """The most bytes that one source rank sends."""
     egress_mean: float
-    """Over all source ranks, those that send nothing included."""
+    """Mean over all source ranks, those that send nothing included."""
     ingress_max: int
     ingress_mean: float
     same_gpu_bytes: int
     same_node_bytes: int
-    """Between two GPUs of one node."""
+    """Bytes between two GPUs of one node."""
 
     @property
     def remote_bytes(self) -> int:
-        """Between nodes."""
+        """Bytes between nodes."""
         return self.bytes - self.same_gpu_bytes - self.same_node_bytes
 
 
 def plan_stats(plan: WeightPlan) -> PlanStats:
-    """Add up a plan."""
+    """Add up the bytes and messages of a plan."""
     egress: Counter[int] = Counter()
     ingress: Counter[tuple[int, int]] = Counter()
     pairs, same_gpu, same_node, copies = set(), 0, 0, 0
@@ -64,7 +64,7 @@ def plan_stats(plan: WeightPlan) -> PlanStats:
 
 
 def consecutive_placements(count: int, *, first: int = 0, gpus_per_node: int = 8) -> tuple[Placement, ...]:
-    """Places of ``count`` ranks on GPU ``first``, ``first + 1`` ... of a cluster of equal nodes."""
+    """Return the placements of ``count`` ranks on GPU ``first``, ``first + 1`` ... of a cluster of equal nodes."""
     return tuple(
         Placement(node=number // gpus_per_node, gpu=number % gpus_per_node) for number in range(first, first + count)
     )

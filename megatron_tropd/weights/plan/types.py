@@ -12,7 +12,7 @@ from megatron_tropd.weights.coordinates.hf_shapes import Index
 DEFAULT_BUCKET_BYTES = 512 << 20
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 STAGING_HALVES = 2
-"""A rank packs or unpacks one half of its staging memory while the other is on the wire."""
+"""Halves of a rank's staging memory: it packs or unpacks one while the other is being transferred."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,14 +30,14 @@ class Copy:
     hf_name: str
     source: int
     source_names: tuple[str, ...]
-    """What the parameter may be called on the source (:class:`ParamBoxes`)."""
+    """Names that the parameter may have on the source (:class:`ParamBoxes`)."""
     source_start: Index
     engine: int
     engine_rank: int
     name: str
-    """Parameter of the engine's model."""
+    """Name of the parameter in the engine's model."""
     start: Index
-    """In the engine's parameter; one entry more than ``size`` where it stacks experts."""
+    """Position in the engine's parameter; one entry more than ``size`` where that stacks experts."""
     size: Index
     num_bytes: int
 
@@ -56,7 +56,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """What one source rank sends one engine rank in one bucket: the copies, one after the other."""
+    """Everything that one source rank sends one engine rank in one bucket: the copies, one after the other."""
 
     bucket: int
     source: int
@@ -66,7 +66,7 @@ class Message:
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of the copies."""
+        """Bytes of all copies."""
         return sum(copy.num_bytes for copy in self.copies)
 
 
@@ -77,14 +77,14 @@ class WeightPlan:
     num_sources: int
     engines: tuple[EngineLayout, ...]
     dtype: str
-    """Of every parameter, by torch's name (:data:`ITEMSIZES`)."""
+    """Dtype of every parameter, by torch's name (:data:`ITEMSIZES`)."""
     bucket_bytes: int
     """Staging memory of any rank, senders and receivers alike."""
     source_placements: tuple[Placement, ...]
     engine_placements: tuple[tuple[Placement, ...], ...]
     messages: tuple[Message, ...]
     digest: str = field(default="", compare=False)
-    """sha256 of everything above.  Equal on every rank that planned the same."""
+    """sha256 of everything above, so that ranks can check that they built the same plan."""
 
     @property
     def itemsize(self) -> int:
@@ -93,7 +93,7 @@ class WeightPlan:
 
     @property
     def num_buckets(self) -> int:
-        """Buckets of an update."""
+        """Number of buckets of an update."""
         return self.messages[-1].bucket + 1 if self.messages else 0
 
     @property
@@ -102,20 +102,20 @@ class WeightPlan:
         return self.num_sources + sum(engine.tp for engine in self.engines)
 
     def group_rank(self, engine: int, engine_rank: int) -> int:
-        """Rank of an engine's rank in that group."""
+        """Return the rank in that group of rank ``engine_rank`` of an engine."""
         return self.num_sources + sum(layout.tp for layout in self.engines[:engine]) + engine_rank
 
     def for_sender(self, rank: int) -> tuple[Message, ...]:
-        """What source ``rank`` sends, in order."""
+        """Return the messages that source ``rank`` sends, in order."""
         return tuple(message for message in self.messages if message.source == rank)
 
     def for_receiver(self, engine: int, engine_rank: int) -> tuple[Message, ...]:
-        """What an engine's rank receives, in order."""
+        """Return the messages that a rank of an engine receives, in order."""
         return tuple(m for m in self.messages if (m.engine, m.engine_rank) == (engine, engine_rank))
 
 
 def plan_digest(plan: WeightPlan) -> str:
-    """sha256 of a plan's contents."""
+    """Return the sha256 of a plan's contents."""
     head = (
         plan.num_sources,
         plan.engines,

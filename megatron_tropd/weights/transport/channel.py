@@ -2,12 +2,11 @@
 
     point to point    header and payload are one message of the group
     shared memory     the payload stays in the sender's staging memory, which the receiver has opened; the header
-                      is a message of the group, and so is the word that the receiver has unpacked it
+                      is a message of the group, and so is the receiver's answer TAKEN, sent when it has unpacked
 
-The sender may fill a half of its staging memory again when the messages in it are on the other side, or are
-taken.  Both sides work through the buckets in the same order and a receiver says "taken" before it waits for
-a later bucket, so the lowest unfinished bucket of all ranks can always go on, and no ranks wait for each other in a
-circle.
+The sender may fill a half of its staging memory again when the messages in it have been transferred, or are
+taken.  There is no deadlock: both sides work through the buckets in the same order, and a receiver sends TAKEN
+before it waits for a later bucket, so the lowest unfinished bucket of all ranks can always make progress.
 """
 
 from __future__ import annotations
@@ -27,36 +26,36 @@ DATA_TAG, TAKEN_TAG = 2, 4
 
 
 class PendingSend(Protocol):
-    """A message on its way, seen from its sender."""
+    """A message that its sender has begun to send."""
 
     def finish(self) -> None:
-        """Until its memory may be used again.
+        """Wait until the memory of the message may be used again.
 
         Raises:
-            TransportError: the receiver is gone, silent or confused.
+            TransportError: the receiver is gone, did not answer in time, or gave a wrong answer.
         """
 
 
 class PendingReceive(Protocol):
-    """A message on its way, seen from its receiver."""
+    """A message that its receiver has begun to receive."""
 
     @property
     def part(self) -> Tensor:
-        """Its memory; the payload lies behind ``HEADER_BYTES``."""
+        """Memory of the message; the payload begins at byte ``HEADER_BYTES``."""
 
     def wait(self) -> Tensor:
-        """Until it has arrived; its header [uint8].
+        """Wait until the message has arrived, and return its header [uint8].
 
         Raises:
-            TransportError: the sender is gone or silent.
+            TransportError: the sender is gone, or did not send in time.
         """
 
     def release(self, header: Header) -> list[P2PTransfer]:
-        """Its memory is no longer needed; what must be waited for before the update ends."""
+        """Release the message's memory; return the transfers to wait for before the update ends."""
 
 
 class Channel(Protocol):
-    """Between one sender and one receiver."""
+    """Carries messages between this rank and a peer.  ``shared`` is True if payloads stay in shared memory."""
 
     shared: bool
 
@@ -64,7 +63,7 @@ class Channel(Protocol):
         """Begin to send ``part``, whose payload is in place."""
 
     def receive(self, message: Message, part: Tensor) -> PendingReceive:
-        """Expect a message in ``part``."""
+        """Begin to receive a message in ``part``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +88,7 @@ class _P2PReceive:
 
 
 class P2PChannel:
-    """Everything over the group, whose tensors are where the weights are."""
+    """Header and payload go over the group, whose tensors are on the device of the weights."""
 
     shared = False
 
@@ -97,17 +96,17 @@ class P2PChannel:
         self._p2p = p2p
 
     def send(self, message: Message, header: Header, part: Tensor, peer: int) -> PendingSend:
-        """Header and payload as one message."""
+        """Begin to send header and payload as one message."""
         part[:HEADER_BYTES].copy_(self._p2p.frame(header))
         return _P2PSend(transfer=self._p2p.send(part, peer, DATA_TAG, message_name(message)))
 
     def receive(self, message: Message, part: Tensor) -> PendingReceive:
-        """The same."""
+        """Begin to receive header and payload as one message."""
         return _P2PReceive(transfer=self._p2p.receive(part, message.source, DATA_TAG, message_name(message)), part=part)
 
 
 def _synchronize(memory: Tensor) -> None:
-    """Until the GPU has done what was asked of it with ``memory``: the other process has streams of its own."""
+    """Wait until the GPU has finished its work on ``memory``, because the other process uses other streams."""
     if memory.is_cuda:
         torch.cuda.synchronize(memory.device)
 
@@ -149,7 +148,7 @@ class _SharedReceive:
 
 
 class SharedMemoryChannel:
-    """Payloads in memory both sides have open; ``wire`` carries frames in host memory."""
+    """Payloads stay in memory that both sides have open; headers go over ``p2p``, in host memory."""
 
     shared = True
 
@@ -157,7 +156,7 @@ class SharedMemoryChannel:
         self._p2p = p2p
 
     def send(self, message: Message, header: Header, part: Tensor, peer: int) -> PendingSend:
-        """Announce what lies in ``part``, which the receiver sees too."""
+        """Send the header of the payload in ``part``, memory that the receiver has opened too."""
         _synchronize(part)
         what = message_name(message)
         return _SharedSend(
@@ -167,6 +166,6 @@ class SharedMemoryChannel:
         )
 
     def receive(self, message: Message, part: Tensor) -> PendingReceive:
-        """Expect the announcement; ``part`` is the sender's memory."""
+        """Begin to receive the header; ``part`` is the sender's memory."""
         transfer = self._p2p.receive(self._p2p.empty(), message.source, DATA_TAG, message_name(message))
         return _SharedReceive(p2p=self._p2p, message=message, transfer=transfer, part=part)

@@ -1,4 +1,4 @@
-"""The two ends of a planned connection, each made where its parameters are."""
+"""Make the two ends of a planned connection, each in the process that holds its parameters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def connect_sender(
 
     Args:
         params: The live parameters, by GPTModel name (:func:`local_parameters`).
-        shared: Payloads for engine ranks that can open this rank's memory stay in it; all ranks say the same.
+        shared: Whether payloads for engine ranks that can open this rank's memory stay in it; equal on all ranks.
 
     Raises:
         WeightMismatch, ValueError: the parameters are not those of the spec.
@@ -40,8 +40,11 @@ def connect_sender(
 def _join(
     store: dist.TCPStore, group: str, rank: int, world_size: int, *, backend: Backend, timeout_s: float, address: str
 ) -> tuple[Any, Any | None]:
-    """The group of the payloads, and one of gloo for the frames where that is another: over NCCL two ranks that
-    both receive before they send would wait for ever, and two ranks on one GPU cannot talk at all."""
+    """Join and return the group of the payloads and, if that is NCCL, a gloo group for the frames (else None).
+
+    Over NCCL two ranks that both receive before they send would wait for ever, and two ranks on one GPU cannot
+    exchange messages at all.
+    """
 
     def join(name: str, backend: Backend) -> Any:
         return side_group(
@@ -58,16 +61,16 @@ def connect_receiver(
 ) -> PlannedReceiver:  # fmt: skip
     """Join ``group`` as a rank of an engine; ``version`` is the last update it holds whole.
 
-    Parameters with padding are set to zero here: no update writes padding, and a server started without
-    weights has noise there.  Until the first update the receiver is then partial.
+    Parameters that have padding are set to zero here as a whole: no update writes padding, and a server started
+    without weights has arbitrary values there.  The receiver is then partial until the next whole update.
 
     Args:
-        digest: The trainer's plan's.
+        digest: Digest of the trainer's plan.
         params: The live parameters, by the names of SGLang's modules.
-        shared: As :func:`connect_sender`'s.
+        shared: As in :func:`connect_sender`.
 
     Raises:
-        WeightMismatch, ValueError: the parameters are not those of the spec, or the digest is another's.
+        WeightMismatch, ValueError: the parameters are not those of the spec, or the plan built here has another digest.
         ConnectionError, TransportError: not all ranks joined in time.
     """
     matched = match_parameters(params, engine_boxes(spec.arch, spec.engines[engine], engine_rank))

@@ -1,13 +1,14 @@
-"""One update between ranks, as its sender and its receiver see it alike: point to point, every byte checked.
+"""The part of an update that sender and receiver share: messages from rank to rank, with every byte checked.
 
-    hello        every pair that will talk compares plan digest and version before any data moves
+    hello        every pair that will exchange data compares plan digest and version before any data moves
     buckets      one message per pair and bucket: header (version, digest, bucket, checksum) and payload, over the
                  group or in shared memory (``channel.py``)
-    acknowledge  each receiver tells each of its senders how many bytes arrived and the checksum over all of them
+    acknowledge  each receiver sends each of its senders the number of bytes that arrived and a checksum over the
+                 checksums of their messages
 
-A receiver that finds a message wrong writes nothing more, takes the rest off the group, refuses the update to
-all its senders and is *partial*: its weights are a mixture until a whole update has arrived.  A rank that
-waits longer than the timeout, or whose peer is gone, gives the group up: make a new one and push again.
+A receiver that finds a message wrong writes nothing more, receives and discards the rest, refuses the update to
+all its senders and is *partial*: its weights are a mixture until a whole update has arrived.  When a rank waits
+longer than the timeout, or its peer is gone, the group cannot be used again: make a new one and push again.
 
 The two ends are ``sender.py`` and ``receiver.py``.
 """
@@ -35,23 +36,23 @@ HELLO_TAG, ACKNOWLEDGE_TAG, OPEN_TAG = 1, 3, 7
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferReport:
-    """One update on one rank."""
+    """The report of one update on one rank."""
 
     version: int
     payload_bytes: int
     shared_bytes: int
-    """Of the payload, what went through shared memory."""
+    """Payload bytes that went through shared memory."""
     messages: int
     seconds: float
     staging_bytes: int
-    """Memory above the weights."""
+    """Memory held above the weights."""
 
 
 class Endpoint:
-    """What sender and receiver have in common: parameters, peers, groups.
+    """Base class of sender and receiver: parameters, peers, groups.
 
-    ``group`` carries payloads, where the weights are.  ``frames`` is a gloo group of the same ranks (None: the
-    same one, which then is gloo): hellos, acknowledgements and the headers of shared memory are its.
+    ``group`` carries payloads, on the device of the weights.  ``frames`` is a gloo group of the same ranks for hellos,
+    acknowledgements and the headers of shared memory; None means ``group`` itself, which must then be gloo.
     """
 
     _staging: Staging
@@ -74,10 +75,10 @@ class Endpoint:
         self._channels: Mapping[int, Channel] = dict.fromkeys(peers, P2PChannel(self._data))
 
     def _open_pairs(self, begin: Callable[[Tensor, int, int, str], P2PTransfer]) -> None:
-        """Have NCCL make its communicator of every pair, in an order that is one for all ranks.
+        """Make NCCL create the communicator of every pair, in the same order on all ranks.
 
-        The first message of a pair makes it, in a call that waits for the other side; met in the order of
-        buckets, ranks could wait for each other in a circle.
+        The first message of a pair creates it, in a call that waits for the other side.  If that happened in the
+        order of buckets, ranks could deadlock.
         """
         if self._data.device.type == "cpu":
             return
@@ -91,12 +92,12 @@ class Endpoint:
 
     @property
     def broken(self) -> str:
-        """Why the groups cannot be used any more, empty while they can."""
+        """Why the groups cannot be used any more; empty while they can."""
         return self._control.broken or self._data.broken
 
     @property
     def staging_bytes(self) -> int:
-        """Memory this holds above the weights; at most the plan's ``bucket_bytes``."""
+        """Memory held above the weights, at most the plan's ``bucket_bytes``."""
         return self._staging.num_bytes
 
     def _report(self, version: int, moved: Mapping[int, int], start: float) -> TransferReport:
@@ -127,10 +128,10 @@ class Endpoint:
 
 
 def extend_checksum(running: int, value: int) -> int:
-    """A checksum of checksums."""
+    """Extend ``running``, a CRC-32 over a sequence of checksums, by the checksum ``value``."""
     return zlib.crc32(struct.pack("<I", value), running)
 
 
 def take_next(halves: Iterator[Tensor], num_bytes: int) -> Tensor:
-    """Memory that is there already, as :class:`Staging` asks for it."""
+    """Return the next of ``halves``: an ``allocate`` for :class:`Staging` whose memory exists already."""
     return next(halves)

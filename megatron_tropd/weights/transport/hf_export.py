@@ -1,4 +1,4 @@
-"""The live model as full Hugging Face tensors on every rank: what an engine is given after each step."""
+"""Export the live model as full Hugging Face tensors on every rank, for engines that take whole tensors."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class ExportBucket:
 
     shapes: dict[str, Index]
     sent: dict[int, tuple[OwnedBox, ...]]
-    """By sending rank, in the order they lie in its message."""
+    """By sending rank: the boxes in its message, in order."""
 
     def elements(self, rank: int) -> int:
-        """Length of the message of ``rank``."""
+        """Return the number of elements in the message of ``rank``."""
         return sum(owned.box.numel for owned in self.sent[rank])
 
 
 def make_buckets(arch: Architecture, layout: ParallelLayout, *, bucket_elements: int) -> tuple[ExportBucket, ...]:
-    """Cut the HF model into buckets of at most ``bucket_elements`` (one tensor at least)."""
+    """Divide the HF tensors into buckets of at most ``bucket_elements``; a larger tensor has a bucket of its own."""
     by_name: dict[str, list[OwnedBox]] = {}
     for owned in owners(arch, layout):
         by_name.setdefault(owned.box.hf_name, []).append(owned)
@@ -63,10 +63,10 @@ def make_buckets(arch: Architecture, layout: ParallelLayout, *, bucket_elements:
 
 
 class HfExporter:
-    """Plan once, export every step.
+    """Plans once and then exports the model at every step.
 
-    Every rank of the layout knows every box, so messages carry no header: per bucket each owner sends
-    one flat buffer by broadcast, and every rank cuts it up.  Peak memory above the model is about two
+    Every rank of the layout computes every box, so messages carry no header: per bucket each owner broadcasts
+    one flat buffer, and every rank cuts it into boxes.  Peak memory above the model is about two
     buckets (never less than two of the largest tensor).
 
     Example:
@@ -82,7 +82,7 @@ class HfExporter:
         self._boxes = rank_boxes(arch, layout, rank)
         self.buckets = make_buckets(arch, layout, bucket_elements=max(1, bucket_bytes // dtype.itemsize))
         self.digest = hashlib.sha256(repr((self.buckets, dtype)).encode()).hexdigest()
-        """Equal on every rank whose plan is equal."""
+        """sha256 of buckets and dtype, equal on every rank that has the same plan."""
 
     def export(
         self, params: Mapping[str, Tensor], group: dist.ProcessGroup | None = None
@@ -93,11 +93,11 @@ class HfExporter:
         it.  Yielded tensors are new; they share no storage with the module or with each other.
 
         Args:
-            params: Local parameters by GPTModel name (:func:`load.local_parameters`).
+            params: Local parameters by GPTModel name (:func:`local_parameters`).
             group: May be None only where the layout has one rank.
 
         Raises:
-            WeightMismatch, ValueError: before the first message, on the rank whose module does not fit.
+            WeightMismatch, ValueError: the module or group does not fit; raised on that rank, before any message.
         """
         self._check_group(group)
         local: dict[str, Tensor] = {}
@@ -128,7 +128,7 @@ class HfExporter:
                     full[owned.box.hf_name][owned.box.hf_slices].copy_(_piece(local, owned))
             else:
                 self._exchange(bucket, local, full, device, group)
-            while full:  # hand each tensor over: the caller decides how long it lives
+            while full:  # keep no reference: the caller decides how long a tensor lives
                 name = next(iter(full))
                 yield name, full.pop(name)
 
@@ -142,7 +142,7 @@ class HfExporter:
             if owner == self._rank:
                 for owned, part in zip(owned_boxes, _cut(message, [o.box for o in owned_boxes]), strict=True):
                     part.copy_(_piece(local, owned))
-            # Bytes, so that no backend may touch a bit pattern (NaN payloads).
+            # Broadcast as bytes, so that no backend can change a bit pattern (NaN payloads).
             work = dist.broadcast(message.view(torch.uint8), group=group, group_src=owner, async_op=True)
             in_flight.append((work, message, [owned.box for owned in owned_boxes]))
         for work, message, boxes in in_flight:
@@ -156,7 +156,7 @@ def _piece(local: Mapping[str, Tensor], owned: OwnedBox) -> Tensor:
 
 
 def _cut(message: Tensor, boxes: list[Box]) -> Iterator[Tensor]:
-    """Views of the boxes that lie one after the other in ``message``."""
+    """Yield views of the boxes that lie one after the other in ``message``."""
     position = 0
     for box in boxes:
         yield message[position : position + box.numel].view(box.size)
@@ -167,7 +167,7 @@ def export_hf(
     params: Mapping[str, Tensor], arch: Architecture, layout: ParallelLayout, group: dist.ProcessGroup | None,
     *, bucket_bytes: int = DEFAULT_BUCKET_BYTES,
 ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-    """One export without keeping the plan; see :meth:`HfExporter.export`."""
+    """Export once without keeping the plan; see :meth:`HfExporter.export`."""
     rank = 0 if group is None else dist.get_rank(group)
     exporter = HfExporter(
         arch, layout, rank, dtype=next(iter(params.values())).dtype, bucket_bytes=bucket_bytes,

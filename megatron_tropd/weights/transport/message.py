@@ -1,4 +1,4 @@
-"""What is written on the p2p: a header of 64 bytes before every message, its checksum, and what an error says."""
+"""The header of 64 bytes before every message, its checksum, and the name of a message in errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TransportError(RuntimeError):
 
 
 class Kind(Enum):
-    """What follows a header.  The second letter is the kind of checksum: c CRC-32, s a sum made on the GPU."""
+    """Kind of a message: the first of two letters in its header.  The second is its checksum: c CRC-32, s a GPU sum."""
 
     HELLO = b"H"
     DATA = b"D"
@@ -41,22 +41,22 @@ class Header:
     version: int
     bucket: int = 0
     checksum: int = 0
-    """Of the payload; in an acknowledgement, of the checksums of everything that arrived."""
+    """Checksum of the payload; in an acknowledgement, of the checksums of all messages that arrived."""
     payload_bytes: int = 0
     digest: str
-    """The plan's."""
+    """Digest of the plan."""
     on_gpu: bool = False
-    """Which checksum: CRC-32 in host memory, a weighted sum on a GPU."""
+    """Whether the checksum is the weighted sum computed on a GPU, not the CRC-32 of host memory."""
 
     def pack(self) -> bytes:
-        """The bytes."""
+        """Return the header as bytes."""
         kind = self.kind.value + (b"s" if self.on_gpu else b"c")
         digest = bytes.fromhex(self.digest)
         return _FORMAT.pack(_MAGIC, kind, self.version, self.bucket, self.checksum, self.payload_bytes, digest)
 
     @classmethod
     def unpack(cls, data: bytes) -> Header:
-        """Read the bytes.
+        """Read a header from its bytes.
 
         Raises:
             ValueError: not a header of this format.
@@ -71,7 +71,7 @@ class Header:
 
 
 def difference(got: Header, expected: Header) -> str:
-    """What of a header is not as expected, empty when all is."""
+    """Return the first field of a header that is not as expected; empty if all fields are."""
     names = ("kind", "version", "bucket", "payload_bytes", "digest", "on_gpu", "checksum")
     for name in names:
         a, b = getattr(got, name), getattr(expected, name)
@@ -81,7 +81,7 @@ def difference(got: Header, expected: Header) -> str:
 
 
 def disagreement(frame: Tensor, expected: Header) -> str:
-    """What of the header at the beginning of ``frame`` [uint8] is not as expected, empty when all is."""
+    """Return how the header at the beginning of ``frame`` [uint8] is not as expected; empty if it is."""
     try:
         return difference(Header.unpack(bytes(frame[:HEADER_BYTES].tolist())), expected)
     except ValueError as error:
@@ -89,20 +89,22 @@ def disagreement(frame: Tensor, expected: Header) -> str:
 
 
 def checksum(data: Tensor) -> int:
-    """32 bits that change with any one byte of ``data`` [uint8]: CRC-32 in host memory, on a GPU the sum of bytes
-    times odd weights modulo 2**32."""
+    """Return 32 bits that change with any one byte of ``data`` [uint8].
+
+    In host memory CRC-32; on a GPU the sum of bytes times odd weights, modulo 2**32.
+    """
     if data.device.type == "cpu":
         return zlib.crc32(data.numpy().data)
     total = torch.zeros((), dtype=torch.int64, device=data.device)
     for start in range(0, data.numel(), _SUM_CHUNK):
         part = data[start : start + _SUM_CHUNK].to(torch.int64)
-        weight = torch.arange(start, start + part.numel(), device=data.device) * 2 + 1  # odd: every byte counts
+        weight = torch.arange(start, start + part.numel(), device=data.device) * 2 + 1  # odd: each byte changes the sum
         total += (part * weight).sum()  # wraps at 2**64, a multiple of the modulus
     return int(total) & 0xFFFFFFFF
 
 
 def message_name(message: Message) -> str:
-    """A message in an error: tensors, ranks, bucket."""
+    """Return the name of a message in errors: its tensors, ranks and bucket."""
     first, last = message.copies[0].hf_name, message.copies[-1].hf_name
     tensors = first if first == last else f"{first} to {last}"
     return (

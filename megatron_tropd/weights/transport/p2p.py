@@ -1,4 +1,4 @@
-"""A group as one rank uses it: frames, sends and receives that end in time or say what failed."""
+"""Sends and receives of one rank over a group, each with a timeout and an error that names what failed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class P2PTransfer:
     what: str
 
     def wait(self) -> None:
-        """Until it is done on this rank's device.
+        """Wait until the transfer is done on this rank's device.
 
         Raises:
             TransportError: the peer is gone, or the timeout has passed.
@@ -35,28 +35,28 @@ class P2PTransfer:
 
 
 class P2PGroup:
-    """Point to point messages over one group, whose tensors are on one device."""
+    """Point-to-point messages over one group, whose tensors are on one device."""
 
     def __init__(self, group: Any, device: torch.device, timeout_s: float) -> None:
         self._group, self._timeout_s = group, timeout_s
         self.device = device
         self.broken = ""
-        """Why the group cannot be used any more, empty while it can."""
+        """Why the group cannot be used any more; empty while it can."""
 
     def empty(self, num_bytes: int = HEADER_BYTES) -> Tensor:
-        """Memory for a message [uint8]."""
+        """Return memory for a message [uint8]."""
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def frame(self, header: Header) -> Tensor:
-        """A header as a message."""
+        """Return a header as a message [uint8]."""
         return torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8).to(self.device)
 
     def send(self, data: Tensor, peer: int, tag: int, what: str) -> P2PTransfer:
-        """Begin to send; ``what`` stands in errors."""
+        """Begin to send; ``what`` names the message in errors."""
         return self._start(self._group.send, data, peer, tag, what)
 
     def receive(self, data: Tensor, peer: int, tag: int, what: str) -> P2PTransfer:
-        """Begin to receive."""
+        """Begin to receive; ``what`` names the message in errors."""
         return self._start(self._group.recv, data, peer, tag, what)
 
     def _start(self, call: Any, data: Tensor, peer: int, tag: int, what: str) -> P2PTransfer:
@@ -66,7 +66,7 @@ class P2PGroup:
             raise self.lost(what, error) from error
 
     def wait(self, transfer: P2PTransfer) -> None:
-        """See :meth:`P2PTransfer.wait`."""
+        """Wait for a transfer; see :meth:`P2PTransfer.wait`."""
         try:
             if self.device.type == "cpu":
                 transfer.work.wait(timedelta(seconds=self._timeout_s))
@@ -81,7 +81,7 @@ class P2PGroup:
             raise self.lost(transfer.what, error) from error
 
     def lost(self, what: str, error: object) -> TransportError:
-        """Give the group up; the error to raise."""
+        """Mark the group as unusable and return the error to raise."""
         self.broken = f"{what} failed: {str(error).splitlines()[0]}"
         return TransportError(
             f"{self.broken} (each wait may take {self._timeout_s:g} s); make a new group and push again"

@@ -29,8 +29,8 @@ class PlannedReceiver(Endpoint):
     """Receives one engine rank's part of every update into its own parameters, in place.
 
     ``version`` is the last update that arrived whole; while ``partial``, the weights are a mixture and the
-    engine must not answer.  With ``shared`` it opens its senders' memory now, where it can: blocks until
-    all have offered it.
+    engine must not answer.  With ``shared`` the constructor opens its senders' memory where it can, and
+    blocks until all have offered theirs.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class PlannedReceiver(Endpoint):
 
     @torch.no_grad()
     def receive(self, version: int) -> TransferReport:
-        """Take the update ``version``, which must be later than the last whole one.
+        """Receive the update ``version``, which must be later than the last whole one.
 
         Raises:
-            TransportError: it is not, or the update did not arrive whole; if data had begun to arrive,
-                ``partial`` is set.
+            TransportError: ``version`` is not later, or the update did not arrive whole; ``partial`` is set if
+                the hellos had succeeded.
         """
         if version <= self.version:
             raise TransportError(f"{self._name} has version {self.version}; version {version} is not later")
@@ -86,7 +86,10 @@ class PlannedReceiver(Endpoint):
         return self._report(version, arrived, start)
 
     def _take_buckets(self, version: int) -> tuple[str, dict[int, int], dict[int, int]]:
-        """(first thing that was wrong, checksum and bytes by peer); the next bucket flies while one is unpacked."""
+        """Receive all buckets, the next one while one is unpacked.
+
+        Return (the first error, checksum by peer, payload bytes by peer).
+        """
         wrong, sums, arrived = "", dict.fromkeys(self._peers, 0), dict.fromkeys(self._peers, 0)
         in_flight, answers = self._post(0), []
         for number, bucket in enumerate(self._buckets):
@@ -127,7 +130,7 @@ def _key(message: Message) -> tuple[int, int, int, int]:
 
 
 def _places(staging: Staging, buckets: list[list[Message]]) -> dict[tuple[int, int, int, int], Tensor]:
-    """Where each message lies."""
+    """Return the memory of each message, by its key."""
     return {
         _key(message): part
         for number, bucket in enumerate(buckets)

@@ -30,8 +30,8 @@ from megatron_tropd.weights.transport.staging import Staging, check_parameters, 
 class PlannedSender(Endpoint):
     """Sends one trainer rank's part of every update.
 
-    With ``shared`` its staging memory is shared memory, which every receiver that can opens now: blocks
-    until all receivers have answered.
+    With ``shared`` its staging memory is shared memory, which its receivers open where they can; the constructor
+    blocks until all of them have answered.
 
     Example:
         >>> sender = PlannedSender(plan, rank, local_parameters(model), group, timeout_s=60)
@@ -64,14 +64,14 @@ class PlannedSender(Endpoint):
         """Send the parameters as they are now, and wait until every receiver has acknowledged them.
 
         Raises:
-            TransportError: a receiver refused or did not answer in time; ``version`` must not be
-                taken for delivered.
+            TransportError: a receiver refused or did not answer in time; ``version`` must then not be regarded
+                as delivered.
         """
         start, sums, sent = time.monotonic(), dict.fromkeys(self._peers, 0), dict.fromkeys(self._peers, 0)
         self._greet(version)
         in_flight: deque[list[PendingSend]] = deque()
         for number, bucket in enumerate(self._buckets):
-            if len(in_flight) == STAGING_HALVES:  # the half that this bucket needs is still on the p2p, or being read
+            if len(in_flight) == STAGING_HALVES:  # this bucket's half may still be in transit, or being read
                 self._finish(in_flight.popleft())
             in_flight.append([])
             for message, part in zip(bucket, self._staging.cut(number, bucket), strict=True):

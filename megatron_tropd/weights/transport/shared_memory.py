@@ -26,11 +26,11 @@ _CUDA_NUMBERS = ("storage_size_bytes", "storage_offset_bytes", "ref_counter_offs
 
 
 class SharedSegment:
-    """Memory of this process [uint8] that others may open while it exists and is not closed."""
+    """Memory of this process [uint8] that other processes may open until it is closed or freed."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self._fd, self._name = -1, f"tropd-{uuid.uuid4().hex}"
-        self._size = max(num_bytes, 1)  # neither kind may be empty
+        self._size = max(num_bytes, 1)  # neither kind of memory may be empty
         if device.type == "cpu":
             self._fd = os.memfd_create(self._name)
             os.ftruncate(self._fd, self._size)
@@ -40,7 +40,7 @@ class SharedSegment:
         self._whole, self.memory = whole, whole[:num_bytes]
 
     def handle(self) -> Handle:
-        """For one process: a CUDA handle counts its users."""
+        """Return a handle for one process; each needs its own, because CUDA handles are counted."""
         if self._whole.device.type == "cpu":
             return {"pid": os.getpid(), "fd": self._fd, "name": self._name, "num_bytes": self._size}
         rebuild, arguments = reductions.reduce_tensor(self._whole)
@@ -53,23 +53,26 @@ class SharedSegment:
         }
 
     def close(self) -> None:
-        """No process can open the segment after this; those that have it open keep it, and so does :attr:`memory`."""
+        """Close the memfd, so that no process can open the segment any more; do nothing on a GPU.
+
+        Processes that have the segment open keep it, and :attr:`memory` stays valid.
+        """
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
 
 def _mapped(fd: int, size: int) -> Tensor:
-    """The file's memory; it is unmapped with the tensor."""
+    """Map the file and return its memory, which is unmapped when the tensor is freed."""
     return torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
 
 
 def open_segment(handle: Handle, num_bytes: int) -> Tensor:
-    """Memory of another process of this machine, ``num_bytes`` [uint8].
+    """Open memory of another process of this machine and return its ``num_bytes`` [uint8].
 
     Raises:
-        OSError: there is no such process here, it is another user's, or what it has there is something else.
-        ValueError: another size was expected, or no GPU of this process is the handle's.
+        OSError: there is no such process here, it is another user's, or its descriptor is not the sender's memory.
+        ValueError: another size was expected, or this process does not see the handle's GPU.
     """
     if handle["num_bytes"] != max(num_bytes, 1):
         raise ValueError(f"a segment of {handle['num_bytes']} bytes was offered, the plan needs {num_bytes}")
@@ -80,7 +83,7 @@ def open_segment(handle: Handle, num_bytes: int) -> Tensor:
 def _open_memfd(handle: Handle) -> Tensor:
     path, size = f"/proc/{int(handle['pid'])}/fd/{int(handle['fd'])}", handle["num_bytes"]
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:  # what is checked is what is open: process and descriptor numbers repeat, on other machines above all
+    try:  # check the open file: another process, above all on another machine, may have the same pid and descriptor
         found = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_size
         if found != (f"/memfd:{handle['name']} (deleted)", size):
             raise FileNotFoundError(f"{path} is {found[0]} of {found[1]} bytes here, not the sender's memory")
@@ -90,7 +93,7 @@ def _open_memfd(handle: Handle) -> Tensor:
 
 
 def _open_cuda(handle: Handle) -> Tensor:
-    """By the GPU's UUID: device numbers differ between processes that see different GPUs."""
+    """Find the GPU by its UUID: device numbers differ between processes that see different GPUs."""
     uuids = [str(torch.cuda.get_device_properties(number).uuid) for number in range(torch.cuda.device_count())]
     if handle["gpu"] not in uuids:
         raise ValueError(f"this process does not see the GPU {handle['gpu']}")

@@ -1,7 +1,7 @@
-"""Which receivers can open a sender's staging memory: asked of each once, when a connection is made.
+"""Find out which receivers can open a sender's staging memory, once, when a connection is made.
 
 Whether two ranks share a machine, a PID namespace, a user and a view of a GPU is not deduced but tried.
-Where it fails the pair's payloads go point to point.
+Where opening fails, the pair's payloads go point to point.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 OFFER_TAG, OPENED_TAG = 5, 6
 _FRAME_BYTES = 1 << 16
-"""Handles of CUDA memory in expandable segments name each of the segments."""
+"""Size of an offer or an answer.  Handles of CUDA memory in expandable segments are long: they list every segment."""
 
 
 def _pack(value: object) -> Tensor:
@@ -31,7 +31,7 @@ def _pack(value: object) -> Tensor:
 
 
 def offer(p2p: P2PGroup, segments: Sequence[SharedSegment], peers: Mapping[int, str]) -> frozenset[int]:
-    """Have every peer open the segments; those that did.  All receivers :func:`accept` meanwhile.
+    """Offer the segments to every peer and return the peers that opened them.  The peers call :func:`accept`.
 
     Raises:
         TransportError: a peer is gone, or did not answer in time.
@@ -58,10 +58,10 @@ def offer(p2p: P2PGroup, segments: Sequence[SharedSegment], peers: Mapping[int, 
 
 
 def accept(p2p: P2PGroup, sizes: Mapping[int, Sequence[int]], peers: Mapping[int, str]) -> dict[int, list[Tensor]]:
-    """Open what every sender offers; its segments, by sender, where that was possible.
+    """Open the segments that every sender offers; return them by sender, for senders where that was possible.
 
     Args:
-        sizes: By sender: bytes of its segments.
+        sizes: By sender: size of each of its segments in bytes.
 
     Raises:
         TransportError: a peer is gone, or offered nothing in time.
@@ -78,7 +78,7 @@ def accept(p2p: P2PGroup, sizes: Mapping[int, Sequence[int]], peers: Mapping[int
         try:
             handles = zip(json.loads(transfer.data.numpy().tobytes()), sizes[peer], strict=True)
             opened[peer] = [open_segment(*pair) for pair in handles]
-        except (OSError, ValueError, RuntimeError) as error:  # CUDA raises the last
+        except (OSError, ValueError, RuntimeError) as error:  # CUDA raises RuntimeError
             problem = f"{type(error).__name__}: {error}"
         answers.append(p2p.send(_pack(problem), peer, OPENED_TAG, f"answer to {peers[peer]}"))
     for answer in answers:

@@ -1,4 +1,4 @@
-"""A process group beside the default one, between processes that have nothing else in common.
+"""A process group beside the default one, between processes that share no other group.
 
 A trainer rank and an engine's worker each have a world of their own (``init_process_group`` can be called once
 in a process).  A side group is made from a store and a back end directly and leaves both worlds alone.
@@ -15,18 +15,18 @@ import torch.distributed as dist
 Backend = Literal["gloo", "nccl"]
 LOOPBACK = "127.0.0.1"
 JOIN_TIMEOUT_S = 120.0
-"""Until all ranks of a group must be there; what they then wait for is another matter."""
+"""Time within which all ranks of a group must join; transfers have a timeout of their own."""
 
 
 def host_store(*, host: str = LOOPBACK, port: int = 0, timeout_s: float) -> dist.TCPStore:
-    """The store through which the ranks of side groups find each other; ``.port`` tells a chosen port.
+    """Host the store through which the ranks of side groups find each other; its ``.port`` is the port in use.
 
-    One process hosts it for as long as a group lives.  It listens on the address ``host`` alone; it has no
+    One process hosts it for as long as a group lives.  It listens on the address ``host`` only.  It has no
     authentication: keep it on loopback or on a private network.
     """
     listener = socket.create_server((host, port))
     chosen = listener.getsockname()[1]
-    # Told only a port, TCPStore would listen on every address of the machine.  It closes the descriptor itself.
+    # Given only a port, TCPStore would listen on every address of the machine.  It closes the descriptor itself.
     return dist.TCPStore(
         host, chosen, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False,
         master_listen_fd=listener.detach(), use_libuv=True,
@@ -34,7 +34,7 @@ def host_store(*, host: str = LOOPBACK, port: int = 0, timeout_s: float) -> dist
 
 
 def join_store(*, host: str = LOOPBACK, port: int, timeout_s: float) -> dist.TCPStore:
-    """Connect to the store another process hosts.
+    """Connect to the store that another process hosts.
 
     Raises:
         ConnectionError: no store answered in time.
@@ -49,14 +49,14 @@ def side_group(
     store: dist.TCPStore, *, name: str, rank: int, world_size: int, backend: Backend, timeout_s: float,
     address: str = LOOPBACK,
 ) -> Any:  # fmt: skip
-    """Join the group ``name`` (new for every group of a store).  Blocks until all ``world_size`` ranks have.
+    """Join the group ``name`` (new for every group of a store).  Blocks until all ``world_size`` ranks have joined.
 
     Args:
         address: This rank's own address, by which the others reach it (gloo only).
 
     Returns:
-        The bare back end: it has ``send``, ``recv``, ``rank`` and ``size``, and is not known to
-        ``torch.distributed``'s own functions.
+        The bare back end: it has ``send``, ``recv``, ``rank`` and ``size``; functions of ``torch.distributed``
+        do not accept it.
 
     Raises:
         ConnectionError: not all ranks joined in time.

@@ -1,4 +1,4 @@
-"""Staging memory of a rank: two halves, in each the messages of one bucket, made once and used for every update."""
+"""Staging memory of a rank: two halves, each for the messages of one bucket, made once and used for every update."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _BITS = {2: torch.int16, 4: torch.int32}
 
 
 def by_bucket(messages: Sequence[Message]) -> list[list[Message]]:
-    """Messages of one rank, bucket by bucket."""
+    """Return the messages of one rank, grouped by bucket."""
     return [list(group) for _, group in groupby(messages, key=lambda message: message.bucket)]
 
 
 def half_sizes(buckets: Sequence[Sequence[Message]]) -> list[int]:
-    """Bytes of each half of the staging memory that the messages of a rank need."""
+    """Return the bytes of each half of the staging memory that the messages of a rank need."""
     sizes = [sum(HEADER_BYTES + message.payload_bytes for message in bucket) for bucket in buckets]
     return [max(sizes[half::STAGING_HALVES], default=0) for half in range(STAGING_HALVES)]
 
 
 class Staging:
-    """Memory for the messages of a rank; messages of bucket n lie in half n % 2.
+    """Memory for the messages of a rank; those of its n-th bucket lie in half n % 2.
 
     Args:
-        buckets: The messages, bucket by bucket; the same give the same places in whichever process.
-        allocate: Gives the memory of a half, by its bytes [uint8].
+        buckets: The messages, grouped by bucket; equal messages have equal places in every process.
+        allocate: Returns the memory of a half [uint8], given its size in bytes.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class Staging:
 
     @property
     def num_bytes(self) -> int:
-        """Memory held."""
+        """Bytes of memory held."""
         return sum(half.numel() for half in self._halves)
 
     def cut(self, number: int, bucket: Sequence[Message]) -> list[Tensor]:
-        """Where the messages of this rank's ``number``-th bucket lie, headers included [uint8]."""
+        """Return the memory of each message of this rank's ``number``-th bucket, header included [uint8]."""
         half, start, parts = self._halves[number % STAGING_HALVES], 0, []
         for message in bucket:
             end = start + HEADER_BYTES + message.payload_bytes
@@ -54,7 +54,7 @@ class Staging:
         return parts
 
     def rectangles(self, part: Tensor, message: Message) -> list[Tensor]:
-        """The copies of a message inside its memory, shaped, as integers of the element's size."""
+        """Return a view of each copy in a message's memory, in the copy's shape, as integers of the element's size."""
         start, views = HEADER_BYTES, []
         for copy in message.copies:
             end = start + copy.num_bytes
@@ -64,14 +64,14 @@ class Staging:
 
 
 def as_bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers, so that no copy may touch a bit pattern (NaN payloads)."""
+    """Return the same memory as integers, so that copying cannot change a bit pattern (NaN payloads)."""
     return tensor.detach().view(_BITS[tensor.element_size()])
 
 
 def check_parameters(
     params: Mapping[str, Tensor], wanted: Sequence[tuple[tuple[str, ...], Copy, tuple[int | slice, ...]]], dtype: str
 ) -> dict[str, Tensor]:
-    """Every parameter a rank needs, by each of its names, as bits.
+    """Return every parameter that a rank needs, by the first of its names, as integers (:func:`as_bits`).
 
     Args:
         wanted: (names, copy, rectangle) of every copy of this rank.
