@@ -19,7 +19,7 @@ class Advantages:
     """One per rollout."""
     num_groups: int
     num_flat: int
-    """Groups whose rewards are all equal: their advantages are 0 and they teach nothing."""
+    """Groups whose rewards are all equal: their advantages are 0, so they have no gradient."""
 
 
 def group_advantages(

@@ -1,4 +1,4 @@
-"""One record of a prompt file -> one tokenized Prompt, or a fault that says what to change."""
+"""Turns one record of a prompt file into a tokenized Prompt, or a Fault whose message says what to change."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class PromptFormat:
 
 
 class Fault(Exception):
-    """Why a row cannot be used; becomes a BadRow with its place."""
+    """The reason why a row cannot be used; reported as a BadRow with the row's place."""
 
     def __init__(self, found: str, expected: str, flag: str = "") -> None:
         super().__init__(found)
@@ -64,10 +64,10 @@ def encode_row(
 
     Args:
         row: the record.
-        tokenizer: student's and teacher's (they are proven equal elsewhere).
+        tokenizer: of the student and the teacher (teacher/preflight.py checks that they are equal).
         fmt: keys, limits and mode.
         stop_ids: ids that end a teacher response; the first is appended where none stands at the end.
-        running_uid: uid of a row that brings no integer ``uid`` of its own.
+        running_uid: uid of a row without an integer ``uid`` of its own.
 
     Raises:
         Fault: the row cannot be used.

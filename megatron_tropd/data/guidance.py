@@ -1,4 +1,4 @@
-"""Prefix guidance: how much of the teacher's response a student is given before it writes.
+"""Prefix guidance: how many tokens of the teacher's response the student is given to continue.
 
 The student continues from the first ``guidance_len`` tokens of the teacher's response; the length is
 annealed to zero over ``steps`` (TrOPD, arXiv 2606.01249; the ambiguities of the paper are switches).

@@ -2,7 +2,7 @@
 
 ``plan_batch`` says which rollouts make up which update, and ``plan_packs`` which data-parallel rank trains on
 which of them in which micro-batch, from the lengths alone, so every rank computes the same plan without
-talking.  ``pack`` builds the tensors.
+communication.  ``pack`` builds the tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_tropd.types import Microbatch, Needs, Region, Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackPlan:
-    """Where every rollout of a step goes.  The shape is the same on every rank and in every micro-batch.
+    """Rank and micro-batch of every rollout of a step.  The shape is the same on every rank and in every micro-batch.
 
     Example:
         >>> plan = plan_packs([6, 2, 3], data_parallel_size=2, max_tokens=8)
@@ -204,9 +204,9 @@ def pack(
 
     Args:
         rollouts: the sequences, in packing order; none gives pure padding.
-        sample_scores: what is known about each rollout; None leaves those streams blank.
+        sample_scores: numbers of each rollout; None leaves those streams blank.
         num_tokens: T of the plan.
-        needs: what the objective asks for; it alone decides which optional streams exist and how wide the
+        needs: inputs of the objective; they alone decide which optional streams exist and how wide the
             top-k is, so that a micro-batch of padding has the same fields as the others.
         teacher_hidden: a tensor [0, H] with the width and dtype of the teacher's hidden states, where asked for.
 
@@ -229,7 +229,7 @@ def pack(
 
 
 def _blank(lengths: Sequence[int], num_tokens: int, needs: Needs, teacher_hidden: Tensor | None) -> Microbatch:
-    """All padding but for the sequence boundaries; what is left over forms one last sequence."""
+    """Return a micro-batch of padding with the sequence boundaries set; the remaining tokens form one last sequence."""
     padding = num_tokens - sum(lengths)
     sequences = [*lengths, padding] if padding else [*lengths]
     return Microbatch(

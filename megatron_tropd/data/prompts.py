@@ -1,4 +1,4 @@
-"""Prompt files -> prompts, tokenized once, and the order in which a run consumes them."""
+"""Reads prompt files into tokenized prompts, and gives them out in the order of a run."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _encode(
     row_number: int,
     seen: dict[int, str],
 ) -> Prompt | BadRow:
-    """One row as a prompt, or why not.  ``seen`` (uid -> place) learns the uid of a good row."""
+    """Return one row as a prompt, or as a BadRow.  The uid of a good row is entered in ``seen`` (uid -> place)."""
     try:
         prompt = encode_row(row, tokenizer, fmt, stops, row_number)
         if prompt.uid in seen:
@@ -134,7 +134,7 @@ def digest(prompts: Sequence[Prompt]) -> str:
 
 
 class CursorState(TypedDict):
-    """What a checkpoint keeps of a source."""
+    """The state of a PromptSource in a checkpoint."""
 
     consumed: int
     digest: str
@@ -164,7 +164,7 @@ class PromptSource:
         return self.consumed // len(self._prompts)
 
     def take(self, n: int) -> list[Prompt]:
-        """The next ``n`` prompts.  They may cross the end of an epoch and so hold a prompt twice."""
+        """Return the next ``n`` prompts.  They may cross the end of an epoch and so hold a prompt twice."""
         if n < 1:
             raise ValueError(f"take({n}): expected at least 1 prompt")
         size = len(self._prompts)
@@ -180,7 +180,7 @@ class PromptSource:
         return {"consumed": self.consumed, "digest": self._digest}
 
     def load_state_dict(self, state: CursorState) -> None:
-        """Go on where ``state`` was taken.
+        """Continue from the position at which ``state`` was taken.
 
         Raises:
             ValueError: the prompts are not those of the checkpoint.
@@ -199,5 +199,5 @@ class PromptSource:
 
 @lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, size: int) -> tuple[int, ...]:
-    """The order of one epoch; the cache is only for speed."""
+    """Return the order of one epoch; the cache only saves time."""
     return tuple(rng.permutation(rng.key(seed, rng.Stream.SHUFFLE, epoch), size))

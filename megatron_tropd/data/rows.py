@@ -1,4 +1,4 @@
-"""Rows of prompt files, with their place.  JSONL and Parquet; nothing here knows what a prompt is."""
+"""Reads the rows of JSONL and Parquet files with their places.  Their content is interpreted in ``encode.py``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One record and where it stands."""
+    """One record and its place: file and line or row."""
 
     path: str
     line: int
@@ -43,7 +43,7 @@ class BadRow:
 
 
 class PromptError(ValueError):
-    """Every fault of the prompt files in one message; ``rows`` holds all of them."""
+    """The prompt files have bad rows; the message reports them, and ``rows`` holds all of them."""
 
     def __init__(self, rows: Sequence[BadRow]) -> None:
         self.rows = tuple(rows)
@@ -63,7 +63,7 @@ def show(value: object, limit: int = 60) -> str:
 
 
 def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[Row | BadRow]:
-    """The records of one file in order, chosen by suffix.  Never raises for what the file holds.
+    """Yield the records of one file in order, read by its suffix.  Bad content is yielded as a BadRow, never raised.
 
     Args:
         path: a ``.jsonl`` or ``.parquet`` file.

@@ -1,4 +1,4 @@
-"""What is known about a rollout besides its tokens, and how it becomes streams of labels."""
+"""Numbers of a rollout besides its tokens (scores, advantages), and how they are written into streams of labels."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def blank_streams(num_tokens: int, needs: Needs, teacher_hidden: Tensor | None =
 
 
 def write_scores(streams: TokenStreams, start: int, rollout: Rollout, sample: SampleScores, needs: Needs) -> None:
-    """Everything known about a sequence that begins at packed position ``start``, in place.
+    """Write the scores of a sequence that begins at packed position ``start`` into the streams, in place.
 
     Raises:
         ValueError: a number that ``needs`` asks for is missing, or is of another shape than the response.
@@ -105,7 +105,7 @@ def write_scores(streams: TokenStreams, start: int, rollout: Rollout, sample: Sa
 
 
 def _teacher_extras(streams: TokenStreams, scores: TeacherScores | None, written: slice) -> list[_Source]:
-    """What the teacher sends of written tokens alone."""
+    """Write the teacher's numbers that exist only for tokens the student wrote."""
     parts = {
         "teacher top-k ids": ("topk_ids", streams.teacher_topk_ids_TK),
         "teacher top-k log-probabilities": ("topk_logprobs", streams.teacher_topk_logprob_TK),

@@ -1,4 +1,4 @@
-"""Tokenizers and stop tokens, read from a local Hugging Face directory and from nowhere else."""
+"""Tokenizers and stop tokens, read only from a local Hugging Face directory, never from the network."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
 
 
 def eos_token_ids(hf_dir: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[int, ...]:
-    """Every id that ends a response of this model; the first is the one it is expected to write.
+    """Return every id that ends a response of this model, the one that it normally writes first.
 
     The union of ``eos_token_id`` in generation_config.json, in config.json and in the tokenizer, in this
     order: chat models often list their turn end only in the first and their text end only in the others,
-    and a rollout that runs past either is garbage.
+    and a rollout that continues beyond either is useless.
 
     Args:
         hf_dir: local HF directory.

@@ -1,7 +1,7 @@
-"""What an HF checkpoint says about its model: sizes, RoPE, and one weight table per family.
+"""Architecture of a model, read from its HF config: sizes, RoPE, and one weight table per family.
 
 A family is a row of ``FAMILIES``.  Adding one that is built from the same blocks (RMSNorm, SwiGLU,
-RoPE, grouped-query attention) means adding a row; nothing else in the package asks for a family.
+RoPE, grouped-query attention) means adding a row; no other module of the package depends on the family.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HF_LAYER = "model.layers.{layer}."
 
 
 class Split(Enum):
-    """How a Megatron parameter is cut over tensor-parallel ranks, seen from its HF tensors."""
+    """How a Megatron parameter is cut over tensor-parallel ranks, in terms of its HF tensors."""
 
     REPLICATED = "every rank holds the whole tensor"
     VOCAB = "rows of the padded vocabulary"
@@ -180,7 +180,7 @@ class Architecture:
         return FAMILIES[self.family].qk_norm
 
     def layer_rules(self) -> tuple[WeightRule, ...]:
-        """Weight table of one decoder layer, its experts excepted."""
+        """Weight table of one decoder layer, without its experts."""
         mlp = ROUTER_RULES if self.num_experts else DENSE_MLP_RULES
         bias = (QKV_BIAS_RULE,) if self.qkv_bias else ()
         return ATTENTION_RULES + mlp + bias + (QK_NORM_RULES if self.qk_norm else ())
@@ -192,7 +192,7 @@ class Architecture:
     def cut_errors(
         self, tp: int, pp: int, *, ep: int = 1, etp: int | None = None, vpp: int | None = None, owner: str = ""
     ) -> list[str]:
-        """Why the weights cannot be cut this way; empty when they can.  ``etp`` None is ``tp``."""
+        """Return the reasons why the weights cannot be cut this way; empty when they can.  ``etp`` None is ``tp``."""
 
         def flag(axis: str, size: int | None) -> str:
             return f"--{owner}{axis}-parallel-size {size}"
@@ -221,7 +221,7 @@ class Architecture:
     def check_layout(
         self, tp: int, pp: int, *, ep: int = 1, etp: int | None = None, vpp: int | None = None, owner: str = ""
     ) -> list[str]:
-        """Why the model cannot be built and run this way; empty when it can.
+        """Return the reasons why the model cannot be built and run this way; empty when it can.
 
         Stricter than :meth:`cut_errors` by one rule: Megatron gathers shared key/value heads over its global
         tensor-parallel group, which is the wrong one for a teacher with a layout of its own.
@@ -272,7 +272,7 @@ def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def architecture_from_hf_config(config: Mapping[str, Any]) -> Architecture:
-    """Read an HF config mapping.
+    """Return the architecture that an HF config mapping describes.
 
     Raises:
         UnsupportedArchitecture: unknown ``model_type``, or a switch that would change the network.
@@ -310,7 +310,7 @@ def architecture_from_hf_config(config: Mapping[str, Any]) -> Architecture:
 
 
 def architecture_from_dict(value: Mapping[str, Any]) -> Architecture:
-    """Inverse of ``dataclasses.asdict``, for files and messages that hold an architecture.
+    """Return the architecture in a mapping made by ``dataclasses.asdict``, as files and messages hold it.
 
     Raises:
         KeyError, TypeError: a field is missing or unknown.
@@ -320,7 +320,7 @@ def architecture_from_dict(value: Mapping[str, Any]) -> Architecture:
 
 
 def load_hf_config(directory: str | Path) -> dict[str, Any]:
-    """The ``config.json`` of an HF checkpoint directory.
+    """Read the ``config.json`` of an HF checkpoint directory.
 
     Raises:
         FileNotFoundError, ValueError: with the path, when it is missing or not JSON.

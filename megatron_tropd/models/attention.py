@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def pad_index(cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    """Where packed tokens stand in a [num_sequences, max_seqlen] table, and back.
+    """Index maps between packed tokens and a [num_sequences, max_seqlen] table, in both directions.
 
     Returns ``table`` [B, S] (packed index of each cell; 0 in cells without a token) and ``flat`` [T]
     (cell number of each packed token).
@@ -31,8 +31,8 @@ def pad_index(cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
 class PackedSdpaAttention(MegatronModule):
     """Causal grouped-query attention; a token sees only its own sequence.
 
-    Sequences are laid out as rows of a right-padded table: under a causal mask a token never looks
-    to its right, so the padding needs no mask of its own.
+    Sequences are laid out as rows of a right-padded table: under a causal mask a token attends
+    to nothing on its right, so the padding needs no mask of its own.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A GPTModel from an architecture and a layout."""
+"""Builds a GPTModel from an architecture and a layout, and runs it on packed sequences."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ from megatron_tropd.types import Microbatch
 
 
 class HiddenStateGPT(GPTModel):
-    """A GPTModel whose last stage returns hidden states: logits are made, chunk by chunk, in
-    ``ops/`` and nowhere else."""
+    """A GPTModel whose last stage returns hidden states: only ``ops/`` makes logits, one chunk of tokens at a time."""
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """[T, 1, H] ([T / tp, 1, H] under sequence parallelism)."""
@@ -42,7 +41,7 @@ class HiddenStateGPT(GPTModel):
 def transformer_config(
     arch: Architecture, groups: ModelGroups, params_dtype: torch.dtype, overrides: Mapping[str, Any]
 ) -> TransformerConfig:
-    """Megatron's config for ``arch`` cut as ``groups`` says."""
+    """Return Megatron's config for ``arch``, cut over the parallel sizes of ``groups``."""
     cuda, te = platform.is_cuda(), platform.has_transformer_engine()
     values: dict[str, Any] = {
         "num_layers": arch.num_layers,
@@ -167,7 +166,7 @@ def build_gpt_model(
 
 
 def packed_seq_params(batch: Microbatch) -> PackedSeqParams:
-    """Sequence boundaries in Megatron's terms."""
+    """Return the sequence boundaries as Megatron's PackedSeqParams."""
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,

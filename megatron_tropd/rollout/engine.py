@@ -1,8 +1,8 @@
-"""What every rollout engine promises, and the checks that are the same for all of them.
+"""The interface of every rollout engine, and the checks that all of them share.
 
 An engine FAILS CLOSED: it generates only with a whole set of weights, delivered by
 ``begin_update`` .. ``update`` .. ``end_update`` without one tensor missing, unknown, repeated or of
-another shape.  Everything else is an :class:`EngineError`, never tokens of unknown origin.
+another shape.  Anything else raises :class:`EngineError`, so no token is written with unknown weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_tropd.types import GenerationRequest, Rollout
 
 
 class EngineError(RuntimeError):
-    """The engine cannot generate, or was handed something it refuses."""
+    """The engine cannot generate, or refuses its input."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +52,10 @@ class RolloutEngine(Protocol):
 
     @property
     def weight_version(self) -> int | None:
-        """Version of the weights it generates with; None while it has no whole set."""
+        """Version of the loaded weights; None while they are incomplete."""
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Rollout]:
-        """One rollout for each request, in the same order.  A request given twice is written twice alike.
+        """Return one rollout for each request, in the same order.  Equal requests give equal rollouts.
 
         Raises:
             EngineError: no whole set of weights is loaded, a request is malformed, or the engine failed.
@@ -65,7 +65,7 @@ class RolloutEngine(Protocol):
         """Stop serving the old weights and expect those of ``version``."""
 
     def update(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Take (HF name, tensor) pairs; raises EngineError on the first that does not belong."""
+        """Load (HF name, tensor) pairs; raises EngineError on the first unexpected one."""
 
     def end_update(self, version: int) -> None:
         """Serve ``version`` from now on; raises EngineError if a tensor is missing."""
@@ -74,7 +74,7 @@ class RolloutEngine(Protocol):
         """Raise EngineError, saying why, if ``generate`` would be refused now."""
 
     def close(self) -> None:
-        """Free what the engine holds.  It cannot be used afterwards."""
+        """Free the engine's memory.  It cannot be used afterwards."""
 
 
 def check_requests(requests: Sequence[GenerationRequest], *, vocab_size: int, max_positions: int) -> None:

@@ -1,7 +1,7 @@
-"""The engines of a run, as the training loop sees them.
+"""The interface between the training loop and the rollout engines.
 
-The loop asks for rollouts and gives new weights; whether the engines live in the trainer's processes or are servers,
-and how weights reach them, is theirs to know.  Every method is collective over the trainer's ranks.
+Through it the loop gets rollouts and pushes new weights.  Whether the engines run in the trainer's processes or as
+servers, and how weights reach them, is up to the implementation.  Every method is collective over the trainer's ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Export = Callable[[], Iterable[tuple[str, Tensor]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushReport:
-    """What the engines measured after they had taken new weights; the same on every rank."""
+    """Measurements of the engines after a push of weights; the same on every rank."""
 
     probe_logprobs: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     """By engine: log-probability of every token but the first of each probe sequence, by the new weights.  Empty
@@ -33,21 +33,21 @@ class EnginePool(Protocol):
 
     @property
     def weight_version(self) -> int | None:
-        """What the engines write with; None while they have no whole set."""
+        """Version of the engines' weights; None while they are incomplete."""
 
     @property
     def counts(self) -> dict[str, int]:
-        """What went wrong so far and was made good, by the names of ``engine/...`` in docs/metrics.md."""
+        """Counts of failures that were recovered so far, by the names of ``engine/...`` in docs/metrics.md."""
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int) -> list[Rollout]:
-        """Rollouts of all requests, in their order, on every rank, all written by weight ``version``.
+        """Return the rollouts of all requests, in their order, on every rank; all are written with weight ``version``.
 
         Raises:
             EngineError: on every rank alike.
         """
 
     def push(self, export: Export, version: int) -> PushReport:
-        """Give every engine whole new weights and verify that it has them.
+        """Send complete new weights to every engine and verify that they arrived.
 
         Args:
             export: begins this rank's part of the same collective export; engines that take weights another way do
@@ -59,4 +59,4 @@ class EnginePool(Protocol):
         """
 
     def close(self) -> None:
-        """Free what the engines hold.  May be called twice."""
+        """Free the engines' memory.  May be called twice."""

@@ -1,4 +1,4 @@
-"""Bookkeeping of weight updates: which tensors a version still lacks.  No tensor is kept here."""
+"""Records which tensors of a weight update have arrived.  It keeps no tensor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SHOWN = 5
 
 
 class UpdateTracker:
-    """Holds an engine to "every tensor exactly once, or no generation".
+    """Enforces that an engine generates only after it received every tensor exactly once.
 
     Args:
         shapes: HF name -> shape of every tensor the engine may be sent.
@@ -38,7 +38,7 @@ class UpdateTracker:
         self._refusal = f"the update to weight version {version} is not finished"
 
     def receive(self, name: str, shape: tuple[int, ...]) -> None:
-        """Enter one tensor, before it is copied anywhere.
+        """Check and record one tensor, before it is copied anywhere.
 
         Raises:
             EngineError: no update is open, or the tensor is unknown, repeated or of another shape.
@@ -73,7 +73,7 @@ class UpdateTracker:
         self._version, self._pending, self._refusal = version, None, None
 
     def refuse(self, reason: str) -> str:
-        """Serve nothing until a whole new update; returns what failed."""
+        """Refuse generation until a complete new update; returns the text of the failure."""
         attempt = "weight update" if self._pending is None else f"update to weight version {self._pending}"
         self._version, self._pending = None, None
         self._received.clear()
@@ -85,7 +85,7 @@ class UpdateTracker:
         raise EngineError(f"{self.refuse(reason)}: {reason}")
 
     def require_ready(self) -> int:
-        """The version to generate with.
+        """Return the version to generate with.
 
         Raises:
             EngineError: saying why there is none.

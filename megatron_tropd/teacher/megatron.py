@@ -27,7 +27,7 @@ from megatron_tropd.types import Rollout, ScoreRequest, TeacherScores
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Destination:
-    """Who trains on a rollout: the student's layout, and the data-parallel rank of every rollout."""
+    """Where the scores are needed: the student's layout, and the data-parallel rank that trains on each rollout."""
 
     groups: ModelGroups
     owners: Mapping[int, int]
@@ -51,7 +51,7 @@ class MegatronTeacher:
         logits_chunk_tokens: int,
         offload: bool = False,
     ) -> None:
-        """``vocab_size``: ids all models know; rows beyond it are cut off, as padding is."""
+        """``vocab_size``: number of ids that all models share; rows beyond them are cut off, as padding is."""
         self._model = model.eval().requires_grad_(False)
         self._groups = groups
         self._max_tokens = max_tokens_per_microbatch
@@ -66,7 +66,7 @@ class MegatronTeacher:
 
     @property
     def hidden_like(self) -> Tensor:
-        """[0, H] with the width and dtype of the hidden states it sends."""
+        """Return an empty tensor [0, H] with the width and dtype of the hidden states that are sent."""
         config = self._model.config
         return torch.empty(0, config.hidden_size, dtype=config.params_dtype)
 
@@ -156,7 +156,7 @@ class MegatronTeacher:
         destination: Destination,
         values: dict[int, dict[str, Tensor]],
     ) -> dict[int, TeacherScores]:
-        """From the first tensor-parallel rank of each owner to the others; {} before the last stage."""
+        """Broadcast from the first tensor-parallel rank of each owner to its others; {} before the last stage."""
         groups = destination.groups
         if not groups.is_last_stage:
             return {}

@@ -1,4 +1,4 @@
-"""The teacher's output table, cut as the student's: what makes the teacher's logits out of its hidden states."""
+"""Reshards the teacher's output table (hidden states -> logits) to the vocabulary shards of the student."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_tropd.parallel.groups import ModelGroups
 
 
 def _rows(layout_tp: int, padded: int, vocab_size: int, tp: int) -> range:
-    """Ids of one tensor-parallel rank, those that exist."""
+    """Return the range of ids of one tensor-parallel rank, without padding."""
     per_rank = padded // layout_tp
     return range(min(tp * per_rank, vocab_size), min((tp + 1) * per_rank, vocab_size))
 
@@ -39,10 +39,10 @@ def reshard_output_table(
         width: H of the teacher.
         dtype: of the table.
         padded: rows of the whole table, padding included, in the teacher's and in the student's layout.
-        vocab_size: ids both models know.
+        vocab_size: number of ids that both models share.
 
     Returns:
-        [v, H] on this rank's device for the ids of its shard that both models know, on every rank of the student's
+        [v, H] on this rank's device for the shared ids of its shard, on every rank of the student's
         last stage; None elsewhere.
     """
     rank, send, receive = dist.get_rank(), {}, {}

@@ -1,7 +1,7 @@
-"""Proof, from files alone, that student and teacher speak the same tokens.
+"""Checks, from files alone, that student and teacher use the same token ids.
 
 The teacher scores the student's token IDS.  If an id stands for another piece on the teacher's side,
-every score is noise and nothing crashes; so this runs before any model is built.
+every score is wrong and nothing crashes; so this check runs before any model is built.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SpecialId:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerReport:
-    """What both sides share.  Holding one means the proof succeeded."""
+    """Tokens that both sides share.  It exists only if the check succeeded."""
 
     num_tokens: int
     """Ids the tokenizers define, the same pieces on both sides."""
@@ -52,7 +52,7 @@ class TokenizerReport:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids a rollout must stop on: the student's, then those only the teacher has."""
+        """Return the ids that end a rollout: the student's, then those that only the teacher has."""
         return tuple(dict.fromkeys(self.student_stop_ids + self.teacher_stop_ids))
 
 
@@ -167,7 +167,7 @@ def check_same_tokens(student_dir: str | Path, teacher_dir: str | Path, who: str
 
     Equal are required: the piece of every id.  May differ, and then is a warning: bos, eos and pad, stop
     tokens, the chat template.  May differ silently: ``vocab_size``, as long as both cover every id of the
-    tokenizer (the rest are padding rows).  ``who`` is what messages call the second model.
+    tokenizer (the rest are padding rows).  ``who`` is the name of the second model in messages.
 
     Raises:
         PreflightError: all differences in one message, with the flags to change.

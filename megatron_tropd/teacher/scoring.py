@@ -52,7 +52,7 @@ def score_rollouts(
     guarded = _Guarded(head=head)
 
     def forward_step(batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
-        """Megatron's contract, for a schedule that only collects."""
+        """Return output and loss function as Megatron's schedule requires; the loss function only collects."""
         batch: Microbatch = next(batches).to(platform.device())
         return forward_hidden(model, batch), lambda hidden, non_loss_data=True: guarded(hidden, batch)
 
@@ -84,13 +84,13 @@ def score_rollouts(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Guarded:
-    """A head that notes what is wrong instead of leaving a schedule whose other stages wait for it."""
+    """A head that records an error instead of raising it inside a pipeline schedule, where other stages would wait."""
 
     head: Head
     failures: list[str] = field(default_factory=list)
 
     def raise_failures(self) -> None:
-        """What was noted on this rank, once the schedule has ended."""
+        """Raise the errors that were recorded on this rank; called after the schedule has ended."""
         if self.failures:
             raise ValueError("; ".join(self.failures))
 
@@ -106,7 +106,7 @@ class _Guarded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrozenHead:
-    """The head of a model that is only asked."""
+    """The head of a frozen model: log-probabilities without a gradient."""
 
     model: HiddenStateGPT
     shard: VocabShard

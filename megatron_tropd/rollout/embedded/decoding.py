@@ -87,7 +87,7 @@ class _Batch:
         return self.model.get_output_embeddings()(hidden).float()
 
     def drop_finished(self) -> Tensor | None:
-        """Cut finished rows out when enough have gathered; returns the kept indices, or None."""
+        """Remove finished rows once there are enough of them; returns the kept indices, or None."""
         alive = int(self.alive_A.sum())
         if len(self.alive_A) - alive <= _DROP_FINISHED_ABOVE * len(self.alive_A):
             return None

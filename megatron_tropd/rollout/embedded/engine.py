@@ -27,7 +27,7 @@ except ImportError:  # transformers 4
 
 
 def _build(hf_config_dir: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The checkpoint's transformers model without meaningful weights, in evaluation mode."""
+    """Return the checkpoint's transformers model, in evaluation mode, with uninitialised weights."""
     config = AutoConfig.from_pretrained(hf_config_dir, local_files_only=True, trust_remote_code=False)
     # Every weight arrives by update(); filling them at random would take minutes for a 7B model and
     # would move torch's global generator.
@@ -39,7 +39,7 @@ def _build(hf_config_dir: Path, dtype: torch.dtype, device: torch.device) -> Pre
 
 def _by_file_name(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights by the names in checkpoint files, as views: transformers 5 stacks the experts of a layer
-    (``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I]), files name each."""
+    (``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I]), files name each expert."""
     found: dict[str, Tensor] = {}
     for name, weight in weights.items():
         prefix, _, kind = name.rpartition(".experts.")
@@ -108,7 +108,7 @@ class EmbeddedEngine:
 
     @property
     def weight_version(self) -> int | None:
-        """Version of the weights in use; None while there is no whole set."""
+        """Version of the loaded weights; None while they are incomplete."""
         return None if self._model is None else self._tracker.version
 
     def begin_update(self, version: int) -> None:
@@ -119,7 +119,7 @@ class EmbeddedEngine:
     @torch.no_grad()
     def update(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy (HF name, tensor) pairs in.  A tied model may be sent ``lm_head.weight`` too; it must
-        equal the embedding.  Whatever is raised, also by the iterable, fails the whole update."""
+        equal the embedding.  Any exception, also one of the iterable, fails the whole update."""
         self._require_open()
         try:
             for name, tensor in tensors:

@@ -1,4 +1,4 @@
-"""An embedded engine on every rank, as one: requests are dealt out, rollouts are gathered in request order."""
+"""One embedded engine per rank: requests are divided among the ranks, and rollouts gathered in request order."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class EmbeddedPool:
 
     @property
     def weight_version(self) -> int | None:
-        """What this rank's engine writes with; None while it has no whole set."""
+        """Version of the weights of this rank's engine; None while they are incomplete."""
         return self.engine.weight_version
 
     @property
     def counts(self) -> dict[str, int]:
-        """Nothing can go wrong with these engines and be made good."""
+        """Empty: these engines have no failure from which they can recover."""
         return {}
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int) -> list[Rollout]:

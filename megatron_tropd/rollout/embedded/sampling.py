@@ -1,5 +1,5 @@
 """Drawing one token per row from logits and given uniform numbers.  Pure and row-wise: a row's token
-is a function of that row's logits and uniform only, whatever else is in the batch."""
+is a function of that row's logits and uniform only, not of the rest of the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One server as a rollout engine: its life, its weights, and what it writes."""
+"""One SGLang server as a rollout engine: start and stop, weights, generation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PauseMode = Literal["abort", "retract", "in_place"]
 class Engine:
     """Server number ``index``: started here (``server``), or running elsewhere (``url``).
 
-    ``version`` is the weight version it may be asked to write with; None keeps it out of rotation.
+    ``version`` is the weight version with which the server may generate; None keeps it out of rotation.
     """
 
     def __init__(
@@ -54,21 +54,21 @@ class Engine:
         self.is_up = False
         self.updating = False
         self.verified = False
-        """Whether it hashed the weights of the last update, and they are those that were sent."""
+        """Whether the server hashed the weights of the last update, and they were those that were sent."""
         self.failures = self.good_pushes = 0
         self.given_up = False
         self.last_error = "not started"
         self.prompts_in_flight = self.tokens_in_flight = 0
         self.max_tokens = 0
-        """Longest sequence, prompt and response, that it writes to the end."""
+        """Longest sequence (prompt and response) that the server can complete, in tokens."""
         self.tp_size = settings.tp_size
         self.ep_size = 1
         self.starts = 0
-        """How often it was begun with; tells one process behind the same name from the next."""
+        """Number of starts, which distinguishes one server process from the next of the same name."""
 
     @property
     def name(self) -> str:
-        """For messages: which engine and where."""
+        """Number and address of the engine, for messages."""
         return f"engine {self.index} ({self.server.url if self.server else self._url})"
 
     # ---- life ----

@@ -1,14 +1,14 @@
-"""What can go wrong with a server, by what is to be done about it."""
+"""Errors of a server, one class for each way of handling it."""
 
 from megatron_tropd.rollout.engine import EngineError
 
 
 class EngineDown(EngineError):
-    """The server is gone or does not answer: others take over its requests, and it is started anew."""
+    """The server is gone or does not answer: other servers take over its requests, and it is restarted."""
 
 
 class EngineTimeout(EngineDown):
-    """A request outlived its deadline."""
+    """A request was not answered within its deadline."""
 
 
 class RequestRefused(EngineError):

@@ -1,4 +1,4 @@
-"""Several servers as one: who writes what, who takes over, who is started anew."""
+"""Several servers as one: distributes requests, redistributes those of a failed server, and restarts servers."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ COUNTS = ("restarts", "reissued", "bad_responses", "stale_weights", "given_up", 
 """``engine/...`` of docs/metrics.md."""
 
 _MAX_ATTEMPTS = 4
-"""Of one prompt: a request that brings down every server it meets must end the run, not the servers."""
+"""Tries of one prompt: a request that makes every server fail must end the run, not all the servers."""
 
 _GOOD_PUSHES = 20
-"""Without a failure in between, after which earlier failures of an engine do not count any more."""
+"""Pushes without a failure in between after which earlier failures of an engine no longer count."""
 
 
 @dataclass(slots=True, kw_only=True)
 class GenerationJob:
-    """A batch of requests and what came of it so far; outlives the servers that work on it."""
+    """A batch of requests and the rollouts received so far; it survives the failure of a server."""
 
     requests: Sequence[GenerationRequest]
     params: SamplingParams
@@ -48,14 +48,14 @@ class GenerationJob:
                 self.done[index] = _nothing_written(request, self.version)
 
     def put_back(self, group: PromptGroup, error: EngineError) -> None:
-        """Have ``group`` written again; raises EngineError when it was tried often enough."""
+        """Queue ``group`` to be written again; raises EngineError after too many tries."""
         self.attempts[group] += 1
         if self.attempts[group] >= _MAX_ATTEMPTS:
             raise EngineError(f"prompt {group.prompt_uid} failed {_MAX_ATTEMPTS} times, at last: {error}") from error
         self.pending.appendleft(group)
 
     def rollouts(self) -> list[Rollout]:
-        """In the order of the requests; only when nothing is pending."""
+        """Rollouts in the order of the requests; valid only when nothing is pending."""
         return [self.done[index] for index in range(len(self.requests))]
 
 
@@ -68,9 +68,9 @@ def _nothing_written(request: GenerationRequest, version: int) -> Rollout:
 
 
 class Fleet:
-    """All servers of a run, seen from the one rank that speaks to them.
+    """All servers of a run, on the one rank that talks to them.
 
-    ``counts`` tells what went wrong so far, by the names of ``COUNTS``.
+    ``counts`` are the failures so far, by the names of ``COUNTS``.
     """
 
     def __init__(self, settings: SGLangSettings, rules: TokenRules, arch: Architecture) -> None:
@@ -82,7 +82,7 @@ class Fleet:
             self.engines = [Engine(i, settings, arch, server) for i, server in enumerate(servers)]
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
         self._checksums: dict[int, set[str]] = {}
-        """What servers of each tensor-parallel size said of the weights of the version being served."""
+        """Checksums of the weights being served, reported by the servers of each tensor-parallel size."""
 
     # ---- life ----
 
@@ -135,7 +135,7 @@ class Fleet:
 
     @property
     def max_tokens(self) -> int:
-        """Longest sequence that every server writes to the end."""
+        """Longest sequence (tokens) that every server can complete."""
         return min(engine.max_tokens for engine in self._usable())
 
     # ---- generation ----
@@ -179,12 +179,12 @@ class Fleet:
                 raise result
 
     def _out_of_rotation(self, engine: Engine) -> None:
-        """Until the next push."""
+        """Take the engine out of rotation until the next push."""
         self.counts["stale_weights"] += 1
         engine.version = None
 
     def _least_loaded(self, version: int) -> Engine | None:
-        """All samples of a prompt go to one server, whose cache then holds their prefix."""
+        """Return the server with the least work, None if all are busy."""
         free = [
             engine
             for engine in self.engines
@@ -294,7 +294,7 @@ class Fleet:
         return all(engine.version == version for engine in usable)
 
     def _forgive(self, engine: Engine) -> None:
-        """What failed long ago is no reason to give an engine up."""
+        """Count a good push; after enough of them reset the engine's failures, so that old ones do not add up."""
         engine.good_pushes += 1
         if engine.good_pushes >= _GOOD_PUSHES:
             engine.failures = 0

@@ -1,8 +1,8 @@
 """SGLang servers behind the interface of the training loop: every method is collective over the ranks.
 
-Rank 0 speaks to the servers; the others take part in the export of weights and receive rollouts.
-A server that dies takes nothing with it: its requests are written by another one, or by itself after it
-was started anew and was given the current weights, for which all ranks export them once more.
+Rank 0 talks to the servers; the other ranks take part in the export of weights and receive rollouts.  When a server
+fails, another one takes over its requests; if there is none, the server is restarted and all ranks export the current
+weights once more for it.
 """
 
 from __future__ import annotations
@@ -73,25 +73,25 @@ class SGLangPool:
 
     @property
     def _servers(self) -> Fleet:
-        """On rank 0 alone."""
+        """The fleet; exists on rank 0 only."""
         if self._fleet is None:
             raise EngineError("the engines are closed")
         return self._fleet
 
     @property
     def weight_version(self) -> int | None:
-        """What the servers write with; None while they have no whole set."""
+        """Version of the servers' weights; None while they are incomplete."""
         return self._version
 
     @property
     def counts(self) -> dict[str, int]:
-        """What went wrong so far, by the names of ``fleet.COUNTS``; on rank 0, {} elsewhere."""
+        """Counts of failures so far, by the names of ``fleet.COUNTS``; on rank 0, {} elsewhere."""
         return {} if self._fleet is None else dict(self._fleet.counts)
 
     # ---- generation ----
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int) -> list[Rollout]:
-        """Rollouts of all requests, in order, on every rank, all written by weight ``version``.
+        """Return the rollouts of all requests, in order, on every rank; all are written with weight ``version``.
 
         Raises:
             EngineError: on every rank alike: other weights are loaded, a request is malformed or too long, a
@@ -106,7 +106,7 @@ class SGLangPool:
         return list(rollouts)
 
     def _deliver_again(self, version: int) -> None:
-        """Send the current weights again, to the engines that lack them and to no other."""
+        """Send the current weights again, only to the engines that lack them."""
         if self._export is None:
             raise EngineError("engines lost their weights, and this pool was given no way to export them again")
         self._deliver(self._export, version, only_missing=True)
@@ -151,7 +151,7 @@ class SGLangPool:
     # ---- weights ----
 
     def push(self, export: Export, version: int) -> PushReport:
-        """Give every server whole new weights, by HF name, and verify that it has them.
+        """Send complete new weights, by HF name, to every server and verify that they arrived.
 
         Args:
             export: begins this rank's part of the same collective export; it is not called where updates are planned.
@@ -174,7 +174,7 @@ class SGLangPool:
         return PushReport(probe_logprobs=self.score(self._probes, version) if self._probes else {})
 
     def _deliver(self, export: Export, version: int, *, only_missing: bool) -> bool:
-        """One pass over the weights; whether every server that is not given up now holds them."""
+        """Send all weights once; returns whether every server that is not given up now holds them."""
         stream = iter(export())
         failure: Exception | None = None
         complete = False

@@ -1,4 +1,4 @@
-"""How the servers are run: every setting of the SGLang engines, checked before anything starts."""
+"""All settings of the SGLang engines, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _OWN_FLAGS: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keys:
-    """Secrets of the servers.  They travel by pipe and by HTTP header; no repr, argv or log shows them."""
+    """Secrets of the servers.  They are sent by pipe and by HTTP header; no repr, argv or log shows them."""
 
     api: str = field(repr=False)
     """May generate."""
@@ -90,7 +90,7 @@ def load_keys(environ: Mapping[str, str] = os.environ, file: Path | None = None)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SGLangSettings:
-    """Everything about the engines that does not change during a run.
+    """Settings of the engines, constant during a run.
 
     Raises:
         ValueError: naming the setting and what to change.

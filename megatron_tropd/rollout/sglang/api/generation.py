@@ -1,4 +1,4 @@
-"""Generation as SGLang's /generate speaks it: requests out, responses in, each response checked.  Pure."""
+"""Requests and responses of SGLang's /generate: builds bodies, and checks and reads each response.  Pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PromptGroup:
     """Requests that differ in the sample index only: one call, whose samples share the prefix cache."""
 
     indices: tuple[int, ...]
-    """Places of the requests in the batch."""
+    """Indices of the requests in the batch."""
     token_ids: tuple[int, ...]
     max_new_tokens: int
     prompt_uid: int
@@ -33,7 +33,7 @@ class PromptGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRules:
-    """What is the same for every request of a run."""
+    """Token limits that are the same for every request of a run."""
 
     stop_token_ids: frozenset[int]
     vocab_size: int
@@ -43,7 +43,7 @@ class TokenRules:
 
 
 def group_requests(requests: Sequence[GenerationRequest]) -> list[PromptGroup]:
-    """Requests that ask for tokens, grouped; the longest first, so that the last to finish is short."""
+    """Group the requests by prompt; the longest come first, so that the last to finish is short."""
     members: dict[tuple[int, tuple[int, ...], int], list[int]] = {}
     for index, request in enumerate(requests):
         if request.max_new_tokens > 0:
@@ -102,7 +102,7 @@ def _check_version(meta: Any, version: int) -> None:
 def _logprobs(entries: Any, token_ids: Sequence[int], what: str, called: Sequence[int]) -> tuple[float, ...]:
     """The log-probability of each token, from SGLang's (log-probability, id, text) triples.
 
-    ``called`` has the ids by which the server calls the tokens.
+    ``called`` has the ids that the server reports for the tokens.
     """
     if not isinstance(entries, list) or len(entries) != len(token_ids):
         given = len(entries) if isinstance(entries, list) else "no"
@@ -153,11 +153,11 @@ def _sample(answer: Any, group: PromptGroup, request: GenerationRequest, version
 def read_samples(
     body: Any, group: PromptGroup, requests: Sequence[GenerationRequest], *, version: int, rules: TokenRules
 ) -> dict[int, Rollout]:
-    """The group's rollouts by their place in the batch.
+    """Return the group's rollouts by their index in the batch.
 
     Raises:
-        StaleWeights: other weights than ``version`` wrote any token.
-        BadResponse: anything else that a rollout cannot have.
+        StaleWeights: a token was written with other weights than ``version``.
+        BadResponse: the response is not a valid rollout in any other way.
     """
     answers = body if isinstance(body, list) else [body]
     if len(answers) != len(group.indices):

@@ -1,4 +1,4 @@
-"""Weights in the form SGLang's update endpoints take: one flat byte tensor and where each tensor lies in it."""
+"""Weights in the form of SGLang's update endpoints: one flat byte tensor and the place of each tensor in it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class BucketBuilder:
         self._bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> WeightBucket | None:
-        """Take a tensor; returns the bucket that had to be closed for it."""
+        """Add a tensor; returns the previous bucket if the tensor did not fit into it."""
         size = -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         full = self.close() if self._tensors and self._bytes + size > self._limit else None
         self._tensors.append((name, tensor))

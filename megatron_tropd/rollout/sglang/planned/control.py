@@ -1,4 +1,4 @@
-"""Planned updates of SGLang servers: the control messages, from the rank that speaks to the servers.
+"""Control messages of planned weight updates, sent by the rank that talks to the SGLang servers.
 
 The weights themselves travel from every trainer rank straight to every engine rank
 (``weights/transport/transfer.py``); what goes over HTTP is a request of a few hundred bytes.  Servers must
@@ -32,10 +32,10 @@ _ANSWER_TIMEOUT_S = 30.0
 
 
 def loader_body(request: LoaderRequest, num_ranks: int) -> bytes:
-    """JSON of /update_weights_from_tensor that hands ``request`` to every worker.
+    """Return the JSON of /update_weights_from_tensor that gives ``request`` to every worker.
 
-    The prefix cache is flushed with an update.  The weight version is not set: SGLang would set it whatever
-    a custom loader meets.
+    The prefix cache is flushed with an update.  The weight version is not set: SGLang would set it even
+    if a custom loader failed.
     """
     message = base64.b64encode(pickle.dumps(request.named_tensors())).decode()
     body = {

@@ -1,4 +1,4 @@
-"""A pool's weights sent as planned: every trainer rank sends its own rows straight to the engine ranks that hold them.
+"""Planned push of a pool's weights: every trainer rank sends its rows directly to the engine ranks that hold them.
 
 The connection of one plan lives until an engine is started anew or given up; the next push then makes another: it asks
 the engines where their weights are, plans, proves the plan and has all ranks join.  When anything fails, on either
@@ -84,11 +84,11 @@ class PlannedPush:
 
     @property
     def given_up(self) -> bool:
-        """Whether it failed too often to be tried again in this run; the same on every rank."""
+        """Whether planned pushes failed too often to be tried again in this run; the same on every rank."""
         return self._failures >= MAX_FAILURES
 
     def deliver(self, fleet: Fleet | None, run: Callable[[Any], Any], version: int) -> bool:
-        """One planned update; whether every server that is not given up now serves ``version``.
+        """Carry out one planned update; returns whether every server that is not given up now serves ``version``.
 
         Raises:
             EngineError: on every rank alike: no server is left.
@@ -115,13 +115,13 @@ class PlannedPush:
                 log.error("planned updates failed %d times in a row and are given up for this run", MAX_FAILURES)
 
     def _begin(self, fleet: Fleet | None, run: Callable[[Any], Any]) -> bool:
-        """Open sessions; whether the servers are those of the present connection."""
+        """Open sessions; returns whether the servers are those of the present connection."""
         assert fleet is not None
         run(fleet.begin_update())
         return self._sender is not None and _identities(_updating(fleet)) == self._connected_to
 
     def _invite(self, fleet: Fleet | None, run: Callable[[Any], Any]) -> _Invitation:
-        """A plan for the servers that have opened a session, and where to meet them."""
+        """Return a plan for the servers that have opened a session, and the address and name of the side group."""
         assert fleet is not None
         self._drop()
         engines = _updating(fleet)
@@ -136,7 +136,7 @@ class PlannedPush:
         return _Invitation(spec=spec, port=self._store.port, group=self._engines.group)
 
     def _proved_spec(self, engines: list[Engine], at: list[list[Location]]) -> PlanSpec:
-        """Of a plan for engines whose ranks are ``at``, which holds by a proof that does not believe the planner.
+        """Return the specification of a proved plan for engines whose ranks are ``at``; proof.py checks the plan.
 
         Raises:
             TransportError: NCCL would have to send between ranks on one GPU.
@@ -163,7 +163,7 @@ class PlannedPush:
         return "nccl" if self._settings.cuda else "gloo"
 
     def _carry_out(self, fleet: Fleet | None, run: Callable[[Any], Any], version: int, *, connect: bool) -> None:
-        """This rank's part: connect where that is wanted, then send."""
+        """Do this rank's part: connect if asked to, then send."""
         if connect:
             invitation = on_rank_zero(lambda: self._invite(fleet, run), TransportError)
             self._together(run, lambda engines: engines.connect(invitation.spec), lambda: self._join(invitation))
@@ -183,7 +183,7 @@ class PlannedPush:
     def _together(
         self, run: Callable[[Any], Any], control: Callable[[PlannedEngines], Any], own: Callable[[], Any]
     ) -> None:
-        """This rank's part; on rank 0 at the same time as the servers are asked for theirs."""
+        """Do this rank's part; rank 0 sends the servers their requests at the same time."""
         engines = self._engines
         if engines is None:
             own()
@@ -197,7 +197,7 @@ class PlannedPush:
                 raise outcome
 
     def _drop(self) -> None:
-        """Forget the connection; the servers forget theirs when they are started anew or asked to connect."""
+        """Drop the connection; the servers drop theirs when they are restarted or asked to connect."""
         self._sender, self._engines, self._connected_to = None, None, ()
 
 
@@ -206,5 +206,5 @@ def _updating(fleet: Fleet) -> list[Engine]:
 
 
 def _identities(engines: list[Engine]) -> tuple[tuple[int, int], ...]:
-    """Of running servers: one that is started anew is another."""
+    """Identities of the running servers; a restarted server has a new one."""
     return tuple((engine.index, engine.starts) for engine in engines)

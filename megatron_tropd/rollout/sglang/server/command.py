@@ -61,12 +61,12 @@ def server_arguments(settings: SGLangSettings, index: int, port: int, max_positi
 
 
 def server_command(settings: SGLangSettings, index: int, port: int, max_positions: int) -> list[str]:
-    """argv of the server process.  -P: the launcher's folder is no place to import from."""
+    """argv of the server process.  -P keeps the launcher's folder off the import path."""
     return [str(settings.python), "-P", str(LAUNCHER), *server_arguments(settings, index, port, max_positions)]
 
 
 def server_environment(settings: SGLangSettings, index: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """Environment of server number ``index``: the caller's, less what belongs to the trainer."""
+    """Return the environment of server number ``index``: the caller's, without the trainer's variables."""
     hidden = ("TROPD_", "PYTHON", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_", "TORCHDYNAMO_")
     names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"}
     kept = {k: v for k, v in environ.items() if not k.startswith(hidden) and k not in names}

@@ -1,4 +1,4 @@
-"""One server process: started, watched, and gone when we are, with all its children."""
+"""One server process: started, watched, and ended, with all its children, when this process ends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ServerProcess:
     """Server number ``index`` of this run; may be started again after it died.
 
     The process leads a group of its own, which is killed as a whole.  Its standard input is a pipe that
-    only this process holds open: the launcher ends the group when it closes, whatever became of us.
+    only this process holds open: the launcher ends the group when it closes, however this process ended.
     """
 
     def __init__(self, settings: SGLangSettings, index: int, max_positions: int) -> None:
@@ -71,11 +71,11 @@ class ServerProcess:
 
     @property
     def pid(self) -> int | None:
-        """Leader of the process group; None while nothing was started."""
+        """Process id of the group's leader; None before the first start."""
         return None if self._process is None else self._process.pid
 
     def exit_status(self) -> int | None:
-        """How it ended; None while it runs."""
+        """Exit status; None while the process runs."""
         return None if self._process is None else self._process.poll()
 
     def is_running(self) -> bool:
