@@ -25,11 +25,11 @@ class Advantages:
 def group_advantages(
     rewards: Sequence[float], groups: Sequence[int], *, baseline: Baseline, divide_by_std: bool
 ) -> Advantages:
-    """A_i = (r_i - b_i) / (s + 1e-6) in each group of n >= 2 (GRPO, arXiv 2402.03300).
+    """Return A_i = (r_i - b_i) / (s + 1e-6) for each rollout i of a group of n >= 2 (GRPO, arXiv 2402.03300).
 
     ``group-mean``     b_i = mean of all n
     ``leave-one-out``  b_i = mean of the other n - 1 (RLOO, arXiv 2402.14740)
-    s is the standard deviation of all n with n - 1 in its denominator; without ``divide_by_std`` nothing is divided.
+    s is the standard deviation of all n with n - 1 in its denominator; without ``divide_by_std`` A_i = r_i - b_i.
     A group of one has advantage 0.
     """
     members: dict[int, list[int]] = {}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MAX_UID = 1 << 43
-"""rng.sample_uid shifts a uid by 20 bits and the result must fit an int64."""
+"""Uids are below this: rng.sample_uid shifts a uid left by 20 bits and the result must fit an int64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +27,11 @@ class PromptFormat:
     answer_key: str = "answer"
     domain_key: str = "domain"
     chat_template: bool = False
-    """Wrap prompts by the tokenizer's chat template (--apply-chat-template); else prompts are raw text."""
+    """Whether prompts are wrapped in the tokenizer's chat template (--apply-chat-template); if not, they are raw text."""
     max_prompt_length: int
-    """Tokens; a longer prompt is a bad row."""
+    """In tokens; a longer prompt is a bad row."""
     max_response_length: int
-    """Tokens, the stop token not counted; a longer teacher response is a bad row."""
+    """In tokens, without the stop token; a longer teacher response is a bad row."""
     on_bad_row: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
@@ -60,13 +60,13 @@ class Fault(Exception):
 def encode_row(
     row: Row, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, stop_ids: Sequence[int], running_uid: int
 ) -> Prompt:
-    """The prompt of one row.
+    """Return the prompt of one row.
 
     Args:
         row: the record.
         tokenizer: of the student and the teacher (teacher/preflight.py checks that they are equal).
         fmt: keys, limits and mode.
-        stop_ids: ids that end a teacher response; the first is appended where none stands at the end.
+        stop_ids: ids that end a teacher response; the first is appended to a response that does not end in one.
         running_uid: uid of a row without an integer ``uid`` of its own.
 
     Raises:
@@ -104,7 +104,7 @@ def _check_characters(text: str, what: str, flag: str) -> None:
 
 
 def _check_text(text: object, what: str, flag: str, expected: str = "a string") -> str:
-    """``text`` if it is a non-blank, clean string."""
+    """Return ``text``; raise Fault unless it is a non-blank string without NUL characters or lone surrogates."""
     if not isinstance(text, str):
         raise Fault(f"{what} is a {type(text).__name__}: {show(text)}", expected, flag)
     if not text.strip():
@@ -125,13 +125,13 @@ def _encode_chat(prompt: object, tokenizer: PreTrainedTokenizerBase) -> tuple[in
     try:
         encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        # Templates refuse conversations (order of roles, unknown roles) by raising from inside Jinja.
+        # Templates reject conversations (order of roles, unknown roles) by raising errors inside Jinja.
         raise Fault(
             f"the chat template refuses the prompt ({show(str(error), 200)})",
             "a conversation the template accepts",
             "--apply-chat-template",
         ) from error
-    # transformers 4 answers a list, transformers 5 a BatchEncoding.
+    # transformers 4 returns a list, transformers 5 a BatchEncoding.
     ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
     return _token_ids(ids, "prompt", "--prompt-key")
 
@@ -149,7 +149,7 @@ def _check_messages(prompt: object) -> list[dict[str, Any]]:
             raise Fault(f"message {number} is a {type(message).__name__}: {show(message)}", expected, "--prompt-key")
         for key in ("role", "content"):
             _check_text(message.get(key), f"{key} of message {number}", "--prompt-key")
-        # Parquet fills the union of all messages' keys with nulls.
+        # In Parquet every message has the keys of all messages; absent values are null.
         messages.append({key: value for key, value in message.items() if value is not None})
     if messages[-1]["role"] == "assistant":
         raise Fault("the last message is the assistant's", "a prompt that ends before the reply", "--prompt-key")
@@ -159,7 +159,7 @@ def _check_messages(prompt: object) -> list[dict[str, Any]]:
 def _encode_response(
     response: object, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, stop_ids: Sequence[int]
 ) -> tuple[int, ...] | None:
-    """Tokens of the teacher's response with exactly one stop token, at the end."""
+    """Return the tokens of the teacher's response, with one stop token, at the end; None if there is no response."""
     if response is None:
         return None
     text = _check_text(response, "response", "--response-key", "a string or null")
@@ -169,14 +169,14 @@ def _encode_response(
         limit = f"at most --max-response-length {fmt.max_response_length} and a stop token"
         raise Fault(f"a teacher response of {len(body)} tokens", limit, "--max-response-length")
     for at, token in enumerate(body):
-        if token in stop_ids:  # a student continuing from beyond it would write after the end
+        if token in stop_ids:  # a student given more than this would write after the end
             found = f"a teacher response with stop token {token} at token {at} of {len(ids)}"
             raise Fault(found, "a stop token at the end only", "--response-key")
     return ids if len(body) < len(ids) else (*ids, stop_ids[0])
 
 
 def _plain_value(value: object, what: str, flag: str) -> str | None:
-    """A string, or a number as one; None where it is missing."""
+    """Return a string, or a number as a string; None if the value is missing."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):

@@ -23,19 +23,22 @@ Schedule = Literal["half-cosine", "quarter-cosine", "linear"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuidanceConfig:
-    """Length of the teacher prefix over the steps of a run.  L_T: teacher response with its stop token."""
+    """Length of the teacher prefix over the steps of a run.
+
+    L_T is the length of the teacher's response with its stop token, L_max is --max-response-length.
+    """
 
     mode: Mode = "none"
     """none: no prefix; ratio: floor(alpha L_T); cap: min(L_T, floor(alpha L_max)); uniform: U{0..cap}."""
     schedule: Schedule = "half-cosine"
     steps: int = 200
-    """T, the steps over which alpha goes from 1 to 0; 0 from there on."""
+    """T, the number of steps over which alpha goes from 1 to 0; afterwards it is 0."""
     beta: float = 0.001
     """Weight of the imitation loss on the prefix; read by the objective."""
 
 
 def check_guidance(prompts: Sequence[Prompt], config: GuidanceConfig) -> list[str]:
-    """Errors of the configuration, [] if it can be run."""
+    """Return the errors of the configuration; [] if it can be run."""
     errors = []
     if config.mode not in get_args(Mode):
         errors.append(f"--guidance {config.mode!r}: expected one of {', '.join(get_args(Mode))}")
@@ -56,7 +59,7 @@ def check_guidance(prompts: Sequence[Prompt], config: GuidanceConfig) -> list[st
 
 
 def alpha(schedule: Schedule, step: int, total: int) -> float:
-    """Share of the prefix left at ``step`` (from 0): 1 at 0, 0 from ``total`` on."""
+    """Return the share of the prefix that is left at ``step`` (counted from 0): 1 at 0, 0 from ``total`` on."""
     if step >= total:
         return 0.0
     match schedule:
@@ -71,7 +74,7 @@ def alpha(schedule: Schedule, step: int, total: int) -> float:
 
 
 def prefix_length(config: GuidanceConfig, step: int, teacher_len: int, max_response_length: int, u: float) -> int:
-    """Tokens of the teacher's response to give at ``step``.
+    """Return how many tokens of the teacher's response to give at ``step``.
 
     Args:
         config: mode and schedule.
@@ -81,7 +84,8 @@ def prefix_length(config: GuidanceConfig, step: int, teacher_len: int, max_respo
         u: a uniform number in [0, 1), read by mode ``uniform`` only.
 
     Returns:
-        0 <= length <= min(L_T, L_max) - 1: never the stop token, and one token is left to write.
+        0 <= length <= min(L_T, L_max) - 1, so the stop token is not given and at least one token is left to write;
+        0 if there is no response (L_T = 0).
     """
     share = alpha(config.schedule, step, config.steps)
     cap = min(teacher_len, math.floor(share * max_response_length))
@@ -108,14 +112,14 @@ def attach(
     n_samples_per_prompt: int,
     max_response_length: int,
 ) -> list[GenerationRequest]:
-    """The continuations to write in one step, prompt by prompt.
+    """Return the generation requests of one step, prompt by prompt.
 
-    All samples of a prompt share one prefix.  A prompt that comes twice (a take across the end of an
-    epoch) goes on numbering its samples: every request of a step has a name, a coin and a seed of
-    its own, and the prefix still counts once.
+    All samples of a prompt share one prefix.  If a prompt occurs twice (at the end of one epoch and the start of the
+    next), its sample numbers continue: every request of a step then has its own (prompt uid, sample index), hence its
+    own random numbers, and the prefix still counts once.
 
     Raises:
-        ValueError: fewer than one sample or one response token asked for.
+        ValueError: ``n_samples_per_prompt`` or ``max_response_length`` is below 1.
     """
     if n_samples_per_prompt < 1 or max_response_length < 1:
         raise ValueError(
@@ -145,8 +149,8 @@ def attach(
 
 
 def whole_responses(prompts: Sequence[Prompt], weight_version: int) -> list[Rollout]:
-    """Supervised finetuning: every prompt with its whole response, stop token included, as guidance; the student
-    writes nothing.
+    """Return the rollouts for supervised finetuning: each prompt with its whole response, stop token included, as
+    guidance and nothing written by the student.
 
     Raises:
         ValueError: a prompt has no response.
@@ -158,7 +162,7 @@ def whole_responses(prompts: Sequence[Prompt], weight_version: int) -> list[Roll
         rollouts.append(
             Rollout(
                 prompt_uid=prompt.uid,
-                sample_index=0,  # also for a prompt that comes twice: each of its copies counts
+                sample_index=0,  # also for a prompt that occurs twice: each copy counts
                 token_ids=prompt.token_ids + prompt.teacher_response_ids,
                 prompt_len=len(prompt.token_ids),
                 guidance_len=len(prompt.teacher_response_ids),
@@ -171,7 +175,7 @@ def whole_responses(prompts: Sequence[Prompt], weight_version: int) -> list[Roll
 
 
 def _draws(prompts: Sequence[Prompt], stream_key: int) -> list[float]:
-    """One uniform number a prompt, named by (its sample 0, position 0)."""
+    """Return one uniform number per prompt, keyed by its sample 0 and position 0."""
     uids = torch.tensor([rng.sample_uid(prompt.uid, 0) for prompt in prompts], dtype=torch.int64)
     draws: list[float] = rng.uniform(stream_key, uids, torch.zeros_like(uids)).tolist()
     return draws

@@ -29,9 +29,9 @@ class PackPlan:
     """
 
     microbatches: tuple[tuple[tuple[int, ...], ...], ...]
-    """[data-parallel rank][micro-batch] -> indices of rollouts; () is all padding."""
+    """[data-parallel rank][micro-batch] -> indices of rollouts; () for a micro-batch of padding only."""
     owners: Mapping[int, int]
-    """Data-parallel rank by rollout."""
+    """Data-parallel rank by index of the rollout."""
     num_tokens: int
     """T, the packed length of every micro-batch."""
     fill: float
@@ -43,7 +43,7 @@ class PackPlan:
         return len(self.microbatches[0])
 
     def owner(self, index: int) -> int:
-        """Data-parallel rank that trains on rollout ``index``."""
+        """Return the data-parallel rank that trains on rollout ``index``."""
         return self.owners[index]
 
 
@@ -58,16 +58,16 @@ def plan_packs(
 ) -> PackPlan:
     """Assign rollouts to ranks and micro-batches.
 
-    Longest first to the least loaded rank.  First-fit-decreasing then finds how few micro-batches each
-    rank needs; all take the largest of these numbers, and each rank spreads its rollouts evenly over
-    that many, which lowers T (with first-fit alone the first micro-batch is full and the last nearly
-    empty, and all pay for the full one).
+    Rollouts go, longest first, to the least loaded rank.  First-fit-decreasing then gives the number of micro-batches
+    that each rank needs; all ranks take the largest, and each spreads its rollouts evenly over that many, if they fit.
+    This lowers T: with first-fit alone the first micro-batch is full, the last nearly empty, and all have the size of
+    the full one.
 
     Args:
         lengths: tokens of each rollout, prompt included.
         data_parallel_size: number of ranks.
         max_tokens: --max-tokens-per-microbatch, the most rollout tokens in a micro-batch.
-        multiple_of: T is rounded up to it (so T may pass ``max_tokens`` by less than one multiple).
+        multiple_of: T is rounded up to a multiple of it, so T may exceed ``max_tokens`` by less than this.
         prompt_uids: prompt of each rollout, to name it in an error.
         chosen: indices of the rollouts to plan; by default all of them.
 
@@ -109,13 +109,13 @@ def plan_packs(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
-    """A rollout batch as the minibatches of its updates, in order."""
+    """The plans of the minibatches of a rollout batch, one per update, in order."""
 
     minibatches: tuple[PackPlan, ...]
 
     @property
     def owners(self) -> dict[int, int]:
-        """Data-parallel rank by rollout, over all minibatches."""
+        """Data-parallel rank by index of the rollout, over all minibatches."""
         return {index: rank for plan in self.minibatches for index, rank in plan.owners.items()}
 
 
@@ -127,10 +127,10 @@ def plan_batch(
     max_tokens: int,
     multiple_of: int = 1,
 ) -> BatchPlan:
-    """Split the prompts evenly, in batch order, and plan each part; all samples of a prompt stay together.
+    """Split the prompts evenly into minibatches, in batch order, and plan each; samples of a prompt stay together.
 
     Raises:
-        ValueError: fewer prompts than minibatches, or as :func:`plan_packs`.
+        ValueError: ``num_minibatches`` is below 1 or above the number of prompts, or for a reason of :func:`plan_packs`.
     """
     uids = [rollout.prompt_uid for rollout in rollouts]
     place = {uid: place for place, uid in enumerate(dict.fromkeys(uids))}
@@ -155,7 +155,7 @@ def _load(pack: Sequence[int], lengths: Sequence[int]) -> int:
 
 
 def _spread(longest_first: Sequence[int], lengths: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Longest first to the least loaded bin, the lowest of equals."""
+    """Put each index, in the given order, into the least loaded bin; if several are, into the first of them."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     loads = [0] * num_bins
     for index in longest_first:
@@ -166,7 +166,7 @@ def _spread(longest_first: Sequence[int], lengths: Sequence[int], num_bins: int)
 
 
 def _first_fit(longest_first: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """As few bins of at most ``max_tokens`` as first-fit-decreasing needs."""
+    """Return the bins, of at most ``max_tokens`` each, that first-fit-decreasing makes."""
     bins: list[list[int]] = []
     loads: list[int] = []
     for index in longest_first:
@@ -181,10 +181,10 @@ def _first_fit(longest_first: Sequence[int], lengths: Sequence[int], max_tokens:
 
 
 def count_regions(rollouts: Sequence[Rollout]) -> dict[str, int]:
-    """Loss tokens of a step by region, from the rollouts alone: the denominators of the loss.
+    """Return the number of loss tokens of the rollouts by region.
 
-    Equal to the number of GUIDANCE and ON_POLICY labels in the packed micro-batches.  A prefix counts
-    with sample 0 of its prompt only; if that sample is dropped, the prefix is in neither number.
+    These are the numbers of GUIDANCE and ON_POLICY labels in the packed micro-batches.  A prefix counts only in
+    sample 0 of its prompt; if that sample is dropped, the prefix is neither counted nor trained on.
     """
     return {
         "guidance": sum(rollout.guidance_len for rollout in rollouts if rollout.sample_index == 0),
@@ -200,10 +200,10 @@ def pack(
     needs: Needs = Needs(),  # noqa: B008  (frozen)
     teacher_hidden: Tensor | None = None,
 ) -> Microbatch:
-    """One micro-batch of exactly ``num_tokens`` tokens, on the CPU.
+    """Return one micro-batch of exactly ``num_tokens`` tokens, on the CPU.
 
     Args:
-        rollouts: the sequences, in packing order; none gives pure padding.
+        rollouts: the sequences, in packing order; if there are none, the micro-batch is padding only.
         sample_scores: numbers of each rollout; None leaves those streams blank.
         num_tokens: T of the plan.
         needs: inputs of the objective; they alone decide which optional streams exist and how wide the
@@ -211,7 +211,7 @@ def pack(
         teacher_hidden: a tensor [0, H] with the width and dtype of the teacher's hidden states, where asked for.
 
     Raises:
-        ValueError: the rollouts do not fit, or a payload does not match ``needs`` or its rollout.
+        ValueError: the rollouts do not fit, or scores do not match ``needs`` or their rollout.
     """
     lengths = [len(rollout.token_ids) for rollout in rollouts]
     if num_tokens < 1 or sum(lengths) > num_tokens:
@@ -242,13 +242,13 @@ def _blank(lengths: Sequence[int], num_tokens: int, needs: Needs, teacher_hidden
 
 
 def _write_rollout(batch: Microbatch, start: int, rollout: Rollout) -> None:
-    """Tokens, labels and regions of one sequence that begins at packed position ``start``."""
+    """Write one rollout, without its scores, into ``batch`` from packed position ``start`` on."""
     length = len(rollout.token_ids)
     tokens = torch.tensor(rollout.token_ids, dtype=torch.int64)
     batch.token_T[start : start + length] = tokens
     streams = batch.streams
     streams.sample_uid_T[start : start + length] = rng.sample_uid(rollout.prompt_uid, rollout.sample_index)
-    # Position t labels token t + 1, so everything below ends one early and the last token has no label.
+    # The label of position t is token t + 1, so the last position of a sequence has no label.
     last = start + length - 1
     first_response = start + rollout.prompt_len - 1
     first_written = first_response + rollout.guidance_len

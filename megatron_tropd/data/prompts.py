@@ -30,7 +30,7 @@ class PromptSet:
     skipped: tuple[BadRow, ...]
     """Rows left out by --on-bad-row skip."""
     digest: str
-    """sha256 over uids and token ids: equal if and only if the training data is."""
+    """sha256 over uids, prompt ids and teacher response ids; answers and domains are not included."""
 
 
 def load_prompts(
@@ -42,8 +42,8 @@ def load_prompts(
 ) -> PromptSet:
     """Read and tokenize every row of ``paths`` (.jsonl or .parquet).
 
-    A prompt's uid is its running row number over all files (bad rows count too, so skipping one renames
-    nothing), unless the row has an integer ``uid``.
+    A prompt's uid is its running row number over all files (bad rows count too, so skipping one
+    changes no other uid), unless the row has an integer ``uid``.
 
     Args:
         paths: one file or several.
@@ -52,9 +52,9 @@ def load_prompts(
         stop_ids: the teacher's stop tokens (``eos_token_ids``); by default the tokenizer's eos.
 
     Raises:
-        PromptError: bad rows (with ``on_bad_row="error"``), unusable files, files without a usable row;
+        PromptError: bad rows (with ``on_bad_row="error"``), unusable files, or files without a usable row;
             all of them in one message.
-        ValueError: no stop token, or no chat template where one is asked for.
+        ValueError: no file, no stop token, or no chat template although ``fmt`` requires one.
     """
     files = [paths] if isinstance(paths, str | Path) else list(paths)
     if not files:
@@ -79,7 +79,7 @@ def load_prompts(
                 prompts.append(result)
             row_number += 1
         bad = problems[num_problems:]
-        # A file that cannot be used or that has bad rows which are errors anyway needs no second complaint.
+        # An unusable file, or one with bad rows that are errors anyway, needs no second error.
         explained = any(not row.line for row in bad) or (bad and fmt.on_bad_row == "error")
         if len(prompts) == num_prompts and not explained:
             problems.append(_no_prompts(file, len(bad)))
@@ -124,7 +124,7 @@ def _no_prompts(path: str | Path, num_bad: int) -> BadRow:
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
-    """sha256 (hex) over uids, prompt ids and teacher response ids, in order."""
+    """Return the sha256 (hex) over uids, prompt ids and teacher response ids, in order."""
     state = hashlib.sha256()
     for prompt in prompts:
         response = prompt.teacher_response_ids
@@ -141,7 +141,7 @@ class CursorState(TypedDict):
 
 
 class PromptSource:
-    """Endless prompts, epoch after epoch; all its state is one integer.
+    """An endless sequence of prompts, epoch after epoch; its only state is ``consumed``, the number of prompts taken.
 
     Example:
         >>> source = PromptSource([Prompt(uid=7, token_ids=(1,))], seed=0)
@@ -176,14 +176,14 @@ class PromptSource:
         return taken
 
     def state_dict(self) -> CursorState:
-        """The cursor and the digest of the data it points into."""
+        """Return the number of prompts taken and the digest of the prompts."""
         return {"consumed": self.consumed, "digest": self._digest}
 
     def load_state_dict(self, state: CursorState) -> None:
         """Continue from the position at which ``state`` was taken.
 
         Raises:
-            ValueError: the prompts are not those of the checkpoint.
+            ValueError: the prompts are not those of the checkpoint, or its number of prompts taken is negative.
         """
         if state["digest"] != self._digest:
             raise ValueError(

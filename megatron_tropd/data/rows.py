@@ -22,19 +22,19 @@ class Row:
     """Line number (JSONL) or row number (Parquet), from 1."""
     value: dict[str, object]
     keys: tuple[str, ...]
-    """All keys of the record, also those not read from a Parquet file."""
+    """All keys of the record, including Parquet columns that were not read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BadRow:
-    """A record that cannot be used, or (line 0) a file that cannot."""
+    """A record or, with line 0, a whole file that cannot be used."""
 
     path: str
     line: int
     found: str
     expected: str
     flag: str
-    """The flag to change, or "" where only the file can be mended."""
+    """The flag to change; "" if only a change of the file helps."""
 
     def __str__(self) -> str:
         place = f"{self.path}:{self.line}" if self.line else self.path
@@ -57,7 +57,7 @@ class PromptError(ValueError):
 
 
 def show(value: object, limit: int = 60) -> str:
-    """A short ASCII rendering of anything for an error message."""
+    """Return ``value`` as a short ASCII text for an error message."""
     text = ascii(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
@@ -67,7 +67,7 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[Row | BadRow
 
     Args:
         path: a ``.jsonl`` or ``.parquet`` file.
-        columns: the keys that will be read; other columns of a Parquet file stay on disk.
+        columns: the keys that are needed; other columns of a Parquet file are not read.
     """
     path = Path(path)
     if path.suffix.lower() not in (".jsonl", ".parquet"):
@@ -89,7 +89,7 @@ def _bad_file(path: Path, found: str, expected: str) -> BadRow:
 def _read_jsonl(path: Path) -> Iterator[Row | BadRow]:
     with path.open("rb") as file:
         line = 0
-        # Bytes, split at \n only: text mode would also let \r, and one bad byte would lose the line number.
+        # Bytes, split at \n only: text mode also splits at \r, and one bad byte would lose the line number.
         while raw := file.readline(MAX_LINE_BYTES + 1):
             line += 1
             complete = raw.endswith(b"\n")
@@ -107,7 +107,7 @@ def _read_jsonl(path: Path) -> Iterator[Row | BadRow]:
 
 
 def _parse_json(path: Path, line: int, raw: bytes) -> Row | BadRow:
-    """One JSONL line as a record."""
+    """Return one JSONL line as a record."""
 
     def bad(found: str, expected: str = "one JSON object a line") -> BadRow:
         return BadRow(path=str(path), line=line, found=found, expected=expected, flag="")
@@ -122,7 +122,7 @@ def _parse_json(path: Path, line: int, raw: bytes) -> Row | BadRow:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         return bad(f"broken JSON ({error.msg} at column {error.colno}): {show(text.strip())}")
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; a thousand brackets
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, or very deep nesting
         return bad(f"unreadable JSON ({error})")
     if not isinstance(value, dict):
         return bad(f"a JSON {type(value).__name__}: {show(value)}")

@@ -10,13 +10,13 @@ from torch import Tensor
 from megatron_tropd.types import Needs, Region, Rollout, TeacherScores, TokenStreams
 
 _Source = tuple[str, Tensor | None, Tensor | None, slice]
-"""(name, stream, what arrived, the labels it is for)."""
+"""(name, stream to write, values or None if they are missing, labels that they belong to)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleScores:
-    """Numbers of one rollout with R response tokens, W of them written by the student, from wherever they were made;
-    None where the objective did not ask."""
+    """Scores of one rollout with R response tokens, W of them written by the student; None for a score that the
+    objective does not need."""
 
     teacher: TeacherScores | None = None
     reference_logprob: Tensor | None = None  # [R] fp32
@@ -27,12 +27,13 @@ class SampleScores:
 
 
 def blank_streams(num_tokens: int, needs: Needs, teacher_hidden: Tensor | None = None) -> TokenStreams:
-    """``num_tokens`` labels of padding; optional streams exist exactly where ``needs`` asks for them.
+    """Return the streams of ``num_tokens`` labels of padding.  ``needs`` decides which optional streams exist, except
+    ``sample_start_T``, which always does.
 
-    ``teacher_hidden`` is [0, H]: the width and dtype of the teacher's hidden states.
+    ``teacher_hidden`` is [0, H], with the width and dtype of the teacher's hidden states.
 
     Raises:
-        ValueError: hidden states are asked for, and ``teacher_hidden`` does not say how wide they are.
+        ValueError: hidden states are needed, but ``teacher_hidden`` is None.
     """
     if needs.score.hidden and teacher_hidden is None:
         raise ValueError("an objective over the full vocabulary needs a teacher that sends its hidden states")
@@ -69,7 +70,7 @@ def write_scores(streams: TokenStreams, start: int, rollout: Rollout, sample: Sa
     """Write the scores of a sequence that begins at packed position ``start`` into the streams, in place.
 
     Raises:
-        ValueError: a number that ``needs`` asks for is missing, or is of another shape than the response.
+        ValueError: a score that ``needs`` requires is missing, or its shape does not fit the response.
     """
     first = start + rollout.prompt_len - 1  # response token r is the label at position prompt_len - 1 + r
     response = slice(first, first + rollout.response_len)

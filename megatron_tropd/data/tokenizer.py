@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # importing transformers takes seconds; only load_tokenizer pays for it
+if TYPE_CHECKING:  # importing transformers takes seconds, so only load_tokenizer does it
     from transformers import PreTrainedTokenizerBase
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local HF directory.  No network, no code from the directory.
+    """Return the tokenizer of a local HF directory, without network access and without running code from the directory.
 
     Raises:
         FileNotFoundError: no such directory, or no vocabulary file in it.
@@ -34,7 +34,7 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
             str(path), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
-        # The Rust reader raises bare Exception on a broken tokenizer.json, so nothing narrower will do.
+        # The Rust reader raises bare Exception on a broken tokenizer.json, so a narrower type is not enough.
         raise ValueError(f"tokenizer: the files in {path} cannot be read: {error}") from error
     return tokenizer
 
@@ -48,7 +48,7 @@ def eos_token_ids(hf_dir: str | Path, tokenizer: PreTrainedTokenizerBase | None 
 
     Args:
         hf_dir: local HF directory.
-        tokenizer: of that directory, if it is loaded already (a large one takes half a second).
+        tokenizer: the one of that directory, if it is already loaded (loading a large one takes half a second).
 
     Raises:
         FileNotFoundError: no tokenizer in the directory.
@@ -67,7 +67,7 @@ def eos_token_ids(hf_dir: str | Path, tokenizer: PreTrainedTokenizerBase | None 
 
 
 def _declared_ids(path: Path) -> list[int]:
-    """``eos_token_id`` of one JSON file; [] where the file or the key is missing or null."""
+    """Return ``eos_token_id`` of one JSON file as a list; [] if the file or key is missing, or the value null."""
     if not path.is_file():
         return []
     try:
