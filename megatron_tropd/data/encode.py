@@ -27,7 +27,7 @@ class PromptFormat:
     answer_key: str = "answer"
     domain_key: str = "domain"
     chat_template: bool = False
-    """Whether prompts are wrapped in the tokenizer's chat template (--apply-chat-template); if not, they are raw text."""
+    """Whether prompts are wrapped in the tokenizer's chat template (--apply-chat-template); else they are raw text."""
     max_prompt_length: int
     """In tokens; a longer prompt is a bad row."""
     max_response_length: int

@@ -130,7 +130,7 @@ def plan_batch(
     """Split the prompts evenly into minibatches, in batch order, and plan each; samples of a prompt stay together.
 
     Raises:
-        ValueError: ``num_minibatches`` is below 1 or above the number of prompts, or for a reason of :func:`plan_packs`.
+        ValueError: ``num_minibatches`` is not in 1 .. number of prompts, or for a reason of :func:`plan_packs`.
     """
     uids = [rollout.prompt_uid for rollout in rollouts]
     place = {uid: place for place, uid in enumerate(dict.fromkeys(uids))}
