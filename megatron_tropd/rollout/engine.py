@@ -24,8 +24,11 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to draw tokens.  The random number of a token is named by (seed, stream, step, prompt uid,
-    sample index, position in the response), so it does not depend on batches, engines or ranks."""
+    """How to draw tokens.
+
+    ``seed``, ``stream`` and ``step`` are for engines that draw by named random numbers (the embedded engine; see rng.py), so
+    that tokens do not depend on batches or ranks.  SGLang servers draw with random numbers of their own.
+    """
 
     temperature: float = 1.0
     """0 is greedy decoding."""

@@ -106,11 +106,11 @@ class MegatronTeacher:
     def score(
         self, rollouts: Sequence[Rollout], want: ScoreRequest, destination: Destination
     ) -> dict[int, TeacherScores]:
-        """Scores by rollout index, of those rollouts that this rank trains on.
+        """Return the scores of the rollouts that this rank trains on, by rollout index.
 
         Raises:
             ValueError: a rollout is longer than --max-tokens-per-microbatch, or the top-k exceeds the
-                vocabulary.
+                vocabulary, or logits are NaN or +inf.
         """
         plan = plan_packs(
             [len(rollout.token_ids) for rollout in rollouts],

@@ -20,7 +20,7 @@ from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.types import Finish, GenerationRequest
 
 _DROP_FINISHED_ABOVE = 0.25
-"""Share of finished rows from which on they are cut out of the batch and of the KV cache."""
+"""Share of finished rows above which they are removed from the batch and the KV cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

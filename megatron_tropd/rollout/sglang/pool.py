@@ -154,7 +154,7 @@ class SGLangPool:
         """Send complete new weights, by HF name, to every server and verify that they arrived.
 
         Args:
-            export: begins this rank's part of the same collective export; it is not called where updates are planned.
+            export: begins this rank's part of the same collective export; not called while updates are planned.
             version: of the weights.
 
         Raises:

@@ -65,13 +65,13 @@ class Keys:
 
 
 def load_keys(environ: Mapping[str, str] = os.environ, file: Path | None = None) -> Keys | None:
-    """Both keys from the environment, or from a YAML file with ``api-key`` and ``admin-api-key``.
+    """Return both keys, from a YAML file with ``api-key`` and ``admin-api-key``, or else from the environment.
 
     Returns:
         None where neither source has a key.
 
     Raises:
-        ValueError: one key without the other, a file that other users may read, or too short keys.
+        ValueError: one key without the other, equal or too short keys, or a file that other users may read.
     """
     values = {"api-key": environ.get(API_KEY_VARIABLE), "admin-api-key": environ.get(ADMIN_KEY_VARIABLE)}
     if file is not None:
@@ -121,7 +121,7 @@ class SGLangSettings:
     """Whether the servers run on GPUs."""
     transport: Literal["auto", "shared", "bytes"] = "auto"
     """How buckets of weights travel: shared memory (CUDA: IPC handles) to servers of this host, bytes
-    over HTTP to any other.  ``auto`` shares with servers started here."""
+    over HTTP to any other.  ``auto`` shares with servers started here that see the trainer's GPU."""
     bucket_bytes: int = 512 << 20
     max_concurrent_prompts: int = 64
     """Prompts in flight at one server; the others wait here, for whichever server is free first."""
@@ -129,7 +129,7 @@ class SGLangSettings:
     request_timeout_s: float = 300.0
     """Deadline of one prompt's samples, and of one bucket of weights."""
     max_failures: int = 5
-    """A server that failed more often than this in one run is given up."""
+    """A server that failed more often than this is given up; a row of good pushes forgets its failures (fleet.py)."""
 
     def __post_init__(self) -> None:
         for name in ("num_engines", "tp_size", "bucket_bytes", "max_concurrent_prompts"):

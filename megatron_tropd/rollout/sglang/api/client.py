@@ -24,12 +24,12 @@ class Client:
 
     A request is repeated, a few times and ever later, when no connection could be made, when the server
     is busy (429, 503), and, if it is ``repeatable``, when the connection broke; not when ``is_running``
-    says that there is nothing to connect to.  Answers of 4xx are final.
+    says that there is nothing to connect to.  Other 4xx and 5xx are final.
 
     Raises (every method):
-        RequestRefused: 4xx.
+        RequestRefused: 4xx (429 after the last attempt).
         EngineTimeout: no answer within the deadline, retries included.
-        EngineDown: no connection, or 5xx, after the last attempt.
+        EngineDown: 5xx (503 after the last attempt), or no connection after the last attempt.
         BadResponse: the answer is not JSON.
     """
 

@@ -1,10 +1,10 @@
 """Control messages of planned weight updates, sent by the rank that talks to the SGLang servers.
 
 The weights themselves travel from every trainer rank straight to every engine rank
-(``weights/transport/transfer.py``); what goes over HTTP is a request of a few hundred bytes.  Servers must
+(``weights/transport/transfer.py``); only a small request goes over HTTP.  Servers must
 run with ``--custom-weight-loader megatron_tropd.weights.engine_loader.load``.  Each call here is made while all
 trainer ranks make theirs: :meth:`PlannedEngines.connect` with ``connect_sender``,
-:meth:`PlannedEngines.receive` with ``PlannedSender.push``; only :meth:`PlannedEngines.locate` needs no trainer rank.
+:meth:`PlannedEngines.receive` with ``PlannedSender.push``; ``locate`` and ``close`` need no trainer rank.
 """
 
 from __future__ import annotations

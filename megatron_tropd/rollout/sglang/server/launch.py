@@ -40,7 +40,7 @@ def _hide(secrets: list[str]) -> None:
 
 
 def _first_line() -> bytes:
-    """Read from the descriptor itself: a buffered reader would hold the lock that the watch needs."""
+    """Read the first line of standard input, unbuffered, so that nothing after it is taken from the watch thread."""
     line = b""
     while not line.endswith(b"\n"):
         piece = os.read(0, 1)
