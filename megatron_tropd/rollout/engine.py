@@ -26,8 +26,8 @@ class EngineError(RuntimeError):
 class SamplingParams:
     """How to draw tokens.
 
-    ``seed``, ``stream`` and ``step`` are for engines that draw by named random numbers (the embedded engine; see rng.py), so
-    that tokens do not depend on batches or ranks.  SGLang servers draw with random numbers of their own.
+    ``seed``, ``stream`` and ``step`` are for engines that draw by named random numbers (the embedded one; rng.py), so that
+    tokens do not depend on batches or ranks.  SGLang servers draw with random numbers of their own.
     """
 
     temperature: float = 1.0

@@ -54,7 +54,7 @@ class Engine:
         self.is_up = False
         self.updating = False
         self.verified = False
-        """Whether the server hashed the weights of the last update, and names (and checksums, if known) were as sent."""
+        """Whether the server hashed the last update's weights, and names (and checksums, if known) were as sent."""
         self.failures = self.good_pushes = 0
         self.given_up = False
         self.last_error = "not started"
