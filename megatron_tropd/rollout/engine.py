@@ -26,7 +26,7 @@ class EngineError(RuntimeError):
 class SamplingParams:
     """How to draw tokens.
 
-    Engines with named random numbers (the embedded engine; rng.py) read ``seed``, ``stream`` and ``step``, so that their
+    Engines with named random numbers (the embedded engine; rng.py) read ``seed``, ``stream`` and ``step``, so their
     tokens do not depend on batches or ranks.  SGLang servers draw with random numbers of their own.
     """
 
