@@ -32,8 +32,11 @@ from megatron_tropd.training.loop import train  # noqa: E402
 EXIT_BAD_CONFIG = 2
 
 
-class Terminated(Exception):
-    """SIGTERM arrived: torchrun ends the job because another rank failed, or the machine is being taken away."""
+class Terminated(BaseException):
+    """SIGTERM arrived: torchrun ends the job because another rank failed, or the machine is being taken away.
+
+    Not an Exception: code that handles any Exception and goes on, as fail_together does, must not handle this one.
+    """
 
 
 def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
@@ -99,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NonFiniteStep as error:
         _say(str(error))
         return EXIT_NONFINITE
-    except Exception as error:
+    except (Exception, Terminated) as error:
         print(_lost(error, config), file=sys.stderr, flush=True)
         raise
     return 0

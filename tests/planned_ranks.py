@@ -29,7 +29,7 @@ def serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
 
 
 def hf_bits(case: Case, version: int, dtype: str) -> dict[str, np.ndarray]:
-    """Random bit patterns for every HF tensor, NaN sample_scores among them; others for every version."""
+    """Random bit patterns for every HF tensor, NaN payloads among them; others for every version."""
     from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
 
     draw = np.random.default_rng(version)

@@ -252,7 +252,7 @@ def test_commands_as_a_user_runs_them(sources, tmp_path):
 
     folder = ROOT / "checkpoint_convert"
     out = ("--hf-checkpoint", sources["qwen3"], "--save", tmp_path / "megatron")
-    done = call(sys.executable, "hf_to_megatron.py", *out, cwd=folder)  # beside inspect.py, the worst span
+    done = call(sys.executable, "hf_to_megatron.py", *out, cwd=folder)  # beside inspect.py, the worst place
     assert (done.returncode, done.stderr) == (0, "")
     assert "47 tensors, float32, vocabulary 131 padded to 256" in done.stdout
     done = call(

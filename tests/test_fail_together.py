@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
+import time
+
 import pytest
 import torch.distributed as dist
 
@@ -86,3 +91,33 @@ def test_a_process_alone_needs_no_group(way, monkeypatch):
     with pytest.raises(RankFailure, match=r"^it$") as caught:
         WAYS[way](fail)
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_sigterm_ends_the_rank_and_is_no_failure_to_agree_on():
+    """A rank that torchrun ends must not wait for the others, and a caller that handles failures must not go on."""
+    from megatron_tropd.train import Terminated, _on_terminate
+
+    def action():
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(3000):  # the handler runs in this thread, perhaps a little later
+            time.sleep(0.01)
+
+    before = signal.signal(signal.SIGTERM, _on_terminate)
+    try:
+        with pytest.raises(Terminated, match="SIGTERM"):
+            on_all_ranks(action)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "level"), [(ValueError("a user's mistake"), logging.DEBUG), (KeyError("a bug"), logging.ERROR)]
+)
+def test_the_traceback_of_a_bug_is_logged(error, level, caplog):
+    def action():
+        raise error
+
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(RankFailure):
+        on_all_ranks(action)
+    assert [(record.levelno, record.exc_info[1]) for record in caplog.records] == [(level, error)]

@@ -129,7 +129,9 @@ def test_the_picture_of_the_rooms_is_true():
     assert drawn == _room_imports()
 
 
-FRONTS = ["weights.coordinates", "weights.plan", "weights.transport", "weights.files", "checkpoints"]
+FRONTS = [
+    "weights.coordinates", "weights.plan", "weights.transport", "weights.files", "checkpoints", "checkpoints.conversion",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("room", FRONTS)

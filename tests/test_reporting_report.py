@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import runpy
 import sys
 from html.parser import HTMLParser
 
@@ -12,7 +13,7 @@ import pytest
 
 from megatron_tropd.reporting.records import eval_record, step_record
 from megatron_tropd.reporting.report.plots import FIGURES, make_plots
-from megatron_tropd.reporting.report.write import main, write_report
+from megatron_tropd.reporting.report.write import write_report
 from megatron_tropd.reporting.rollout_samples import RolloutSample, TokenMark
 from megatron_tropd.reporting.run_directory import RunDirectory
 from tests.test_reporting_files import eval_report, step_report
@@ -116,7 +117,7 @@ def test_report_is_one_safe_file(page):
 
 def test_report_can_be_made_again_from_its_files(run_dir, page, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report", str(run_dir)])
-    main()
+    runpy.run_module("megatron_tropd.reporting.report", run_name="__main__")  # as ``python -m`` does
     assert capsys.readouterr().out.strip() == str(run_dir / "report.html")
     assert (run_dir / "report.html").read_text() == page
 

@@ -21,7 +21,7 @@ from tests.test_weights_boxes import make_arch
 
 
 def _random_bits(shape, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Any bit pattern at all: NaN sample_scores, infinities, denormals."""
+    """Any bit pattern at all: NaN payloads, infinities, denormals."""
     generator = torch.Generator().manual_seed(seed)
     raw = torch.randint(0, 256, (*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8, generator=generator)
     return raw.view(dtype)

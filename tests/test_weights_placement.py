@@ -26,7 +26,7 @@ SOURCES = [_at("a", "gpu-1"), _at("a", "gpu-2"), _at("b", "gpu-1"), _at("b", "gp
 ENGINES = [[_at("b", "gpu-3"), _at("b", "gpu-4")], [_at("c", "gpu-1"), _at("a", "gpu-1")]]
 
 
-def test_places_are_numbered_by_machine_and_device():
+def test_placements_are_numbered_by_machine_and_device():
     sources, engines = number_placements(SOURCES, ENGINES)
     assert sources == (
         Placement(node=0, gpu=0),

@@ -50,7 +50,7 @@ SHARED = (
 
 @pytest.mark.parametrize(("name", "shared"), [*((name, False) for name in CASES), *((name, True) for name in SHARED)])
 def test_every_byte_arrives_in_three_versions(pool, store, name, shared):
-    """Random bits with NaN sample_scores, poisoned source padding; destination padding stays zero."""
+    """Random bits with NaN payloads, poisoned source padding; destination padding stays zero."""
     case = CASES[name]
     assert case.processes <= 8
     answers = pool.run(deliver, case, store.port, _new_name(), "bfloat16", BUCKET, 3, shared=shared)[: case.processes]

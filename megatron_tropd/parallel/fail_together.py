@@ -12,6 +12,7 @@ All three are collective over the world, and work without a process group, where
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -19,6 +20,8 @@ from typing import Any, Generic, TypeVar
 import torch.distributed as dist
 
 from megatron_tropd.parallel.exchange import broadcast_object, gather_objects
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Failure = Callable[[str], Exception]
@@ -42,19 +45,26 @@ class _Outcome(Generic[T]):
     """Why the action failed; None if it did not, empty if it failed only because another rank did."""
 
 
+def _explains_itself(error: Exception, failure: Failure) -> bool:
+    """Return whether the text of ``error`` says what is wrong without its type and its traceback."""
+    return isinstance(error, (ValueError, OSError, *([failure] if isinstance(failure, type) else [])))
+
+
 def reason_of(error: Exception, failure: Failure = RankFailure) -> str:
     """Return the text of an error, preceded by its type if the text may not be clear alone; "" for FailedElsewhere."""
     if isinstance(error, FailedElsewhere):
         return ""
     text = str(error) or type(error).__name__
-    explains_itself = (ValueError, OSError, *([failure] if isinstance(failure, type) else []))
-    return text if isinstance(error, explains_itself) else f"{type(error).__name__}: {text}"
+    return text if _explains_itself(error, failure) else f"{type(error).__name__}: {text}"
 
 
 def _attempt(action: Callable[[], T], failure: Failure) -> tuple[_Outcome[T], Exception | None]:
     try:
         return _Outcome(value=action()), None
     except Exception as error:  # of any kind: the other ranks wait for the outcome
+        # The caller may handle the common error and go on, so the traceback of a programming error is kept here.
+        expected = _explains_itself(error, failure) or isinstance(error, RuntimeError)
+        log.log(logging.DEBUG if expected else logging.ERROR, "failed on this rank", exc_info=True)
         return _Outcome(reason=reason_of(error, failure)), error
 
 

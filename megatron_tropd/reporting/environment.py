@@ -18,7 +18,6 @@ from megatron_tropd.reporting.redaction import redact_argv, redact_mapping
 
 PACKAGES = (
     "megatron-tropd",
-    "megatron-tropd",
     "torch",
     "megatron-core",
     "transformers",

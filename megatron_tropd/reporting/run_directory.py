@@ -6,7 +6,7 @@ Files::
     env.json                 code, versions, machine, command line; changed flags; earlier launches
     metrics.jsonl            one line for each step and each evaluation
     rollouts/step_*.jsonl    a few rollouts as text
-    plots/  report.html      made from the files above (``python -m megatron_tropd.reporting.report.write RUN_DIR``)
+    plots/  report.html      made from the files above (``python -m megatron_tropd.reporting.report RUN_DIR``)
     run.lock                 host and process of the job that writes here; empty when there is none
 """
 

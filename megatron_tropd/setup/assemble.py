@@ -14,7 +14,7 @@ from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.prompts import PromptSource
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.reporting.progress.progress import NullProgress, Progress
-from megatron_tropd.rollout.engines import Export
+from megatron_tropd.rollout.engine_pool import Export
 from megatron_tropd.setup.engines import make_engines
 from megatron_tropd.setup.models import make_scorers, make_student
 from megatron_tropd.setup.run_files import RunFiles, open_files

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_tropd.parallel import platform
 from megatron_tropd.rollout.embedded.engine import EmbeddedEngine
 from megatron_tropd.rollout.embedded.pool import EmbeddedPool
-from megatron_tropd.rollout.engines import EnginePool, Export
+from megatron_tropd.rollout.engine_pool import EnginePool, Export
 from megatron_tropd.rollout.sglang.planned.push import PlannedPush, TrainerWeights
 from megatron_tropd.rollout.sglang.pool import SGLangPool
 from megatron_tropd.setup.engine_settings import is_planned, sglang_settings

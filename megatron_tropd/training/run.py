@@ -10,7 +10,7 @@ from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.prompts import PromptSource
 from megatron_tropd.objectives.base import Objective
 from megatron_tropd.reporting.progress.progress import NullProgress
-from megatron_tropd.rollout.engines import EnginePool, Export
+from megatron_tropd.rollout.engine_pool import EnginePool, Export
 from megatron_tropd.teacher.megatron import MegatronTeacher
 from megatron_tropd.training.checkpointing import Checkpoints
 from megatron_tropd.training.evaluations import Evaluations

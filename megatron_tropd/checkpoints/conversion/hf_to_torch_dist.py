@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_tropd.checkpoints.conversion.workers import Workers
+from megatron_tropd.checkpoints.conversion.workers import Workers, merge
 from megatron_tropd.checkpoints.conversion.writing import ParamWriter, finish, write_file
 from megatron_tropd.checkpoints.metadata import FileRecord
+from megatron_tropd.parallel.exchange import gather_objects
 from megatron_tropd.weights.coordinates.box import Box
 from megatron_tropd.weights.coordinates.checkpoint_boxes import StoredParam
 from megatron_tropd.weights.coordinates.hf_shapes import EMBED_TOKENS, LM_HEAD
@@ -74,4 +75,4 @@ def hf_to_torch_dist(
 
     written = write_file(folder, workers, work)
     tensors = {param.key: (param.global_shape, dtype) for param in params}
-    return finish(folder, written, tensors, workers), workers.merge(rows.hexdigests())
+    return finish(folder, written, tensors), merge(gather_objects(rows.hexdigests()))

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_tropd.checkpoints.conversion.workers import Workers
+from megatron_tropd.checkpoints.conversion.workers import Workers, merge
 from megatron_tropd.checkpoints.conversion.writing import rows_of
 from megatron_tropd.checkpoints.directory import MODEL_PREFIXES
 from megatron_tropd.checkpoints.metadata import CheckpointError
 from megatron_tropd.checkpoints.safety import read_dcp_metadata
-from megatron_tropd.parallel.fail_together import on_all_ranks
+from megatron_tropd.parallel.fail_together import from_all_ranks
 from megatron_tropd.weights.coordinates.box import Box
 from megatron_tropd.weights.coordinates.checkpoint_boxes import StoredParam, by_hf_tensor
 from megatron_tropd.weights.files.byte_ranges import Scratch, tensor_bytes
@@ -125,4 +125,4 @@ def hf_digests(
             for name, bands in hf_tensors(stored, params, buffer_bytes, workers, prefix)
         }
 
-    return workers.merge(on_all_ranks(work, CheckpointError))
+    return merge(from_all_ranks(work, CheckpointError))

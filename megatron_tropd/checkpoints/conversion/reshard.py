@@ -16,6 +16,7 @@ from megatron_tropd.checkpoints.conversion.workers import Workers
 from megatron_tropd.checkpoints.conversion.writing import ParamWriter, finish, write_file
 from megatron_tropd.checkpoints.directory import MODEL_PREFIXES
 from megatron_tropd.checkpoints.metadata import CheckpointError, FileRecord
+from megatron_tropd.parallel.fail_together import on_all_ranks
 from megatron_tropd.weights.coordinates.checkpoint_boxes import StoredParam
 from megatron_tropd.weights.files.torch_dist import ChunkFile, TorchDistReader
 
@@ -104,7 +105,7 @@ def write_copy(
             file.add_object(key, stored.read_object(key))
 
     tensors = {job.key: (job.param.global_shape, stored.tensors[job.key][1]) for job in copy.jobs}
-    return finish(folder, write_file(folder, workers, work), tensors, workers)
+    return finish(folder, write_file(folder, workers, work), tensors)
 
 
 def verify_copy(
@@ -115,7 +116,7 @@ def verify_copy(
     Raises:
         CheckpointError: on every process; names the tensors that differ.
     """
-    written = open_tensors(folder)
+    written = on_all_ranks(lambda: open_tensors(folder), CheckpointError)
     try:
         for prefix in sorted({job.prefix for job in copy.jobs}):
             params = [job.param for job in copy.jobs if job.prefix == prefix]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_tropd.checkpoints.conversion.reading import hf_tensors, sha256_of
-from megatron_tropd.checkpoints.conversion.workers import Workers
+from megatron_tropd.checkpoints.conversion.workers import Workers, merge
 from megatron_tropd.checkpoints.metadata import CheckpointError
-from megatron_tropd.parallel.fail_together import on_all_ranks
+from megatron_tropd.parallel.fail_together import from_all_ranks
 from megatron_tropd.weights.coordinates.checkpoint_boxes import StoredParam
 from megatron_tropd.weights.files.hf_writer import HfWriter
 from megatron_tropd.weights.files.torch_dist import TorchDistReader
@@ -43,4 +43,4 @@ def torch_dist_to_hf(
             found.update(dict.fromkeys(writer.names(name), digest))
         return found
 
-    return workers.merge(on_all_ranks(work, CheckpointError))
+    return merge(from_all_ranks(work, CheckpointError))

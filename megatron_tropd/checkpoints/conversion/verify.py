@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_tropd.checkpoints.conversion.reading import check_stored, hf_digests, open_tensors
-from megatron_tropd.checkpoints.conversion.workers import Workers
+from megatron_tropd.checkpoints.conversion.workers import Workers, merge
 from megatron_tropd.checkpoints.metadata import CheckpointError
-from megatron_tropd.parallel.fail_together import on_all_ranks
+from megatron_tropd.parallel.fail_together import from_all_ranks, on_all_ranks
 from megatron_tropd.weights.coordinates.checkpoint_boxes import StoredParam
 from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 from megatron_tropd.weights.files.hf_writer import HfWriter
@@ -23,7 +23,7 @@ def verify_stored(
     Raises:
         CheckpointError: on every process; names the tensors that differ.
     """
-    stored = open_tensors(folder)
+    stored = on_all_ranks(lambda: open_tensors(folder), CheckpointError)
     try:
         on_all_ranks(lambda: check_stored(stored, params), CheckpointError)
         dtypes = {name: info.dtype for name, info in source.tensors.items()}
@@ -44,7 +44,7 @@ def verify_hf(writer: HfWriter, digests: Mapping[str, str], workers: Workers) ->
         names = workers.mine([(name, info.nbytes) for name, info in sorted(writer.manifest.tensors.items())])
         return {name: writer.written_sha256(name) for name in names}
 
-    compare(workers.merge(on_all_ranks(work, CheckpointError)), digests, str(writer.directory))
+    compare(merge(from_all_ranks(work, CheckpointError)), digests, str(writer.directory))
 
 
 def compare(found: Mapping[str, str], wanted: Mapping[str, str], where: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -38,13 +38,7 @@ class Workers:
         """Return this process's share of ``(item, weight)`` pairs.  All processes compute the same shares."""
         return _shares(items, self.count)[self.rank]
 
-    def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank.  Collective."""
-        parts: list[T] = [value] * self.count
-        if self.count > 1:
-            dist.all_gather_object(parts, value)
-        return parts
 
-    def merge(self, mine: dict[str, str]) -> dict[str, str]:
-        """Return the mappings of all processes as one, in name order.  Collective."""
-        return dict(sorted((name, value) for part in self.gather(mine) for name, value in part.items()))
+def merge(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Return the mappings of all processes as one, in name order."""
+    return dict(sorted((name, value) for part in parts for name, value in part.items()))

@@ -14,6 +14,7 @@ from megatron_tropd.checkpoints.conversion.workers import Workers
 from megatron_tropd.checkpoints.metadata import CheckpointError, FileRecord
 from megatron_tropd.checkpoints.safety import COMMON_FILE
 from megatron_tropd.checkpoints.state import COMMON_KEY
+from megatron_tropd.parallel.exchange import gather_objects
 from megatron_tropd.parallel.fail_together import on_all_ranks, on_rank_zero
 from megatron_tropd.weights.coordinates.checkpoint_boxes import StoredParam
 from megatron_tropd.weights.coordinates.hf_shapes import Index
@@ -55,11 +56,9 @@ class ParamWriter:
                 self._file.add(key, (*param.at, rows.start, first), piece.view(lead + piece.shape))
 
 
-def finish(
-    folder: Path, written: WrittenFile, tensors: dict[str, tuple[Index, torch.dtype]], workers: Workers
-) -> dict[str, FileRecord]:
+def finish(folder: Path, written: WrittenFile, tensors: dict[str, tuple[Index, torch.dtype]]) -> dict[str, FileRecord]:
     """Write ``.metadata`` from the records of all processes, and return the digests of all files.  Collective."""
-    files = workers.gather(written)
+    files = gather_objects(written)
     on_rank_zero(lambda: write_metadata(folder, make_metadata(files, tensors)), CheckpointError)
     return {file.name: FileRecord(bytes=file.nbytes, sha256=file.sha256) for file in files}
 

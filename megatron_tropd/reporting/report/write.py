@@ -1,7 +1,7 @@
 """``report.html``: one file that shows a run, made from the files of its directory alone.
 
 Usage:
-    python -m megatron_tropd.reporting.report.write RUN_DIR
+    python -m megatron_tropd.reporting.report RUN_DIR
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_tropd.parallel.fail_together import from_all_ranks
 from megatron_tropd.rollout.engine import EngineError, RolloutEngine, SamplingParams
-from megatron_tropd.rollout.engines import Export, PushReport
+from megatron_tropd.rollout.engine_pool import Export, PushReport
 from megatron_tropd.types import GenerationRequest, Rollout
 
 
@@ -40,7 +40,7 @@ class EmbeddedPool:
         def write() -> list[Rollout]:
             try:
                 return self.engine.generate(requests[rank::world_size], params)
-            except EngineError as error:
+            except Exception as error:
                 raise EngineError(f"engine of rank {rank}: {error}") from error
 
         written = from_all_ranks(write, EngineError)

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel.fail_together import is_rank_zero, on_rank_zero, reason_of
 from megatron_tropd.rollout.engine import EngineError, SamplingParams, check_requests
-from megatron_tropd.rollout.engines import Export, PushReport
+from megatron_tropd.rollout.engine_pool import Export, PushReport
 from megatron_tropd.rollout.sglang.api.checksums import SentChecksums
 from megatron_tropd.rollout.sglang.api.generation import TokenRules
 from megatron_tropd.rollout.sglang.api.weight_buckets import BucketBuilder

@@ -124,16 +124,16 @@ def make_metadata(files: Iterable[WrittenFile], tensors: Mapping[str, tuple[Inde
         key: TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
         for key, (shape, dtype) in tensors.items()
     }
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
     for file in files:
         for chunk in file.chunks:
             start, span = torch.Size(chunk.start), chunk.span
             entries[chunk.key].chunks.append(ChunkStorageMetadata(start, torch.Size(chunk.size)))
-            places[MetadataIndex(chunk.key, start)] = _StorageInfo(span.file, span.offset, span.length)
+            storage[MetadataIndex(chunk.key, start)] = _StorageInfo(span.file, span.offset, span.length)
         for key, span in file.objects.items():
             entries[key] = BytesStorageMetadata()
-            places[MetadataIndex(key)] = _StorageInfo(span.file, span.offset, span.length)
-    return Metadata(entries, storage_data=places, storage_meta=StorageMeta())
+            storage[MetadataIndex(key)] = _StorageInfo(span.file, span.offset, span.length)
+    return Metadata(entries, storage_data=storage, storage_meta=StorageMeta())
 
 
 def write_metadata(folder: Path, metadata: Metadata) -> None:
@@ -158,9 +158,9 @@ class _Index:
         return self.chunks[low:high]
 
 
-def _index(key: str, parts: Iterable[ChunkStorageMetadata], places: Mapping[Any, Any]) -> _Index:
+def _index(key: str, parts: Iterable[ChunkStorageMetadata], storage: Mapping[Any, Any]) -> _Index:
     chunks = [
-        Chunk(key=key, start=tuple(p.offsets), size=tuple(p.sizes), span=_range(places, MetadataIndex(key, p.offsets)))
+        Chunk(key=key, start=tuple(p.offsets), size=tuple(p.sizes), span=_range(storage, MetadataIndex(key, p.offsets)))
         for p in parts
     ]
     chunks.sort(key=lambda chunk: chunk.start)
@@ -187,14 +187,14 @@ class TorchDistReader:
         """Shape and dtype of every global tensor."""
         self.objects: dict[str, ByteRange] = {}
         """Values that are not tensors."""
-        places = metadata.storage_data or {}
+        storage = metadata.storage_data or {}
         self._chunks: dict[str, _Index] = {}
         for key, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):
                 self.tensors[key] = (tuple(entry.size), entry.properties.dtype)
-                self._chunks[key] = _index(key, entry.chunks, places)
+                self._chunks[key] = _index(key, entry.chunks, storage)
             else:
-                self.objects[key] = _range(places, MetadataIndex(key))
+                self.objects[key] = _range(storage, MetadataIndex(key))
         self._header = lru_cache(_HEADERS_KEPT)(lambda span: read_header(self._ranges, span))
 
     def close(self) -> None:
@@ -255,8 +255,8 @@ class TorchDistReader:
             target.copy_(raw[(slice(None), *rest)].view(size) if rest else raw.view(size))
 
 
-def _range(places: Mapping[Any, Any], index: MetadataIndex) -> ByteRange:
-    info = places.get(index)
+def _range(storage: Mapping[Any, Any], index: MetadataIndex) -> ByteRange:
+    info = storage.get(index)
     if info is None:
         raise TorchDistError(f"{METADATA_FILE} does not say where {index.fqn} at {index.offset} lies")
     if info.transform_descriptors:

@@ -44,9 +44,9 @@ def source_params(arch: Architecture, layout: ParallelLayout) -> list[tuple[tupl
 class _Senders:
     """Chooses a sender for every piece and counts the bytes that each rank sends."""
 
-    def __init__(self, places: Sequence[Placement]) -> None:
-        self._placements = places
-        self._load = [0] * len(places)
+    def __init__(self, placements: Sequence[Placement]) -> None:
+        self._placements = placements
+        self._load = [0] * len(placements)
 
     def distances(self, target: Placement) -> list[int]:
         """Return, by source rank: 0 on the target's GPU, 1 on its node, 2 elsewhere."""
@@ -102,7 +102,7 @@ def _copies(
 
 
 def _apart(num_sources: int, engines: Sequence[EngineLayout]) -> tuple[list[Placement], list[list[Placement]]]:
-    """Return placements for ranks whose places are not known: no two share a node."""
+    """Return placements for ranks whose machines are not known: no two share a node."""
     node = count()
     return (
         [Placement(node=next(node), gpu=0) for _ in range(num_sources)],

@@ -55,10 +55,10 @@ class PlannedReceiver(Endpoint):
         self._open_pairs(self._data.receive)
         own = [[message for message in bucket if message.source not in opened] for bucket in self._buckets]
         self._staging = Staging(own, plan.itemsize, self._data.empty)
-        self._parts = _places(self._staging, own)
+        self._parts = _staged_parts(self._staging, own)
         for source, halves in opened.items():
             view = Staging(theirs[source], plan.itemsize, partial(take_next, iter(halves)))
-            self._parts.update(_places(view, theirs[source]))
+            self._parts.update(_staged_parts(view, theirs[source]))
 
     @torch.no_grad()
     def receive(self, version: int) -> TransferReport:
@@ -129,7 +129,7 @@ def _key(message: Message) -> tuple[int, int, int, int]:
     return message.source, message.bucket, message.engine, message.engine_rank
 
 
-def _places(staging: Staging, buckets: list[list[Message]]) -> dict[tuple[int, int, int, int], Tensor]:
+def _staged_parts(staging: Staging, buckets: list[list[Message]]) -> dict[tuple[int, int, int, int], Tensor]:
     """Return the memory of each message, by its key."""
     return {
         _key(message): part

@@ -28,14 +28,14 @@ class WeightBucket:
     """Tensors that travel in one message."""
 
     flat: Tensor  # uint8, on the tensors' device
-    places: tuple[SimpleNamespace, ...]
+    entries: tuple[SimpleNamespace, ...]
     """Name, shape, dtype, first and end byte.  SimpleNamespace, because SGLang's unpickler admits it and
     its own class cannot be imported here."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """HF names, in order."""
-        return tuple(place.name for place in self.places)
+        return tuple(entry.name for entry in self.entries)
 
 
 class BucketBuilder:
@@ -60,17 +60,17 @@ class BucketBuilder:
     def close(self) -> WeightBucket:
         """The tensors gathered so far (at least one), as a bucket."""
         flat = torch.empty(self._bytes, dtype=torch.uint8, device=self._tensors[0][1].device)
-        places, start = [], 0
+        entries, start = [], 0
         for name, tensor in self._tensors:
             end = start + tensor.nbytes
             flat[start:end].copy_(tensor.detach().contiguous().flatten().view(torch.uint8))
-            place = SimpleNamespace(
+            entry = SimpleNamespace(
                 name=name, shape=tensor.shape, dtype=tensor.dtype, start_idx=start, end_idx=end, numel=end - start
             )
-            places.append(place)
+            entries.append(entry)
             start += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         self._tensors, self._bytes = [], 0
-        return WeightBucket(flat=flat, places=tuple(places))
+        return WeightBucket(flat=flat, entries=tuple(entries))
 
 
 class _Handle:
@@ -106,16 +106,16 @@ def shared_message(bucket: WeightBucket) -> bytes:
     """
     buffer = io.BytesIO()
     if bucket.flat.is_cuda:
-        ForkingPickler(buffer).dump({"flattened_tensor": _Handle(bucket.flat), "metadata": list(bucket.places)})
+        ForkingPickler(buffer).dump({"flattened_tensor": _Handle(bucket.flat), "metadata": list(bucket.entries)})
     else:
         with _shared_by_file_name():
-            ForkingPickler(buffer).dump({"flattened_tensor": bucket.flat, "metadata": list(bucket.places)})
+            ForkingPickler(buffer).dump({"flattened_tensor": bucket.flat, "metadata": list(bucket.entries)})
     return buffer.getvalue()
 
 
 def bytes_message(bucket: WeightBucket) -> bytes:
     """The pickled bucket itself, for a process anywhere."""
-    return pickle.dumps({"flattened_tensor": bucket.flat.cpu(), "metadata": list(bucket.places)})
+    return pickle.dumps({"flattened_tensor": bucket.flat.cpu(), "metadata": list(bucket.entries)})
 
 
 def update_body(messages: list[bytes], *, weight_version: str | None) -> bytes:

@@ -1,7 +1,7 @@
 """Control messages of planned weight updates, sent by the rank that talks to the SGLang servers.
 
 The weights themselves travel from every trainer rank straight to every engine rank
-(``weights/transport/transfer.py``); only a small request goes over HTTP.  Servers must
+(``weights/transport/sender.py``); only a small request goes over HTTP.  Servers must
 run with ``--custom-weight-loader megatron_tropd.weights.engine_loader.load``.  Each call here is made while all
 trainer ranks make theirs: :meth:`PlannedEngines.connect` with ``connect_sender``,
 :meth:`PlannedEngines.receive` with ``PlannedSender.push``; ``locate`` and ``close`` need no trainer rank.

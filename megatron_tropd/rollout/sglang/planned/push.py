@@ -19,8 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.parallel.exchange import gather_objects
-from megatron_tropd.parallel.fail_together import on_all_ranks, on_rank_zero
+from megatron_tropd.parallel.fail_together import from_all_ranks, on_all_ranks, on_rank_zero
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.rollout.engine import EngineError
 from megatron_tropd.rollout.sglang.engine import Engine
@@ -94,7 +93,7 @@ class PlannedPush:
             EngineError: on every rank alike: no server is left.
         """
         if not self._locations:
-            self._locations = gather_objects(location(self._weights.params().values()))
+            self._locations = from_all_ranks(lambda: location(self._weights.params().values()), EngineError)
         begun = on_rank_zero(lambda: self._begin(fleet, run), EngineError)
         try:
             on_all_ranks(lambda: self._carry_out(fleet, run, version, connect=not begun), TransportError)
