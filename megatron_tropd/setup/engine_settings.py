@@ -18,16 +18,14 @@ def is_planned(config: TrainConfig) -> bool:
     return config.engine.update_weight_transport in ("planned", "planned-shared")
 
 
-def sglang_settings(config: TrainConfig, student: ModelSpec) -> SGLangSettings | None:
-    """Return the settings of this run's SGLang servers; None without --rollout-engine sglang.
+def sglang_settings(config: TrainConfig, student: ModelSpec) -> SGLangSettings:
+    """Return the settings of this run's SGLang servers.
 
     Raises:
         ValueError: a setting cannot be used.
         OSError: the key file cannot be read.
     """
     engine = config.engine
-    if engine.rollout_engine != "sglang":
-        return None
     return SGLangSettings(
         hf_dir=student.hf_dir.absolute(),
         log_dir=Path(config.logging.run_dir).absolute() / "engines",

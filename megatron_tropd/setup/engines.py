@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
@@ -22,23 +22,8 @@ from megatron_tropd.weights.coordinates.parameters import local_parameters
 from megatron_tropd.weights.transport.side_group import LOOPBACK
 
 
-def make_engines(spec: RunSpec, student: Student, export: Export, probes: Sequence[Rollout]) -> EnginePool:
-    """Make the engines without weights; the first push fills them.  Collective over the world.
-
-    SGLang servers score ``probes`` after every push, to check it.
-    """
+def _embedded(spec: RunSpec, student: Student, export: Export, probes: Sequence[Rollout]) -> EnginePool:
     config, source, tokens = spec.config, spec.models.student, spec.tokens
-    if settings := sglang_settings(config, source):
-        planned = None
-        if is_planned(config):
-            planned = PlannedPush(
-                settings, source.arch, _trainer_weights(student),
-                shared=config.engine.update_weight_transport == "planned-shared",
-            )  # fmt: skip
-        return SGLangPool(
-            settings, arch=source.arch, stop_token_ids=tokens.stop_ids, vocab_size=tokens.common_vocab_size,
-            export=export, planned=planned, probes=[probe.token_ids for probe in probes],
-        )  # fmt: skip
     engine = EmbeddedEngine(
         source.hf_dir,
         stop_token_ids=tokens.stop_ids,
@@ -48,6 +33,33 @@ def make_engines(spec: RunSpec, student: Student, export: Export, probes: Sequen
         max_batch_size=config.rollout.rollout_max_batch_size,
     )
     return EmbeddedPool(engine)
+
+
+def _sglang(spec: RunSpec, student: Student, export: Export, probes: Sequence[Rollout]) -> EnginePool:
+    config, source, tokens = spec.config, spec.models.student, spec.tokens
+    settings, planned = sglang_settings(config, source), None
+    if is_planned(config):
+        shared = config.engine.update_weight_transport == "planned-shared"
+        planned = PlannedPush(settings, source.arch, _trainer_weights(student), shared=shared)
+    return SGLangPool(
+        settings, arch=source.arch, stop_token_ids=tokens.stop_ids, vocab_size=tokens.common_vocab_size,
+        export=export, planned=planned, probes=[probe.token_ids for probe in probes],
+    )  # fmt: skip
+
+
+ENGINES: dict[str, Callable[[RunSpec, Student, Export, Sequence[Rollout]], EnginePool]] = {
+    "embedded": _embedded,
+    "sglang": _sglang,
+}
+"""Maker of the engines by --rollout-engine."""
+
+
+def make_engines(spec: RunSpec, student: Student, export: Export, probes: Sequence[Rollout]) -> EnginePool:
+    """Make the engines without weights; the first push fills them.  Collective over the world.
+
+    SGLang servers score ``probes`` after every push, to check it.
+    """
+    return ENGINES[spec.config.engine.rollout_engine](spec, student, export, probes)
 
 
 def _trainer_weights(student: Student) -> TrainerWeights:

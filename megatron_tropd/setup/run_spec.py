@@ -58,7 +58,8 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     problems.stop_if_any()
     assert models and objective
     check_lengths(config, models, objective, problems)
-    problems.attempt(lambda: sglang_settings(config, models.student))
+    if config.engine.rollout_engine == "sglang":
+        problems.attempt(lambda: sglang_settings(config, models.student))
     check_engine_layout(config, models, problems)
     problems.attempt(lambda: _check_resume(config, models.student.arch))
     tokens = problems.attempt(lambda: _tokens(models))
