@@ -199,7 +199,7 @@ def _faulty_update(port, name, change, timeout_s, again=False, shared=False, at=
         if not armed:
             return
         number -= armed[0]
-        if shared and change == "corrupt" and number == 3:  # the payload is not on the wire
+        if shared and change == "corrupt" and number == 3:  # the tensors are not in the message
             sender = member.sender
             message = sender._staging.cut(number - 1, sender._buckets[number - 1])[0]
         CHANGES[change](number, message)
