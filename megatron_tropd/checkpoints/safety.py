@@ -43,7 +43,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
-        raise UnsafeCheckpoint(f"{METADATA_FILE} refers to {module}.{name}, which a checkpoint has no need of")
+        raise UnsafeCheckpoint(f"{METADATA_FILE} refers to {module}.{name}, which a checkpoint does not need")
 
 
 def read_dcp_metadata(directory: Path) -> Any:

@@ -208,7 +208,7 @@ class Architecture:
         errors = [f"{name} does not divide the model's {size} {what}" for name, by, size, what in cuts if size % by]
         groups = self.num_query_groups
         if groups % tp and tp % groups:
-            errors.append(f"{tensor} does not divide the model's {groups} key/value heads, nor they it")
+            errors.append(f"{tensor} and the model's {groups} key/value heads: neither divides the other")
         elif not self.num_attention_heads % tp and (rows := 2 * groups * self.head_dim) % tp:
             errors.append(f"{tensor} does not divide the {rows} rows of the model's key/value heads")
         if vpp and not self.num_layers % pp and (layers := self.num_layers // pp) % vpp:

@@ -180,7 +180,7 @@ def check_same_tokens(student_dir: str | Path, teacher_dir: str | Path, who: str
         errors.append(f"stop token ids {beyond} are outside the {common} rows that both models have")
     if errors:
         raise PreflightError(
-            f"{STUDENT_FLAG} {student.directory} and {teacher_flag} {teacher.directory} do not speak the same "
+            f"{STUDENT_FLAG} {student.directory} and {teacher_flag} {teacher.directory} do not have the same "
             f"tokens; choose a {who} with the student's tokenizer:\n" + "\n".join(errors)
         )
     return _report(student, teacher)

@@ -120,7 +120,7 @@ def read_outcomes(store: dist.TCPStore, request: LoaderRequest, num_ranks: int, 
         try:
             store.wait([key], timedelta(seconds=timeout_s))
         except (dist.DistError, RuntimeError) as error:
-            said = f"said nothing about {request.do} within {timeout_s:g} s"
+            said = f"reported no outcome of {request.do} within {timeout_s:g} s"
             raise TransportError(f"engine {request.engine} rank {rank} {said}") from error
         outcomes.append(Outcome.from_json(store.get(key)))
         if outcomes[-1].error:

@@ -57,7 +57,7 @@ def _prefixes(stored: TorchDistReader) -> list[str]:
     for key in sorted(stored.tensors):
         if not (match := _MODEL_KEY.search(key)):
             raise CheckpointError(
-                f"{key} is no state of a weight, so it is not known how to cut it; convert the weights alone "
+                f"{key} is not optimizer state of a weight and cannot be resharded; convert only the weights "
                 "(--no-load-optim)"
             )
         if (prefix := key[: match.start()]) not in prefixes:

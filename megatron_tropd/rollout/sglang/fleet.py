@@ -126,7 +126,7 @@ class Fleet:
             await engine.close()
             return
         self.counts["restarts"] += 1
-        log.warning("engine %d failed and is started anew: %s", engine.index, error)
+        log.warning("engine %d failed and is restarted: %s", engine.index, error)
         await engine.start()
 
     async def close(self) -> None:

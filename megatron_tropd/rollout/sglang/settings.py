@@ -145,7 +145,7 @@ class SGLangSettings:
         addresses = [urlsplit(url).hostname or "" for url in self.urls] or [self.host]
         if self.keys is None and (public := [a for a in addresses if not is_loopback(a)]):
             raise ValueError(
-                f"SGLang at {', '.join(public)} can be reached from other machines, and whoever reaches it can replace "
+                f"SGLang at {', '.join(public)} can be reached from other machines, where anyone could replace "
                 f"weights and run code: set {API_KEY_VARIABLE} and {ADMIN_KEY_VARIABLE}, or keep to 127.0.0.1"
             )
         if self.gpu_ids and len(self.gpu_ids) != self.num_engines * self.tp_size:

@@ -66,7 +66,7 @@ class EngineLayout:
         errors = [f"{name} does not divide the model's {size} {what}" for name, by, size, what in cuts if size % by]
         groups = arch.num_query_groups
         if groups % self.tp and self.tp % groups:
-            errors.append(f"{tp} does not divide the model's {groups} key/value heads, nor they it")
+            errors.append(f"{tp} and the model's {groups} key/value heads: neither divides the other")
         elif self.cpu and groups % self.tp:
             errors.append(f"{tp} does not divide the model's {groups} key/value heads: SGLang pads heads on a CPU")
         if self.ep > 1 and not arch.num_experts:

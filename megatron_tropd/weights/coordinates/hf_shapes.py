@@ -40,7 +40,7 @@ def hf_shape(arch: Architecture, hf_name: str) -> Index:
         return (arch.head_dim,)
     if module in ("input_layernorm", "post_attention_layernorm", "norm"):
         return (hidden,)
-    raise KeyError(f"no shape is known for the HF tensor {hf_name}; teach weights/coordinates/hf_shapes.py")
+    raise KeyError(f"no shape is known for the HF tensor {hf_name}; add it to weights/coordinates/hf_shapes.py")
 
 
 def _model_rules(arch: Architecture) -> Iterator[tuple[WeightRule, int, int]]:

@@ -260,7 +260,7 @@ def _range(storage: Mapping[Any, Any], index: MetadataIndex) -> ByteRange:
     if info is None:
         raise TorchDistError(f"{METADATA_FILE} does not say where {index.fqn} at {index.offset} lies")
     if info.transform_descriptors:
-        raise TorchDistError(f"{index.fqn} is stored through {info.transform_descriptors}, which is not supported")
+        raise TorchDistError(f"{index.fqn} is stored with {info.transform_descriptors}, which is not supported")
     if Path(info.relative_path).name != info.relative_path:
         raise TorchDistError(f"{METADATA_FILE} names {info.relative_path!r}, which is not a plain file name")
     return ByteRange(file=info.relative_path, offset=info.offset, length=info.length)

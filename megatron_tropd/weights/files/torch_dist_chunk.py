@@ -100,7 +100,7 @@ class _TensorUnpickler(pickle.Unpickler):
             return dict
         if module == "torch" and name in _STORAGE_DTYPES:
             return _STORAGE_DTYPES[name]
-        raise TorchDistError(f"a chunk refers to {module}.{name}, which a plain tensor has no need of")
+        raise TorchDistError(f"a chunk refers to {module}.{name}, which a plain tensor does not need")
 
     def persistent_load(self, pid: Any) -> Any:
         _, dtype, key, _, _ = pid

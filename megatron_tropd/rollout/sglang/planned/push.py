@@ -154,7 +154,7 @@ class PlannedPush:
             source_placements=source_placements, engine_placements=engine_placements,
         )  # fmt: skip
         proof = prove(spec.build(), spec.arch, spec.layout)
-        log.info("weights of %d engines are planned: %d bytes, each once, by proof", len(engines), proof.bytes_sent)
+        log.info("planned the weights of %d engines: %d bytes; the plan is proved", len(engines), proof.bytes_sent)
         return spec
 
     @property
