@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from checkpoint_convert import common, hf_to_megatron, megatron_to_hf
 from megatron_tropd.parallel.layout import ParallelLayout
@@ -76,6 +78,26 @@ def test_wrong_conversions_are_not_published(ranks, sources, tmp_path):
     assert not (tmp_path / "out").exists()
     (error,) = ranks(1).run(_error_with_swapped_keys_and_values, *flags, "--verify-logits")
     assert "logits of" in error and "differ" in error
+
+
+def _error_if_only_rank_1_cannot_read(name, *flags):
+    command = importlib.import_module(name)
+    original = command.open_tensors
+
+    def open_tensors(folder):
+        if dist.get_rank() == 1:
+            raise OSError("this node cannot read the folder")
+        return original(folder)
+
+    with patch.object(command, "open_tensors", open_tensors):
+        return error_of(command.convert, *flags)
+
+
+@pytest.mark.parametrize("command", ["megatron_to_hf", "megatron_to_megatron"])
+def test_a_checkpoint_that_one_node_cannot_read_is_an_error_on_every_rank(ranks, converted, command, tmp_path):
+    flags = ("--load", converted / "qwen3_moe", "--save", tmp_path / "out")
+    errors = ranks(2).run(_error_if_only_rank_1_cannot_read, f"checkpoint_convert.{command}", *flags)
+    assert errors == ["this node cannot read the folder"] * 2
 
 
 def _change_architecture(folder, **sizes):

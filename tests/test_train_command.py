@@ -10,11 +10,13 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from megatron_tropd.cli import ConfigError, changed_flags, make_parser, parse, to_flags
-from megatron_tropd.config import TrainConfig
+from megatron_tropd.config import EngineConfig, TrainConfig
+from megatron_tropd.setup.engines import ENGINES
 from megatron_tropd.setup.run_spec import make_run_spec
 from tests.hf_models import edit_config, save_hf_checkpoint
 from tests.tiny_run import flags, make_world
@@ -297,3 +299,7 @@ def test_killing_a_rank_ends_the_job_and_the_same_command_resumes(world, tmp_pat
     assert numbers == list(range(1, 61)), "steps are missing or twice"
     assert steps >= 8 and (run_dir / "report.html").is_file()
     assert (run_dir / "hf_export" / "model.safetensors").is_file()
+
+
+def test_every_rollout_engine_of_the_flag_can_be_made():
+    assert set(get_args(get_type_hints(EngineConfig)["rollout_engine"])) == ENGINES.keys()

@@ -31,6 +31,7 @@ REPLACED: dict[str, tuple[str, ...]] = {
         "current_device", "device_count", "synchronize", "empty_cache", "set_device", "Stream", "Event",
         "current_stream", "default_stream", "stream", "get_rng_state", "set_rng_state", "manual_seed",
     ),
+    "torch.cuda.random": ("get_rng_state", "set_rng_state"),
     "megatron.core.tensor_parallel.random": ("_get_cuda_rng_state", "_set_cuda_rng_state"),
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer": ("_set_main_param_and_optimizer_states",),
     "megatron.core.transformer.torch_norm.WrappedTorchNorm": ("__new__",),
