@@ -165,6 +165,27 @@ def test_contributing_says_where_things_are():
         assert not name or name in defined, f"{path} does not define {name}"
 
 
+ELSEWHERE = {
+    "megatron_tropd/objectives/clipped_reward.py",  # docs/objectives.md has the reader write it
+    "tensor_parallel/layers.py",  # Megatron-core
+    "trainer/distillation/megatron/losses.py",  # verl
+    "utils/kernel/kernels.py",  # verl
+}
+
+
+def test_files_that_are_named_exist():
+    """In documents, docstrings and comments; the changelog names files of the past."""
+    documents = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if path.name != "CHANGELOG.md"]
+    gone = {
+        f"{_id(path)}: {name}"
+        for path in (*documents, *SOURCES)
+        for name in re.findall(r"(?<![\w/.*])(?:\w+/)+\w+\.py\b", path.read_text(encoding="utf-8"))
+        if name not in ELSEWHERE
+        and not any((base / name).exists() for base in (ROOT, ROOT / "megatron_tropd", *path.parents[:2]))
+    }
+    assert not gone
+
+
 def _names(node):
     targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
     return [target for target in targets if isinstance(target, ast.Name)]
