@@ -73,7 +73,7 @@ def _write(
     complete.  Collective."""
     arch, iteration = metadata.architecture, metadata.iteration
     params = stored_params(arch, ParallelLayout(make_vocab_size_divisible_by=metadata.make_vocab_size_divisible_by))
-    stored = on_all_ranks(lambda: open_tensors(folder), CheckpointError)
+    stored = open_tensors(folder)
     on_all_ranks(lambda: check_stored(stored, params), CheckpointError)
     writer = on_all_ranks(lambda: HfWriter(args.save, manifest, arch), ValueError)
     try:

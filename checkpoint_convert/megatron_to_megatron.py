@@ -101,7 +101,7 @@ def convert(argv: Sequence[str] | None = None) -> None:
     workers = Workers.of_job()
     metadata, params = on_all_ranks(lambda: _check(args), ValueError)
     source, _ = open_checkpoint(args.load, metadata.iteration)
-    stored = on_all_ranks(lambda: open_tensors(source), CheckpointError)
+    stored = open_tensors(source)
     copy = on_all_ranks(lambda: plan_copy(stored, params, weights_only=args.no_load_optim), CheckpointError)
     padded, size = max(p.shape[0] for p in params if not p.of), common.buffer_bytes(args)
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_convert import common, hf_to_megatron, megatron_to_hf
+from megatron_tropd.checkpoints.conversion import reading
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.weights.coordinates.checkpoint_boxes import stored_params
 from tests.hf_models import edit_config, read_tensors, write_tensors
@@ -82,14 +83,14 @@ def test_wrong_conversions_are_not_published(ranks, sources, tmp_path):
 
 def _error_if_only_rank_1_cannot_read(name, *flags):
     command = importlib.import_module(name)
-    original = command.open_tensors
+    original = reading.read_dcp_metadata
 
-    def open_tensors(folder):
+    def read_dcp_metadata(folder):
         if dist.get_rank() == 1:
             raise OSError("this node cannot read the folder")
         return original(folder)
 
-    with patch.object(command, "open_tensors", open_tensors):
+    with patch.object(reading, "read_dcp_metadata", read_dcp_metadata):
         return error_of(command.convert, *flags)
 
 

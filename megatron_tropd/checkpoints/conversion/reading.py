@@ -14,7 +14,7 @@ from megatron_tropd.checkpoints.conversion.writing import rows_of
 from megatron_tropd.checkpoints.directory import MODEL_PREFIXES
 from megatron_tropd.checkpoints.metadata import CheckpointError
 from megatron_tropd.checkpoints.safety import read_dcp_metadata
-from megatron_tropd.parallel.fail_together import from_all_ranks
+from megatron_tropd.parallel.fail_together import from_all_ranks, on_all_ranks
 from megatron_tropd.weights.coordinates.box import Box
 from megatron_tropd.weights.coordinates.checkpoint_boxes import StoredParam, by_hf_tensor
 from megatron_tropd.weights.files.byte_ranges import Scratch, tensor_bytes
@@ -22,12 +22,12 @@ from megatron_tropd.weights.files.torch_dist import TorchDistReader
 
 
 def open_tensors(folder: Path) -> TorchDistReader:
-    """Open the tensors of a checkpoint folder for reading.
+    """Open the tensors of a checkpoint folder for reading.  Collective.
 
     Raises:
-        ValueError: its ``.metadata`` is missing, damaged or unsafe.
+        CheckpointError: on every process, if on any the ``.metadata`` is missing, damaged or unsafe.
     """
-    return TorchDistReader(folder, read_dcp_metadata(folder))
+    return on_all_ranks(lambda: TorchDistReader(folder, read_dcp_metadata(folder)), CheckpointError)
 
 
 def check_stored(stored: TorchDistReader, params: Sequence[StoredParam], prefix: str = "") -> None:

@@ -16,7 +16,6 @@ from megatron_tropd.checkpoints.conversion.workers import Workers
 from megatron_tropd.checkpoints.conversion.writing import ParamWriter, finish, write_file
 from megatron_tropd.checkpoints.directory import MODEL_PREFIXES
 from megatron_tropd.checkpoints.metadata import CheckpointError, FileRecord
-from megatron_tropd.parallel.fail_together import on_all_ranks
 from megatron_tropd.weights.coordinates.checkpoint_boxes import StoredParam
 from megatron_tropd.weights.files.torch_dist import ChunkFile, TorchDistReader
 
@@ -116,7 +115,7 @@ def verify_copy(
     Raises:
         CheckpointError: on every process; names the tensors that differ.
     """
-    written = on_all_ranks(lambda: open_tensors(folder), CheckpointError)
+    written = open_tensors(folder)
     try:
         for prefix in sorted({job.prefix for job in copy.jobs}):
             params = [job.param for job in copy.jobs if job.prefix == prefix]
