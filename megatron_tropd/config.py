@@ -92,17 +92,30 @@ class RewardConfig:
 class DataConfig:
     """Prompts to train on."""
 
-    prompt_data: list[str] = setting([], "JSONL or parquet files")
-    prompt_key: str = setting("prompt", "column of the prompt")
+    prompt_data: list[str] = setting(
+        [], "JSONL, JSON or Parquet files, directories of them, or data sets; docs/data.md"
+    )
+    prompt_key: str = setting("prompt", "column of the prompt; this and the other keys may be nested, as in a.b")
     response_key: str = setting(
-        "response", "column of the teacher's response; needed by --guidance and by supervised finetuning"
+        "response", "column of the teacher's response; read by --guidance and by supervised finetuning only"
     )
     answer_key: str = setting("answer", "column of the reference answer; optional")
     domain_key: str = setting("domain", "column of the domain; optional")
+    uid_key: str = setting("uid", "column of an integer or a text that names the row; optional")
+    tools_key: str = setting("tools", "column of tool descriptions for the chat template; optional")
     apply_chat_template: bool = setting(False, "render prompts with the tokenizer's chat template")
     on_bad_row: Literal["error", "skip"] = setting("error", "what to do with a row that cannot be used")
     max_prompt_length: int = setting(2048, "longest prompt, in tokens")
     max_response_length: int = setting(8096, "longest response, teacher prefix included, in tokens")
+    on_long_response: Literal["cut", "skip", "error"] = setting(
+        "cut", "of a teacher's response that is longer, use the first tokens, leave the row out, or end the run"
+    )
+    min_response_share: float = setting(
+        0.5, "with --guidance, share of the prompts that must have a response of the teacher; fewer end the run"
+    )
+    data_cache_path: str = setting(
+        "", "where tokenized data is kept, for all ranks; default $XDG_CACHE_HOME/megatron_tropd/tokens"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +213,7 @@ class CheckpointConfig:
 class EvaluationConfig:
     """Exact match on held-out prompts."""
 
-    eval_data: list[str] = setting([], "JSONL or parquet files with answers")
+    eval_data: list[str] = setting([], "data with answers, in the forms of --prompt-data")
     eval_interval: int = setting(0, "steps between evaluations during the run; 0 for only before and after")
     eval_prompts: int = setting(0, "prompts of an evaluation during the run; 0 for all")
     answer_pattern: str = setting(r"\\boxed\{([^{}]*)\}", "regular expression whose group 1 is the answer")

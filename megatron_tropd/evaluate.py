@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m megatron_tropd.evaluate", description="Accuracy of a Hugging Face checkpoint on prompts."
     )
     flags.add_argument("--hf-checkpoint", required=True, type=Path, help="directory with config, tokenizer, weights")
-    flags.add_argument("--eval-data", required=True, nargs="+", help=".jsonl or .parquet with prompts and answers")
+    flags.add_argument("--eval-data", required=True, nargs="+", help="prompts and answers; docs/data.md")
     flags.add_argument("--prompt-key", default="prompt")
     flags.add_argument("--answer-key", default="answer")
     flags.add_argument("--apply-chat-template", action="store_true")
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> list[EvalReport]:
         max_response_length=args.max_response_length,
     )
     tokenizer = load_tokenizer(args.hf_checkpoint)
-    prompts = load_prompts(args.eval_data, tokenizer, fmt).prompts[: args.num_prompts]
+    prompts = load_prompts(args.eval_data, tokenizer, fmt, flag="--eval-data")[: args.num_prompts]
     return evaluate(
         _load_engine(args).generate,
         prompts,
@@ -139,8 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         reports = run(args)
     except (OSError, ValueError, EngineError) as error:
-        # load_prompts names the flag of training in its errors.
-        print(f"error: {str(error).replace('--prompt-data', '--eval-data')}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     document = json.dumps([dataclasses.asdict(report) for report in reports], indent=2)
     print(table(reports))

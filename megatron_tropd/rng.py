@@ -83,8 +83,8 @@ def uniform(stream_key: int, sample_uids: Tensor, positions: Tensor) -> Tensor:
     return (_shift_right(state, 11).double() + 0.5) * 2.0**-53
 
 
-def permutation(stream_key: int, n: int) -> list[int]:
-    """Return a random permutation of range(n), the same on every machine."""
+def permutation(stream_key: int, n: int) -> Tensor:
+    """Return a random permutation of range(n) [n] int64, the same on every machine."""
     index = torch.arange(n, dtype=torch.int64)
     draws = uniform(stream_key, index, torch.zeros_like(index))
-    return torch.argsort(draws, stable=True).tolist()
+    return torch.argsort(draws, stable=True)

@@ -72,6 +72,8 @@ def _run(spec: RunSpec) -> None:
     init_distributed(timeout_s=spec.config.parallel.distributed_timeout_s)
     assembled: Assembled = assemble(spec)
     try:
+        for note in spec.data.notes:
+            assembled.run.progress.message(note)
         for warning in spec.warnings:
             assembled.run.progress.message(f"warning: {warning}")
         with assembled.run.progress:

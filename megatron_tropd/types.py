@@ -38,12 +38,29 @@ class Prompt:
     """One row of the prompt file, tokenized."""
 
     uid: int
-    """Unique, stable across runs: the row number in the file(s)."""
+    """Unique, stable across runs: given by the data, or the row number in the file(s)."""
     token_ids: tuple[int, ...]
     teacher_response_ids: tuple[int, ...] | None = None
-    """A response that the teacher wrote, ending in its stop token; None if the row has none."""
+    """A response that the teacher wrote, ending in its stop token unless it was cut; None if the row has none."""
+    teacher_response_len: int | None = None
+    """Tokens of the whole response with its stop token, more than ``teacher_response_ids`` has where it was cut; None
+    where it was not."""
     answer: str | None = None
     domain: str = ""
+    name: str = ""
+    """The text by which the data names the row (--uid-key); "" if it has none."""
+
+    @property
+    def whole_response_len(self) -> int:
+        """Tokens of the teacher's whole response with its stop token; 0 if there is none."""
+        if self.teacher_response_len is not None:
+            return self.teacher_response_len
+        return len(self.teacher_response_ids or ())
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether only the first tokens of the teacher's response were kept."""
+        return self.whole_response_len > len(self.teacher_response_ids or ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tropd-tests-")  # tokens of test data, for all processes
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the pools are gloo; on a machine with a GPU the same tests run on its CPU
 
@@ -15,6 +19,8 @@ from megatron_tropd.parallel import platform
 platform.install()
 
 from tests.ranks import RankPools  # noqa: E402  (torch must be patched before Megatron is imported)
+
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 _MEASURED: dict[str, tuple[float, float]] = {}
 

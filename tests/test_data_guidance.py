@@ -12,7 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_tropd.data.guidance import GuidanceConfig, Mode, Schedule, alpha, attach, check_guidance, prefix_length
+from megatron_tropd.data.guidance import (
+    GuidanceConfig,
+    Mode,
+    Schedule,
+    alpha,
+    attach,
+    check_guidance,
+    prefix_length,
+    whole_responses,
+)
 from megatron_tropd.types import Prompt
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())["prefix_schedule"]
@@ -127,16 +136,40 @@ def test_attach_misuse():
     assert attach([], 0, GuidanceConfig(), seed=1, n_samples_per_prompt=1, max_response_length=1) == []
 
 
+def check(config, num_prompts, num_responses, min_share=0.5):
+    return check_guidance(config, num_prompts=num_prompts, num_responses=num_responses, min_share=min_share)
+
+
 def test_check_guidance():
-    with_response, without = [make_prompt(0, 0), make_prompt(1, 4)], [make_prompt(0, 0)]
-    assert check_guidance(without, GuidanceConfig()) == []
-    assert check_guidance(with_response, GuidanceConfig(mode="cap")) == []
-    (error,) = check_guidance(without, GuidanceConfig(mode="cap"))
+    assert check(GuidanceConfig(), 1, 0) == []
+    assert check(GuidanceConfig(mode="cap"), 2, 1) == []
+    (error,) = check(GuidanceConfig(mode="cap"), 1, 0)
     assert "none of the 1 prompts" in error and "--response-key" in error and "--guidance none" in error
     bad = GuidanceConfig(mode="often", schedule="cubic", steps=0, beta=-1.0)
-    assert [error.split()[0] for error in check_guidance(with_response, bad)] == [
+    assert [error.split()[0] for error in check(bad, 2, 2)] == [
         "--guidance",
         "--guidance-schedule",
         "--guidance-beta",
         "--guidance-steps",
     ]
+
+
+def test_too_few_responses_are_refused():
+    (error,) = check(GuidanceConfig(mode="ratio"), 40, 1)
+    assert "1 of the 40 prompts have one" in error and "--min-response-share 0.5" in error
+    assert check(GuidanceConfig(mode="ratio"), 40, 1, min_share=0.02) == []
+    assert "none of the 40" in check(GuidanceConfig(mode="ratio"), 40, 0, min_share=0.0)[0]
+
+
+def test_a_cut_response_is_shortened_by_its_whole_length():
+    """Of 30 tokens the first 12 were kept; the ratio is of 30, and the prefix ends before the limit."""
+    cut = Prompt(uid=3, token_ids=(1, 2), teacher_response_ids=tuple(range(10, 22)), teacher_response_len=30)
+    lengths = []
+    for step in range(11):
+        config = GuidanceConfig(mode="ratio", schedule="linear", steps=10)
+        (request,) = attach([cut], step, config, seed=1, n_samples_per_prompt=1, max_response_length=12)
+        lengths.append(request.guidance_len)
+        assert request.token_ids == (1, 2, *range(10, 10 + request.guidance_len))
+    assert lengths == [11, 11, 11, 11, 11, 11, 11, 9, 6, 3, 0]
+    (rollout,) = whole_responses([cut], 0)
+    assert rollout.finish == "length" and rollout.token_ids == (1, 2, *range(10, 22))

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_tropd.data import rows
 from megatron_tropd.data.prompts import PromptError, PromptFormat, load_prompts
+from megatron_tropd.data.reading import readers
 from megatron_tropd.data.tokenizer import load_tokenizer
 from tests.test_data_tokenizer import save_tokenizer
 
@@ -45,7 +45,7 @@ def test_raw_rows(jsonl, tokenizer):
         {"prompt": "\u00e9", "response": None, "extra": [1]},
         {"prompt": "q", "response": "stops<eos>"},
     )
-    first, second, third = load_prompts(path, tokenizer, FORMAT).prompts
+    first, second, third = load_prompts(path, tokenizer, FORMAT)
     assert tokenizer.decode(first.token_ids) == "ab" and len(first.token_ids) == 2
     assert first.teacher_response_ids[-1] == 0 and tokenizer.decode(first.teacher_response_ids) == "xyz<eos>"
     assert (first.answer, first.domain, first.uid) == ("42", "maths", 0)
@@ -56,7 +56,7 @@ def test_raw_rows(jsonl, tokenizer):
 
 def test_stop_token_is_the_teachers(jsonl, tokenizer):
     path = jsonl({"prompt": "a", "response": "b"}, {"prompt": "a", "response": "b<eos>"})
-    first, second = load_prompts(path, tokenizer, FORMAT, stop_ids=(3, 0)).prompts
+    first, second = load_prompts(path, tokenizer, FORMAT, stop_ids=(3, 0))
     assert first.teacher_response_ids[-1] == 3 and second.teacher_response_ids[-1] == 0
     with pytest.raises(ValueError, match="no stop token"):
         load_prompts(path, tokenizer, FORMAT, stop_ids=())
@@ -65,7 +65,7 @@ def test_stop_token_is_the_teachers(jsonl, tokenizer):
 def test_other_keys(jsonl, tokenizer):
     path = jsonl({"q": "ab", "r": "c", "a": "d", "k": "e"})
     fmt = replace(FORMAT, prompt_key="q", response_key="r", answer_key="a", domain_key="k")
-    (prompt,) = load_prompts([path], tokenizer, fmt).prompts
+    (prompt,) = load_prompts([path], tokenizer, fmt)
     assert len(prompt.teacher_response_ids) == 2 and (prompt.answer, prompt.domain) == ("d", "e")
 
 
@@ -74,7 +74,7 @@ def test_chat_prompts(jsonl, tokenizer):
         {"prompt": "hi", "response": "yo"},
         {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]},
     )
-    first, second = load_prompts(path, tokenizer, CHAT).prompts
+    first, second = load_prompts(path, tokenizer, CHAT)
     assert tokenizer.decode(first.token_ids) == "<user>hi<end><assistant>"
     assert first.token_ids[0] == 1 and first.token_ids[-1] == 2 and len(first.token_ids) == 5
     assert tokenizer.decode(second.token_ids).endswith("s<end><user>u<end><assistant>")
@@ -104,13 +104,16 @@ BAD_ROWS = [
     ({"prompt": "x" * 41}, "a prompt of 41 tokens; expected at most --max-prompt-length 40", "--max-prompt-length"),
     ({"prompt": "a", "response": 3}, "response is a int: 3", "--response-key"),
     ({"prompt": "a", "response": ""}, "response is empty", "--response-key"),
-    ({"prompt": "a", "response": "x" * 11}, "a teacher response of 11 tokens", "--max-response-length"),
     ({"prompt": "a", "response": "x<eos>\n"}, "stop token 0 at token 1 of 3", "--response-key"),
     ({"prompt": "a", "answer": ["x"]}, "answer is a list", "--answer-key"),
     ({"prompt": "a", "answer": True}, "answer is a bool", "--answer-key"),
     ({"prompt": "a", "answer": "\udfff"}, "lone surrogate", "--answer-key"),
-    ({"prompt": "a", "domain": 1.5e300, "uid": -1}, "uid -1", ""),
-    ({"prompt": "a", "uid": 1 << 43}, f"uid {1 << 43}", ""),
+    ({"prompt": "a", "domain": 1.5e300, "uid": -1}, "uid -1", "--uid-key"),
+    ({"prompt": "a", "uid": 1 << 43}, f"uid {1 << 43}", "--uid-key"),
+    ({"prompt": "a", "uid": 1.5}, "uid is a float: 1.5", "--uid-key"),
+    ({"prompt": "a", "uid": ""}, "uid ''", "--uid-key"),
+    (b'{"prompt": "a", "answer": NaN}', "answer is nan", "--answer-key"),
+    (b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' twice in one object", ""),
 ]
 
 
@@ -123,7 +126,7 @@ def test_bad_row_is_named_with_its_line(jsonl, tokenizer, line, found, flag):
     assert str(error).isascii() and len(str(error)) < 1000
     kept = load_prompts(path, tokenizer, SKIP)
     assert [row.line for row in kept.skipped] == [2]
-    assert [prompt.uid for prompt in kept.prompts] == [0, 2]
+    assert [prompt.uid for prompt in kept] == [0, 2]
 
 
 BAD_CHATS = [
@@ -133,7 +136,7 @@ BAD_CHATS = [
     ([{"role": "user"}], "content of message 0 is a NoneType"),
     ([{"role": "user", "content": "a"}, {"role": "user", "content": " "}], "content of message 1 is only whitespace"),
     ([{"role": 1, "content": "a"}], "role of message 0 is a int"),
-    ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "the last message is the assistant's"),
+    ([{"role": "assistant", "content": "b"}], "the only message is the assistant's"),
     ([{"role": "wizard", "content": "a"}], "unknown role wizard"),
 ]
 
@@ -146,13 +149,13 @@ def test_bad_chat_is_named_with_its_line(jsonl, tokenizer, prompt, found):
 
 def test_byte_order_mark_and_carriage_returns_are_accepted(jsonl, tokenizer):
     path = jsonl(b'\xef\xbb\xbf{"prompt": "a"}\r', b'{"prompt": "b"}\r')
-    assert [len(prompt.token_ids) for prompt in load_prompts(path, tokenizer, FORMAT).prompts] == [1, 1]
+    assert [len(prompt.token_ids) for prompt in load_prompts(path, tokenizer, FORMAT)] == [1, 1]
     path.write_bytes(b'{"prompt": "no newline at the end"}')
-    assert len(load_prompts(path, tokenizer, FORMAT).prompts) == 1
+    assert len(load_prompts(path, tokenizer, FORMAT)) == 1
 
 
 def test_huge_line_keeps_the_line_numbers(jsonl, tokenizer, monkeypatch):
-    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 64)
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 64)
     exact = b'{"prompt": "a"}'.ljust(64)
     error = problems(tokenizer, jsonl(exact, b"x" * 1000, {"prompt": ""}, {"prompt": "b"}))
     assert [row.line for row in error.rows] == [2, 3] and "more than 64 bytes" in str(error)
@@ -161,7 +164,8 @@ def test_huge_line_keeps_the_line_numbers(jsonl, tokenizer, monkeypatch):
 def test_uids(jsonl, tokenizer):
     one = jsonl({"prompt": "a"}, {"prompt": "b"}, name="one.jsonl")
     two = jsonl({"prompt": "c"}, {"prompt": "d", "uid": 99}, {"prompt": "e", "uid": "text"}, name="two.jsonl")
-    assert [prompt.uid for prompt in load_prompts([one, two], tokenizer, FORMAT).prompts] == [0, 1, 2, 99, 4]
+    prompts = load_prompts([one, two], tokenizer, FORMAT)
+    assert [(prompt.uid, prompt.name) for prompt in prompts] == [(0, ""), (1, ""), (2, ""), (99, ""), (4, "text")]
     again = jsonl({"prompt": "a", "uid": 5}, {"prompt": "b"}, {"prompt": "c", "uid": 5}, name="again.jsonl")
     error = problems(tokenizer, again)
     assert [row.line for row in error.rows] == [3] and f"uid 5 is already that of {again}:1" in str(error)

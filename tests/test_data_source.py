@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_tropd.data.prompts import PromptSource
+from megatron_tropd.data.prompt_source import PromptSource
 from megatron_tropd.types import Prompt
 
 

@@ -40,7 +40,7 @@ def _complaint(argv, world_size=1):
 
 def test_a_good_configuration_passes(world, tmp_path):
     spec = make_run_spec(parse(flags(world, tmp_path / "run")), 2)
-    assert spec.models.student_layout.dp == 2 and len(spec.prompts.prompts) == 24
+    assert spec.models.student_layout.dp == 2 and len(spec.data.prompts) == 24
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,15 @@ class GuidanceConfig:
     """Weight of the imitation loss on the prefix; read by the objective."""
 
 
-def check_guidance(prompts: Sequence[Prompt], config: GuidanceConfig) -> list[str]:
-    """Return the errors of the configuration; [] if it can be run."""
+def check_guidance(config: GuidanceConfig, *, num_prompts: int, num_responses: int, min_share: float) -> list[str]:
+    """Return the errors of the configuration; [] if it can be run.
+
+    Args:
+        config: of the guidance.
+        num_prompts: prompts of the data.
+        num_responses: those that have a teacher's response.
+        min_share: least share of prompts with a response (--min-response-share).
+    """
     errors = []
     if config.mode not in get_args(Mode):
         errors.append(f"--guidance {config.mode!r}: expected one of {', '.join(get_args(Mode))}")
@@ -50,9 +57,14 @@ def check_guidance(prompts: Sequence[Prompt], config: GuidanceConfig) -> list[st
         return errors
     if config.steps < 1:
         errors.append(f"--guidance-steps {config.steps}: expected at least 1 (or --guidance none)")
-    if not any(prompt.teacher_response_ids for prompt in prompts):
+    if not num_responses or num_responses < min_share * num_prompts:
+        has = (
+            f"{num_responses} of the {num_prompts} prompts have one"
+            if num_responses
+            else (f"none of the {num_prompts} prompts has one")
+        )
         errors.append(
-            f"--guidance {config.mode} needs teacher responses, but none of the {len(prompts)} prompts has one: "
+            f"--guidance {config.mode} needs teacher responses, but {has} (--min-response-share {min_share:g}): "
             "give their key by --response-key, add them to --prompt-data, or use --guidance none"
         )
     return errors
@@ -131,7 +143,7 @@ def attach(
     requests = []
     for prompt, u in zip(prompts, draws, strict=True):
         response = prompt.teacher_response_ids or ()
-        length = prefix_length(config, step, len(response), max_response_length, u)
+        length = prefix_length(config, step, prompt.whole_response_len, max_response_length, u)
         first = next_sample[prompt.uid]
         next_sample[prompt.uid] += n_samples_per_prompt
         requests += [
@@ -149,8 +161,8 @@ def attach(
 
 
 def whole_responses(prompts: Sequence[Prompt], weight_version: int) -> list[Rollout]:
-    """Return the rollouts for supervised finetuning: each prompt with its whole response, stop token included, as
-    guidance and nothing written by the student.
+    """Return the rollouts for supervised finetuning: each prompt with its response as guidance, stop token included
+    unless the response was cut, and nothing written by the student.
 
     Raises:
         ValueError: a prompt has no response.
@@ -168,7 +180,7 @@ def whole_responses(prompts: Sequence[Prompt], weight_version: int) -> list[Roll
                 guidance_len=len(prompt.teacher_response_ids),
                 logprobs=(),
                 weight_version=(weight_version, weight_version),
-                finish="stop",
+                finish="length" if prompt.is_cut else "stop",
             )
         )
     return rollouts

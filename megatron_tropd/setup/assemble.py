@@ -11,7 +11,7 @@ from functools import partial
 import torch.distributed as dist
 
 from megatron_tropd.config import TrainConfig
-from megatron_tropd.data.prompts import PromptSource
+from megatron_tropd.data.prompt_source import PromptSource
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.reporting.progress.progress import NullProgress, Progress
 from megatron_tropd.rollout.engine_pool import Export
@@ -50,7 +50,7 @@ def make_rewarder(spec: RunSpec, decode: Decode) -> Rewarder | None:
     return Rewarder(
         function=spec.reward_function,
         decode=decode,
-        prompts={prompt.uid: prompt for prompt in spec.prompts.prompts},
+        prompts=spec.data.prompts.by_uid,
         pattern=re.compile(spec.config.evaluation.answer_pattern),
     )
 
@@ -67,7 +67,7 @@ def make_run_logger(spec: RunSpec, decode: Decode, files: RunFiles, progress: Nu
     config = spec.config
     reader = RolloutReader(
         decode=decode,
-        answers={p.uid: p.answer for p in spec.prompts.prompts if p.answer is not None},
+        prompts=spec.data.prompts.by_uid,
         pattern=re.compile(config.evaluation.answer_pattern),
     )
     return RunLogger(
@@ -98,13 +98,13 @@ def _make_run(
 ) -> Run:
     config, objective, models = spec.config, spec.objective, spec.models
     student = make_student(spec)
-    source = PromptSource(spec.prompts.prompts, config.training.seed)
+    source = PromptSource(spec.data.prompts, config.training.seed)
     if start_step is not None:
         checkpoints.resume(student, source)
     export = make_export(student, models.student.arch, config)
-    probes = Probes(sequences=probe_sequences(spec.prompts.prompts), vocab_size=models.student.arch.vocab_size)
+    probes = Probes(sequences=probe_sequences(spec.data.prompts), vocab_size=models.student.arch.vocab_size)
     engines = None
-    if objective.needs.rollouts or spec.eval_prompts:  # servers start while other models load
+    if objective.needs.rollouts or spec.data.eval_prompts:  # servers start while other models load
         engines = make_engines(spec, student, export, probes.sequences)
         on_failure.callback(engines.close)
     teacher, reference = make_scorers(spec, student.groups)
@@ -113,7 +113,7 @@ def _make_run(
     decode: Decode = partial(spec.tokenizer.decode, skip_special_tokens=True)
     progress = _progress(config, start_step or 0)
     logger = make_run_logger(spec, decode, files, progress)
-    held_out = spec.eval_prompts.prompts if spec.eval_prompts else ()
+    held_out = spec.data.eval_prompts or ()
     return Run(
         config=config,
         source=source,

@@ -15,7 +15,7 @@ def check_numbers(config: TrainConfig, problems: Problems) -> None:
     """Check that required settings are given and that numbers are in their ranges."""
     training, rollout, method = config.training, config.rollout, config.method
     problems.require(config.logging.run_dir, "--run-dir is missing: name a directory for everything the run writes")
-    problems.require(config.data.prompt_data, "--prompt-data is missing: name at least one .jsonl or .parquet file")
+    problems.require(config.data.prompt_data, "--prompt-data is missing: name at least one file, directory or data set")
     at_least_one = {
         "train-iters": training.train_iters, "rollout-batch-size": rollout.rollout_batch_size,
         "n-samples-per-prompt": rollout.n_samples_per_prompt, "max-prompt-length": config.data.max_prompt_length,

@@ -8,18 +8,17 @@ from typing import Any
 from megatron_tropd.checkpoints.directory import RELEASE, find_checkpoint, latest_iteration, read_metadata
 from megatron_tropd.checkpoints.metadata import check_architecture
 from megatron_tropd.config import TrainConfig
-from megatron_tropd.data.guidance import check_guidance
-from megatron_tropd.data.prompts import PromptFormat, PromptSet, load_prompts
 from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.objectives.base import Objective
 from megatron_tropd.objectives.methods import make_objective
-from megatron_tropd.rewards import RewardFunction, exact_match, load_reward_function
+from megatron_tropd.rewards import RewardFunction, load_reward_function
 from megatron_tropd.setup.checks import check_lengths, check_method, check_numbers
 from megatron_tropd.setup.engine_checks import check_engine_flags, check_engine_layout
 from megatron_tropd.setup.engine_settings import sglang_settings
 from megatron_tropd.setup.model_specs import Models, find_models
 from megatron_tropd.setup.problems import Problems
+from megatron_tropd.setup.run_data import RunData, load_run_data
 from megatron_tropd.teacher.preflight import TokenizerReport, check_same_tokens, student_tokens
 from megatron_tropd.types import Needs
 
@@ -32,8 +31,7 @@ class RunSpec:
     models: Models
     tokens: TokenizerReport
     tokenizer: Any
-    prompts: PromptSet
-    eval_prompts: PromptSet | None
+    data: RunData
     objective: Objective
     reward_function: RewardFunction | None
     warnings: tuple[str, ...]
@@ -68,22 +66,15 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
         problems.require(top_k <= common, f"--top-k {top_k} is larger than the common vocabulary of {common} tokens")
         problems.warnings.extend(tokens.warnings)
     tokenizer = problems.attempt(lambda: load_tokenizer(models.student.hf_dir))
-    prompts = _prompts(config, tokenizer, tokens, config.data.prompt_data, problems) if tokenizer and tokens else None
-    if prompts:
-        _check_prompts(config, objective, reward_function, prompts, problems)
-    eval_prompts = None
-    if config.evaluation.eval_data and tokenizer and tokens:
-        already = len(problems.errors)
-        eval_prompts = _prompts(config, tokenizer, tokens, config.evaluation.eval_data, problems)
-        # load_prompts reads both kinds of data and names the flag of training in its errors.
-        problems.errors[already:] = [text.replace("--prompt-data", "--eval-data") for text in problems.errors[already:]]
-        if eval_prompts:
-            _require_answers(eval_prompts, "--eval-data", config, problems)
+    data = None
+    if tokenizer and tokens:
+        stop_ids = tokens.teacher_stop_ids
+        data = load_run_data(config, objective, reward_function, tokenizer, stop_ids, problems)
     problems.stop_if_any()
-    assert tokens and prompts
+    assert tokens and data
     return RunSpec(
-        config=config, models=models, tokens=tokens, tokenizer=tokenizer, prompts=prompts, eval_prompts=eval_prompts,
-        objective=objective, reward_function=reward_function, warnings=tuple(problems.warnings),
+        config=config, models=models, tokens=tokens, tokenizer=tokenizer, data=data, objective=objective,
+        reward_function=reward_function, warnings=tuple(problems.warnings),
     )  # fmt: skip
 
 
@@ -101,32 +92,6 @@ def _tokens(models: Models) -> TokenizerReport:
     return replace(report, common_vocab_size=min(report.common_vocab_size, common))
 
 
-def _check_prompts(
-    config: TrainConfig, objective: Objective, reward: RewardFunction | None, prompts: PromptSet, problems: Problems
-) -> None:
-    """Check that the prompts have the columns that the method reads, and that there are enough of them."""
-    problems.errors.extend(check_guidance(prompts.prompts, config.guidance))
-    if not objective.needs.rollouts:
-        missing = sum(not prompt.teacher_response_ids for prompt in prompts.prompts)
-        problems.require(
-            not missing,
-            f"--objective {config.objective.objective} learns from responses, but {missing} of "
-            f"{len(prompts.prompts)} rows of --prompt-data have no {config.data.response_key!r} (--response-key)",
-        )
-    if reward is exact_match:
-        _require_answers(prompts, "--reward-function megatron_tropd.rewards:exact_match", config, problems)
-    updates = config.training.num_minibatches
-    problems.require(
-        len(prompts.prompts) >= updates,
-        f"--num-minibatches {updates} needs as many prompts, --prompt-data has {len(prompts.prompts)}",
-    )
-
-
-def _require_answers(prompts: PromptSet, flag: str, config: TrainConfig, problems: Problems) -> None:
-    missing = sum(prompt.answer is None for prompt in prompts.prompts)
-    problems.require(not missing, f"{flag}: {missing} rows have no {config.data.answer_key!r} (--answer-key)")
-
-
 def _check_resume(config: TrainConfig, arch: Architecture) -> None:
     """Check the checkpoint that the run would resume from, if there is one.
 
@@ -142,15 +107,3 @@ def _check_resume(config: TrainConfig, arch: Architecture) -> None:
             f"--load {load_dir} holds converted weights ('release'), not a run to go on with; give it to "
             "--pretrained-checkpoint"
         )
-
-
-def _prompts(
-    config: TrainConfig, tokenizer: Any, tokens: TokenizerReport, files: list[str], problems: Problems
-) -> PromptSet | None:
-    data = config.data
-    fmt = PromptFormat(
-        prompt_key=data.prompt_key, response_key=data.response_key, answer_key=data.answer_key,
-        domain_key=data.domain_key, chat_template=data.apply_chat_template, max_prompt_length=data.max_prompt_length,
-        max_response_length=data.max_response_length, on_bad_row=data.on_bad_row,
-    )  # fmt: skip
-    return problems.attempt(lambda: load_prompts(files, tokenizer, fmt, stop_ids=tokens.teacher_stop_ids))

@@ -10,7 +10,7 @@ from megatron_tropd.checkpoints.load import load_checkpoint
 from megatron_tropd.checkpoints.metadata import CheckpointError
 from megatron_tropd.checkpoints.save import save_checkpoint
 from megatron_tropd.config import TrainConfig
-from megatron_tropd.data.prompts import PromptSource
+from megatron_tropd.data.prompt_source import PromptSource
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel.fail_together import on_rank_zero
 from megatron_tropd.training.student import Student

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_tropd.config import TrainConfig
-from megatron_tropd.data.prompts import PromptSource
+from megatron_tropd.data.prompt_source import PromptSource
 from megatron_tropd.objectives.base import Objective
 from megatron_tropd.reporting.progress.progress import NullProgress
 from megatron_tropd.rollout.engine_pool import EnginePool, Export

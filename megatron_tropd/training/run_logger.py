@@ -15,7 +15,7 @@ from megatron_tropd.reporting.progress.progress import NullProgress
 from megatron_tropd.reporting.rollout_samples import sample_of
 from megatron_tropd.reporting.run_directory import RunDirectory
 from megatron_tropd.reporting.sinks import Sinks
-from megatron_tropd.types import EvalReport, Rollout, StepReport
+from megatron_tropd.types import EvalReport, Prompt, Rollout, StepReport
 
 ROLLOUTS_KEPT = 8
 ROLLOUTS_READ = 64
@@ -28,17 +28,17 @@ class RolloutReader:
 
     decode: Callable[[Sequence[int]], str]
     """Ids to text without special tokens."""
-    answers: Mapping[int, str]
-    """By prompt uid; may be empty."""
+    prompts: Mapping[int, Prompt]
+    """By uid; may be empty."""
     pattern: re.Pattern[str]
 
     def correct(self, rollout: Rollout) -> bool | None:
         """Return whether the whole response, guidance included, is right; None where no answer is known."""
-        answer = self.answers.get(rollout.prompt_uid)
-        if answer is None:
+        prompt = self.prompts.get(rollout.prompt_uid)
+        if prompt is None or prompt.answer is None:
             return None
         text = self.decode(rollout.token_ids[rollout.prompt_len :])
-        return exact_match(text, rollout.finish == "stop", answer, self.pattern)
+        return exact_match(text, rollout.finish == "stop", prompt.answer, self.pattern)
 
 
 class RunLogger:

@@ -1,0 +1,58 @@
+"""The rows of a finished token cache, mapped into memory: what is not read costs no memory."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_tropd.data.token_cache.shard import BATCH_ROWS, arrow_path
+from megatron_tropd.types import Prompt
+
+
+class TokenRows:
+    """The prompts of a cache, by their number in the order of the files.
+
+    Args:
+        directory: of the cache.
+        kept: usable rows of each shard.
+        uids: uid of every row; may be mapped into memory.
+    """
+
+    def __init__(self, directory: Path, kept: Sequence[int], uids: np.ndarray) -> None:
+        self._directory, self._uids = directory, uids
+        self._starts = [0, *itertools.accumulate(kept)]
+        self._reader = lru_cache(maxsize=None)(self._open)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def _open(self, shard: int) -> pa.ipc.RecordBatchFileReader:
+        return pa.ipc.open_file(pa.memory_map(str(arrow_path(self._directory, shard))))
+
+    def prompt(self, number: int) -> Prompt:
+        """Return one prompt.
+
+        Raises:
+            IndexError: ``number`` is not in 0 .. len - 1.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"prompt {number} of {len(self)}")
+        shard = bisect.bisect_right(self._starts, number) - 1
+        batch, row = divmod(number - self._starts[shard], BATCH_ROWS)
+        columns = self._reader(shard).get_batch(batch).slice(row, 1).to_pylist()[0]
+        response = columns["response"]
+        return Prompt(
+            uid=int(self._uids[number]),
+            name=columns["name"] or "",
+            token_ids=tuple(columns["prompt"]),
+            teacher_response_ids=None if response is None else tuple(response),
+            teacher_response_len=None if response is None else columns["response_len"],
+            answer=columns["answer"],
+            domain=columns["domain"],
+        )
