@@ -125,7 +125,9 @@ def check_raw(tokenizer, row, prompt):
 def check_chat(tokenizer, row, prompt):
     """Every text of the messages is in the rendered prompt, or in the response."""
     text = tokenizer.decode(prompt.token_ids)
-    given = json.loads(row["prompt"]) if str(row["prompt"]).startswith("[{") else row["prompt"]  # messages as JSON text
+    given = row["prompt"]
+    if isinstance(given, str) and given.startswith("[{"):  # messages as JSON text
+        given = json.loads(given)
     messages = given if isinstance(given, list) else [{"content": given}]
     seen = text + tokenizer.decode(prompt.teacher_response_ids or ())
     for message in messages:
