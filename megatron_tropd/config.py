@@ -152,7 +152,9 @@ class EngineConfig:
     sglang_tp_size: int = setting(1, "tensor-parallel ranks of each server")
     sglang_start_timeout: float = setting(240.0, "seconds until a started server must answer")
     sglang_request_timeout: float = setting(
-        300.0, "seconds for the samples of one prompt, and for one message of weights"
+        300.0,
+        "seconds of silence (no progress of a server that writes or scores) after which it counts as down; also the "
+        "deadline of one control call and of one message of weights",
     )
     parity_limit: float = setting(
         0.0, "mean |log p| difference of engine and trainer, in nats, that is an alarm; 0: 1e-3 in fp32, 0.1 in bf16"

@@ -129,7 +129,7 @@ def test_other_weights_are_stale():
             _read(_answer(version=version))
     mixed = _answer()
     mixed["meta_info"]["weight_versions"].append({"version": "3", "start": 0, "end": 1})
-    with pytest.raises(StaleWeights, match="3, 4"):
+    with pytest.raises(StaleWeights, match="'3', '4'"):
         _read(mixed)
 
 

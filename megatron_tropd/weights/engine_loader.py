@@ -6,9 +6,9 @@ SGLang calls a custom loader in every tensor-parallel worker with the model and 
 ``update_weights_from_tensor`` request.  Here the one tensor is a request in JSON (:class:`LoaderRequest`):
 ``locate`` reports where the worker's weights are, ``connect`` builds the plan and joins the side group, ``receive``
 receives one update while the trainer pushes it, ``close`` leaves the group.  An exception in a custom loader ends the
-whole server, so errors in serving a request are caught: the outcome is written to the side group's store, where the
-trainer waits for it, and only logged where that store cannot be reached.  A failed update is also refused to the
-sending ranks.  This module needs torch and this package's pure modules, but not Megatron.
+whole server, so every error is caught here: the outcome is written to the side group's store, where the trainer waits
+for it, and only logged where the request cannot be read or that store cannot be reached.  A failed update is also
+refused to the sending ranks.  This module needs torch and this package's pure modules, but not Megatron.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -66,6 +66,32 @@ class LoaderRequest:
     def named_tensors(self) -> list[tuple[str, Tensor]]:
         """Return the request as the named tensors of SGLang's ``update_weights_from_tensor``."""
         return [(REQUEST, torch.frombuffer(bytearray(json.dumps(asdict(self)).encode()), dtype=torch.uint8))]
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LoaderRequest:
+        """Read what :meth:`named_tensors` made.
+
+        Raises:
+            ValueError: it is no request, or one of another version of this package.
+        """
+        if tensors.keys() != {REQUEST} or tensors[REQUEST].dtype != torch.uint8 or tensors[REQUEST].ndim != 1:
+            given = ", ".join(f"{name} [{value.dtype}]" for name, value in tensors.items())
+            raise ValueError(f"given {given or 'nothing'}; expected one row of bytes, {REQUEST}")
+        try:
+            value = json.loads(bytes(tensors[REQUEST].tolist()))
+            request = cls(**value)
+        except (TypeError, RecursionError) as error:  # json's own error is a ValueError
+            raise ValueError(f"not the fields of a request: {error}") from error
+        for name, kind in get_type_hints(cls).items():
+            if not _fits(found := getattr(request, name), kind):
+                raise ValueError(f"{name} is a {type(found).__name__}, or no such value; expected {kind}")
+        return request
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +148,11 @@ def read_outcomes(store: dist.TCPStore, request: LoaderRequest, num_ranks: int, 
         except (dist.DistError, RuntimeError) as error:
             said = f"reported no outcome of {request.do} within {timeout_s:g} s"
             raise TransportError(f"engine {request.engine} rank {rank} {said}") from error
-        outcomes.append(Outcome.from_json(store.get(key)))
+        try:
+            outcomes.append(Outcome.from_json(store.get(key)))
+        except (ValueError, LookupError, TypeError, RuntimeError) as error:
+            said = f"reported an outcome of {request.do} that cannot be read: {type(error).__name__}: {error}"
+            raise TransportError(f"engine {request.engine} rank {rank} {said}") from error
         if outcomes[-1].error:
             problems.append(f"engine {request.engine} rank {rank}: {outcomes[-1].error}")
     if problems:
@@ -132,12 +162,12 @@ def read_outcomes(store: dist.TCPStore, request: LoaderRequest, num_ranks: int, 
 
 def load(model: nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Carry out the request in ``named_tensors`` and write its outcome to the store.  SGLang's custom weight loader."""
-    tensors: Mapping[str, Tensor] = dict(named_tensors)
-    if tensors.keys() != {REQUEST}:
-        log.error("the planned loader was given %s instead of a request; nothing was done", sorted(tensors))
+    try:
+        request = LoaderRequest.from_tensors(dict(named_tensors))
+        rank = _tensor_parallel_rank()
+    except Exception:  # an exception would end the server; without a request there is no store to report to
+        log.exception("the planned loader was given no request that it can carry out; nothing was done")
         return
-    request = LoaderRequest(**json.loads(bytes(tensors[REQUEST].tolist())))
-    rank = _tensor_parallel_rank()
     store = None
     try:
         if request.do in ("locate", "connect"):
@@ -145,15 +175,21 @@ def load(model: nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         else:
             store = _connections[request.group].store
         outcome = _serve(model, request, rank, store)
-    except Exception as error:  # an exception here would end the server
+    except Exception as error:  # it would end the server
         log.exception("planned %s of engine %d rank %d failed", request.do, request.engine, rank)
         receiver = getattr(_connections.get(request.group), "receiver", None)
         outcome = Outcome(
             error=f"{type(error).__name__}: {error}", version=_versions.get((request.run_name, request.engine), -1),
             partial=bool(receiver and receiver.partial),
         )  # fmt: skip
-    if store is not None:
+    if store is None:
+        return
+    try:
         store.set(outcome_key(request.group, request.engine, rank, request.ticket), json.dumps(asdict(outcome)))
+    except Exception:  # the trainer is gone, or its store is
+        log.exception(
+            "the outcome of planned %s of engine %d rank %d was not reported", request.do, request.engine, rank
+        )
 
 
 def _tensor_parallel_rank() -> int:

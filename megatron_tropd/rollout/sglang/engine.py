@@ -11,6 +11,15 @@ from typing import Any, Literal
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.rollout.engine import EngineError, SamplingParams
 from megatron_tropd.rollout.sglang.api.client import Client
+from megatron_tropd.rollout.sglang.api.control import (
+    Load,
+    check_done,
+    read_checksums,
+    read_load,
+    read_server_info,
+    read_weight_version,
+)
+from megatron_tropd.rollout.sglang.api.fields import shown
 from megatron_tropd.rollout.sglang.api.generation import (
     PromptGroup,
     TokenRules,
@@ -19,19 +28,21 @@ from megatron_tropd.rollout.sglang.api.generation import (
     read_scores,
     score_body,
 )
+from megatron_tropd.rollout.sglang.api.progress import ProgressWatch
 from megatron_tropd.rollout.sglang.api.weight_buckets import WeightBucket, bytes_message, shared_message, update_body
 from megatron_tropd.rollout.sglang.errors import BadResponse, EngineDown, RequestRefused, StaleWeights
 from megatron_tropd.rollout.sglang.server.process import ServerProcess
-from megatron_tropd.rollout.sglang.settings import SGLangSettings
+from megatron_tropd.rollout.sglang.settings import START_TIMEOUT_FLAG, SGLangSettings
 from megatron_tropd.types import GenerationRequest, Rollout
 from megatron_tropd.weights.coordinates.engine_boxes import parameter_names
 
 log = logging.getLogger(__name__)
 
-_CONTROL_TIMEOUT_S = 60.0
 _POLL_S = 0.25
-_INPUT_RESERVE = 4
-"""SGLang's scheduler ends a sequence this many tokens beyond the longest input it reports."""
+_START_ANSWER_S = 5.0
+"""Of one question to a server that may not be up yet; it is asked again until the start timeout."""
+_LOAD_ANSWERS_PER_SILENCE = 4
+_NOT_FOUND = 404
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
@@ -47,6 +58,7 @@ class Engine:
     ) -> None:
         self.index, self._settings, self._arch, self.server, self._url = index, settings, arch, server, url
         self._client: Client | None = None
+        self._watch = ProgressWatch(self.name, self._load, settings.request_timeout_s)
         self.version: int | None = None
         self.checksum: str | None = None
         """Hash over all its weights, of the last update; None where the server has no weights checker."""
@@ -83,12 +95,14 @@ class Engine:
         else:
             self.server.start()
             self._client = Client(self.name, self.server.url, self._settings.keys, self.server.is_running)
+        self._watch = ProgressWatch(self.name, self._load, self._settings.request_timeout_s)
 
     async def wait_until_up(self) -> None:
         """Until the server answers.
 
         Raises:
             EngineDown: it ended, or did not answer within the start timeout; with the end of its log.
+            BadResponse: its answers are not those of an SGLang server.
             EngineError: it runs with settings that do not fit this run.
         """
         deadline = asyncio.get_running_loop().time() + self._settings.start_timeout_s
@@ -97,32 +111,44 @@ class Engine:
                 status = self.server.exit_status()
                 raise EngineDown(f"{self.name} ended with status {status} at start; {self._log()}")
             with contextlib.suppress(EngineDown):
-                await self._get("/model_info", timeout_s=5.0)
+                await self._get("/model_info", timeout_s=_START_ANSWER_S)
                 break
             if asyncio.get_running_loop().time() > deadline:
                 raise EngineDown(
-                    f"{self.name} did not answer within {self._settings.start_timeout_s:g} s; {self._log()}"
+                    f"{self.name} did not answer within {self._settings.start_timeout_s:g} s ({START_TIMEOUT_FLAG}); "
+                    f"{self._log()}"
                 )
             await asyncio.sleep(_POLL_S)
         self._learn(await self._get("/server_info"))
         self.is_up = True
 
-    def _learn(self, info: dict[str, Any]) -> None:
-        self.is_cpu = info.get("device") == "cpu"
-        self.tp_size = int(info.get("tp_size", self._settings.tp_size))
-        self.ep_size = int(info.get("ep_size", 1))
-        self.max_tokens = int(info.get("max_req_input_len", 0)) + _INPUT_RESERVE
-        if info.get("dtype") != self._settings.dtype:
+    def _learn(self, answer: Any) -> None:
+        with self._named("/server_info"):
+            info = read_server_info(answer)
+        self.is_cpu, self.tp_size, self.ep_size = info.is_cpu, info.tp_size, info.ep_size
+        self.max_tokens = info.max_tokens
+        if info.dtype != self._settings.dtype:
             raise EngineError(
-                f"{self.name} holds weights in {info.get('dtype')}, this run pushes {self._settings.dtype}: "
+                f"{self.name} holds weights in {shown(info.dtype)}, this run pushes {self._settings.dtype}: "
                 f"start it with --dtype {self._settings.dtype}"
             )
 
     async def check_health(self) -> None:
         """Raises EngineDown if the server does not answer, and StaleWeights if it serves other weights."""
-        info = await self._get("/model_info")
-        if self.version is None or info.get("weight_version") != str(self.version):
-            raise StaleWeights(f"{self.name} serves weight version {info.get('weight_version')}, not {self.version}")
+        held = await self._held_version()
+        if self.version is None or held != str(self.version):
+            raise StaleWeights(f"{self.name} serves weight version {shown(held)}, not {self.version}")
+
+    async def _held_version(self) -> str:
+        answer = await self._get("/model_info")
+        with self._named("/model_info"):
+            return read_weight_version(answer)
+
+    async def _load(self) -> Load:
+        path = "/v1/loads?include=core"
+        answer = await self._get(path, timeout_s=self._settings.request_timeout_s / _LOAD_ANSWERS_PER_SILENCE)
+        with self._named(path):
+            return read_load(answer)
 
     def _log(self) -> str:
         return (
@@ -158,9 +184,7 @@ class Engine:
             EngineDown, RequestRefused, BadResponse, StaleWeights: naming engine, step and prompt.
         """
         what = f"step {params.step}, prompt {group.prompt_uid}"
-        body = generate_body(group, params, rules)
-        timeout_s = self._settings.request_timeout_s
-        answer = await self._post("/generate", body, what=what, timeout_s=timeout_s, repeatable=True, admin=False)
+        answer = await self._ask(generate_body(group, params, rules), what)
         with self._named(what):
             return read_samples(answer, group, requests, version=version, rules=rules)
 
@@ -168,11 +192,16 @@ class Engine:
         """Log-probability of every token but the first, at temperature 1."""
         assert self.version is not None
         what = f"scoring {len(token_ids)} tokens"
-        body = score_body(token_ids)
-        timeout_s = self._settings.request_timeout_s
-        answer = await self._post("/generate", body, what=what, timeout_s=timeout_s, repeatable=True, admin=False)
+        answer = await self._ask(score_body(token_ids), what)
         with self._named(what):
             return read_scores(answer, token_ids, version=self.version, rules=rules)
+
+    async def _ask(self, body: dict[str, Any], what: str) -> Any:
+        """The answer of /generate, however long it takes, as long as the server shows that it works."""
+        async with self._watch.until_silent(what):
+            return await self._connected().post(
+                "/generate", body, what=what, timeout_s=None, repeatable=True, admin=False
+            )
 
     @contextlib.contextmanager
     def _named(self, what: str) -> Any:
@@ -204,13 +233,13 @@ class Engine:
         self.version, self.checksum, self.updating = None, None, True
         await self.pause("retract")
         try:
-            await self._post("/begin_weight_update", {}, what="begin of a weight update")
+            await self._change("/begin_weight_update", {}, what="begin of a weight update")
         except RequestRefused as error:
-            if "HTTP 404" in str(error):
+            if error.status == _NOT_FOUND:
                 return
             # A session that an earlier, failed update left open.
-            await self._post("/end_weight_update", {}, what="end of an abandoned weight update")
-            await self._post("/begin_weight_update", {}, what="begin of a weight update")
+            await self._change("/end_weight_update", {}, what="end of an abandoned weight update")
+            await self._change("/begin_weight_update", {}, what="begin of a weight update")
 
     async def send(self, bucket: WeightBucket, *, last_of_version: int | None, bodies: dict[int, bytes]) -> None:
         """Deliver one bucket; the version travels with the last one, and the prefix cache is flushed with it.
@@ -226,7 +255,7 @@ class Engine:
             body = bodies[self.tp_size] = update_body([bytes_message(bucket)] * self.tp_size, weight_version=version)
         names = bucket.names
         what = f"{len(names)} tensor(s) {names[0]} .. {names[-1]}"
-        await self._post("/update_weights_from_tensor", body, what=what, timeout_s=self._settings.request_timeout_s)
+        await self._change("/update_weights_from_tensor", body, what=what)
 
     @property
     def _shares_memory(self) -> bool:
@@ -237,12 +266,12 @@ class Engine:
 
     async def call_loader(self, body: bytes, *, what: str, timeout_s: float) -> None:
         """Have every worker call a custom weight loader with the tensors of ``body``."""
-        await self._post("/update_weights_from_tensor", body, what=what, timeout_s=timeout_s)
+        await self._change("/update_weights_from_tensor", body, what=what, timeout_s=timeout_s)
 
     async def set_version(self, version: int) -> None:
         """Name the weights that it holds now."""
         body = {"new_version": str(version), "abort_all_requests": False}
-        await self._post("/update_weight_version", body, what=f"weight version {version}")
+        await self._change("/update_weight_version", body, what=f"weight version {version}")
 
     async def end_update(self, version: int, names: Sequence[str], expected: Mapping[str, str] | None) -> None:
         """Close the session, verify, and serve ``version``.
@@ -256,9 +285,9 @@ class Engine:
             StaleWeights: the server holds something else.
         """
         try:
-            await self._post("/end_weight_update", {}, what="end of a weight update")
+            await self._change("/end_weight_update", {}, what="end of a weight update")
         except RequestRefused as error:
-            if "HTTP 404" not in str(error):
+            if error.status != _NOT_FOUND:
                 raise
         await self._verify(version, names, expected)
         await self.resume()
@@ -266,36 +295,42 @@ class Engine:
 
     async def _verify(self, version: int, names: Sequence[str], expected: Mapping[str, str] | None) -> None:
         self.verified, self.checksum = False, None
-        info = await self._get("/model_info")
-        if info.get("weight_version") != str(version):
-            raise StaleWeights(f"{self.name} says weight version {info.get('weight_version')} after version {version}")
+        if (says := await self._held_version()) != str(version):
+            raise StaleWeights(f"{self.name} says weight version {shown(says)} after version {version}")
         try:
             answer = await self._post("/weights_checker", {"action": "checksum"}, what="checksum")
         except RequestRefused as error:
             log.warning("%s cannot hash its weights; only its version was verified (%s)", self.name, error)
             return
-        held: dict[str, str] = {}
-        for rank in answer["ranks"]:
-            held |= rank["checksums"]
+        with self._named("/weights_checker"):
+            checksums = read_checksums(answer)
+        held = checksums.by_name
         sent = parameter_names(self._arch, names)
         if wrong := sorted(held.keys() ^ sent):
             side = "was never sent" if wrong[0] in held else "is unknown to it and was skipped"
-            raise StaleWeights(f"{self.name}: {len(wrong)} tensor(s) missed, first {wrong[0]}, which {side}")
+            raise StaleWeights(f"{self.name}: {len(wrong)} tensor(s) missed, first {shown(wrong[0])}, which {side}")
         if expected is not None and (wrong := sorted(name for name in held if held[name] != expected.get(name))):
-            raise StaleWeights(f"{self.name}: {len(wrong)} tensor(s) differ from what was sent, first {wrong[0]}")
-        self.verified, self.checksum = True, answer.get("per_engine_checksum")
+            raise StaleWeights(
+                f"{self.name}: {len(wrong)} tensor(s) differ from what was sent, first {shown(wrong[0])}"
+            )
+        self.verified, self.checksum = True, checksums.engine
 
     # ---- HTTP ----
 
-    async def _get(self, path: str, timeout_s: float = _CONTROL_TIMEOUT_S) -> Any:
-        return await self._connected().get(path, timeout_s=timeout_s)
+    async def _get(self, path: str, timeout_s: float | None = None) -> Any:
+        return await self._connected().get(path, timeout_s=timeout_s or self._settings.request_timeout_s)
 
-    async def _post(
-        self, path: str, body: dict[str, Any] | bytes, *, what: str, timeout_s: float = _CONTROL_TIMEOUT_S,
-        repeatable: bool = False, admin: bool = True,
-    ) -> Any:  # fmt: skip
-        client = self._connected()
-        return await client.post(path, body, what=what, timeout_s=timeout_s, repeatable=repeatable, admin=admin)
+    async def _post(self, path: str, body: dict[str, Any] | bytes, *, what: str, timeout_s: float | None = None) -> Any:
+        limit = timeout_s or self._settings.request_timeout_s
+        return await self._connected().post(path, body, what=what, timeout_s=limit)
+
+    async def _change(
+        self, path: str, body: dict[str, Any] | bytes, *, what: str, timeout_s: float | None = None
+    ) -> None:
+        """Send a step of a weight update; anything but success leaves unknown weights."""
+        answer = await self._post(path, body, what=what, timeout_s=timeout_s)
+        with self._named(what):
+            check_done(answer)
 
     def _connected(self) -> Client:
         if self._client is None:

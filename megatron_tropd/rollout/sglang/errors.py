@@ -8,15 +8,20 @@ class EngineDown(EngineError):
 
 
 class EngineTimeout(EngineDown):
-    """A request was not answered within its deadline."""
+    """A request was not answered within its deadline, or the server made no progress while the request waited."""
 
 
 class RequestRefused(EngineError):
     """The server answered 4xx: the same request would be refused again."""
 
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+        """HTTP status of the answer."""
+
 
 class BadResponse(EngineError):
-    """The server answered with something that is not a rollout: malformed, too short, NaN, foreign ids."""
+    """The server answered with something that is not what was asked for: malformed, too short, NaN, foreign ids."""
 
 
 class StaleWeights(EngineError):

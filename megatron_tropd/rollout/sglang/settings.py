@@ -14,6 +14,8 @@ import yaml
 
 API_KEY_VARIABLE = "TROPD_SGLANG_API_KEY"
 ADMIN_KEY_VARIABLE = "TROPD_SGLANG_ADMIN_API_KEY"
+REQUEST_TIMEOUT_FLAG, START_TIMEOUT_FLAG = "--sglang-request-timeout", "--sglang-start-timeout"
+"""The flags of ``request_timeout_s`` and ``start_timeout_s``, for messages."""
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -127,7 +129,8 @@ class SGLangSettings:
     """Prompts in flight at one server; the others wait here, for whichever server is free first."""
     start_timeout_s: float = 240.0
     request_timeout_s: float = 300.0
-    """Deadline of one prompt's samples, and of one bucket of weights."""
+    """Silence (no work of its scheduler) after which a server that writes or scores counts as down, and the deadline of
+    one control call and of one message of weights, whose work is bounded."""
     max_failures: int = 5
     """A server that failed more often than this is given up; a row of good pushes forgets its failures (fleet.py)."""
 

@@ -82,7 +82,8 @@ class P2PGroup:
 
     def lost(self, what: str, error: object) -> TransportError:
         """Mark the group as unusable and return the error to raise."""
-        self.broken = f"{what} failed: {str(error).splitlines()[0]}"
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        self.broken = f"{what} failed: {reason}"
         return TransportError(
             f"{self.broken} (each wait may take {self._timeout_s:g} s); make a new group and push again"
         )

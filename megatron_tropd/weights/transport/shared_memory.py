@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 Handle = dict[str, Any]
+_MEMFD_FIELDS = {"pid": int, "fd": int, "name": str, "num_bytes": int}
 _CUDA_BYTES = ("storage_handle", "ref_counter_handle", "event_handle")
 _CUDA_NUMBERS = ("storage_size_bytes", "storage_offset_bytes", "ref_counter_offset", "event_sync_required")
+_CUDA_FIELDS = {"gpu": str, "num_bytes": int, **dict.fromkeys(_CUDA_BYTES, str), **dict.fromkeys(_CUDA_NUMBERS, int)}
 
 
 class SharedSegment:
@@ -67,13 +69,22 @@ def _mapped(fd: int, size: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
 
 
-def open_segment(handle: Handle, num_bytes: int) -> Tensor:
+def _check_handle(handle: Any) -> None:
+    if not isinstance(handle, dict):
+        raise ValueError(f"no handle of shared memory, but a {type(handle).__name__}")
+    for name, kind in (_CUDA_FIELDS if "gpu" in handle else _MEMFD_FIELDS).items():
+        if not isinstance(handle.get(name), kind):
+            raise ValueError(f"the handle's {name} is no {kind.__name__}, but a {type(handle.get(name)).__name__}")
+
+
+def open_segment(handle: Any, num_bytes: int) -> Tensor:
     """Open memory of another process of this machine and return its ``num_bytes`` [uint8].
 
     Raises:
         OSError: there is no such process here, it is another user's, or its descriptor is not the sender's memory.
-        ValueError: another size was expected, or this process does not see the handle's GPU.
+        ValueError: it is no handle, another size was expected, or this process does not see the handle's GPU.
     """
+    _check_handle(handle)
     if handle["num_bytes"] != max(num_bytes, 1):
         raise ValueError(f"a segment of {handle['num_bytes']} bytes was offered, the plan needs {num_bytes}")
     whole = _open_cuda(handle) if "gpu" in handle else _open_memfd(handle)
@@ -81,7 +92,7 @@ def open_segment(handle: Handle, num_bytes: int) -> Tensor:
 
 
 def _open_memfd(handle: Handle) -> Tensor:
-    path, size = f"/proc/{int(handle['pid'])}/fd/{int(handle['fd'])}", handle["num_bytes"]
+    path, size = f"/proc/{handle['pid']}/fd/{handle['fd']}", handle["num_bytes"]
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:  # check the open file: another process, above all on another machine, may have the same pid and descriptor
         found = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_size

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 OFFER_TAG, OPENED_TAG = 5, 6
 _FRAME_BYTES = 1 << 16
 """Size of an offer or an answer.  Handles of CUDA memory in expandable segments are long: they list every segment."""
+_PROBLEM_CHARACTERS = 1000
+"""Of the text of an answer, so that it fits."""
 
 
 def _pack(value: object) -> Tensor:
@@ -28,6 +31,30 @@ def _pack(value: object) -> Tensor:
     if len(data) > _FRAME_BYTES:
         raise ValueError(f"handles of shared memory take {len(data)} bytes; {_FRAME_BYTES} are provided for")
     return torch.frombuffer(bytearray(data.ljust(_FRAME_BYTES)), dtype=torch.uint8)
+
+
+def _unpack(frame: Tensor) -> Any:
+    """Read what :func:`_pack` made; ValueError if it is something else."""
+    try:
+        return json.loads(frame.numpy().tobytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot be read: {error}") from error
+
+
+def _problem(answer: Tensor) -> str:
+    """Why a peer could not open the segments; empty if it could."""
+    try:
+        text = _unpack(answer)
+    except ValueError as error:
+        return f"its answer {error}"
+    return text if isinstance(text, str) else "its answer is no text"
+
+
+def _open(offered: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    handles = _unpack(offered)
+    if not isinstance(handles, list) or len(handles) != len(sizes):
+        raise ValueError(f"expected handles of {len(sizes)} segments")
+    return [open_segment(*pair) for pair in zip(handles, sizes, strict=True)]
 
 
 def offer(p2p: P2PGroup, segments: Sequence[SharedSegment], peers: Mapping[int, str]) -> frozenset[int]:
@@ -50,7 +77,7 @@ def offer(p2p: P2PGroup, segments: Sequence[SharedSegment], peers: Mapping[int, 
     finally:
         for segment in segments:
             segment.close()
-    problems = {peer: json.loads(answer.data.numpy().tobytes()) for peer, answer in answers.items()}
+    problems = {peer: _problem(answer.data) for peer, answer in answers.items()}
     for peer, problem in problems.items():
         if problem:
             log.warning("%s cannot share this rank's memory, its weights go point to point: %s", peers[peer], problem)
@@ -76,10 +103,9 @@ def accept(p2p: P2PGroup, sizes: Mapping[int, Sequence[int]], peers: Mapping[int
         transfer.wait()
         problem = ""
         try:
-            handles = zip(json.loads(transfer.data.numpy().tobytes()), sizes[peer], strict=True)
-            opened[peer] = [open_segment(*pair) for pair in handles]
+            opened[peer] = _open(transfer.data, sizes[peer])
         except (OSError, ValueError, RuntimeError) as error:  # CUDA raises RuntimeError
-            problem = f"{type(error).__name__}: {error}"
+            problem = f"{type(error).__name__}: {error}"[:_PROBLEM_CHARACTERS]
         answers.append(p2p.send(_pack(problem), peer, OPENED_TAG, f"answer to {peers[peer]}"))
     for answer in answers:
         answer.wait()

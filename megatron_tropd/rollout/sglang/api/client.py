@@ -6,17 +6,21 @@ import asyncio
 import json
 import random
 from collections.abc import Callable
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import httpx2
 
+from megatron_tropd.rollout.sglang.api.fields import shown
 from megatron_tropd.rollout.sglang.errors import BadResponse, EngineDown, EngineTimeout, RequestRefused
-from megatron_tropd.rollout.sglang.settings import Keys
+from megatron_tropd.rollout.sglang.settings import REQUEST_TIMEOUT_FLAG, Keys
 
 _ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.2
 _BUSY = frozenset({429, 503})
 _SHOWN = 600
+MAX_ANSWER_BYTES = 1 << 30
+"""A server that has lost its mind must not fill this host's memory: the longest answer has some 100 MB."""
 
 
 class Client:
@@ -28,25 +32,27 @@ class Client:
 
     Raises (every method):
         RequestRefused: 4xx (429 after the last attempt).
-        EngineTimeout: no answer within the deadline, retries included.
+        EngineTimeout: no answer within the deadline, retries included; the message names the flag.
         EngineDown: 5xx (503 after the last attempt), or no connection after the last attempt.
-        BadResponse: the answer is not JSON.
+        BadResponse: the answer is not JSON, too long, or neither success nor an error.
     """
 
     def __init__(self, name: str, url: str, keys: Keys | None, is_running: Callable[[], bool] = lambda: True) -> None:
         self.name, self.url, self._keys, self._is_running = name, url, keys, is_running
         self._closed = False
         # trust_env=False: a proxy of the environment must not see tokens, weights or keys.
+        # No cookies: one that cannot be sent back would make every later request fail.
         self._http = httpx2.AsyncClient(
-            base_url=url, timeout=None, trust_env=False, limits=httpx2.Limits(max_connections=None)
-        )
+            base_url=url, timeout=None, trust_env=False, limits=httpx2.Limits(max_connections=None),
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+        )  # fmt: skip
 
-    async def get(self, path: str, *, timeout_s: float) -> Any:
-        """Ask for ``path``."""
+    async def get(self, path: str, *, timeout_s: float | None) -> Any:
+        """Ask for ``path``; ``timeout_s`` as in :meth:`post`."""
         return await self._call("GET", path, None, what=path, timeout_s=timeout_s, repeatable=True, admin=False)
 
     async def post(
-        self, path: str, body: dict[str, Any] | bytes, *, what: str, timeout_s: float,
+        self, path: str, body: dict[str, Any] | bytes, *, what: str, timeout_s: float | None,
         repeatable: bool = False, admin: bool = True,
     ) -> Any:  # fmt: skip
         """Send JSON, or bytes that are JSON already.
@@ -55,7 +61,7 @@ class Client:
             path: of the endpoint.
             body: an empty dict where the endpoint wants none.
             what: names the work in error messages (step, prompts, tensors).
-            timeout_s: for all attempts together.
+            timeout_s: for all attempts together; None where the caller ends the call (:class:`ProgressWatch`).
             repeatable: sending twice does no harm.
             admin: authorize with the admin key; generation takes the other one.
         """
@@ -63,18 +69,25 @@ class Client:
         return await self._call("POST", path, data, what=what, timeout_s=timeout_s, repeatable=repeatable, admin=admin)
 
     async def _call(
-        self, method: str, path: str, data: bytes | None, *, what: str, timeout_s: float, repeatable: bool, admin: bool
-    ) -> Any:
+        self, method: str, path: str, data: bytes | None, *, what: str, timeout_s: float | None, repeatable: bool,
+        admin: bool,
+    ) -> Any:  # fmt: skip
+        deadline = asyncio.timeout(timeout_s)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with deadline:
                 return await self._attempts(method, path, data, what, repeatable, admin)
         except TimeoutError:
-            raise EngineTimeout(f"{self.name}: {what}: no answer within {timeout_s:g} s") from None
+            if not deadline.expired():
+                raise
+            raise EngineTimeout(
+                f"{self.name}: {what}: no answer within {timeout_s:g} s; if the server was only slow, raise "
+                f"{REQUEST_TIMEOUT_FLAG}"
+            ) from None
 
     async def _attempts(
         self, method: str, path: str, data: bytes | None, what: str, repeatable: bool, admin: bool
     ) -> Any:
-        headers = {"content-type": "application/json"}
+        headers = {"content-type": "application/json", "accept-encoding": "identity"}
         if self._keys is not None:
             headers["authorization"] = f"Bearer {self._keys.admin if admin else self._keys.api}"
         failure = ""
@@ -85,7 +98,7 @@ class Client:
                 failure = failure or "it does not run"
                 break
             try:
-                response = await self._http.request(method, path, content=data, headers=headers)
+                status, content = await self._exchange(method, path, data, headers, what)
             except Exception as error:
                 if not isinstance(error, httpx2.HTTPError) and not self._closed:
                     raise
@@ -93,24 +106,48 @@ class Client:
                 if repeatable or isinstance(error, httpx2.ConnectError):
                     continue
                 break
-            if response.status_code not in _BUSY:
-                return self._read(response, what)
-            failure = f"busy (HTTP {response.status_code})"
+            if status not in _BUSY:
+                return self._read(status, content, what)
+            failure = f"busy (HTTP {status})"
         raise EngineDown(f"{self.name}: {what}: {failure}")
 
-    def _read(self, response: httpx2.Response, what: str) -> Any:
-        if response.status_code >= 400:
-            text = f"{self.name}: {what}: HTTP {response.status_code}: {response.text[:_SHOWN]}"
-            raise (RequestRefused if response.status_code < 500 else EngineDown)(text)
-        if not response.content:
+    async def _exchange(
+        self, method: str, path: str, data: bytes | None, headers: dict[str, str], what: str
+    ) -> tuple[int, bytes]:
+        """Send a request once; return status and content of the answer."""
+        content = bytearray()
+        async with self._http.stream(method, path, content=data, headers=headers) as response:
+            async for piece in response.aiter_bytes():
+                content += piece
+                if len(content) > MAX_ANSWER_BYTES:
+                    raise BadResponse(f"{self.name}: {what}: the answer is longer than {MAX_ANSWER_BYTES} bytes")
+        return response.status_code, bytes(content)
+
+    def _read(self, status: int, content: bytes, what: str) -> Any:
+        if status >= 400:
+            text = f"{self.name}: {what}: HTTP {status}: {_beginning(content)}"
+            raise RequestRefused(text, status=status) if status < 500 else EngineDown(text)
+        if status >= 300:
+            raise BadResponse(f"{self.name}: {what}: HTTP {status} is neither success nor an error")
+        if not content:
             return None
         try:
-            return json.loads(response.content)
-        except ValueError:
-            start = response.text[:_SHOWN]
-            raise BadResponse(f"{self.name}: {what}: the answer is not JSON: {start!r}") from None
+            return json.loads(content, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            reason = f"{shown(str(error))}: {_beginning(content)!r}"
+            raise BadResponse(f"{self.name}: {what}: the answer is not JSON: {reason}") from None
 
     async def close(self) -> None:
         """Close the connections; calls that still wait raise EngineDown."""
         self._closed = True
         await self._http.aclose()
+
+
+def _beginning(content: bytes) -> str:
+    """The beginning of an answer.  Its own charset is not asked for: it may name any codec of Python."""
+    return content[:_SHOWN].decode(errors="replace")
+
+
+def _refuse_constant(name: str) -> None:
+    """NaN, Infinity and -Infinity, which Python reads but JSON does not have."""
+    raise ValueError(f"it has the number {name}")

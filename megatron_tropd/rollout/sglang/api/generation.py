@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_tropd.rollout.engine import SamplingParams
+from megatron_tropd.rollout.sglang.api.fields import field, items, number, shown, text
 from megatron_tropd.rollout.sglang.errors import BadResponse, StaleWeights
 from megatron_tropd.types import Finish, GenerationRequest, Rollout
 
 _NEVER = -1e9
 """Added to the logits of ids that may not be written; exp() of it is 0 in fp32."""
+_ROUNDING = 1e-3
+"""A log-probability may be above 0 by so much: the server rounds, in steps of 1e-7 at 1 in fp32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,23 +82,15 @@ def score_body(token_ids: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _field(value: Any, *path: str) -> Any:
-    for name in path:
-        if not isinstance(value, dict) or name not in value:
-            raise BadResponse(f"the answer has no {'.'.join(path)}")
-        value = value[name]
-    return value
-
-
 def _check_version(meta: Any, version: int) -> None:
     """A sample written across an update lists several versions in its spans."""
-    versions = {str(_field(meta, "weight_version"))}
-    spans = meta.get("weight_versions") or []
-    if not isinstance(spans, list):
-        raise BadResponse(f"weight_versions is {spans!r}; expected a list")
-    versions |= {str(_field(span, "version")) for span in spans}
+    versions = {text(field(meta, "weight_version"), "weight_version")}
+    spans = meta.get("weight_versions")  # None, or absent: servers that do not write across updates
+    for span in items([] if spans is None else spans, "weight_versions"):
+        versions.add(text(field(span, "version"), "weight_versions.version"))
     if versions != {str(version)}:
-        raise StaleWeights(f"written by weight version {', '.join(sorted(versions))}; the trainer pushed {version}")
+        found = ", ".join(shown(name) for name in sorted(versions)[:8])
+        raise StaleWeights(f"written by weight version {found}; the trainer pushed {version}")
 
 
 def _logprobs(entries: Any, token_ids: Sequence[int], what: str, called: Sequence[int]) -> tuple[float, ...]:
@@ -109,42 +103,48 @@ def _logprobs(entries: Any, token_ids: Sequence[int], what: str, called: Sequenc
         raise BadResponse(f"{given} log-probabilities for {len(token_ids)} {what} tokens")
     values = []
     for entry, token, name in zip(entries, token_ids, called, strict=True):
-        if not isinstance(entry, list | tuple) or len(entry) < 2 or entry[1] != name:
-            raise BadResponse(f"log-probability entry {entry!r} does not belong to {what} token {token}")
-        value = entry[0]
-        if not isinstance(value, float | int) or not math.isfinite(value):
-            raise BadResponse(f"the log-probability of {what} token {token} is {value!r}")
-        values.append(float(value))
+        if not isinstance(entry, list | tuple) or len(entry) < 2 or type(entry[1]) is not int or entry[1] != name:
+            raise BadResponse(f"log-probability entry {shown(entry)} does not belong to {what} token {token}")
+        value = number(entry[0], f"the log-probability of {what} token {token}")
+        if value > _ROUNDING:
+            raise BadResponse(f"the log-probability of {what} token {token} is {value!r}; expected none above 0")
+        values.append(value)
     return tuple(values)
 
 
 def _finish(meta: dict[str, Any], written: Sequence[int], max_new_tokens: int, stop: frozenset[int]) -> Finish:
-    kind = _field(meta, "finish_reason", "type")
-    if kind == "stop" and written and written[-1] in stop:
-        return "stop"
-    if kind == "length" and len(written) == max_new_tokens:
-        return "length"
+    kind = field(meta, "finish_reason", "type")
+    if stop.isdisjoint(written[:-1]):
+        if kind == "stop" and written[-1] in stop:
+            return "stop"
+        if kind == "length" and len(written) == max_new_tokens:
+            return "length"
     raise BadResponse(
-        f"finished by {meta['finish_reason']!r} after {len(written)} of {max_new_tokens} tokens; expected a stop "
-        f"token of {sorted(stop)} at the end, or the full length"
+        f"finished by {shown(meta['finish_reason'])} after {len(written)} of {max_new_tokens} tokens; expected a stop "
+        f"token of {sorted(stop)} at the end and nowhere else, or the full length"
     )
 
 
+def _written(value: Any, group: PromptGroup, rules: TokenRules) -> list[int]:
+    if not isinstance(value, list) or not 1 <= len(value) <= group.max_new_tokens:
+        raise BadResponse(f"wrote {shown(value)}; expected 1 to {group.max_new_tokens} token ids")
+    for token in value:
+        if type(token) is not int or not 0 <= token < rules.vocab_size:
+            raise BadResponse(f"wrote token id {shown(token)} outside [0, {rules.vocab_size})")
+    return value
+
+
 def _sample(answer: Any, group: PromptGroup, request: GenerationRequest, version: int, rules: TokenRules) -> Rollout:
-    meta, written = _field(answer, "meta_info"), _field(answer, "output_ids")
+    meta = field(answer, "meta_info")
     _check_version(meta, version)
-    if not isinstance(written, list) or not written or len(written) > group.max_new_tokens:
-        raise BadResponse(f"wrote {written!r}; expected 1 to {group.max_new_tokens} token ids")
-    for token in written:
-        if not isinstance(token, int) or not 0 <= token < rules.vocab_size:
-            raise BadResponse(f"wrote token id {token!r} outside [0, {rules.vocab_size})")
+    written = _written(field(answer, "output_ids"), group, rules)
     return Rollout(
         prompt_uid=request.prompt_uid,
         sample_index=request.sample_index,
         token_ids=request.token_ids + tuple(written),
         prompt_len=request.prompt_len,
         guidance_len=request.guidance_len,
-        logprobs=_logprobs(_field(meta, "output_token_logprobs"), written, "written", written),
+        logprobs=_logprobs(field(meta, "output_token_logprobs"), written, "written", written),
         weight_version=(version, version),
         finish=_finish(meta, written, group.max_new_tokens, rules.stop_token_ids),
     )
@@ -174,9 +174,9 @@ def read_scores(body: Any, token_ids: Sequence[int], *, version: int, rules: Tok
     Raises:
         StaleWeights, BadResponse: as :func:`read_samples`.
     """
-    meta = _field(body, "meta_info")
+    meta = field(body, "meta_info")
     _check_version(meta, version)
-    entries, rest = _field(meta, "input_token_logprobs"), token_ids[1:]
+    entries, rest = field(meta, "input_token_logprobs"), token_ids[1:]
     # SGLang scores the model's last id as it should, but reports it as id 0.
     called = [0 if token == rules.model_vocab_size - 1 else token for token in rest]
     return _logprobs(entries[1:] if isinstance(entries, list) else entries, rest, "given", called)
