@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import pickle
 
@@ -11,7 +12,8 @@ import torch
 
 from megatron_tropd.weights.engine_loader import LOADER, REQUEST, LoaderRequest, outcome_key, read_outcomes
 from megatron_tropd.weights.transport.message import TransportError
-from megatron_tropd.weights.transport.side_group import host_store
+from megatron_tropd.weights.transport.side_group import LOOPBACK, host_store
+from tests.test_sglang_planned import Link
 
 GOOD = {"do": "close", "group": "g", "engine": 0, "ticket": "0"}
 
@@ -71,23 +73,34 @@ def _body(tensors: dict[str, torch.Tensor]) -> bytes:
     ).encode()
 
 
-def _located(request: LoaderRequest, engine, sglang, store) -> None:
-    sglang.run(engine.call_loader(_body(dict(request.named_tensors())), what="locate", timeout_s=120.0))
-    assert len(read_outcomes(store, request, 1, timeout_s=60)) == 1
-
-
-def test_a_server_survives_what_is_no_request_and_a_trainer_that_left(sglang):
-    """The second half: a store that went away between two requests, as when the trainer was killed."""
+def test_a_server_survives_what_is_no_request(sglang):
     sglang.push()
     engine, store = sglang.engines[0], host_store(timeout_s=60)
     pid = engine.server.pid
-    request = LoaderRequest(do="locate", group="g", engine=0, ticket="0", port=store.port, timeout_s=60.0)
+    request = LoaderRequest(
+        do="locate", group="g", engine=0, ticket="0", host=LOOPBACK, port=store.port, timeout_s=60.0
+    )  # fmt: skip
     sglang.run(sglang.pool._fleet.begin_update())
     for tensors in BAD.values():
         sglang.run(engine.call_loader(_body(tensors), what="nonsense", timeout_s=120.0))
-    _located(request, engine, sglang, store)
-    held = {**GOOD, "do": "receive", "group": "never connected"}
-    sglang.run(engine.call_loader(_body(_named(held)), what="receive", timeout_s=120.0))
+    sglang.run(engine.call_loader(_body(dict(request.named_tensors())), what="locate", timeout_s=120.0))
+    assert len(read_outcomes(store, request, 1, timeout_s=60)) == 1, "a good request is still carried out"
     assert engine.server.pid == pid and engine.server.is_running()
     sglang.push()
     sglang.run(engine.check_health())
+
+
+def test_a_server_survives_a_trainer_that_has_left(sglang):
+    """The store of its group is gone, so nobody can be told how a request ended."""
+    sglang.push()
+    link = Link(sglang)
+    group, pids = link.engines.group, [engine.server.pid for engine in sglang.engines]
+    link.trainers.kill()
+    link.store = link.engines._store = None
+    gc.collect()
+    for ticket in range(3):
+        body = _body(_named({**GOOD, "do": "receive", "group": group, "version": 10**6, "ticket": str(ticket)}))
+        sglang.run(sglang.engines[0].call_loader(body, what="receive", timeout_s=300.0))
+    assert [engine.server.pid for engine in sglang.engines] == pids
+    sglang.push()
+    sglang.run(sglang.engines[0].check_health())

@@ -9,16 +9,34 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_tropd.rollout.sglang.api.generation import group_requests
 from megatron_tropd.rollout.sglang.engine import Engine
 from megatron_tropd.rollout.sglang.errors import EngineTimeout
 from megatron_tropd.rollout.sglang.fleet import GenerationJob
-from tests.sglang_helpers import check_rollouts, make_pool, params, requests_of
-from tests.sglang_replies import GOOD, FakeEngine, Reply, answer, engine_at, generate_three, http, make_samples
+from megatron_tropd.rollout.sglang.settings import SGLangSettings
+from tests.hf_models import make_hf_model
+from tests.sglang_helpers import Student, check_rollouts, make_pool, params, requests_of
+from tests.sglang_replies import (
+    ARCH,
+    GOOD,
+    STOP,
+    VERSION,
+    VOCAB_SIZE,
+    FakeEngine,
+    Reply,
+    answer,
+    engine_at,
+    generate_three,
+    http,
+    make_samples,
+)
+from tests.sglang_replies import REQUESTS as GIVEN
 
 FLAG = "--sglang-request-timeout"
 
@@ -108,6 +126,46 @@ def test_a_control_call_has_a_deadline_of_the_same_flag(path):
         pytest.raises(EngineTimeout, match=message),
     ):  # fmt: skip
         run(CONTROL[path](engine))
+
+
+# ---- the other ranks, which wait ----
+
+
+def _write_on_two_ranks(url, version):
+    """Body: a batch that takes far longer than the timeout of the collectives in which the other rank waits."""
+    import torch.distributed as dist
+
+    settings = SGLangSettings(
+        hf_dir=Path(), log_dir=Path(), urls=(url,), dtype="float32", request_timeout_s=2.0, transport="bytes"
+    )
+    student = Student(make_hf_model("qwen3"))
+    pool = make_pool(settings, ARCH, student, vocab_size=VOCAB_SIZE, stop_token_ids=set(STOP))
+    group = dist.group.WORLD
+    usual = group._get_backend(torch.device("cpu")).options._timeout
+    try:
+        pool.push(student.export, version)
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=10), group)
+        start = time.monotonic()
+        rollouts = pool.generate([replace(r, token_ids=(3, 4, 5, 6)) for r in GIVEN], params(), version)
+        return len(rollouts), time.monotonic() - start
+    finally:
+        dist.distributed_c10d._set_pg_timeout(usual, group)
+        pool.close()
+
+
+@pytest.mark.timeout(300)
+def test_a_batch_may_take_longer_than_the_timeout_of_the_collectives(ranks):
+    """The other rank waits in a collective; it hears in time that the servers still write."""
+    body, loads = make_samples(1, samples=3, max_new=5), _loads(num_running_reqs=1, timestamp=itertools.count())
+
+    def slow(_body: bytes) -> Reply:
+        time.sleep(25.0)
+        return answer(body)
+
+    refused = Reply(http(b"", "404 Not Found"))
+    with FakeEngine({"/generate": slow, "/v1/loads": loads, "/weights_checker": refused}) as server:
+        results = ranks(2).run(_write_on_two_ranks, server.url, VERSION)
+    assert [count for count, _ in results] == [3, 3] and all(seconds > 20 for _, seconds in results)
 
 
 # ---- real servers ----

@@ -83,6 +83,8 @@ class Fleet:
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
         self._checksums: dict[int, set[str]] = {}
         """Checksums of the weights being served, reported by the servers of each tensor-parallel size."""
+        self._writing: asyncio.Task[None] | None = None
+        """The work on a job that :meth:`generate_for` has not seen the end of."""
 
     # ---- life ----
 
@@ -131,6 +133,7 @@ class Fleet:
 
     async def close(self) -> None:
         """Stop every server that was started here."""
+        await self._stop_writing()
         await asyncio.gather(*(engine.close() for engine in self.engines))
 
     @property
@@ -139,6 +142,30 @@ class Fleet:
         return min(engine.max_tokens for engine in self._usable())
 
     # ---- generation ----
+
+    async def generate_for(self, job: GenerationJob, seconds: float) -> bool:
+        """Begin or continue :meth:`generate` of ``job``; return whether it ended within so many seconds.
+
+        Between two calls the servers go on, and their answers wait in the sockets.
+        """
+        if self._writing is None:
+            self._writing = asyncio.create_task(self.generate(job))
+        try:
+            done, _ = await asyncio.wait({self._writing}, timeout=seconds)
+        except BaseException:  # interrupted: nobody will come back for the rest
+            await self._stop_writing()
+            raise
+        if not done:
+            return False
+        task, self._writing = self._writing, None
+        task.result()
+        return True
+
+    async def _stop_writing(self) -> None:
+        task, self._writing = self._writing, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def generate(self, job: GenerationJob) -> None:
         """Work on ``job`` until it is done, or until no server holds its weights: then groups stay pending.

@@ -28,6 +28,10 @@ from megatron_tropd.types import GenerationRequest, Rollout
 from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
 
 _SCORE_ATTEMPTS = 3
+_LONGEST_ROUND_S = 30.0
+"""Rank 0 lets the other ranks know at least so often that the servers write: they wait in a collective, whose timeout
+would otherwise be the longest time that a batch may take."""
+_WRITING, _WEIGHTS_WANTED = "writing", "weights wanted"
 
 
 class SGLangPool:
@@ -101,9 +105,10 @@ class SGLangPool:
             raise EngineError(f"the engines hold weight version {self._version}, the trainer is at {version}")
         check_requests(requests, vocab_size=self._vocab_size, max_positions=self._arch.max_position_embeddings)
         job = GenerationJob(requests=requests, params=params, version=version)
-        while (rollouts := on_rank_zero(lambda: self._write(job), EngineError)) is None:
-            self._deliver_again(version)
-        return list(rollouts)
+        while isinstance(outcome := on_rank_zero(lambda: self._write(job), EngineError), str):
+            if outcome == _WEIGHTS_WANTED:
+                self._deliver_again(version)
+        return list(outcome)
 
     def _deliver_again(self, version: int) -> None:
         """Send the current weights again, only to the engines that lack them."""
@@ -111,7 +116,8 @@ class SGLangPool:
             raise EngineError("engines lost their weights, and this pool was given no way to export them again")
         self._deliver(self._export, version, only_missing=True)
 
-    def _write(self, job: GenerationJob) -> list[Rollout] | None:
+    def _write(self, job: GenerationJob) -> list[Rollout] | str:
+        """Work on the job for one round; return its rollouts, or what is to be done before the next round."""
         fleet = self._servers
         longest = max((len(r.token_ids) + r.max_new_tokens for r in job.requests), default=0)
         if longest > fleet.max_tokens:
@@ -119,8 +125,9 @@ class SGLangPool:
                 f"a request of {longest} tokens (prompt and response) exceeds the {fleet.max_tokens} that the engines "
                 "hold; raise --sglang-max-total-tokens or lower --max-response-length"
             )
-        self._run(fleet.generate(job))
-        return None if job.pending else job.rollouts()
+        if not self._run(fleet.generate_for(job, min(_LONGEST_ROUND_S, self._settings.request_timeout_s))):
+            return _WRITING
+        return _WEIGHTS_WANTED if job.pending else job.rollouts()
 
     def score(self, sequences: Sequence[Sequence[int]], version: int) -> dict[str, list[tuple[float, ...]]]:
         """Log-probability of every token but the first of each sequence, over all rows of the student's vocabulary, by
