@@ -213,12 +213,17 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
-    """Exact match on held-out prompts."""
+    """Accuracy on held-out prompts, and how any response is graded."""
 
     eval_data: list[str] = setting([], "data with answers, in the forms of --prompt-data")
     eval_interval: int = setting(0, "steps between evaluations during the run; 0 for only before and after")
     eval_prompts: int = setting(0, "prompts of an evaluation during the run; 0 for all")
-    answer_pattern: str = setting(r"\\boxed\{([^{}]*)\}", "regular expression whose group 1 is the answer")
+    answer_pattern: str = setting(
+        "", "regular expression; group 1 of its last match in a response is the answer; default: the last \\boxed{...}"
+    )
+    grader: Literal["exact", "math"] = setting(
+        "exact", "compare answers as text, or as mathematics too: 1/2 = 0.5 (needs the package math-verify)"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

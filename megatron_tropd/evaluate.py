@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ from megatron_tropd.config import EvaluationConfig
 from megatron_tropd.data.prompts import PromptFormat, load_prompts
 from megatron_tropd.data.tokenizer import eos_token_ids, load_tokenizer
 from megatron_tropd.evaluation import DECODINGS, evaluate
+from megatron_tropd.grading.grader import Grader, make_grader
+from megatron_tropd.grading.math_process import GradingError
 from megatron_tropd.rollout.embedded.engine import EmbeddedEngine
 from megatron_tropd.rollout.engine import EngineError
 from megatron_tropd.types import EvalReport
@@ -41,8 +42,12 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--answer-pattern",
         default=EvaluationConfig().answer_pattern,
-        help="regular expression; group 1 of its first match in the response is the answer (default: %(default)s)",
+        help="regular expression; group 1 of its last match is the answer (default: the last \\boxed{...})",
     )
+    flags.add_argument(
+        "--grader", choices=["exact", "math"], default=EvaluationConfig().grader,
+        help="compare answers as text, or as mathematics too (needs math-verify) (default: %(default)s)",
+    )  # fmt: skip
     flags.add_argument("--max-prompt-length", type=int, default=2048, help="tokens; a longer prompt is an error")
     flags.add_argument("--max-response-length", type=int, default=1024, help="tokens; a longer response is wrong")
     flags.add_argument("--decodings", nargs="+", choices=list(DECODINGS), default=list(DECODINGS))
@@ -57,20 +62,26 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def _problems(args: argparse.Namespace) -> list[str]:
-    """Return everything that is wrong with the flags themselves."""
+def _checked(args: argparse.Namespace) -> Grader:
+    """Check the flags themselves, and return the grader that they ask for.
+
+    Raises:
+        ValueError: the message says everything that is wrong with the flags.
+    """
     problems = [
         f"--{name} {value}: expected at least 1"
         for name in ("max-prompt-length", "max-response-length", "num-samples", "num-prompts", "max-batch-size")
         if (value := getattr(args, name.replace("-", "_"))) is not None and value < 1
     ]
-    try:
-        re.compile(args.answer_pattern)
-    except re.error as error:
-        problems.append(f"--answer-pattern {args.answer_pattern!r} is not a regular expression: {error}")
     if args.output is not None and not args.output.parent.is_dir():
         problems.append(f"--output {args.output}: {args.output.parent} is not a directory")
-    return problems
+    try:
+        grader = make_grader(args.grader, args.answer_pattern)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return grader
 
 
 def _load_engine(args: argparse.Namespace) -> EmbeddedEngine:
@@ -95,10 +106,9 @@ def run(args: argparse.Namespace) -> list[EvalReport]:
     """Load the checkpoint, answer the prompts and return one report per decoding.
 
     Raises:
-        OSError, ValueError, EngineError: a flag or a file cannot be used, or the engine failed.
+        OSError, ValueError, EngineError, GradingError: a flag or a file cannot be used, or engine or grader failed.
     """
-    if problems := _problems(args):
-        raise ValueError("\n".join(problems))
+    grader = _checked(args)
     fmt = PromptFormat(
         prompt_key=args.prompt_key,
         response_key="",  # responses in the file are not used, so they are not checked
@@ -114,7 +124,7 @@ def run(args: argparse.Namespace) -> list[EvalReport]:
         prompts,
         tokenizer,
         [DECODINGS[name] for name in args.decodings],
-        answer_pattern=args.answer_pattern,
+        grader=grader,
         max_response_length=args.max_response_length,
         seed=args.seed,
         step=0,
@@ -138,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         reports = run(args)
-    except (OSError, ValueError, EngineError) as error:
+    except (OSError, ValueError, EngineError, GradingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     document = json.dumps([dataclasses.asdict(report) for report in reports], indent=2)

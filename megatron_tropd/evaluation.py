@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_tropd.grading.grader import Grader, check_references
+from megatron_tropd.grading.math_process import GradingError
+from megatron_tropd.parallel.fail_together import share_out
 from megatron_tropd.rng import Stream
 from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.types import EvalReport, GenerationRequest, Prompt, Rollout
@@ -33,33 +35,16 @@ TEMPERATURE_1 = Decoding(name="temperature_1", temperature=1.0, top_p=1.0)
 DECODINGS = {decoding.name: decoding for decoding in (GREEDY, TOP_P_07, TEMPERATURE_1)}
 
 
-def extract_answer(text: str, pattern: re.Pattern[str]) -> str | None:
-    """Return group 1 of the first match of ``pattern``, with each run of whitespace as one space; None if there is no
-    match, or group 1 takes no part in it."""
-    match = pattern.search(text)
-    return None if match is None or match.group(1) is None else " ".join(match.group(1).split())
-
-
-def exact_match(rollout_text: str, finished: bool, answer: str, pattern: re.Pattern[str]) -> bool:
-    """Return whether a response that ended with a stop token gives exactly ``answer``.
-
-    A truncated response is wrong even if it contains the answer, because the student did not finish.
-    """
-    return finished and extract_answer(rollout_text, pattern) == " ".join(answer.split())
-
-
-def _check(prompts: Sequence[Prompt], pattern: re.Pattern[str]) -> None:
+def _check(prompts: Sequence[Prompt], grader: Grader) -> None:
     if not prompts:
         raise ValueError("no prompts to evaluate; check --eval-data")
-    if pattern.groups < 1:
-        raise ValueError(
-            f"--answer-pattern {pattern.pattern!r} has no group; put the answer in parentheses, as in '= *(.+)$'"
-        )
     if without := [prompt.uid for prompt in prompts if prompt.answer is None]:
         raise ValueError(
             f"{len(without)} of {len(prompts)} evaluation prompts have no answer (first: uid {without[0]}); "
             "check --eval-data and --answer-key"
         )
+    if faults := check_references(((p.uid, p.answer) for p in prompts if p.answer is not None), grader.kind):
+        raise ValueError("; ".join(f"{fault}; check --eval-data and --answer-key" for fault in faults))
 
 
 def _requests(prompts: Sequence[Prompt], num_samples: int, max_new_tokens: int) -> list[GenerationRequest]:
@@ -83,7 +68,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     decodings: Sequence[Decoding],
     *,
-    answer_pattern: str | re.Pattern[str],
+    grader: Grader,
     max_response_length: int,
     seed: int,
     step: int,
@@ -97,18 +82,18 @@ def evaluate(
         prompts: each with an answer.
         tokenizer: turns responses into text; special tokens are left out.
         decodings: e.g. ``DECODINGS.values()``.
-        answer_pattern: regular expression whose group 1 is the answer.
+        grader: tells which responses are right; with several ranks each grades its share of the responses.
         max_response_length: tokens; a response cut there counts as wrong.
         seed: seed of the sampling; the random numbers depend on ``step`` too and differ from those of training.
         step: number of training steps (rollout batches) done; goes into the reports.
         num_samples: responses per prompt, averaged (greedy decoding always writes one).
 
     Raises:
-        ValueError: there are no prompts, a prompt has no answer, or the pattern has no group.
+        ValueError: there are no prompts, or a prompt has no answer or one that no response can give.
         EngineError: the engine cannot generate.
+        GradingError: the responses cannot be graded.
     """
-    pattern = re.compile(answer_pattern)
-    _check(prompts, pattern)
+    _check(prompts, grader)
     answers = {prompt.uid: prompt.answer for prompt in prompts if prompt.answer is not None}
     reports = []
     for decoding in decodings:
@@ -117,23 +102,23 @@ def evaluate(
         )
         requests = _requests(prompts, num_samples if decoding.temperature > 0 else 1, max_response_length)
         rollouts = generate(requests, params)
-        reports.append(_report(decoding, rollouts, answers, tokenizer, pattern, step=step))
+        reports.append(_report(decoding, rollouts, answers, tokenizer, grader, step=step))
     return reports
 
 
 def _report(
     decoding: Decoding, rollouts: Sequence[Rollout], answers: dict[int, str], tokenizer: PreTrainedTokenizerBase,
-    pattern: re.Pattern[str], *, step: int,
+    grader: Grader, *, step: int,
 ) -> EvalReport:  # fmt: skip
-    correct = 0
-    for rollout in rollouts:
+    def right(rollout: Rollout) -> bool:
         text = tokenizer.decode(list(rollout.token_ids[rollout.prompt_len :]), skip_special_tokens=True)
-        correct += exact_match(str(text), rollout.finish == "stop", answers[rollout.prompt_uid], pattern)
+        return grader.right(str(text), rollout.finish == "stop", answers[rollout.prompt_uid])
+
     count = len(rollouts)
     return EvalReport(
         step=step,
         decoding=decoding.name,
-        accuracy=correct / count,
+        accuracy=sum(share_out(rollouts, right, GradingError)) / count,
         num_prompts=len(answers),
         mean_response_len=sum(rollout.response_len for rollout in rollouts) / count,
         finished=sum(rollout.finish == "stop" for rollout in rollouts) / count,

@@ -7,11 +7,10 @@ A reward function is any callable ``f(sample: RewardSample) -> float``.  It is n
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_tropd import evaluation
+from megatron_tropd.grading.grader import Grader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,22 +26,22 @@ class RewardSample:
     answer: str | None
     """Reference answer of the row; None if it has none."""
     domain: str
-    answer_pattern: re.Pattern[str]
-    """Compiled --answer-pattern."""
+    grader: Grader
+    """Of --grader and --answer-pattern."""
 
 
 RewardFunction = Callable[[RewardSample], float]
 
 
 def exact_match(sample: RewardSample) -> float:
-    """Return 1 if a finished response gives exactly the answer (group 1 of --answer-pattern), else 0.
+    """Return 1 if a finished response gives the answer, by --grader and --answer-pattern as in evaluation; else 0.
 
     Raises:
         ValueError: the row has no answer.
     """
     if sample.answer is None:
         raise ValueError("the row has no answer to compare with; see --answer-key")
-    return float(evaluation.exact_match(sample.response, sample.finished, sample.answer, sample.answer_pattern))
+    return float(sample.grader.right(sample.response, sample.finished, sample.answer))
 
 
 def load_reward_function(path: str) -> RewardFunction:

@@ -1,10 +1,10 @@
-"""Evaluation: what counts as right, pools of engines, and the command with a real checkpoint."""
+"""Evaluation: pools of engines, and the command with a real checkpoint.  What is right: test_grading.py."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
-import re
 from functools import partial
 
 import pytest
@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.evaluate import main
-from megatron_tropd.evaluation import DECODINGS, GREEDY, TEMPERATURE_1, evaluate, exact_match, extract_answer
+from megatron_tropd.evaluation import DECODINGS, GREEDY, TEMPERATURE_1, evaluate
+from megatron_tropd.grading.grader import make_grader
 from megatron_tropd.rng import Stream
 from megatron_tropd.rollout.embedded.engine import EmbeddedEngine
 from megatron_tropd.rollout.embedded.pool import EmbeddedPool
@@ -22,29 +23,7 @@ from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 from tests.rollout_helpers import params, requests_of, tiny_engine, tiny_model, word_tokenizer
 
 STOPS = tuple(range(0, 12))
-ALL = r"(?s)(.*)"
-
-
-@pytest.mark.parametrize(
-    ("text", "pattern", "answer"),
-    [
-        ("so # 1 2 3", r"#\s*(.*)$", "1 2 3"),
-        ("#  4\t2 \n", r"#\s*(.*)$", "4 2"),
-        (r"\boxed{7} then \boxed{8}", r"\\boxed\{(.*?)\}", "7"),
-        ("no answer", r"#\s*(.*)$", None),
-        ("a", r"a|(b)", None),
-    ],
-)
-def test_extract_answer(text, pattern, answer):
-    assert extract_answer(text, re.compile(pattern)) == answer
-
-
-def test_exact_match_needs_an_ended_response_and_the_whole_answer():
-    pattern = re.compile(r"#\s*(.*)$")
-    assert exact_match("x # 1 2", True, " 1  2", pattern)
-    assert not exact_match("x # 1 2", False, "1 2", pattern)
-    assert not exact_match("x # 1 2", True, "1", pattern)
-    assert not exact_match("x 1 2", True, "1 2", pattern)
+ALL = make_grader("exact", r"(?s)(.*)")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +51,7 @@ def made(tmp_path_factory):
 
 def run(made, decodings, **changes):
     engine, tokenizer, prompts = made
-    options = {"answer_pattern": ALL, "max_response_length": 10, "seed": 1, "step": 7, **changes}
+    options = {"grader": ALL, "max_response_length": 10, "seed": 1, "step": 7, **changes}
     return evaluate(engine.generate, prompts, tokenizer, decodings, **options)
 
 
@@ -92,6 +71,15 @@ def test_greedy_accuracy_counts_finished_right_answers(made):
     assert (report.step, report.decoding, report.num_prompts) == (7, "greedy", 21)
 
 
+def test_the_grader_decides_what_is_right(made):
+    engine, tokenizer, prompts = made
+    wrapped = [dataclasses.replace(prompt, answer=f"\\text{{{prompt.answer}}}") for prompt in prompts]
+    (plain,) = run(made, [GREEDY])
+    (exact,) = run((engine, tokenizer, wrapped), [GREEDY])
+    (math,) = run((engine, tokenizer, wrapped), [GREEDY], grader=make_grader("math", r"(?s)(.*)"))
+    assert exact.accuracy == 0 < plain.accuracy == math.accuracy
+
+
 def _by_one_engine_and_by_a_pool(directory, prompts):
     """On every rank: reports of this rank's engine alone, and of the engines of all ranks together."""
     checkpoint = HfCheckpoint.open(directory)
@@ -99,7 +87,7 @@ def _by_one_engine_and_by_a_pool(directory, prompts):
     pool = EmbeddedPool(engine)
     report = pool.push(lambda: [(name, checkpoint.read(name)) for name in checkpoint.tensors], 3)
     assert not report.probe_logprobs and pool.weight_version == 3
-    options = {"answer_pattern": ALL, "max_response_length": 10, "seed": 1, "step": 7, "num_samples": 2}
+    options = {"grader": ALL, "max_response_length": 10, "seed": 1, "step": 7, "num_samples": 2}
     decodings = list(DECODINGS.values())
     return (
         evaluate(engine.generate, prompts, tokenizer, decodings, **options),
@@ -148,8 +136,9 @@ def test_missing_answers_and_groups_are_refused(made):
         run((engine, tokenizer, unanswered), [GREEDY])
     with pytest.raises(ValueError, match="no prompts"):
         run((engine, tokenizer, []), [GREEDY])
-    with pytest.raises(ValueError, match="parentheses"):
-        run(made, [GREEDY], answer_pattern="abc")
+    for answer, fault in ((7, "uid 99.*is a int|is a int.*uid 99"), ("  ", "blank"), ("nan", "'nan'")):
+        with pytest.raises(ValueError, match=fault):
+            run((engine, tokenizer, [*prompts, Prompt(uid=99, token_ids=(3,), answer=answer)]), [GREEDY])
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +188,18 @@ def test_user_errors_exit_2_with_one_message(checkpoint, flags, message, capsys)
     assert main(["--hf-checkpoint", str(directory), "--eval-data", str(data), "--device", "cpu", *flags]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and "--prompt-data" not in error
+
+
+def test_a_missing_package_is_a_user_error(checkpoint, monkeypatch, capsys):
+    directory, data = checkpoint
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "math_verify" else find(name, *rest)
+    )
+    assert (
+        main(["--hf-checkpoint", str(directory), "--eval-data", str(data), "--device", "cpu", "--grader", "math"]) == 2
+    )
+    assert "pip install 'megatron-tropd[math]'" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_a_user_error(checkpoint, tmp_path, capsys):

@@ -66,7 +66,7 @@ ROWS = [  # a room may import from its own row and from the rows below
     {"setup"},
     {"training"},
     {"evaluation", "reporting", "rewards", "checkpoints"},
-    {"rollout", "teacher"},
+    {"rollout", "teacher", "grading"},
     {"weights.engine_loader"},
     {"weights.transport"},
     {"weights.plan", "weights.files"},

@@ -28,7 +28,7 @@ def step_report(step: int, **changes) -> StepReport:
         "grad_norm": 0.5,
         "learning_rate": 1e-6,
         "tokens": {"guidance": 10, "on_policy": 90},
-        "metrics": {"tropd/trusted_frac": 0.9},
+        "metrics": {"tropd/trusted_frac": 0.9, "guidance/frac": 0.1},
         "seconds": {"generate": 1.0, "train": 1.5},
         "verdict": "stepped",
     }

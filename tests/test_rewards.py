@@ -11,15 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_tropd.data.advantages import group_advantages
+from megatron_tropd.grading.grader import make_grader
 from megatron_tropd.rewards import RewardSample, exact_match, load_reward_function
 from megatron_tropd.types import Prompt, Rollout
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _sample(response="# 7", finished=True, answer="7"):
+def _sample(response="# 7", finished=True, answer="7", grader="exact"):
     return RewardSample(
-        prompt="p", response=response, finished=finished, answer=answer, domain="", answer_pattern=re.compile(r"#\s*(.*)$")
+        prompt="p", response=response, finished=finished, answer=answer, domain="",
+        grader=make_grader(grader, r"#\s*(.*)$"),
     )  # fmt: skip
 
 
@@ -29,6 +31,11 @@ def test_exact_match():
     with pytest.raises(ValueError, match="--answer-key"):
         exact_match(_sample(answer=None))
     assert load_reward_function("megatron_tropd.rewards:exact_match") is exact_match
+
+
+@pytest.mark.slow
+def test_exact_match_is_as_exact_as_the_grader():
+    assert [exact_match(_sample(response="# 14/2", grader=kind)) for kind in ("exact", "math")] == [0.0, 1.0]
 
 
 rewards = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 8).map(lambda n: n / 8)), min_size=1, max_size=24)
@@ -69,7 +76,7 @@ def _rewards_of(path):
         function=load_reward_function(path),
         decode=lambda ids: " ".join(f"w{i}" for i in ids),
         prompts={uid: Prompt(uid=uid, token_ids=(uid,), answer=str(uid)) for uid in (1, 2, 3)},
-        pattern=re.compile("(.*)"),
+        grader=make_grader("exact", "(.*)"),
     )
     rollouts = [_rollout(uid, sample) for uid, sample in ((1, 0), (1, 1), (2, 0), (2, 1), (3, 0))]
     try:

@@ -61,7 +61,8 @@ def test_a_good_configuration_passes(world, tmp_path):
         ({"hf_checkpoint": "/nowhere"}, 1, r"student \(--hf-checkpoint\): /nowhere/config.json does not exist"),
         ({"prompt_data": "/nowhere.jsonl"}, 1, r"/nowhere\.jsonl"),
         ({"answer_pattern": "(("}, 1, r"--answer-pattern '\(\(' is not a regular expression"),
-        ({"answer_pattern": "abc"}, 1, r"--answer-pattern needs a group"),
+        ({"answer_pattern": "abc"}, 1, r"--answer-pattern 'abc' has no group; put the answer in parentheses"),
+        ({"grader": "maths"}, 1, r"--grader: 'maths' is not one of exact, math"),
         ({"response_key": "nothing"}, 1, r"--guidance ratio needs teacher responses"),
         ({"eval_data": "/nowhere.jsonl"}, 1, r"/nowhere\.jsonl: no such file.*see --eval-data"),
         ({"distributed_timeout_minutes": 0}, 1, r"--distributed-timeout-minutes 0.0 must be positive"),
@@ -89,6 +90,18 @@ def test_a_good_configuration_passes(world, tmp_path):
 )  # fmt: skip
 def test_each_mistake_has_a_message(world, tmp_path, changes, world_size, expected):
     assert re.search(expected, _complaint(flags(world, tmp_path / "run", **changes), world_size), re.DOTALL)
+
+
+def test_answers_that_no_response_can_give(world, tmp_path):
+    """Supervised finetuning does not read the answers of the data that it learns from."""
+    rows = [{**json.loads(row), "answer": " "} for row in (world / "train.jsonl").read_text().splitlines()]
+    data = tmp_path / "blank.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = flags(world, tmp_path / "run", prompt_data=data, eval_data=data)
+    complaint = _complaint(argv)
+    for flag in ("--prompt-data", "--eval-data"):
+        assert f"{flag}: a reference answer is blank" in complaint and "(24 rows, first: uid 0)" in complaint
+    assert make_run_spec(parse(flags(world, tmp_path / "run", prompt_data=data, objective="sft")), 1)
 
 
 @pytest.mark.parametrize("objective", ["sft", "grpo"])

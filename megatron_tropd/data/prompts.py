@@ -60,6 +60,10 @@ class PromptSet(Sequence[Prompt]):
             return [self._rows.prompt(number) for number in range(*index.indices(len(self)))]
         return self._rows.prompt(index + len(self) if index < 0 else index)
 
+    def answers(self) -> Iterator[tuple[int, str]]:
+        """Yield (uid, answer) of the prompts that have an answer; no tokens are read."""
+        return self._rows.answers()
+
     def __iter__(self) -> Iterator[Prompt]:
         return (self._rows.prompt(number) for number in range(len(self)))
 
@@ -80,6 +84,10 @@ class _ByUid(Mapping[int, Prompt]):
 
     def __len__(self) -> int:
         return len(self._uids)
+
+    def answers(self) -> Iterator[tuple[int, str]]:
+        """Yield (uid, answer) of the prompts that have an answer; no tokens are read."""
+        return self._rows.answers()
 
     def __iter__(self) -> Iterator[int]:
         return (int(uid) for uid in self._uids)

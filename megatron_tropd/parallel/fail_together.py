@@ -7,13 +7,14 @@ between two collectives runs through one of three functions, which differ in whe
     from_all_ranks    runs on every rank; each rank gets all results
     on_rank_zero      runs on rank 0; each rank gets its result
 
-All three are collective over the world, and work without a process group, where the world is one rank.
+``share_out`` is ``from_all_ranks`` for a list of items, of which each rank takes its share.  All are collective over
+the world, and work without a process group, where the world is one rank.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +25,7 @@ from megatron_tropd.parallel.exchange import broadcast_object, gather_objects
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 Failure = Callable[[str], Exception]
 """Makes the error that every rank raises, from the reasons of the ranks that failed."""
 
@@ -103,6 +105,19 @@ def from_all_ranks(action: Callable[[], T], failure: Failure = RankFailure) -> l
     reasons = {rank: outcome.reason for rank, outcome in enumerate(outcomes) if outcome.reason is not None}
     _raise_if_any(reasons, failure, caught)
     return [outcome.value for outcome in outcomes]  # type: ignore[misc]
+
+
+def share_out(items: Sequence[Item], action: Callable[[Item], T], failure: Failure = RankFailure) -> list[T]:
+    """Run ``action`` on every item, on one rank each, and return the (picklable) results in the order of the items.
+
+    Rank r takes the items r, r + world size, r + 2 world size and so on.
+
+    Raises:
+        failure: on every rank, if the action raised on any rank.
+    """
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    parts = from_all_ranks(lambda: [action(item) for item in items[rank::size]], failure)
+    return [parts[index % size][index // size] for index in range(len(items))]
 
 
 def on_rank_zero(action: Callable[[], T], failure: Failure = RankFailure) -> T:

@@ -60,7 +60,10 @@ METRICS: dict[str, MetricInfo] = {
     "guidance/len_mean": _info("tokens", "Mean guidance length of a rollout."),
     "rollout/len_mean": _info("tokens", "Mean response length of a rollout, guidance included."),
     "rollout/truncated_frac": _info("share", "Rollouts that ended at the length limit."),
-    "rollout/accuracy": _info("share", "Share right among the first 64 rollouts, where answers are known."),
+    "rollout/accuracy": _info(
+        "share",
+        "Share right among those of the first 64 rollouts whose answer is known and was not in the teacher's prefix.",
+    ),
     "student/entropy": _info("nats", "Mean entropy of the student over on-policy tokens."),
     "student/entropy_threshold": _info("nats", "Entropy that the selected share of the rollout batch reaches; exact."),
     "student/guidance_entropy": _info("nats", "Mean entropy of the student over the tokens that `sft` imitates."),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -51,7 +50,7 @@ def make_rewarder(spec: RunSpec, decode: Decode) -> Rewarder | None:
         function=spec.reward_function,
         decode=decode,
         prompts=spec.data.prompts.by_uid,
-        pattern=re.compile(spec.config.evaluation.answer_pattern),
+        grader=spec.grader,
     )
 
 
@@ -63,19 +62,21 @@ def make_export(student: Student, arch: Architecture, config: TrainConfig) -> Ex
 
 
 def make_run_logger(spec: RunSpec, decode: Decode, files: RunFiles, progress: NullProgress) -> RunLogger:
-    """Make the logger of the run's steps, evaluations and sampled rollouts."""
+    """Make the logger of the run's steps, evaluations and sampled rollouts.  In supervised finetuning there are no
+    rollouts: the responses are those of the data, and nothing about them is logged."""
     config = spec.config
+    sampled = spec.objective.needs.rollouts
     reader = RolloutReader(
         decode=decode,
-        prompts=spec.data.prompts.by_uid,
-        pattern=re.compile(config.evaluation.answer_pattern),
+        prompts=spec.data.prompts.by_uid if sampled else {},
+        grader=spec.grader,
     )
     return RunLogger(
         files.directory,
         files.sinks,
         progress,
         reader,
-        rollout_interval=config.logging.rollout_log_interval,
+        rollout_interval=config.logging.rollout_log_interval if sampled else 0,
         last_step=config.training.train_iters,
     )
 
@@ -129,7 +130,7 @@ def _make_run(
         guard=Guard(config.training.on_nonfinite),
         parity=ParityAlarm(config.parity_limit, config.engine.on_parity),
         probes=probes,
-        evaluations=Evaluations(config, held_out, spec.tokenizer, logger, progress),
+        evaluations=Evaluations(config, held_out, spec.tokenizer, spec.grader, logger, progress),
         logger=logger,
         progress=progress,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.objectives.base import Objective
 from megatron_tropd.reporting.sinks import check_sinks
@@ -61,17 +59,6 @@ def check_numbers(config: TrainConfig, problems: Problems) -> None:
     problems.errors.extend(
         check_sinks(tensorboard_dir=config.logging.tensorboard_dir, wandb_project=config.logging.wandb_project)
     )
-    pattern = problems.attempt(lambda: _compile(config.evaluation.answer_pattern))
-    problems.require(
-        pattern is None or pattern.groups >= 1, "--answer-pattern needs a group that holds the answer: (...)"
-    )
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"--answer-pattern {pattern!r} is not a regular expression: {error}") from None
 
 
 def check_method(config: TrainConfig, objective: Objective, problems: Problems) -> None:

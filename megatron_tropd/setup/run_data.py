@@ -11,6 +11,7 @@ from typing import Any
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.guidance import check_guidance
 from megatron_tropd.data.prompts import PromptFormat, PromptSet, load_prompts
+from megatron_tropd.grading.grader import check_references
 from megatron_tropd.objectives.base import Objective
 from megatron_tropd.rewards import RewardFunction, exact_match
 from megatron_tropd.setup.problems import Problems
@@ -50,6 +51,7 @@ def load_run_data(
         )
         if held_out:
             _require_answers(held_out, "--eval-data", config, problems)
+            _check_answers(held_out, "--eval-data", config, problems)
     if not prompts:
         return None
     notes = [_note("--prompt-data", prompts, responses=reads_responses)]
@@ -95,6 +97,8 @@ def _check(
             f"--objective {config.objective.objective} learns from responses, but {len(prompts) - responses} of "
             f"{len(prompts)} rows of --prompt-data have no {config.data.response_key!r} (--response-key)",
         )
+    if objective.needs.rollouts:
+        _check_answers(prompts, "--prompt-data", config, problems)
     if reward is exact_match:
         _require_answers(prompts, "--reward-function megatron_tropd.rewards:exact_match", config, problems)
     updates = config.training.num_minibatches
@@ -107,6 +111,12 @@ def _check(
 def _require_answers(prompts: PromptSet, flag: str, config: TrainConfig, problems: Problems) -> None:
     missing = len(prompts) - prompts.summary.num_answers
     problems.require(not missing, f"{flag}: {missing} rows have no {config.data.answer_key!r} (--answer-key)")
+
+
+def _check_answers(prompts: PromptSet, flag: str, config: TrainConfig, problems: Problems) -> None:
+    """Check that a response can give the answers that the prompts have."""
+    faults = check_references(prompts.answers(), config.evaluation.grader)
+    problems.errors.extend(f"{flag}: {fault} (--answer-key {config.data.answer_key})" for fault in faults)
 
 
 def _note(flag: str, prompts: PromptSet, *, responses: bool) -> str:

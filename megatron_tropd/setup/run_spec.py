@@ -9,6 +9,7 @@ from megatron_tropd.checkpoints.directory import RELEASE, find_checkpoint, lates
 from megatron_tropd.checkpoints.metadata import check_architecture
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.tokenizer import load_tokenizer
+from megatron_tropd.grading.grader import Grader, make_grader
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.objectives.base import Objective
 from megatron_tropd.objectives.methods import make_objective
@@ -34,6 +35,7 @@ class RunSpec:
     data: RunData
     objective: Objective
     reward_function: RewardFunction | None
+    grader: Grader
     warnings: tuple[str, ...]
 
 
@@ -52,9 +54,10 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     needs = objective.needs if objective else Needs()
     reward_path = config.reward.reward_function if needs.rewards else ""
     reward_function = problems.attempt(lambda: load_reward_function(reward_path)) if reward_path else None
+    grader = problems.attempt(lambda: make_grader(config.evaluation.grader, config.evaluation.answer_pattern))
     models = find_models(config, needs, world_size, problems)
     problems.stop_if_any()
-    assert models and objective
+    assert models and objective and grader
     check_lengths(config, models, objective, problems)
     if config.engine.rollout_engine == "sglang":
         problems.attempt(lambda: sglang_settings(config, models.student))
@@ -74,7 +77,7 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     assert tokens and data
     return RunSpec(
         config=config, models=models, tokens=tokens, tokenizer=tokenizer, data=data, objective=objective,
-        reward_function=reward_function, warnings=tuple(problems.warnings),
+        reward_function=reward_function, grader=grader, warnings=tuple(problems.warnings),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Exact match on held-out prompts: before, during and after a run."""
+"""Accuracy on held-out prompts: before, during and after a run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.evaluation import DECODINGS, Generate, evaluate
+from megatron_tropd.grading.grader import Grader
 from megatron_tropd.reporting.progress.progress import NullProgress
 from megatron_tropd.training.run_logger import RunLogger
 from megatron_tropd.types import Prompt
@@ -16,9 +17,10 @@ class Evaluations:
     """Evaluates the student on the held-out prompts, with every decoding."""
 
     def __init__(
-        self, config: TrainConfig, prompts: Sequence[Prompt], tokenizer: Any, logger: RunLogger, progress: NullProgress
-    ) -> None:
-        self._config, self._prompts, self._tokenizer = config, prompts, tokenizer
+        self, config: TrainConfig, prompts: Sequence[Prompt], tokenizer: Any, grader: Grader, logger: RunLogger,
+        progress: NullProgress,
+    ) -> None:  # fmt: skip
+        self._config, self._prompts, self._tokenizer, self._grader = config, prompts, tokenizer, grader
         self._run_logger, self._progress = logger, progress
 
     def due(self, step: int) -> bool:
@@ -38,7 +40,7 @@ class Evaluations:
                 prompts,
                 self._tokenizer,
                 list(DECODINGS.values()),
-                answer_pattern=self._config.evaluation.answer_pattern,
+                grader=self._grader,
                 max_response_length=self._config.data.max_response_length,
                 seed=self._config.training.seed,
                 step=step,

@@ -141,10 +141,11 @@ def _evaluate(run: Run, step: int, *, whole: bool = False) -> None:
 
 
 def _batch_metrics(run: Run, step: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Return the metrics of the rollouts themselves: lengths, guidance, truncation, engine counters."""
-    count = len(rollouts)
+    """Return the metrics of the rollouts themselves: lengths, guidance, truncation, engine counters.  The responses of
+    the data, in supervised finetuning, are no rollouts."""
     if run.engines is None or not run.objective.needs.rollouts:
-        return {"rollout/len_mean": sum(r.response_len for r in rollouts) / count}
+        return {}
+    count = len(rollouts)
     tokens = count_regions(rollouts)
     settings = run.config.guidance
     annealed = guidance.alpha(settings.schedule, step, settings.steps) if settings.mode != "none" else 0.0

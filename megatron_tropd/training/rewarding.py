@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
-from megatron_tropd.parallel.fail_together import from_all_ranks
+from megatron_tropd.grading.grader import Grader
+from megatron_tropd.parallel.fail_together import share_out
 from megatron_tropd.rewards import RewardFunction, RewardSample
 from megatron_tropd.types import Prompt, Rollout
 
@@ -26,7 +24,7 @@ class Rewarder:
     decode: Callable[[Sequence[int]], str]
     prompts: Mapping[int, Prompt]
     """By uid."""
-    pattern: re.Pattern[str]
+    grader: Grader
 
     def rewards(self, rollouts: Sequence[Rollout]) -> list[float]:
         """Return one finite reward per rollout, on every rank.  Collective: each rank calls the function for its share.
@@ -34,9 +32,7 @@ class Rewarder:
         Raises:
             RewardError: on every rank, if any call failed or returned a number that is not finite.
         """
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        parts = from_all_ranks(lambda: [self._reward(rollout) for rollout in rollouts[rank::world_size]], RewardError)
-        return [parts[i % world_size][i // world_size] for i in range(len(rollouts))]
+        return share_out(rollouts, self._reward, RewardError)
 
     def _reward(self, rollout: Rollout) -> float:
         prompt = self.prompts[rollout.prompt_uid]
@@ -46,7 +42,7 @@ class Rewarder:
             finished=rollout.finish == "stop",
             answer=prompt.answer,
             domain=prompt.domain,
-            answer_pattern=self.pattern,
+            grader=self.grader,
         )
         where = f"--reward-function on prompt {rollout.prompt_uid}, sample {rollout.sample_index}"
         try:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_tropd.evaluation import exact_match
+from megatron_tropd.grading.grader import Grader
 from megatron_tropd.parallel import platform
 from megatron_tropd.reporting.progress.progress import NullProgress
 from megatron_tropd.reporting.rollout_samples import sample_of
@@ -30,15 +29,26 @@ class RolloutReader:
     """Ids to text without special tokens."""
     prompts: Mapping[int, Prompt]
     """By uid; may be empty."""
-    pattern: re.Pattern[str]
+    grader: Grader
 
     def correct(self, rollout: Rollout) -> bool | None:
-        """Return whether the whole response, guidance included, is right; None where no answer is known."""
+        """Return whether the answer that the student wrote is right.
+
+        None where no answer is known, where the student wrote nothing, and where the answer of the response begins in
+        the teacher's prefix: it would say something about the teacher.
+        """
         prompt = self.prompts.get(rollout.prompt_uid)
-        if prompt is None or prompt.answer is None:
+        reference = None if prompt is None else prompt.answer
+        if reference is None or not rollout.logprobs:
             return None
-        text = self.decode(rollout.token_ids[rollout.prompt_len :])
-        return exact_match(text, rollout.finish == "stop", prompt.answer, self.pattern)
+        response = self.decode(rollout.token_ids[rollout.prompt_len :])
+        if rollout.guidance_len:
+            given = self.decode(rollout.token_ids[rollout.prompt_len : rollout.prompt_len + rollout.guidance_len])
+            answer = self.grader.answer(response)
+            # A prefix may end inside a character, which is then shown as U+FFFD.
+            if answer is not None and answer.start < len(given.rstrip("\ufffd")):
+                return None
+        return self.grader.right(response, rollout.finish == "stop", reference)
 
 
 class RunLogger:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,6 +34,16 @@ class TokenRows:
 
     def _open(self, shard: int) -> pa.ipc.RecordBatchFileReader:
         return pa.ipc.open_file(pa.memory_map(str(arrow_path(self._directory, shard))))
+
+    def answers(self) -> Iterator[tuple[int, str]]:
+        """Yield (uid, answer) of the prompts that have an answer."""
+        for shard, start in enumerate(self._starts[:-1]):
+            reader = self._reader(shard)
+            for number in range(reader.num_record_batches):
+                answers = reader.get_batch(number)["answer"].to_pylist()
+                uids = self._uids[start : start + len(answers)].tolist()
+                yield from (pair for pair in zip(uids, answers, strict=True) if pair[1] is not None)
+                start += len(answers)
 
     def prompt(self, number: int) -> Prompt:
         """Return one prompt.

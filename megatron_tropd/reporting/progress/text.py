@@ -41,15 +41,6 @@ def tokens_per_second(report: StepReport) -> float | None:
     return sum(report.tokens.values()) / seconds
 
 
-def guidance_share(report: StepReport) -> float | None:
-    """Share of response tokens that the teacher wrote."""
-    total = sum(report.tokens.values())
-    reported = report.metrics.get("guidance/frac")
-    if reported is not None or not total:
-        return reported
-    return report.tokens.get("guidance", 0) / total
-
-
 def percent(value: float | None) -> str:
     """``95.3%``; empty for None."""
     return "" if value is None else f"{100 * value:.1f}%"
@@ -88,7 +79,7 @@ def step_fields(report: StepReport) -> dict[str, str]:
         "grad norm": f"{report.grad_norm:.3f}",
         "lr": f"{report.learning_rate:.2e}",
         "trusted": percent(report.metrics.get("tropd/trusted_frac")),
-        "guidance": percent(guidance_share(report)),
+        "guidance": percent(report.metrics.get("guidance/frac")),
         "rollouts right": percent(report.metrics.get("rollout/accuracy")),
         "tokens/s": count(tokens_per_second(report)),
         "step time": duration(sum(report.seconds.values())) if report.seconds else "",
