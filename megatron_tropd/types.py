@@ -280,6 +280,8 @@ class LossOutput:
     denominator: Tensor | None = None
     """int64 scalar: the contribution of these labels to the denominator of the update; None for the number of
     ON_POLICY and GUIDANCE labels."""
+    trust_T: Tensor | None = None
+    """The gate's weight in [0, 1] of every ON_POLICY label, detached; None for an objective without a gate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -228,8 +228,28 @@ def test_tokens_that_are_parts_of_characters_are_joined():
         weight_version=(0, 0),
         finish="length",
     )
-    sample = sample_of(rollout, decode, trusted=[True] * 5)
+    sample = sample_of(rollout, decode, trust=[1.0] * 5)
     assert (sample.prompt, sample.guidance, sample.response) == ("hi", "G", "a\u20acb")
     assert "".join(mark.text for mark in sample.tokens) == sample.response
-    with pytest.raises(ValueError, match="3 trusted flags for 5 tokens"):
-        sample_of(rollout, decode, trusted=[True] * 3)
+    with pytest.raises(ValueError, match="3 weights for 5 tokens"):
+        sample_of(rollout, decode, trust=[1.0] * 3)
+
+
+def test_special_tokens_and_bytes_that_are_no_text_keep_their_place():
+    """Words are joined by a space, and token 0 is special; the texts of the pieces make up the whole text."""
+
+    def words(ids):
+        return " ".join(f"w{i}" for i in ids if i)
+
+    marks = mark_tokens([0, 3, 0, 0, 4, 0], [True, True, False, True, True, False], words)
+    assert [(mark.text, mark.trusted) for mark in marks] == [
+        ("", True), ("w3", True), ("", False), ("", True), (" w4", True), ("", False),
+    ]  # fmt: skip
+    lengths = []
+
+    def letters(ids):
+        lengths.append(len(ids))
+        return bytes(ids).decode("utf-8", errors="replace")
+
+    marks = mark_tokens([0x80] * 1000, [True] * 1000, letters)
+    assert "".join(mark.text for mark in marks) == "\ufffd" * 1000 and max(lengths) <= 8

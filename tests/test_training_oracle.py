@@ -31,7 +31,8 @@ def _first_step(argv):
     assembled = assemble(make_run_spec(parse(argv), dist.get_world_size()))
     try:
         push_weights(assembled.run)
-        return train_step(assembled.run, 0)
+        report, trained = train_step(assembled.run, 0)
+        return report, trained.rollouts
     finally:
         close(assembled)
 

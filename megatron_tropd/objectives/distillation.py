@@ -51,6 +51,7 @@ class Distillation:
             token_loss_T=loss_T,
             metrics=label_metrics(labels, term, teacher=self.rule.needs.teacher, tau=self.outlier_threshold),
             denominator=(counted_T | guidance_T).sum(),
+            trust_T=None if term.trust_T is None else term.trust_T.detach(),
         )
 
     def trust(self, stats: TokenStats, tokens: TokenStreams, context: StepContext) -> Tensor:

@@ -47,6 +47,7 @@ class HeadOutput:
     denominator: Tensor  # int64 scalar, these labels' part of the step's denominator
     metrics: dict[str, Metric]
     logprob_T: Tensor  # fp32, detached; the student at every label, 0 where the label is in no loss
+    trust_T: Tensor | None = None  # LossOutput.trust_T of every label, likewise
 
 
 def gather_hidden(hidden: Tensor, shard: VocabShard, *, sequence_parallel: bool) -> Tensor:
@@ -127,6 +128,7 @@ def head_loss(
             denominator=Regions.of(tokens).num_tokens if out.denominator is None else out.denominator,
             metrics=out.metrics,
             logprob_T=stats.logprob_T.detach(),
+            trust_T=out.trust_T,
         )
     flat = gather_hidden(hidden, shard, sequence_parallel=sequence_parallel).squeeze(1)
     rows = loss_rows(tokens)
@@ -141,12 +143,13 @@ def head_loss(
             to_hidden=grad and flat.requires_grad,
             to_weight=grad and weight.requires_grad,
         )
-        totals, gradients, logprob_T = work.run(rows)
+        totals, gradients, labels = work.run(rows)
     return HeadOutput(
         loss=Precomputed.apply(flat, weight, totals.loss.float(), gradients),
         denominator=totals.denominator,
         metrics=totals.metrics,
-        logprob_T=logprob_T,
+        logprob_T=labels.logprob_T,
+        trust_T=labels.trust_T,
     )
 
 

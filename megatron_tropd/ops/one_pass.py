@@ -77,6 +77,23 @@ class Totals:
             )
 
 
+class PerLabel:
+    """What is kept of every label [T], fp32 and detached; 0 where a label is in no loss."""
+
+    def __init__(self, num_labels: int, device: torch.device) -> None:
+        self.logprob_T = torch.zeros(num_labels, device=device)
+        self.trust_T: Tensor | None = None
+        """None where the objective has no gate."""
+
+    def write(self, index: Tensor, logprob: Tensor, trust: Tensor | None) -> None:
+        """Write the numbers of the labels of one chunk."""
+        self.logprob_T[index] = logprob
+        if trust is not None:
+            if self.trust_T is None:
+                self.trust_T = torch.zeros_like(self.logprob_T)
+            self.trust_T[index] = trust.to(self.trust_T)
+
+
 _DIFFERENTIABLE = ("logprob_T", "topk_logprob_TK", "entropy_T", "divergence_T")
 
 
@@ -104,25 +121,27 @@ class OnePass:
     to_hidden: bool
     to_weight: bool
 
-    def run(self, rows: Tensor) -> tuple[Totals, Gradients, Tensor]:
-        """(sums, gradients of the summed loss, log-probability of every label [T]) over the positions ``rows``."""
+    def run(self, rows: Tensor) -> tuple[Totals, Gradients, PerLabel]:
+        """(sums, gradients of the summed loss, numbers of every label) over the positions ``rows``."""
         hidden = self.source.hidden
-        totals, logprob_T = Totals(hidden.device), torch.zeros(len(hidden), device=hidden.device)
+        totals, labels = Totals(hidden.device), PerLabel(len(hidden), hidden.device)
         gradients = Gradients(
             hidden=torch.zeros_like(hidden) if self.to_hidden else None,
             weight=accumulator(self.weight, now=False) if self.to_weight else None,
         )
         for index, chunk_hidden, chunk in self.source.chunks(rows):
             stats = self.source.statistics(chunk)
-            logprob_T[index] = stats.label_logprob
             tokens = self.tokens.rows(index)
-            if not (self.to_hidden or self.to_weight):
-                totals.add(self.objective(_token_stats(stats, tokens), tokens, self.context), tokens)
-                continue
-            out, grads = self._differentiate(stats, tokens)
+            grads = None
+            if self.to_hidden or self.to_weight:
+                out, grads = self._differentiate(stats, tokens)
+            else:
+                out = self.objective(_token_stats(stats, tokens), tokens, self.context)
             totals.add(out, tokens)
-            self._products(index, chunk_hidden, chunk, stats, grads, gradients)
-        return totals, gradients, logprob_T
+            labels.write(index, stats.label_logprob, out.trust_T)
+            if grads is not None:
+                self._products(index, chunk_hidden, chunk, stats, grads, gradients)
+        return totals, gradients, labels
 
     def _differentiate(self, stats: RowStats, tokens: TokenStreams) -> tuple[LossOutput, RowGrads]:
         """Loss and its gradients by autograd through the objective alone, on tensors of [C] and [C, K]."""

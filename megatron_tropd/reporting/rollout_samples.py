@@ -11,15 +11,16 @@ from megatron_tropd.reporting.records import write_atomic
 from megatron_tropd.types import Rollout
 
 Decode = Callable[[Sequence[int]], str]
+_BYTES_OF_CHARACTER = 4
+"""The most bytes, and so tokens, of a character in UTF-8."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenMark:
-    """A piece of written text and whether the objective trusted it."""
+    """A piece of written text and whether the objective's gate trusted it."""
 
     text: str
-    trusted: bool | None = None
-    """None where the gate was not evaluated, or where the objective has no gate."""
+    trusted: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,19 +36,18 @@ class RolloutSample:
     finish: str
     correct: bool | None = None
     tokens: tuple[TokenMark, ...] | None = None
-    """The pieces of ``response``."""
+    """The pieces of ``response``; None for a method without a gate."""
 
 
 def sample_of(
-    rollout: Rollout, decode: Decode, *, trusted: Sequence[bool] | None = None, correct: bool | None = None
+    rollout: Rollout, decode: Decode, *, trust: Sequence[float] | None = None, correct: bool | None = None
 ) -> RolloutSample:
-    """A rollout as text; ``trusted`` has one entry for each token that the student wrote."""
+    """A rollout as text; ``trust`` is the gate's weight, in [0, 1], of each token that the student wrote.  The gate
+    rejects a token of a weight below 1/2; a coin or a threshold gives 0 or 1."""
     start = rollout.prompt_len + rollout.guidance_len
     written = rollout.token_ids[start:]
-    if trusted is not None and len(trusted) != len(written):
-        raise ValueError(
-            f"rollout of prompt {rollout.prompt_uid}: {len(trusted)} trusted flags for {len(written)} tokens"
-        )
+    if trust is not None and len(trust) != len(written):
+        raise ValueError(f"rollout of prompt {rollout.prompt_uid}: {len(trust)} weights for {len(written)} tokens")
     return RolloutSample(
         uid=rollout.prompt_uid,
         sample_index=rollout.sample_index,
@@ -56,25 +56,28 @@ def sample_of(
         response=decode(written) if written else "",
         finish=rollout.finish,
         correct=correct,
-        tokens=None if trusted is None else mark_tokens(written, trusted, decode),
+        tokens=None if trust is None else mark_tokens(written, [weight >= 0.5 for weight in trust], decode),
     )
 
 
 def mark_tokens(token_ids: Sequence[int], trusted: Sequence[bool], decode: Decode) -> tuple[TokenMark, ...]:
     """The text of each token with its flag.
 
-    A token can be part of a character (byte-level BPE), and its text can depend on the token before it
-    (SentencePiece spaces).  So each piece is the text that it adds to a short window, and tokens that end
-    inside a character are joined with the next; a joined piece is trusted if all its tokens are.
+    A token can be part of a character (byte-level BPE), and its text can depend on the token before it (SentencePiece
+    spaces).  So each piece is the text that it adds to the piece before it, and tokens that end inside a character are
+    joined with the next; a joined piece is trusted if all its tokens are.  A special token has no text.
     """
     marks: list[TokenMark] = []
-    window = start = 0
-    for end in range(1, len(token_ids) + 1):
-        before, after = decode(token_ids[window:start]), decode(token_ids[window:end])
-        if after.endswith("\ufffd") and end < len(token_ids):
+    before: list[int] = []
+    piece: list[int] = []
+    for end, token in enumerate(token_ids, start=1):
+        piece.append(token)
+        text = decode([*before, *piece])
+        if text.endswith("\ufffd") and len(piece) < _BYTES_OF_CHARACTER and end < len(token_ids):
             continue
-        marks.append(TokenMark(text=after[len(before) :], trusted=all(trusted[start:end])))
-        window, start = start, end
+        text = text[len(decode(before)) :]
+        marks.append(TokenMark(text=text, trusted=all(trusted[end - len(piece) : end])))
+        before, piece = piece if text else before, []
     return tuple(marks)
 
 

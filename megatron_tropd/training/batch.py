@@ -105,6 +105,7 @@ def score_batch(run: Run, rollouts: Sequence[Rollout], plan: BatchPlan, step: in
         seed=run.config.training.seed,
         teacher_hidden=run.teacher.hidden_like if run.teacher else None,
         teacher_weight=run.teacher_weight,
+        shown=frozenset(range(run.logger.rollouts_shown(step + 1))),
     )
     return ScoredBatch(batch=batch, metrics=metrics)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -25,15 +25,24 @@ def train(run: Run, start_step: int) -> None:
     if start_step == 0:
         _evaluate(run, 0, whole=True)
     for step in range(start_step, run.config.training.train_iters):
-        report, rollouts = train_step(run, step)
-        run.logger.step(report, rollouts)
+        report, trained = train_step(run, step)
+        run.logger.step(report, trained.rollouts, trained.trust)
         _evaluate(run, report.step)  # before the save: a resumed run does not evaluate its start
         with run.progress.phase("save"):
             run.checkpoints.save_if_due(report.step, run.student, run.source)
     _evaluate(run, run.config.training.train_iters, whole=True)
 
 
-def train_step(run: Run, step: int) -> tuple[StepReport, list[Rollout]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedRollouts:
+    """The rollouts of a step, and what the gate decided about those that are shown."""
+
+    rollouts: Sequence[Rollout]
+    trust: Mapping[int, Sequence[float]]
+    """``StepSums.trust``; empty for a method without a gate."""
+
+
+def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
     """Collect and score one batch of rollouts and make its updates; return the report and the rollouts."""
     progress = run.progress
     with progress.phase("generate"):
@@ -62,7 +71,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, list[Rollout]]:
         },
         seconds=progress.take_seconds(),
         verdict=outcome.verdict,
-    ), rollouts
+    ), TrainedRollouts(rollouts=rollouts, trust=outcome.sums.trust)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

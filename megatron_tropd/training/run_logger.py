@@ -68,18 +68,32 @@ class RunLogger:
         self._directory, self._sinks, self._progress, self._reader = directory, sinks, progress, reader
         self._rollout_interval, self._last_step = rollout_interval, last_step
 
-    def step(self, report: StepReport, rollouts: Sequence[Rollout]) -> None:
-        """Log one finished step."""
+    def rollouts_shown(self, step: int) -> int:
+        """Return how many rollouts of ``step`` are written down to be read: the first ones.  Equal on all ranks."""
+        interval = self._rollout_interval
+        due = interval and (step % interval == 0 or step in (1, self._last_step))
+        return ROLLOUTS_KEPT if due else 0
+
+    def step(self, report: StepReport, rollouts: Sequence[Rollout], trust: Mapping[int, Sequence[float]]) -> None:
+        """Log one finished step.
+
+        Args:
+            report: of the step.
+            rollouts: of the step, in the order of the batch.
+            trust: by index of a rollout, the gate's weight of every token that the student wrote; none for a method
+                without a gate.
+        """
         if self._directory is None:
             return
         verdicts = [self._reader.correct(rollout) for rollout in rollouts[:ROLLOUTS_READ]]
         report = replace(report, metrics={**report.metrics, **_rank_zero_metrics(report, verdicts)})
         self._sinks.record(self._directory.step(report))
         self._progress.step(report)
-        interval = self._rollout_interval
-        if interval and (report.step % interval == 0 or report.step in (1, self._last_step)):
-            kept = zip(rollouts[:ROLLOUTS_KEPT], verdicts, strict=False)
-            samples = [sample_of(rollout, self._reader.decode, correct=correct) for rollout, correct in kept]
+        if shown := self.rollouts_shown(report.step):
+            samples = [
+                sample_of(rollout, self._reader.decode, trust=trust.get(index), correct=verdicts[index])
+                for index, rollout in enumerate(rollouts[:shown])
+            ]
             self._directory.rollouts(report.step, samples)
 
     def evaluation(self, report: EvalReport) -> None:

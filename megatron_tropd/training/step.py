@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,8 @@ class StepSums:
     sums: dict[str, tuple[float, float]]
     """By metric: (total, count)."""
     maxima: dict[str, float]
+    trust: dict[int, list[float]] = field(default_factory=dict)
+    """By index of a rollout in ``Batch.shown``: the gate's weight of every token that the student wrote, [W]."""
 
     @classmethod
     def of(cls, parts: Sequence[StepSums]) -> StepSums:
@@ -58,6 +60,7 @@ class StepSums:
             denominator=sum(part.denominator for part in parts),
             sums=sums,
             maxima=maxima,
+            trust={index: weights for part in parts for index, weights in part.trust.items()},
         )
 
     @property
@@ -85,6 +88,8 @@ class Batch:
     """[0, H]: gives the width and dtype of the teacher's hidden states; None without a teacher."""
     teacher_weight: Tensor | None = None
     """[v, H]: the teacher's output rows for this rank's vocabulary shard, where teacher logits are computed here."""
+    shown: frozenset[int] = frozenset()
+    """Indices of the rollouts whose tokens are shown to people, with what the gate decided about them."""
 
 
 def forward_backward(student: Student, objective: Objective, batch: Batch, plan: PackPlan) -> StepSums:
@@ -107,7 +112,11 @@ def forward_backward(student: Student, objective: Objective, batch: Batch, plan:
     return StepSums.of([part for rank_parts in gather_objects(mine) for part in rank_parts])
 
 
-def _microbatches(student: Student, objective: Objective, batch: Batch, plan: PackPlan) -> Iterator[Microbatch]:
+Packed = tuple[tuple[int, ...], Microbatch]
+"""Indices of rollouts in packing order, and the micro-batch made of them."""
+
+
+def _microbatches(student: Student, objective: Objective, batch: Batch, plan: PackPlan) -> Iterator[Packed]:
     """Yield this replica's micro-batches, on the CPU, with the gate's coins; sample scores on the last stage only."""
     coins = rng.key(batch.seed, rng.Stream.GATE, batch.context.step)
     for indices in plan.microbatches[student.groups.coords.dp]:
@@ -120,7 +129,7 @@ def _microbatches(student: Student, objective: Objective, batch: Batch, plan: Pa
         )
         streams = packed.streams
         uniform_T = rng.uniform(coins, streams.sample_uid_T, streams.label_position_T)
-        yield replace(packed, streams=replace(streams, uniform_T=uniform_T))
+        yield indices, replace(packed, streams=replace(streams, uniform_T=uniform_T))
 
 
 def check_batch(student: Student, objective: Objective, batch: Batch, plan: BatchPlan) -> None:
@@ -136,25 +145,26 @@ def check_batch(student: Student, objective: Objective, batch: Batch, plan: Batc
         if not student.groups.reports:
             return
         for minibatch in plan.minibatches:
-            for microbatch in _microbatches(student, objective, batch, minibatch):
+            for _, microbatch in _microbatches(student, objective, batch, minibatch):
                 check_streams(microbatch.streams, objective.needs)
 
     on_all_ranks(look, ValueError)
 
 
 def _forward_step(
-    microbatches: Iterator[Microbatch], model: torch.nn.Module, *, student: Student, objective: Objective, of: Batch
+    microbatches: Iterator[Packed], model: torch.nn.Module, *, student: Student, objective: Objective, of: Batch
 ) -> tuple[Tensor, Any]:
-    microbatch = next(microbatches).to(platform.device())
+    indices, microbatch = next(microbatches)
+    microbatch = microbatch.to(platform.device())
     hidden = forward_hidden(model, microbatch)
-    return hidden, partial(_loss, microbatch=microbatch, student=student, objective=objective, of=of)
+    return hidden, partial(_loss, packed=(indices, microbatch), student=student, objective=objective, of=of)
 
 
 def _loss(
-    hidden: Tensor, *, microbatch: Microbatch, student: Student, objective: Objective, of: Batch
+    hidden: Tensor, *, packed: Packed, student: Student, objective: Objective, of: Batch
 ) -> tuple[Tensor, Tensor, StepSums]:
     """Return (loss sum, number of tokens, sums to report), as Megatron's per-token loss requires."""
-    tokens = microbatch.streams
+    tokens = packed[1].streams
     out = head_loss(
         hidden,
         student.model.lm_head_weight(),
@@ -172,8 +182,23 @@ def _loss(
         denominator=int(out.denominator),
         sums={name: _pair(metric) for name, metric in {**out.metrics, **parity}.items()},
         maxima=maxima,
+        trust={} if out.trust_T is None else _trust(out.trust_T, packed, of.shown),
     )
     return out.loss, out.denominator.int(), part
+
+
+def _trust(trust_T: Tensor, packed: Packed, shown: frozenset[int]) -> dict[int, list[float]]:
+    """Return the gate's weights of the tokens that the student wrote, by index of the rollout."""
+    indices, microbatch = packed
+    if shown.isdisjoint(indices):
+        return {}
+    weights, written = trust_T.tolist(), Regions.of(microbatch.streams).on_policy_T.tolist()
+    bounds = microbatch.cu_seqlens.tolist()
+    return {
+        index: [weights[row] for row in range(bounds[place], bounds[place + 1]) if written[row]]
+        for place, index in enumerate(indices)
+        if index in shown
+    }
 
 
 def _parity(logprob_T: Tensor, tokens: TokenStreams) -> tuple[dict[str, Metric], dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Sampled rollouts as HTML: guidance shaded, tokens outside the trust region underlined."""
+"""Sampled rollouts as HTML: guidance shaded, tokens that the gate rejects underlined."""
 
 from __future__ import annotations
 
@@ -7,27 +7,36 @@ from pathlib import Path
 
 from megatron_tropd.reporting.report.page import section, text
 from megatron_tropd.reporting.rollout_samples import RolloutSample, TokenMark, read_samples
+from megatron_tropd.reporting.run_directory import step_of
 
 SAMPLES_SHOWN = 4
 LONGEST_TEXT = 6000
+SPECIAL = "[special token]"
 
 
 def rollouts(directory: Path) -> str:
     """A few rollouts of the first and of the last step that has rollouts."""
     files = sorted(directory.glob("step_*.jsonl"))
-    chosen = list(dict.fromkeys([*files[:1], *files[-1:]]))
-    parts = [_step(path) for path in chosen]
-    legend = (
-        '<p class="small"><span class="soft">Prompt</span>, <span class="guidance">guidance by the teacher</span>, '
-        'text of the student, <mark class="rejected">tokens that the gate rejects</mark>.</p>'
-    )
-    return section("Rollouts", legend, *parts) if any(parts) else ""
+    chosen = dict.fromkeys([*files[:1], *files[-1:]])
+    steps = {step_of(path): read_samples(path)[:SAMPLES_SHOWN] for path in chosen}
+    shown = [sample for samples in steps.values() for sample in samples]
+    parts = [
+        f"<h3>Step {step}</h3>{''.join(_sample(sample) for sample in samples)}"
+        for step, samples in steps.items()
+        if samples
+    ]
+    return section("Rollouts", _legend(shown), *parts) if shown else ""
 
 
-def _step(path: Path) -> str:
-    samples = read_samples(path)[:SAMPLES_SHOWN]
-    number = int(path.stem.removeprefix("step_"))
-    return f"<h3>Step {number}</h3>" + "".join(_sample(sample) for sample in samples) if samples else ""
+def _legend(samples: Sequence[RolloutSample]) -> str:
+    """What the looks of the texts mean; only of what these samples can have."""
+    looks = ['<span class="soft">Prompt</span>']
+    if any(sample.guidance for sample in samples):
+        looks.append('<span class="guidance">guidance by the teacher</span>')
+    looks.append("text of the student")
+    if any(sample.tokens is not None for sample in samples):
+        looks.append('<mark class="rejected">tokens that the gate rejects</mark>')
+    return f'<p class="small">{", ".join(looks)}.</p>'
 
 
 def _sample(sample: RolloutSample) -> str:
@@ -51,8 +60,8 @@ def _marked(tokens: Sequence[TokenMark]) -> str:
         if length > LONGEST_TEXT:
             parts.append(text(f" [... {len(tokens) - index} tokens more]"))
             break
-        shown = text(mark.text)
-        parts.append(f'<mark class="rejected">{shown}</mark>' if mark.trusted is False else shown)
+        # A special token has no text, and the student's stop token may be the one that the teacher would not write.
+        parts.append(text(mark.text) if mark.trusted else f'<mark class="rejected">{text(mark.text or SPECIAL)}</mark>')
     return "".join(parts)
 
 
