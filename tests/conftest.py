@@ -12,6 +12,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tropd-tests-")  # tokens
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the pools are gloo; on a machine with a GPU the same tests run on its CPU
 
+import hypothesis
 import pytest
 
 from megatron_tropd.parallel import platform
@@ -20,6 +21,8 @@ platform.install()
 
 from tests.ranks import RankPools  # noqa: E402  (torch must be patched before Megatron is imported)
 
+hypothesis.settings.register_profile("suite", deadline=None)  # a loaded machine is no failure
+hypothesis.settings.load_profile("suite")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 _MEASURED: dict[str, tuple[float, float]] = {}

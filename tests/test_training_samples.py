@@ -14,7 +14,7 @@ from megatron_tropd.reporting.progress.text import step_fields
 from megatron_tropd.reporting.report.write import write_report
 from megatron_tropd.reporting.rollout_samples import read_samples
 from megatron_tropd.training.run_logger import RolloutReader
-from megatron_tropd.types import Rollout, StepReport
+from megatron_tropd.types import Prompt, Rollout, StepReport
 from tests.tiny_run import flags, make_world
 
 SEED, VOCAB, GUIDANCE_STEPS = 7, 131, 3
@@ -160,7 +160,7 @@ def test_finetuning_claims_nothing_about_rollouts(ranks, world, tmp_path):
 
 def _reader():
     return RolloutReader(
-        decode=lambda ids: bytes(ids).decode("utf-8", errors="replace"), answers={1: "42"},
+        decode=lambda ids: bytes(ids).decode("utf-8", errors="replace"), prompts={1: Prompt(uid=1, token_ids=(1,), answer="42", name="q-1")},
         grader=make_grader("exact", r"# (\S+)"),
     )  # fmt: skip
 

@@ -35,15 +35,22 @@ class RolloutSample:
     """What the student wrote, without the guidance."""
     finish: str
     correct: bool | None = None
+    name: str = ""
+    """The text by which the data names the prompt; "" if it has none."""
     tokens: tuple[TokenMark, ...] | None = None
     """The pieces of ``response``; None for a method without a gate."""
 
 
 def sample_of(
-    rollout: Rollout, decode: Decode, *, trust: Sequence[float] | None = None, correct: bool | None = None
+    rollout: Rollout,
+    decode: Decode,
+    *,
+    trust: Sequence[float] | None = None,
+    correct: bool | None = None,
+    name: str = "",
 ) -> RolloutSample:
     """A rollout as text; ``trust`` is the gate's weight, in [0, 1], of each token that the student wrote.  The gate
-    rejects a token of a weight below 1/2; a coin or a threshold gives 0 or 1."""
+    rejects a token of a weight below 1/2; a coin or a threshold gives 0 or 1.  ``name`` is the prompt's in the data."""
     start = rollout.prompt_len + rollout.guidance_len
     written = rollout.token_ids[start:]
     if trust is not None and len(trust) != len(written):
@@ -56,6 +63,7 @@ def sample_of(
         response=decode(written) if written else "",
         finish=rollout.finish,
         correct=correct,
+        name=name,
         tokens=None if trust is None else mark_tokens(written, [weight >= 0.5 for weight in trust], decode),
     )
 

@@ -31,6 +31,11 @@ class RolloutReader:
     """By uid; may be empty."""
     grader: Grader
 
+    def name(self, rollout: Rollout) -> str:
+        """Return the text by which the data names the prompt; "" if it has none."""
+        prompt = self.prompts.get(rollout.prompt_uid)
+        return "" if prompt is None else prompt.name
+
     def correct(self, rollout: Rollout) -> bool | None:
         """Return whether the answer that the student wrote is right.
 
@@ -91,7 +96,13 @@ class RunLogger:
         self._progress.step(report)
         if shown := self.rollouts_shown(report.step):
             samples = [
-                sample_of(rollout, self._reader.decode, trust=trust.get(index), correct=verdicts[index])
+                sample_of(
+                    rollout,
+                    self._reader.decode,
+                    trust=trust.get(index),
+                    correct=verdicts[index],
+                    name=self._reader.name(rollout),
+                )  # fmt: skip
                 for index, rollout in enumerate(rollouts[:shown])
             ]
             self._directory.rollouts(report.step, samples)

@@ -40,7 +40,8 @@ def _legend(samples: Sequence[RolloutSample]) -> str:
 
 
 def _sample(sample: RolloutSample) -> str:
-    facts = [f"prompt {sample.uid}", f"sample {sample.sample_index}", f"finish: {sample.finish}"]
+    prompt = f"prompt {sample.uid}" + (f" ({sample.name})" if sample.name else "")
+    facts = [prompt, f"sample {sample.sample_index}", f"finish: {sample.finish}"]
     verdict = ""
     if sample.correct is not None:
         verdict = ' &middot; <b class="good">right</b>' if sample.correct else ' &middot; <b class="bad">wrong</b>'
