@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,13 +15,31 @@ import torch.distributed as dist
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.fail_together import RankFailure
+from megatron_tropd.parallel.job_end import EXIT_FAILED, End, JobEnd, Terminated, describe, is_consequence
 from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.parallel.print_once import Importance, print_once
 from megatron_tropd.weights.coordinates.checkpoint_boxes import StoredParam, stored_params
 
 USAGE_ERROR = 2
 
 
 DEFAULT_BUFFER_MIB = 64
+
+
+class FlagError(ValueError):
+    """The command line cannot be parsed; the message begins with the usage."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors and help are printed on one rank of a node: errors are raised, for :func:`run`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the error that argparse would print."""
+        raise FlagError(f"{self.format_usage()}{self.prog}: error: {message}")
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help on one rank of a node."""
+        print_once(self.format_help().rstrip(), Importance.CAUSE, file or sys.stdout)
 
 
 def add_layout_flags(parser: argparse.ArgumentParser) -> None:
@@ -153,19 +171,36 @@ def prepare() -> None:
     platform.install()
 
 
+def _end_of(error: BaseException) -> End:
+    """Return what to print for an error that ends a command."""
+    summary = type(error).__name__
+    if isinstance(error, FlagError):
+        return End(text=str(error), exit_code=USAGE_ERROR, summary=summary)
+    if isinstance(error, (ValueError, OSError, RankFailure)):
+        return End(text=f"error: {error}", exit_code=USAGE_ERROR, summary=summary)
+    text = describe(error)
+    if is_consequence(error):
+        text += "\nThe command ends without a result.  Run it again, with --overwrite if --save holds files."
+    return End(text=text, exit_code=EXIT_FAILED, summary=summary)
+
+
 def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.  An error that a user can fix gives status 2 and a message on standard
-    error, without a traceback."""
-    prepare()
-    try:
-        command(argv)
-    except (ValueError, OSError, RankFailure) as error:
-        if not dist.is_initialized() or dist.get_rank() == 0:  # the error is the same on every rank
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return USAGE_ERROR
-    finally:
-        if dist.is_initialized():
-            from megatron_tropd.parallel.groups import shutdown
+    error, once on each node and without a traceback."""
 
-            shutdown()
-    return 0
+    def run_here() -> int:
+        prepare()
+        try:
+            command(argv)
+        except (Exception, Terminated) as error:
+            job_end.report(error)  # before other ranks see this one leave the job
+            raise
+        finally:
+            if dist.is_initialized():
+                from megatron_tropd.parallel.groups import shutdown
+
+                shutdown()
+        return 0
+
+    with JobEnd(_end_of) as job_end:
+        return job_end.run(run_here)

@@ -40,7 +40,7 @@ from megatron_tropd.weights.files.hf_manifest import HfManifest  # noqa: E402
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags."""
-    parser = argparse.ArgumentParser(
+    parser = common.Parser(
         prog="hf_to_megatron", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hf-checkpoint", type=Path, required=True, metavar="DIR", help="safetensors, config.json")

@@ -19,7 +19,7 @@ SHOWN = 12
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags."""
-    parser = argparse.ArgumentParser(prog="inspect", description=__doc__)
+    parser = common.Parser(prog="inspect", description=__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--iteration", metavar="N", help="a number or 'release'; default: what the tracker names")
     parser.add_argument("--all", action="store_true", help=f"list every tensor, not only the first {SHOWN}")

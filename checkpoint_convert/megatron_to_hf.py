@@ -43,7 +43,7 @@ from megatron_tropd.weights.files.hf_writer import HfWriter, remove_other_weight
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags."""
-    parser = argparse.ArgumentParser(
+    parser = common.Parser(
         prog="megatron_to_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="directory with the tracker")

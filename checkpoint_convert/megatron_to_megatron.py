@@ -48,7 +48,7 @@ CONFIG_FILE = "metadata.json"
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags."""
-    parser = argparse.ArgumentParser(
+    parser = common.Parser(
         prog="megatron_to_megatron", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="directory with the tracker")

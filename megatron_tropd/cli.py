@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import sys
 import typing
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 from megatron_tropd.config import TrainConfig
+from megatron_tropd.parallel.print_once import Importance, print_once
 
 SGLANG_PREFIX = "sglang-"
 """Prefix of the flags that are passed to SGLang, unless config.py defines them."""
@@ -24,7 +26,9 @@ _MISSPELLED = 0.9
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; one message lists all errors."""
+    """The configuration, or a file that it names, cannot be used; one message lists all errors."""
+
+    exit_code = 2
 
     def __init__(self, errors: Sequence[str]) -> None:
         self.errors = tuple(dict.fromkeys(errors))  # two models may have the same complaint
@@ -34,7 +38,10 @@ class ConfigError(ValueError):
 
 
 class _CollectingParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises ConfigError instead of exiting."""
+    """An ArgumentParser that raises ConfigError instead of exiting, and prints its help on one rank of a node."""
+
+    def print_help(self, file: Any = None) -> None:
+        print_once(self.format_help().rstrip(), Importance.CAUSE, file or sys.stdout)
 
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigError([message])

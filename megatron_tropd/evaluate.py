@@ -76,6 +76,10 @@ def _checked(args: argparse.Namespace) -> Grader:
     if args.output is not None and not args.output.parent.is_dir():
         problems.append(f"--output {args.output}: {args.output.parent} is not a directory")
     try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # not a device's name; torch has no such device here
+        problems.append(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    try:
         grader = make_grader(args.grader, args.answer_pattern)
     except ValueError as error:
         problems.append(str(error))
@@ -148,14 +152,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         reports = run(args)
+        document = json.dumps([dataclasses.asdict(report) for report in reports], indent=2)
+        print(table(reports))
+        print(document)
+        if args.output is not None:
+            args.output.write_text(document + "\n", encoding="utf-8")
     except (OSError, ValueError, EngineError, GradingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    document = json.dumps([dataclasses.asdict(report) for report in reports], indent=2)
-    print(table(reports))
-    print(document)
-    if args.output is not None:
-        args.output.write_text(document + "\n", encoding="utf-8")
     return 0
 
 

@@ -1,76 +1,114 @@
 """Train a student: ``torchrun --nproc-per-node N -m megatron_tropd.train --config X.yaml [flags]``.
 
-Exit codes of a rank: 0 done, 1 failed while running, 2 the configuration cannot be used, 17 a loss or gradient
-norm was not finite.  If a rank fails, torchrun itself exits with 1 and prints the rank's code.
+Exit codes of a rank: 0 done, 1 failed while running or ended from outside, 2 the configuration or a file that it names
+cannot be used, 17 a loss or gradient norm was not finite.  If a rank fails, torchrun itself exits with 1 and prints the
+rank's code.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
+from typing import TYPE_CHECKING
 
-from megatron_tropd.parallel import platform
+from megatron_tropd.parallel.job_end import (
+    EXIT_FAILED,
+    End,
+    JobEnd,
+    Terminated,
+    describe,
+    explains_itself,
+    is_consequence,
+)
 
-platform.install()  # before the first import of Megatron
-
-import torch.distributed as dist  # noqa: E402
-from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
-
-from megatron_tropd.cli import ConfigError, parse  # noqa: E402
-from megatron_tropd.config import TrainConfig  # noqa: E402
-from megatron_tropd.parallel.groups import init_distributed, shutdown  # noqa: E402
-from megatron_tropd.setup.assemble import Assembled, assemble, close  # noqa: E402
-from megatron_tropd.setup.run_spec import RunSpec, make_run_spec  # noqa: E402
-from megatron_tropd.training.checkpointing import resume_origin  # noqa: E402
-from megatron_tropd.training.finish import write_results  # noqa: E402
-from megatron_tropd.training.guard import EXIT_NONFINITE, NonFiniteStep  # noqa: E402
-from megatron_tropd.training.loop import train  # noqa: E402
-
-EXIT_BAD_CONFIG = 2
+if TYPE_CHECKING:
+    from megatron_tropd.config import TrainConfig
+    from megatron_tropd.setup.assemble import Assembled
+    from megatron_tropd.setup.run_spec import RunSpec
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived: torchrun ends the job because another rank failed, or the machine is being taken away.
+class Launch:
+    """How far a launch has come, which decides what its end means for the user."""
 
-    Not an Exception: code that handles any Exception and goes on, as fail_together does, must not handle this one.
-    """
+    def __init__(self) -> None:
+        self.trains: TrainConfig | None = None
+        """The configuration, as soon as steps are made."""
+
+    def end_of(self, error: BaseException) -> End:
+        """Return what to print for an error that ends this launch."""
+        exit_code = getattr(error, "exit_code", None)
+        if exit_code is not None:
+            return End(text=str(error), exit_code=exit_code, summary=type(error).__name__)
+        what = f"{describe(error)}\nThe job ends"
+        if self.trains is not None:
+            what += f"; {_how_to_continue(self.trains)}"
+        elif is_consequence(error):
+            what += " before its first step.  Run the same command again."
+        else:
+            what += " before its first step.  Run the same command again when the cause is removed."
+        return End(text=what, exit_code=EXIT_FAILED, summary=type(error).__name__)
 
 
-def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise Terminated("ended by SIGTERM")
+def _how_to_continue(config: TrainConfig) -> str:
+    """Return what was saved of a run that ends early, and what to do."""
+    from megatron_tropd.training.checkpointing import resume_origin
 
-
-def _say(text: str) -> None:
-    """Print to standard error on one rank of each node, because a path may be missing on only some of the nodes."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
-
-
-def _lost(error: BaseException, config: TrainConfig) -> str:
-    """Return the message for a rank that fails during the run: the error, and how to continue."""
-    what = f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}\nThe job ends; "
     interval = config.checkpoint.save_interval
     try:
         saved = resume_origin(config) is not None
     except ValueError:  # a damaged tracker; the next launch reports it
         saved = True
     if not saved:
-        return what + (
+        return (
             f"there is no checkpoint to go on from (--save-interval {interval}): start over with another --run-dir, "
             f"or delete {config.logging.run_dir}."
         )
-    return what + (
+    return (
         "no weight of an unfinished step was saved.  Run the same command again: it resumes from the "
         f"last checkpoint in {config.save_dir} (--save-interval {interval})."
     )
 
 
-def _run(spec: RunSpec) -> None:
-    init_distributed(timeout_s=spec.config.parallel.distributed_timeout_s)
-    assembled: Assembled = assemble(spec)
+def _assemble(spec: RunSpec) -> Assembled:
+    """Build the run.  What refuses its input here, such as a checkpoint of other prompts, is a configuration error."""
+    from megatron_tropd.cli import ConfigError
+    from megatron_tropd.parallel.groups import init_distributed
+    from megatron_tropd.setup.assemble import assemble
+
+    try:
+        init_distributed(timeout_s=spec.config.parallel.distributed_timeout_s)
+        return assemble(spec)
+    except ValueError as error:
+        if isinstance(error, ConfigError) or not explains_itself(error):
+            raise
+        raise ConfigError([str(error)]) from error
+
+
+def _train(argv: Sequence[str], launch: Launch, job_end: JobEnd) -> int:
+    """Make the run that ``argv`` describes, and return the exit code.
+
+    Imports are here because they take seconds: a signal of that time is reported too, and --help needs few of them.
+    """
+    from megatron_tropd.cli import parse
+
+    config = parse(argv)
+
+    from megatron_tropd.parallel import platform
+
+    platform.install()  # before the first import of Megatron
+
+    import torch.distributed as dist
+
+    from megatron_tropd.parallel.groups import shutdown
+    from megatron_tropd.setup.assemble import close
+    from megatron_tropd.setup.run_spec import make_run_spec
+    from megatron_tropd.training.finish import write_results
+    from megatron_tropd.training.loop import train
+
+    spec = make_run_spec(config, int(os.environ.get("WORLD_SIZE", "1")))
+    assembled = _assemble(spec)
+    launch.trains = config
     try:
         for note in spec.data.notes:
             assembled.run.progress.message(note)
@@ -78,36 +116,22 @@ def _run(spec: RunSpec) -> None:
             assembled.run.progress.message(f"warning: {warning}")
         with assembled.run.progress:
             train(assembled.run, assembled.start_step)
-        student = spec.models.student
-        write_results(assembled.run, student.arch, student.hf_dir)
+        write_results(assembled.run, spec.models.student.arch, spec.models.student.hf_dir)
+    except (Exception, Terminated) as error:
+        job_end.report(error)  # before the parts are closed, which takes time and may fail as well
+        raise
     finally:
         close(assembled)
     dist.barrier()
     shutdown()
+    return 0
 
 
-@record
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    try:
-        config = parse(sys.argv[1:] if argv is None else argv)
-        spec = make_run_spec(config, int(os.environ.get("WORLD_SIZE", "1")))
-    except ConfigError as error:
-        _say(str(error))
-        return EXIT_BAD_CONFIG
-    signal.signal(signal.SIGTERM, _on_terminate)  # so that each rank still running prints how to continue
-    try:
-        _run(spec)
-    except ConfigError as error:  # another run holds the run directory, or it cannot be written
-        _say(str(error))
-        return EXIT_BAD_CONFIG
-    except NonFiniteStep as error:
-        _say(str(error))
-        return EXIT_NONFINITE
-    except (Exception, Terminated) as error:
-        print(_lost(error, config), file=sys.stderr, flush=True)
-        raise
-    return 0
+    launch = Launch()
+    with JobEnd(launch.end_of) as job_end:
+        return job_end.run(lambda: _train(sys.argv[1:] if argv is None else argv, launch, job_end))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Real torchrun jobs of the training command."""
+"""Real torchrun jobs, of the training command or of another module."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,25 +11,57 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+DELAY = ROOT / "tests" / "delay"
 
 
-def command(argv: list[str], nproc: int = 2) -> list[str]:
+def command(argv: list[str], nproc: int = 2, *launcher: str, module: str = "megatron_tropd.train") -> list[str]:
     return [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(nproc),
-            "--standalone", "-m", "megatron_tropd.train", *argv]  # fmt: skip
+            *(launcher or ["--standalone"]), "-m", module, *argv]  # fmt: skip
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+def delaying(rank: int) -> dict[str, str]:
+    """The environment of a job whose local rank ``rank`` stands at Python's start until torchrun ends it."""
+    return environment(PYTHONPATH=f"{DELAY}:{ROOT}", DELAYED_RANK=str(rank))
+
+
+def output_of(argv: list[str], cwd: Path, env: dict[str, str] | None = None, module: str = "megatron_tropd.train") -> str:
+    """Everything that a job of two ranks prints, and a last line with torchrun's exit code."""
+    done = subprocess.run(
+        command(argv, module=module), cwd=cwd, env=env or environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    return f"{done.stdout}\ntorchrun exited with {done.returncode}"
+
+
+def own_tracebacks(text: str) -> int:
+    """How many tracebacks are not torchrun's own; those begin in its main, and end with ChildFailedError or
+    SignalException."""
+    torchruns = text.count("ChildFailedError: ") + text.count("multiprocessing.api.SignalException: ")
+    return text.count("Traceback (most recent call last)") - torchruns
+
+
+def wait_for(condition, job, timeout: float = 300.0) -> None:
+    """Until ``condition()`` holds."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and job.poll() is None:
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"what was waited for did not happen (exit code of the job: {job.poll()})")
 
 
 def wait_for_steps(metrics: Path, count: int, job, timeout: float = 150.0) -> int:
     """Until ``metrics`` has ``count`` lines of steps."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline and job.poll() is None:
-        if metrics.is_file() and (found := metrics.read_text().count('"learning_rate"')) >= count:
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"the job did not reach step {count} (exit code {job.poll()})")
+
+    def steps() -> int:
+        return metrics.read_text().count('"learning_rate"') if metrics.is_file() else 0
+
+    wait_for(lambda: steps() >= count, job, timeout)
+    return steps()
 
 
 def process(launcher: int, word: str) -> int:

@@ -85,7 +85,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; idle ones that spin are counted as time")
     parser.add_argument("--time-limit", type=float, default=450.0, help="seconds; no configuration starts after them")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "head_benchmark")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)  # not after minutes of measuring
+    except OSError as error:
+        parser.error(f"--out {arguments.out} cannot be made: {error}")
+    return arguments
 
 
 def measure(contenders: list[Contender], sizes: Sizes, preset: Preset, device: torch.device) -> list[Row]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,7 +23,10 @@ def main() -> None:
     """Read the command line and make the world."""
     spec = parse_arguments()
     print(f"making a small world in {spec.save} (seed {spec.seed}): teacher and student train side by side")
-    world = make_world(spec)
+    try:
+        world = make_world(spec)
+    except OSError as error:
+        sys.exit(f"make_small_world: --save {spec.save} cannot be written: {error}")
     for name in ("teacher", "student"):
         scores = "  ".join(f"{decoding} {value:.1%}" for decoding, value in world[name]["accuracy"].items())
         print(f"{name}  {world[name]['steps']} steps, {world[name]['num_parameters']} parameters: {scores}")

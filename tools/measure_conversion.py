@@ -121,9 +121,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _numbers(pairs: list[list[str]]) -> dict[str, int]:
+    """The values of --set."""
+    for key, value in pairs:
+        if not value.isdecimal():
+            raise ValueError(f"--set {key} {value}: expected a number")
+    return {key: int(value) for key, value in pairs}
+
+
 def run(args: argparse.Namespace) -> list[dict[str, object]]:
     """Run both conversions; returns the measurements, with the sizes that the memory bound depends on."""
-    config: dict[str, Any] = {**COMMON, **MODELS[args.model], **{key: int(value) for key, value in args.set}}
+    config: dict[str, Any] = {**COMMON, **MODELS[args.model], **_numbers(args.set)}
     if args.layers:
         config["num_hidden_layers"] = args.layers
     work = Path(tempfile.mkdtemp(prefix="conversion-", dir=args.work_dir))
@@ -153,9 +161,12 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     if args.child:
         child(args.child, args.flags, args.report)
-    else:
+        return
+    try:
         for line in run(args):
             print(json.dumps(line))
+    except (ValueError, OSError, subprocess.SubprocessError) as error:
+        sys.exit(f"measure_conversion: {error}")
 
 
 if __name__ == "__main__":

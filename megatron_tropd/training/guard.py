@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-EXIT_NONFINITE = 17
-
 
 class NonFiniteStep(RuntimeError):
     """The loss or the gradient norm of an update is NaN or Inf; that update changed no weight."""
+
+    exit_code = 17
 
 
 MAX_SKIPS_IN_A_ROW = 10

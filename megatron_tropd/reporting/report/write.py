@@ -67,7 +67,11 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Write report.html of a run directory again.")
     parser.add_argument("run_dir", type=Path)
-    print(write_report(parser.parse_args().run_dir))
+    run_dir = parser.parse_args().run_dir
+    try:
+        print(write_report(run_dir))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

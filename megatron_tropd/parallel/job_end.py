@@ -1,0 +1,213 @@
+"""Report how a job ends: the cause, once on each node, and an exit code.
+
+A job of many ranks ends because of one of them, and all others then see consequences: torchrun sends them a signal, or
+a connection breaks.  :class:`JobEnd` tells causes from consequences.  A rank reports a cause before it ends, so the
+ranks of its node print nothing more.  On a node that sees only consequences, one rank prints the first of them.
+
+Imports neither torch nor Megatron, so that a command can use it before it imports them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any
+
+from megatron_tropd.parallel.print_once import Importance, print_once
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""The signals that torchrun, when it gets one, sends on to its ranks."""
+EXIT_FAILED = 1
+_PACKAGES = ("megatron_tropd", "checkpoint_convert")
+_GRACE_S = 5.0
+"""How long after a signal the main thread may take to report it; torchrun kills a rank after 30 s."""
+
+_NO_SIGNAL = b"\0"
+"""Ends the thread that waits for signals."""
+
+
+class Terminated(BaseException):
+    """A signal ends this rank: torchrun sends it when another rank failed, a scheduler when it takes the machine back.
+
+    Not an Exception: code that handles any Exception and goes on, as fail_together does, must not handle this one.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """What a command says of an error that ends it."""
+
+    text: str
+    exit_code: int
+    summary: str
+    """A few words for the summary that torchrun prints after ``text``."""
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Return whether ``error`` only says that the job ends: a signal, or a lost or silent rank.
+
+    NCCL's errors and torch's store have a type of their own; gloo's are RuntimeErrors that name gloo's source file.
+    """
+    if isinstance(error, Terminated):
+        return True
+    torch_error = getattr(sys.modules.get("torch.distributed"), "DistError", None)
+    if torch_error is not None and isinstance(error, torch_error):
+        return True
+    return type(error) is RuntimeError and re.search(r"\bgloo\b", str(error), re.IGNORECASE) is not None
+
+
+def explains_itself(error: BaseException) -> bool:
+    """Return whether the text of ``error`` was written for the user: our code raised it, as an error of ours or as a
+    ValueError, an OSError or a RuntimeError."""
+    return _is_ours(error) or (isinstance(error, (ValueError, OSError, RuntimeError)) and _innermost(error) is not None)
+
+
+def _is_ours(error: BaseException) -> bool:
+    return type(error).__module__.split(".")[0] in _PACKAGES
+
+
+def _innermost(error: BaseException) -> traceback.FrameSummary | None:
+    """Return the place in our code where ``error`` was raised; None if it was raised elsewhere."""
+    frame, last = error.__traceback__, None
+    while frame is not None:
+        frame, last = frame.tb_next, frame
+    if last is None or last.tb_frame.f_globals.get("__name__", "").split(".")[0] not in _PACKAGES:
+        return None
+    return traceback.extract_tb(last)[-1]
+
+
+def describe(error: BaseException) -> str:
+    """Return the rank, the error and where it was raised: nothing for an error of ours, the line for another error with
+    a text for the user, the whole traceback for an unexpected error."""
+    who = f"rank {os.environ.get('RANK', '0')}"
+    if isinstance(error, Terminated):
+        return f"{who}: {error}; torchrun sends a signal to its ranks when it gets one, or when another rank has ended"
+    if is_consequence(error):
+        return f"{who} lost the connection to another rank: {error}"
+    if not explains_itself(error):
+        return f"{who} failed:\n{''.join(traceback.format_exception(error)).rstrip()}"
+    what = f"{who}: {type(error).__name__}: {error}"
+    if _is_ours(error) or (place := _innermost(error)) is None:
+        return what
+    return f"{what}\n({place.filename}:{place.lineno}, {place.name})"
+
+
+class JobEnd:
+    """Runs a command, and reports its end if that is an error or a signal.  A context manager.
+
+    Within it the signals of torchrun raise :class:`Terminated` in the main thread.  Python can raise it only between
+    two of its own instructions, and a rank that waits in a collective for a lost rank, or for the GPU, may never reach
+    the next.  So a thread waits for signals too, and reports one that the main thread has not reported in time.
+
+    Args:
+        end_of: returns what to say of an error.  Called from either thread.
+    """
+
+    def __init__(self, end_of: Callable[[BaseException], End]) -> None:
+        self._end_of = end_of
+        self._reported: tuple[Importance, int] | None = None
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> JobEnd:
+        if not faulthandler.is_enabled():
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # standard error is no file
+                faulthandler.enable()
+        read, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                self._before[number] = signal.signal(number, self._on_signal)
+        self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        self._watcher = threading.Thread(target=self._watch, args=(read,), name="job-end", daemon=True)
+        self._watcher.start()
+        os.register_at_fork(after_in_child=self._restore)  # a signal for a forked worker is not one for this process
+        return self
+
+    def __exit__(self, *_exception: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._done.set()
+        self._restore()
+        os.write(self._wakeup, _NO_SIGNAL)
+        self._watcher.join()
+        os.close(self._wakeup)
+
+    def _restore(self) -> None:
+        """Handle signals as before; does nothing the second time."""
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup_before)
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._ignore_signals()  # clean up undisturbed; whoever sent the signal can still kill
+        raise Terminated(number)
+
+    def _ignore_signals(self) -> None:
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _watch(self, read: int) -> None:
+        with open(read, "rb", buffering=0) as signals:
+            while (arrived := signals.read(1)) != _NO_SIGNAL:
+                if arrived[0] in SIGNALS and not self._done.wait(_GRACE_S):
+                    self.report(Terminated(arrived[0]))
+
+    def run(self, command: Callable[[], int]) -> int:
+        """Run ``command`` and return its exit code, or that of the error that ended it, after reporting the error."""
+        try:
+            try:
+                return command()
+            except (Exception, Terminated) as error:
+                return self.report(error)
+        except Terminated as error:  # it came just when another error was being reported; it comes only once
+            return self.report(error.__context__ or error)
+
+    def report(self, error: BaseException) -> int:
+        """Print what ended this rank, unless its node has printed as important an end, and return the exit code.
+
+        Call this before anything by which other ranks notice that this one ends.  Reporting the same error again has no
+        effect.
+        """
+        if threading.current_thread() is threading.main_thread():
+            self._ignore_signals()
+        importance = Importance.CONSEQUENCE if is_consequence(error) else Importance.CAUSE
+        with self._lock:
+            if self._reported is None or importance > self._reported[0]:
+                end = self._end_of(error)
+                print_once(end.text, importance)
+                _tell_torchrun(end, importance)
+                self._reported = importance, end.exit_code
+            self._done.set()
+            return self._reported[1]
+
+
+def _tell_torchrun(end: End, importance: Importance) -> None:
+    """Write the error file of this rank, which torchrun reads for its summary.
+
+    torchrun prints ``py_callstack`` there, and hands the whole file to a scheduler that asks for it.  Without the file
+    the summary tells the user to change the code.  The earliest failure is shown as the root cause.  Times are whole
+    seconds, and a killed rank has the time at which torchrun saw it, so the time of a consequence is rounded up.
+    """
+    if not (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        return
+    shown = f"{end.summary}; see the message above, which is printed once on each node"
+    seconds = math.floor(time.time()) if importance == Importance.CAUSE else math.ceil(time.time())
+    extra = {"py_callstack": shown, "timestamp": str(seconds)}
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": {"message": end.text, "extraInfo": extra}}, file)
