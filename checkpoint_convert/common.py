@@ -202,5 +202,5 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
                 shutdown()
         return 0
 
-    with JobEnd(_end_of) as job_end:
-        return job_end.run(run_here)
+    job_end = JobEnd(_end_of)
+    return job_end.run(run_here)

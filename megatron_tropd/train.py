@@ -130,8 +130,8 @@ def _train(argv: Sequence[str], launch: Launch, job_end: JobEnd) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     launch = Launch()
-    with JobEnd(launch.end_of) as job_end:
-        return job_end.run(lambda: _train(sys.argv[1:] if argv is None else argv, launch, job_end))
+    job_end = JobEnd(launch.end_of)
+    return job_end.run(lambda: _train(sys.argv[1:] if argv is None else argv, launch, job_end))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The rank of a torchrun job that ends in the way its arguments say; run by tests/test_job_end.py.
 
-    torchrun ... -m tests.ending_job WAY RANK
+torchrun ... -m tests.ending_job WAY RANK
 """
 
 from __future__ import annotations
@@ -56,8 +56,7 @@ def _act(way: str, mine: bool) -> int:
 
 def main() -> int:
     """Run the command line."""
-    with JobEnd(_end_of) as job_end:
-        return job_end.run(lambda: _act(sys.argv[1], os.environ["RANK"] == sys.argv[2]))
+    return JobEnd(_end_of).run(lambda: _act(sys.argv[1], os.environ["RANK"] == sys.argv[2]))
 
 
 if __name__ == "__main__":

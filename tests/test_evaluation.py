@@ -181,6 +181,9 @@ def test_the_command_reports_every_decoding(checkpoint, tmp_path, capsys):
         (["--max-response-length", "1000"], "--max-response-length"),
         (["--max-response-length", "0", "--num-prompts", "0"], "--num-prompts 0: expected at least 1"),
         (["--output", "missing/dir/x.json"], "is not a directory"),
+        (["--output", "/dev/full", "--max-response-length", "4", "--decodings", "greedy"], "No space left on device"),
+        (["--device", "gpu"], "--device gpu cannot be used"),
+        (["--device", "meta:x"], "--device meta:x cannot be used"),
     ],
 )
 def test_user_errors_exit_2_with_one_message(checkpoint, flags, message, capsys):

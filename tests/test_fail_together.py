@@ -95,19 +95,19 @@ def test_a_process_alone_needs_no_group(way, monkeypatch):
 
 def test_sigterm_ends_the_rank_and_is_no_failure_to_agree_on():
     """A rank that torchrun ends must not wait for the others, and a caller that handles failures must not go on."""
-    from megatron_tropd.train import Terminated, _on_terminate
+    from megatron_tropd.parallel.job_end import End, JobEnd, Terminated
 
     def action():
         os.kill(os.getpid(), signal.SIGTERM)
         for _ in range(3000):  # the handler runs in this thread, perhaps a little later
             time.sleep(0.01)
 
-    before = signal.signal(signal.SIGTERM, _on_terminate)
-    try:
+    def command():
         with pytest.raises(Terminated, match="SIGTERM"):
             on_all_ranks(action)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        return 0
+
+    assert JobEnd(lambda error: End(text=str(error), exit_code=1, summary="")).run(command) == 0
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,13 @@ def launch(monkeypatch, tmp_path):
 
 
 def test_a_cause_is_printed_once_and_after_it_no_consequence(launch, capsys):
-    for text, importance in (("sig", CONSEQUENCE), ("sig", CONSEQUENCE), ("why", CAUSE), ("why", CAUSE), ("sig", CONSEQUENCE)):
+    for text, importance in (
+        ("sig", CONSEQUENCE),
+        ("sig", CONSEQUENCE),
+        ("why", CAUSE),
+        ("why", CAUSE),
+        ("sig", CONSEQUENCE),
+    ):
         print_once(text, importance)
     assert capsys.readouterr().err == "sig\nwhy\n"
 
@@ -56,7 +62,14 @@ def test_ranks_that_come_together_print_once(launch, capsys):
 
 @pytest.mark.parametrize(
     ("error_file", "local_rank"),
-    [(None, None), (None, "1"), ("", "1"), ("/dev/null", "1"), ("/tmp/of_a_scheduler.json", None), ("/gone/1/error.json", "1")],
+    [
+        (None, None),
+        (None, "1"),
+        ("", "1"),
+        ("/dev/null", "1"),
+        ("/tmp/of_a_scheduler.json", None),
+        ("/gone/1/error.json", "1"),
+    ],
 )
 def test_without_a_launch_of_torchrun_each_process_prints(monkeypatch, capsys, error_file, local_rank):
     for name, value in (("TORCHELASTIC_ERROR_FILE", error_file), ("LOCAL_RANK", local_rank)):

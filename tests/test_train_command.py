@@ -262,17 +262,6 @@ def test_converted_weights_are_not_a_run_to_go_on_with(world, tmp_path):
     assert "--pretrained-checkpoint" in _complaint(flags(world, tmp_path / "r", load=tmp_path))
 
 
-def test_a_failed_job_says_whether_it_can_be_gone_on_with(world, tmp_path):
-    from megatron_tropd.train import _lost
-
-    config = parse(flags(world, tmp_path / "run", save_interval=5))
-    assert "no checkpoint to go on from (--save-interval 5)" in _lost(RuntimeError("x"), config)
-    (tmp_path / "run/checkpoints").mkdir(parents=True)
-    (tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").write_text("5\n")
-    assert "RuntimeError: x" in _lost(RuntimeError("x"), config)
-    assert "Run the same command again" in _lost(RuntimeError("x"), config)
-
-
 def test_bad_input_ends_the_job_with_one_message(world, tmp_path):
     argv = flags(world, tmp_path / "run", tensor_model_parallel_size=2, top_k=0, lr=-1)
     done = subprocess.run(

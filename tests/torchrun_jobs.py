@@ -28,7 +28,9 @@ def delaying(rank: int) -> dict[str, str]:
     return environment(PYTHONPATH=f"{DELAY}:{ROOT}", DELAYED_RANK=str(rank))
 
 
-def output_of(argv: list[str], cwd: Path, env: dict[str, str] | None = None, module: str = "megatron_tropd.train") -> str:
+def output_of(
+    argv: list[str], cwd: Path, env: dict[str, str] | None = None, module: str = "megatron_tropd.train"
+) -> str:
     """Everything that a job of two ranks prints, and a last line with torchrun's exit code."""
     done = subprocess.run(
         command(argv, module=module), cwd=cwd, env=env or environment(), stdout=subprocess.PIPE,

@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from megatron_tropd.parallel.print_once import Importance, print_once
@@ -92,25 +92,25 @@ def _innermost(error: BaseException) -> traceback.FrameSummary | None:
 
 
 def describe(error: BaseException) -> str:
-    """Return the rank, the error and where it was raised: nothing for an error of ours, the line for another error with
-    a text for the user, the whole traceback for an unexpected error."""
+    """Return the text for an error.  An error of ours, which often is the error of all ranks, is its text; to another
+    error with a text for the user come the rank and the place; an unexpected error has its traceback."""
     who = f"rank {os.environ.get('RANK', '0')}"
     if isinstance(error, Terminated):
         return f"{who}: {error}; torchrun sends a signal to its ranks when it gets one, or when another rank has ended"
     if is_consequence(error):
-        return f"{who} lost the connection to another rank: {error}"
+        return f"{who}: communication with the other ranks failed, as it does when one of them is lost: {error}"
     if not explains_itself(error):
         return f"{who} failed:\n{''.join(traceback.format_exception(error)).rstrip()}"
-    what = f"{who}: {type(error).__name__}: {error}"
+    what = f"{type(error).__name__}: {error}"
     if _is_ours(error) or (place := _innermost(error)) is None:
         return what
-    return f"{what}\n({place.filename}:{place.lineno}, {place.name})"
+    return f"{who}: {what}\n({place.filename}:{place.lineno}, {place.name})"
 
 
 class JobEnd:
-    """Runs a command, and reports its end if that is an error or a signal.  A context manager.
+    """Runs a command, and reports its end if that is an error or a signal.
 
-    Within it the signals of torchrun raise :class:`Terminated` in the main thread.  Python can raise it only between
+    Meanwhile the signals of torchrun raise :class:`Terminated` in the main thread.  Python can raise it only between
     two of its own instructions, and a rank that waits in a collective for a lost rank, or for the GPU, may never reach
     the next.  So a thread waits for signals too, and reports one that the main thread has not reported in time.
 
@@ -125,22 +125,21 @@ class JobEnd:
         self._done = threading.Event()
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> JobEnd:
+    def _install(self) -> None:
         if not faulthandler.is_enabled():
             with contextlib.suppress(OSError, ValueError, RuntimeError):  # standard error is no file
                 faulthandler.enable()
         read, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-                self._before[number] = signal.signal(number, self._on_signal)
         self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, args=(read,), name="job-end", daemon=True)
         self._watcher.start()
         os.register_at_fork(after_in_child=self._restore)  # a signal for a forked worker is not one for this process
-        return self
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                self._before[number] = signal.signal(number, self._on_signal)
 
-    def __exit__(self, *_exception: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def _uninstall(self) -> None:
         self._done.set()
         self._restore()
         os.write(self._wakeup, _NO_SIGNAL)
@@ -171,12 +170,17 @@ class JobEnd:
     def run(self, command: Callable[[], int]) -> int:
         """Run ``command`` and return its exit code, or that of the error that ended it, after reporting the error."""
         try:
+            self._install()
             try:
-                return command()
+                exit_code = command()
+                self._ignore_signals()
+                return exit_code
             except (Exception, Terminated) as error:
                 return self.report(error)
-        except Terminated as error:  # it came just when another error was being reported; it comes only once
+        except Terminated as error:  # it came before the command, or just when an error was to be reported; only once
             return self.report(error.__context__ or error)
+        finally:
+            self._uninstall()
 
     def report(self, error: BaseException) -> int:
         """Print what ended this rank, unless its node has printed as important an end, and return the exit code.
