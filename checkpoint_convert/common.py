@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,9 +13,10 @@ from typing import Any, Literal, NoReturn
 import torch
 import torch.distributed as dist
 
+from megatron_tropd.hub import Resolved
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel import platform
-from megatron_tropd.parallel.fail_together import RankFailure
+from megatron_tropd.parallel.fail_together import RankFailure, from_all_ranks
 from megatron_tropd.parallel.job_end import EXIT_FAILED, End, JobEnd, Terminated, describe, is_consequence
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.parallel.print_once import Importance, print_once
@@ -111,6 +113,18 @@ def check_output(save: Path, *, overwrite: bool, sources: Sequence[Path]) -> Non
         raise ValueError(f"--save {save} is a file; give a directory")
     if save.is_dir() and any(save.iterdir()) and not overwrite:
         raise ValueError(f"--save {save} already holds files; choose another directory or pass --overwrite")
+
+
+def check_same_source(model: Resolved) -> None:
+    """Compare the commit that each rank found for a model of the Hub.  Collective.
+
+    Raises:
+        ValueError: on every rank: they differ.
+    """
+    if len(found := set(from_all_ranks(lambda: model.source))) > 1:
+        raise ValueError(
+            f"--hf-checkpoint is {' and '.join(sorted(found))} on different ranks; give the commit: owner/name@commit"
+        )
 
 
 def check_layout(args: argparse.Namespace, arch: Architecture) -> None:

@@ -5,6 +5,7 @@
 
 Writes ``DIR/release/`` and a tracker that names it.  The checkpoint loads into any TP x PP x EP.  Any number
 of processes share the work.  Each of them holds at most a few buffers, whatever the model's size.
+HF_DIR may be the name of a model of the Hugging Face Hub, owner/name or owner/name@revision.
 """
 
 import os
@@ -30,6 +31,7 @@ from megatron_tropd.checkpoints.conversion.writing import write_plain_files  # n
 from megatron_tropd.checkpoints.directory import RELEASE  # noqa: E402
 from megatron_tropd.checkpoints.metadata import CheckpointError, FileRecord  # noqa: E402
 from megatron_tropd.checkpoints.save import write_checkpoint, write_hf_folder  # noqa: E402
+from megatron_tropd.hub import MODEL_FILES, resolve  # noqa: E402
 from megatron_tropd.parallel.fail_together import on_all_ranks, on_rank_zero  # noqa: E402
 from megatron_tropd.parallel.groups import init_distributed  # noqa: E402
 from megatron_tropd.parallel.layout import ParallelLayout  # noqa: E402
@@ -43,7 +45,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = common.Parser(
         prog="hf_to_megatron", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--hf-checkpoint", type=Path, required=True, metavar="DIR", help="safetensors, config.json")
+    parser.add_argument(
+        "--hf-checkpoint", required=True, metavar="DIR", help="safetensors, config.json; or a name of the Hub"
+    )
     common.add_save_flags(parser)
     common.add_layout_flags(parser)
     parser.add_argument(
@@ -54,25 +58,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _check(args: argparse.Namespace, workers: Workers) -> tuple[HfCheckpoint, tuple[StoredParam, ...]]:
+def _check(args: argparse.Namespace, directory: Path, workers: Workers) -> tuple[HfCheckpoint, tuple[StoredParam, ...]]:
     """Check the flags and open the source, before anything is written; return the source and the parameters."""
     divisor = args.make_vocab_size_divisible_by
     if divisor < 1:
         raise ValueError(f"--make-vocab-size-divisible-by {divisor} must be at least 1")
     common.buffer_bytes(args)
     common.check_logits_flag(args, workers.count)
-    source = HfCheckpoint.open(args.hf_checkpoint)
+    source = HfCheckpoint.open(directory)
     common.check_layout(args, source.arch)
-    common.check_output(args.save, overwrite=args.overwrite, sources=[args.hf_checkpoint])
+    common.check_output(args.save, overwrite=args.overwrite, sources=[directory])
     return source, common.target_params(args, source.arch, divisor)
 
 
 def convert(argv: Sequence[str] | None = None) -> None:
     """Run the command.  Collective where torchrun started several processes."""
     args = parse(argv)
+    # Before the process group: a download may take longer than a collective may.
+    model = resolve(args.hf_checkpoint, repo_type="model", allow_patterns=MODEL_FILES, flag="--hf-checkpoint")
     init_distributed()
     workers = Workers.of_job()
-    source, params = on_all_ranks(lambda: _check(args, workers), ValueError)
+    common.check_same_source(model)
+    source, params = on_all_ranks(lambda: _check(args, model.path, workers), ValueError)
     dtype, padded = source.widest_dtype, max(p.shape[0] for p in params if not p.of)
     digests: dict[str, str] = {}
 
@@ -87,19 +94,20 @@ def convert(argv: Sequence[str] | None = None) -> None:
         return records
 
     def write_hf(target: Path) -> None:
-        write_hf_folder(args.hf_checkpoint, HfManifest.of(source, sha256=digests, padded_vocab_size=padded), target)
+        write_hf_folder(model.path, HfManifest.of(source, sha256=digests, padded_vocab_size=padded), target)
 
     folder = write_checkpoint(
         args.save, RELEASE, write, write_hf,
-        arch=source.arch, make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
+        arch=source.arch, make_vocab_size_divisible_by=args.make_vocab_size_divisible_by, source=model.source,
     )  # fmt: skip
     if args.verify_logits:
-        print(check_logits(args.hf_checkpoint, args.save, RELEASE))
+        print(check_logits(model.path, args.save, RELEASE))
     if workers.rank == 0:
         print(
             f"{folder}: {source.arch.family}, {len(source.tensors)} tensors, {common.dtype_name(dtype)}, "
             f"vocabulary {source.arch.vocab_size} padded to {padded}"
             + (f", {len(digests)} hashes verified" if args.verify else "")
+            + (f", from {model.source}" if model.source else "")
         )
 
 

@@ -77,6 +77,7 @@ def _megatron(directory: Path, wanted: str | None, *, everything: bool) -> list[
         f"{folder}: Megatron torch_dist, iteration {metadata.iteration}, {len(metadata.files)} files, "
         f"{common.gigabytes(size)}",
         *_model_lines(metadata.architecture),
+        *([f"source         {metadata.source}"] if metadata.source else []),
         f"padding        vocabulary to a multiple of {metadata.make_vocab_size_divisible_by}",
         *_tensors(rows, everything=everything),
     ]

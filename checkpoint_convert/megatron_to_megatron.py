@@ -115,6 +115,7 @@ def convert(argv: Sequence[str] | None = None) -> None:
     folder = write_checkpoint(
         args.save, metadata.iteration, write, lambda target: _write_hf(source / HF_FOLDER, target, padded),
         arch=metadata.architecture, make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
+        source=metadata.source,
     )  # fmt: skip
     stored.close()
     if workers.rank == 0:

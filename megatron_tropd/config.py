@@ -27,7 +27,7 @@ def setting(default: Any, help: str) -> Any:
 class ModelConfig:
     """The student."""
 
-    hf_checkpoint: str = setting("", "HF directory of the student: config, tokenizer, and weights to start from")
+    hf_checkpoint: str = setting("", "HF directory of the student, or its name on the Hub")
     pretrained_checkpoint: str = setting("", "Megatron checkpoint to start from instead of the HF weights")
     make_vocab_size_divisible_by: int = setting(128, "pad the vocabulary to a multiple of lcm(this, TP)")
     bf16: bool = setting(False, "train in bfloat16 with fp32 master weights")
@@ -58,7 +58,7 @@ class ParallelConfig:
 class TeacherConfig:
     """The frozen model that scores tokens; it runs on the student's ranks, in its own layout."""
 
-    teacher_hf_checkpoint: str = setting("", "HF directory of the teacher: config, tokenizer, weights")
+    teacher_hf_checkpoint: str = setting("", "HF directory of the teacher, or its name on the Hub")
     teacher_load: str = setting("", "Megatron checkpoint of the teacher instead of the HF weights")
     teacher_tensor_model_parallel_size: int = setting(1, "tensor-parallel ranks of the teacher")
     teacher_pipeline_model_parallel_size: int = setting(1, "pipeline stages of the teacher")
@@ -73,7 +73,9 @@ class TeacherConfig:
 class ReferenceConfig:
     """A second frozen model, for the objectives that need one; by default the student's starting weights."""
 
-    reference_hf_checkpoint: str = setting("", "HF directory of the reference; it is cut as the teacher is")
+    reference_hf_checkpoint: str = setting(
+        "", "HF directory of the reference, or its name on the Hub; it is cut as the teacher is"
+    )
     reference_load: str = setting("", "Megatron checkpoint of the reference instead of the HF weights")
 
 

@@ -21,6 +21,7 @@ from megatron_tropd.data.tokenizer import eos_token_ids, load_tokenizer
 from megatron_tropd.evaluation import DECODINGS, evaluate
 from megatron_tropd.grading.grader import Grader, make_grader
 from megatron_tropd.grading.math_process import GradingError
+from megatron_tropd.hub import MODEL_CONFIG_FILES, MODEL_FILES, resolve
 from megatron_tropd.rollout.embedded.engine import EmbeddedEngine
 from megatron_tropd.rollout.engine import EngineError
 from megatron_tropd.types import EvalReport
@@ -34,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         prog="python -m megatron_tropd.evaluate", description="Accuracy of a Hugging Face checkpoint on prompts."
     )
-    flags.add_argument("--hf-checkpoint", required=True, type=Path, help="directory with config, tokenizer, weights")
+    flags.add_argument(
+        "--hf-checkpoint", required=True, help="directory with config, tokenizer, weights; or a name of the Hub"
+    )
     flags.add_argument("--eval-data", required=True, nargs="+", help="prompts and answers; docs/data.md")
     flags.add_argument("--prompt-key", default="prompt")
     flags.add_argument("--answer-key", default="answer")
@@ -54,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--num-samples", type=int, default=1, help="responses per prompt where tokens are drawn")
     flags.add_argument("--num-prompts", type=int, help="only the first N prompts")
     flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--teacher-hf-checkpoint", type=Path, help="stop on this model's stop tokens too, as training")
+    flags.add_argument("--teacher-hf-checkpoint", help="stop on this model's stop tokens too, as training")
     flags.add_argument("--max-batch-size", type=int, default=256, help="sequences decoded at once")
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flags.add_argument("--dtype", choices=list(_DTYPES), help="default: float32 on a CPU, the checkpoint's elsewhere")
@@ -88,14 +91,22 @@ def _checked(args: argparse.Namespace) -> Grader:
     return grader
 
 
-def _load_engine(args: argparse.Namespace) -> EmbeddedEngine:
-    checkpoint = HfCheckpoint.open(args.hf_checkpoint)
+def _find(name: str, flag: str, patterns: Sequence[str]) -> Path:
+    """Return the directory of a model, and say which commit it is if it is one of the Hub."""
+    model = resolve(name, repo_type="model", allow_patterns=patterns, flag=flag)
+    if model.source:
+        print(f"{flag} {model.source}", file=sys.stderr)
+    return model.path
+
+
+def _load_engine(args: argparse.Namespace, directory: Path, teacher: Path | None) -> EmbeddedEngine:
+    checkpoint = HfCheckpoint.open(directory)
     on_cpu = torch.device(args.device).type == "cpu"
     dtype = _DTYPES[args.dtype] if args.dtype else torch.float32 if on_cpu else checkpoint.widest_dtype
-    directories = (args.hf_checkpoint, args.teacher_hf_checkpoint)
+    stop_ids = itertools.chain.from_iterable(eos_token_ids(path) for path in (directory, teacher) if path)
     engine = EmbeddedEngine(
-        args.hf_checkpoint,
-        stop_token_ids=set(itertools.chain.from_iterable(eos_token_ids(path) for path in directories if path)),
+        directory,
+        stop_token_ids=set(stop_ids),
         dtype=dtype,
         device=args.device,
         max_batch_size=args.max_batch_size,
@@ -121,10 +132,13 @@ def run(args: argparse.Namespace) -> list[EvalReport]:
         max_prompt_length=args.max_prompt_length,
         max_response_length=args.max_response_length,
     )
-    tokenizer = load_tokenizer(args.hf_checkpoint)
+    directory = _find(args.hf_checkpoint, "--hf-checkpoint", MODEL_FILES)
+    teacher = args.teacher_hf_checkpoint
+    teacher = _find(teacher, "--teacher-hf-checkpoint", MODEL_CONFIG_FILES) if teacher else None
+    tokenizer = load_tokenizer(directory)
     prompts = load_prompts(args.eval_data, tokenizer, fmt, flag="--eval-data")[: args.num_prompts]
     return evaluate(
-        _load_engine(args).generate,
+        _load_engine(args, directory, teacher).generate,
         prompts,
         tokenizer,
         [DECODINGS[name] for name in args.decodings],

@@ -62,7 +62,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def resolve(name: str, *, repo_type: RepoType, allow_patterns: Sequence[str], flag: str) -> Resolved:
-    """Return the local files of ``name``.  What exists locally wins; what cannot be a name of the Hub is taken as a path.
+    """Return the local files of ``name``.  What exists locally wins; what cannot be a name of the Hub is a path too.
 
     The directory of a name may hold other files too, if someone downloaded more of the repository before.
     All ranks of a node may call this at one time: huggingface_hub locks every file that it downloads, so one of them

@@ -43,6 +43,8 @@ class CheckpointMetadata:
     make_vocab_size_divisible_by: int
     files: dict[str, FileRecord]
     """Records by path inside the checkpoint's folder, without ``checkpoint.json`` itself."""
+    source: str = ""
+    """The model of the Hugging Face Hub that the weights come from, ``owner/name@commit``; empty if not known."""
 
     def to_json(self) -> str:
         """Return the text of ``checkpoint.json``."""
@@ -51,6 +53,7 @@ class CheckpointMetadata:
             "iteration": self.iteration,
             "architecture": asdict(self.architecture),
             "make_vocab_size_divisible_by": self.make_vocab_size_divisible_by,
+            "source": self.source,
             "files": {name: asdict(record) for name, record in self.files.items()},
         }
         return json.dumps(value, indent=1) + "\n"
@@ -71,6 +74,7 @@ def parse_metadata(path: Path) -> CheckpointMetadata:
             architecture=architecture_from_dict(value["architecture"]),
             make_vocab_size_divisible_by=int(value["make_vocab_size_divisible_by"]),
             files={name: FileRecord(**record) for name, record in value["files"].items()},
+            source=str(value.get("source", "")),  # 0.2.0 did not write it
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error

@@ -99,7 +99,7 @@ def _publish(save_dir: Path, temporary: Path, iteration: Iteration, metadata: Ch
 def save_checkpoint(
     save_dir: str | Path, iteration: Iteration, sharded_state_dict: Mapping[str, Any], common: Mapping[str, Any],
     *, arch: Architecture, hf_sidecar: str | Path | None, manifest: HfManifest | None = None,
-    make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR,
+    make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR, source: str = "",
 ) -> Path:  # fmt: skip
     """Write one checkpoint and make it the latest.  Collective; returns its folder.
 
@@ -112,6 +112,7 @@ def save_checkpoint(
         hf_sidecar: Folder with the HF config and tokenizer: the HF model or another checkpoint's ``hf/``.
         manifest: How to lay out HF files again; by default that of ``hf_sidecar`` without its digests.
         make_vocab_size_divisible_by: Stored for the reader.
+        source: Stored: the model of the Hugging Face Hub that the weights come from, ``owner/name@commit``.
 
     Raises:
         CheckpointError: on every rank; the tracker still names the previous checkpoint.
@@ -128,18 +129,19 @@ def save_checkpoint(
             write_hf_folder(Path(hf_sidecar), manifest, target)
 
     return write_checkpoint(
-        save_dir, iteration, write, write_hf, arch=arch, make_vocab_size_divisible_by=make_vocab_size_divisible_by
-    )
+        save_dir, iteration, write, write_hf,
+        arch=arch, make_vocab_size_divisible_by=make_vocab_size_divisible_by, source=source,
+    )  # fmt: skip
 
 
 def write_checkpoint(
     save_dir: str | Path, iteration: Iteration, write: Callable[[Path], Mapping[str, FileRecord]],
-    write_hf: Callable[[Path], None], *, arch: Architecture, make_vocab_size_divisible_by: int,
+    write_hf: Callable[[Path], None], *, arch: Architecture, make_vocab_size_divisible_by: int, source: str = "",
 ) -> Path:  # fmt: skip
     """Write a checkpoint whose tensors ``write`` stores: temporary folder, file records, rename, tracker.  Collective.
 
     Args:
-        save_dir: As for :func:`save_checkpoint`, as are ``iteration`` and the last two arguments.
+        save_dir: As for :func:`save_checkpoint`, as are ``iteration`` and the last three arguments.
         write: Called on every rank with the folder to fill; returns the records of the files that it has
             already digested and synced to disk (the same on every rank).  Fails on all ranks or on none.
         write_hf: Called on rank 0 with the path of ``hf/``, which it makes and fills.
@@ -157,6 +159,7 @@ def write_checkpoint(
             architecture=arch,
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
             files=record_and_sync(temporary, known),
+            source=source,
         )
         return on_rank_zero(lambda: _publish(save_dir, temporary, iteration, metadata), CheckpointError)
     except CheckpointError:  # raised on every rank, so no rank is still writing

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from megatron_tropd.checkpoints.directory import find_checkpoint, hf_directory, read_metadata
 from megatron_tropd.checkpoints.metadata import check_architecture
 from megatron_tropd.config import TrainConfig
+from megatron_tropd.hub import MODEL_CONFIG_FILES, MODEL_FILES, Resolved, is_hub_name, resolve
 from megatron_tropd.models.architecture import Architecture, architecture_from_hf_config, load_hf_config
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.setup.problems import Problems
@@ -19,12 +20,16 @@ from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Where a model's config, tokenizer and weights are, and its architecture."""
+    """Where a model's config, tokenizer and weights are and come from, and its architecture."""
 
     hf_dir: Path
     """Directory of config and tokenizer, and of the weights unless ``megatron_dir`` is given."""
     megatron_dir: Path | None
     arch: Architecture
+    hf_name: str
+    """Value of the flag for the HF directory; a name of the Hub with its commit."""
+    source: str
+    """Where the weights come from on the Hub, ``owner/name@commit``; empty where that is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +91,10 @@ def find_models(config: TrainConfig, needs: Needs, world_size: int, problems: Pr
     """Find the models that the objective needs; None if ``problems`` has errors, with those found here added to it.
 
     A reference given by flags has the teacher's layout.  By default the reference is the student's starting weights,
-    in the student's layout.
+    in the student's layout.  Nothing is downloaded for a configuration that has errors already.
     """
+    if problems.errors and any(is_hub_name(name) for name in _hf_names(config)):
+        return None
     parallel, frozen = config.parallel, config.teacher
     sizes = _ParallelSizes(
         tp=parallel.tensor_model_parallel_size, pp=parallel.pipeline_model_parallel_size,
@@ -122,6 +129,23 @@ def find_models(config: TrainConfig, needs: Needs, world_size: int, problems: Pr
     )  # fmt: skip
 
 
+def _hf_names(config: TrainConfig) -> tuple[str, ...]:
+    names = (
+        config.model.hf_checkpoint, config.teacher.teacher_hf_checkpoint, config.reference.reference_hf_checkpoint
+    )  # fmt: skip
+    return tuple(name for name in names if name)
+
+
+def pin_models(config: TrainConfig, models: Models) -> TrainConfig:
+    """Return the configuration with the commit of every model that was named as on the Hub."""
+    student, teacher, reference = models.student, models.teacher, models.reference
+    if teacher:
+        config = replace(config, teacher=replace(config.teacher, teacher_hf_checkpoint=teacher.hf_name))
+    if reference and reference is not student:
+        config = replace(config, reference=replace(config.reference, reference_hf_checkpoint=reference.hf_name))
+    return replace(config, model=replace(config.model, hf_checkpoint=student.hf_name))
+
+
 def _find(
     flags: _Flags, hf_checkpoint: str, megatron: str, sizes: _ParallelSizes, world_size: int, problems: Problems
 ) -> tuple[ModelSpec | None, ParallelLayout | None]:
@@ -136,13 +160,23 @@ def _source(hf_checkpoint: str, megatron: str, flags: _Flags) -> ModelSpec:
     """Find one model.  Of HF weights the safetensors headers are read, so that a truncated file is found now."""
     if not hf_checkpoint and not megatron:
         raise ValueError(f"the {flags.who} is missing: give {flags.hf} DIR or {flags.megatron} DIR")
+    found: Resolved | None = None
+    if hf_checkpoint:
+        patterns = MODEL_CONFIG_FILES if megatron else MODEL_FILES
+        found = resolve(hf_checkpoint, repo_type="model", allow_patterns=patterns, flag=flags.hf)
+    source = found.source if found else ""
     try:
-        hf_dir = Path(hf_checkpoint) if hf_checkpoint else hf_directory(megatron)
+        hf_dir = found.path if found else hf_directory(megatron)
         arch = architecture_from_hf_config(load_hf_config(hf_dir))
         if megatron:
-            check_architecture(read_metadata(megatron), arch, find_checkpoint(megatron))
+            metadata = read_metadata(megatron)
+            check_architecture(metadata, arch, find_checkpoint(megatron))
+            source = metadata.source
         else:
             HfCheckpoint.open(hf_dir, arch)
     except (ValueError, OSError) as error:
         raise ValueError(f"{flags.who} ({flags.megatron if megatron else flags.hf}): {error}") from error
-    return ModelSpec(hf_dir=hf_dir, megatron_dir=Path(megatron) if megatron else None, arch=arch)
+    return ModelSpec(
+        hf_dir=hf_dir, megatron_dir=Path(megatron) if megatron else None, arch=arch,
+        hf_name=(found and found.source) or hf_checkpoint, source=source,
+    )  # fmt: skip

@@ -17,7 +17,7 @@ from megatron_tropd.rewards import RewardFunction, load_reward_function
 from megatron_tropd.setup.checks import check_lengths, check_method, check_numbers
 from megatron_tropd.setup.engine_checks import check_engine_flags, check_engine_layout
 from megatron_tropd.setup.engine_settings import sglang_settings
-from megatron_tropd.setup.model_specs import Models, find_models
+from megatron_tropd.setup.model_specs import Models, find_models, pin_models
 from megatron_tropd.setup.problems import Problems
 from megatron_tropd.setup.run_data import RunData, load_run_data
 from megatron_tropd.teacher.preflight import TokenizerReport, check_same_tokens, student_tokens
@@ -29,6 +29,7 @@ class RunSpec:
     """A checked configuration, and what was read from the files it names."""
 
     config: TrainConfig
+    """As given, but models that were named as on the Hub have their commit."""
     models: Models
     tokens: TokenizerReport
     tokenizer: Any
@@ -76,8 +77,8 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     problems.stop_if_any()
     assert tokens and data
     return RunSpec(
-        config=config, models=models, tokens=tokens, tokenizer=tokenizer, data=data, objective=objective,
-        reward_function=reward_function, grader=grader, warnings=tuple(problems.warnings),
+        config=pin_models(config, models), models=models, tokens=tokens, tokenizer=tokenizer, data=data,
+        objective=objective, reward_function=reward_function, grader=grader, warnings=tuple(problems.warnings),
     )  # fmt: skip
 
 

@@ -38,8 +38,8 @@ def resume_origin(config: TrainConfig) -> tuple[str, int] | None:
 class Checkpoints:
     """Saves a run's checkpoints on schedule, and loads one when the run resumes."""
 
-    def __init__(self, config: TrainConfig, arch: Architecture, hf_dir: Path) -> None:
-        self._config, self._arch, self._hf_dir = config, arch, hf_dir
+    def __init__(self, config: TrainConfig, arch: Architecture, hf_dir: Path, source: str) -> None:
+        self._config, self._arch, self._hf_dir, self._source = config, arch, hf_dir, source
 
     def save_if_due(self, step: int, student: Student, source: PromptSource) -> None:
         """Save after every --save-interval steps and after the last step.  Collective."""
@@ -53,6 +53,7 @@ class Checkpoints:
                 arch=self._arch,
                 hf_sidecar=self._hf_dir,
                 make_vocab_size_divisible_by=student.groups.layout.make_vocab_size_divisible_by,
+                source=self._source,
             )
 
     def resume_step(self) -> int | None:
