@@ -1,6 +1,6 @@
 """Read a configuration from flags and YAML, as the dataclasses of ``config.py`` define them.
 
-The command line overrides YAML, and YAML overrides the defaults.
+The command line overrides YAML, and YAML overrides the defaults.  ``flag_values.py`` reads the values.
 """
 
 from __future__ import annotations
@@ -8,21 +8,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
+import math
+import re
 import sys
 import typing
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from megatron_tropd.config import TrainConfig
+from megatron_tropd.flag_values import check_text, choices_of, from_flag, from_yaml, shortened, show, words_of_yaml
 from megatron_tropd.parallel.print_once import Importance, print_once
+from megatron_tropd.plain_yaml import PlainYamlError, Value, read_plain_yaml
 
 SGLANG_PREFIX = "sglang-"
 """Prefix of the flags that are passed to SGLang, unless config.py defines them."""
 _MISSPELLED = 0.9
 """Similarity from which a name counts as a misspelled flag of ours; SGLang's ep-size and our tp-size have 0.86."""
+_SGLANG_NAME = re.compile(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
 
 
 class ConfigError(ValueError):
@@ -44,7 +47,21 @@ class _CollectingParser(argparse.ArgumentParser):
         print_once(self.format_help().rstrip(), Importance.CAUSE, file or sys.stdout)
 
     def error(self, message: str) -> typing.NoReturn:
-        raise ConfigError([message])
+        if message.endswith("expected one argument"):
+            message += "; write a value that begins with a dash as --flag=-value"
+        raise ConfigError([shortened(message, 400)])
+
+
+class _Once(argparse.Action):
+    """Stores the values of a flag that may be given once: a second list would silently take the place of the first."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            what = "all its values" if isinstance(values, list) else "its value"
+            parser.error(f"{option} is given twice; give it once, with {what}")
+        setattr(namespace, self.dest, values)
 
 
 def sections() -> dict[str, type]:
@@ -53,6 +70,7 @@ def sections() -> dict[str, type]:
     return {f.name: hints[f.name] for f in dataclasses.fields(TrainConfig) if dataclasses.is_dataclass(hints[f.name])}
 
 
+@functools.cache
 def _flags() -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
     """Return flag name -> (section, field, type).  A field without help text is not a flag; other sections set it."""
     flags = {}
@@ -65,78 +83,51 @@ def _flags() -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
     return flags
 
 
-def _choices(kind: Any) -> tuple[str, ...]:
-    """Return the values that a Literal, or a union of Literals, allows; () for any other type."""
-    if typing.get_origin(kind) is typing.Literal:
-        return typing.get_args(kind)
-    if typing.get_origin(kind) is typing.Union:
-        return tuple(word for part in typing.get_args(kind) for word in _choices(part))
-    return ()
-
-
 def _default(f: dataclasses.Field[Any]) -> Any:
     return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
 
 
+@functools.cache
 def make_parser() -> argparse.ArgumentParser:
     """Return the command-line parser of ``megatron_tropd.train``."""
     parser = _CollectingParser(
         prog="torchrun ... -m megatron_tropd.train", allow_abbrev=False,
-        description="Trust Region On-Policy Distillation on Megatron-core.",
+        description="Trust Region On-Policy Distillation on Megatron-core.  If a flag with one value is given several "
+        "times, the last one counts; a flag with a list is given once.",
     )  # fmt: skip
-    parser.add_argument("--config", metavar="YAML", help="file whose keys are flag names; flags override it")
+    parser.add_argument(
+        "--config", metavar="YAML", action=_Once, help="file whose keys are flag names; flags override it"
+    )
     groups = {name: parser.add_argument_group(name, (cls.__doc__ or "").strip()) for name, cls in sections().items()}
     for name, (section, f, kind) in _flags().items():
         text = f"{f.metadata['help']} (default: {_default(f)!r})".replace("%", "%%")
         options: dict[str, Any] = {"dest": f.name, "default": None, "help": text}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif choices := _choices(kind):
+        elif choices := choices_of(kind):
             options["metavar"] = "{" + ",".join(choices) + "}"
         elif kind == list[str]:
-            options.update(nargs="+", metavar="FILE")
+            options.update(nargs="+", metavar="FILE", action=_Once)
         groups[section].add_argument(f"--{name}", **options)
     return parser
 
 
-def _coerce(name: str, value: Any, kind: Any) -> Any:
-    """Convert a value from YAML or the command line to the type of its field.  YAML reads 5e-6 as a string, so numbers
-    are parsed in both cases."""
-    if value is None:
-        raise ConfigError([f"{name}: has no value; give one or leave the line out"])
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise ConfigError([f"{name}: {value!r} is not true or false"])
-        return value
-    if choices := _choices(kind):
-        if value not in choices:
-            raise ConfigError([f"{name}: {value!r} is not one of {', '.join(choices)}"])
-        return value
-    if kind == list[str]:
-        return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+def _read_yaml(path: str) -> tuple[dict[str, Value], list[str]]:
+    """Return (settings, errors) of a YAML file."""
+    if not path:
+        return {}, ["--config: the value is empty; give a file or leave the flag out"]
     try:
-        if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
-            raise ValueError
-        return kind(value)
-    except (TypeError, ValueError):
-        raise ConfigError([f"{name}: {value!r} is not a {kind.__name__}"]) from None
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return read_plain_yaml(check_text(path)), []
     except OSError as error:
-        raise ConfigError([f"--config {path}: {error.strerror}"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"--config {path} is not valid YAML: {error}"]) from None
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise ConfigError([f"--config {path} holds a {type(document).__name__}, expected a mapping of flag: value"])
-    return {str(key).replace("_", "-"): value for key, value in document.items()}
+        return {}, [f"--config {shortened(path)}: {error.strerror}"]
+    except PlainYamlError as error:
+        return error.settings, [f"--config {path}: {line}" for line in error.errors]
+    except ValueError as error:  # no path at all
+        return {}, [f"--config: {error}"]
 
 
 def _unknown(name: str, where: str, known: Sequence[str]) -> str:
+    name = shortened(name)
     close = difflib.get_close_matches(name.removeprefix("no-"), known, n=1)
     hint = f"; did you mean {'--' if where == 'flag' else ''}{close[0]}?" if close else ""
     return f"unknown {where} {'--' if where == 'flag' else ''}{name}{hint}"
@@ -148,10 +139,10 @@ def _split_sglang(argv: Sequence[str], own: Collection[str]) -> tuple[dict[str, 
     others: list[str] = []
     current: str | None = None
     for word in argv:
-        name, _, value = word.removeprefix("--").partition("=")
+        name, given, value = word.removeprefix("--").partition("=")
         if word.startswith("--" + SGLANG_PREFIX) and name not in own:
             current = name.removeprefix(SGLANG_PREFIX)
-            passed[current] = (value,) if value else ()
+            passed[current] = (value,) if given else ()
         elif word.startswith("--") or current is None:
             current = None
             others.append(word)
@@ -160,25 +151,62 @@ def _split_sglang(argv: Sequence[str], own: Collection[str]) -> tuple[dict[str, 
     return passed, others
 
 
-def _sglang_errors(names: Collection[str], own: Collection[str]) -> list[str]:
-    """Return errors for names that cannot be SGLang flags, and for those that look like a misspelled flag of ours."""
+def _sglang_errors(passed: Mapping[str, tuple[str, ...] | None], own: Collection[str]) -> list[str]:
+    """Return errors for what cannot be flags of SGLang, and for names that look like a misspelled flag of ours."""
     ours = [name.removeprefix(SGLANG_PREFIX) for name in own if name.startswith(SGLANG_PREFIX)]
     errors = []
-    for name in names:
-        if not name or "_" in name:
-            errors.append(f"--{SGLANG_PREFIX}{name}: expected the name of an SGLang flag, words joined by '-'")
+    for name, words in passed.items():
+        for word in words or ():
+            try:
+                check_text(word)
+            except ValueError as error:
+                errors.append(f"--{SGLANG_PREFIX}{shortened(name)}: {error}")
+        if not _SGLANG_NAME.fullmatch(name):
+            errors.append(
+                f"--{SGLANG_PREFIX}{shortened(name)}: expected the name of an SGLang flag, words joined by '-'"
+            )
         elif close := difflib.get_close_matches(name, ours, n=1, cutoff=_MISSPELLED):
             errors.append(f"unknown flag --{SGLANG_PREFIX}{name}; did you mean --{SGLANG_PREFIX}{close[0]}?")
     return errors
 
 
-def _words(value: Any) -> tuple[str, ...] | None:
-    """Return the words after a flag, from its YAML value: () for true; None for false or null (no flag)."""
-    if value is None or value is False:
-        return None
-    if value is True:
-        return ()
-    return tuple(map(str, value)) if isinstance(value, list) else (str(value),)
+def _values_of_yaml(path: str, sglang: dict[str, tuple[str, ...] | None]) -> tuple[dict[str, Any], list[str]]:
+    """Return (values by flag name, errors) of a YAML file.  Its flags for SGLang are added to ``sglang``, which holds
+    those of the command line already."""
+    flags, values = _flags(), {}
+    settings, errors = _read_yaml(path)
+    for name, given in settings.items():
+        try:
+            if name in flags:
+                _, f, kind = flags[name]
+                values[name] = from_yaml(given, kind, _default(f))
+            elif name.startswith(SGLANG_PREFIX):
+                words = words_of_yaml(given)
+                sglang.setdefault(name.removeprefix(SGLANG_PREFIX), words)
+            else:
+                errors.append(_unknown(name, f"key in {path}:", list(flags)))
+        except ValueError as error:
+            errors.append(f"{path}: {name}: {error}")
+    return values, errors
+
+
+def _stray(word: str, argv: Sequence[str]) -> str:
+    """Return the error for a word that is neither a flag nor the value of one."""
+    flags = _flags()
+    room, after = 0.0, ""
+    for given in argv:
+        if given.startswith("--"):
+            flag, equals, _ = given.partition("=")
+            name = flag.removeprefix("--")
+            kind = flags[name][2] if name in flags else str if name == "config" else bool
+            room = 0 if equals or kind is bool else math.inf if kind == list[str] else 1
+            takes = "no value: give --name or --no-name alone" if kind is bool else "one value"
+            after = f" after {shortened(flag)}, which takes {takes}"
+        elif room > 0:
+            room -= 1
+        elif given == word:
+            return f"unexpected argument {show(word)}{after}"
+    return f"unexpected argument {show(word)}"
 
 
 def parse(argv: Sequence[str]) -> TrainConfig:
@@ -192,37 +220,43 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     namespace, rest = make_parser().parse_known_args(argv)
     errors = [
         _unknown(word.removeprefix("--").split("=")[0], "flag", list(flags)) if word.startswith("--")
-        else f"unexpected argument {word!r}"
+        else _stray(word, argv)
         for word in rest
     ]  # fmt: skip
     if rest and rest[0].startswith("--"):  # the words after an unknown flag are its values
         errors = [error for error in errors if not error.startswith("unexpected argument")]
-    values: dict[str, dict[str, Any]] = {section: {} for section in sections()}
-    for name, value in (_read_yaml(namespace.config) if namespace.config else {}).items():
-        if name not in flags and name.startswith(SGLANG_PREFIX):
-            sglang.setdefault(name.removeprefix(SGLANG_PREFIX), _words(value))
-            continue
-        if name not in flags:
-            errors.append(_unknown(name, f"key in {namespace.config}:", list(flags)))
-            continue
-        section, f, kind = flags[name]
-        try:
-            values[section][f.name] = _coerce(name, value, kind)
-        except ConfigError as error:
-            errors.extend(f"{namespace.config}: {line}" for line in error.errors)
-    for name, (section, f, kind) in flags.items():
-        given = getattr(namespace, f.name)
-        if given is None:
+    values: dict[str, Any] = {}
+    if namespace.config is not None:
+        values, faults = _values_of_yaml(namespace.config, sglang)
+        errors.extend(faults)
+    for name, (_, f, kind) in flags.items():
+        if (given := getattr(namespace, f.name)) is None:
             continue
         try:
-            values[section][f.name] = _coerce(f"--{name}", given, kind)
-        except ConfigError as error:
-            errors.extend(error.errors)
+            values[name] = from_flag(given, kind)
+        except ValueError as error:
+            errors.append(f"--{name}: {error}")
     errors.extend(_sglang_errors(sglang, flags))
+    made = _make_sections(values, errors)
     if errors:
         raise ConfigError(errors)
-    parts = {section: cls(**values[section]) for section, cls in sections().items()}
-    return TrainConfig(**parts, sglang_flags={name: words for name, words in sglang.items() if words is not None})
+    return TrainConfig(**made, sglang_flags={name: words for name, words in sglang.items() if words is not None})
+
+
+def _make_sections(values: Mapping[str, Any], errors: list[str]) -> dict[str, Any]:
+    """Return the sections of the configuration with ``values``, by flag name; what a section refuses goes to
+    ``errors``."""
+    flags, made = _flags(), {}
+    parts: dict[str, dict[str, Any]] = {section: {} for section in sections()}
+    for name, value in values.items():
+        section, f, _ = flags[name]
+        parts[section][f.name] = value
+    for section, cls in sections().items():
+        try:
+            made[section] = cls(**parts[section])
+        except ValueError as error:
+            errors.append(str(error))
+    return made
 
 
 def to_flags(config: TrainConfig) -> dict[str, Any]:

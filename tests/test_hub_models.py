@@ -108,12 +108,14 @@ def test_names_that_are_not_there_are_in_the_one_message(world, cache, tmp_path)
 
 
 def test_nothing_is_downloaded_for_a_configuration_that_cannot_be_used(world, tmp_path):
-    argv = flags(world, tmp_path / "run", hf_checkpoint=STUDENT, top_k=-1)
+    argv = flags(world, tmp_path / "run", hf_checkpoint=STUDENT, log_interval=0)
     with serving() as hub:
         hub.add(STUDENT, world / "student")
         environment = hub_environment(tmp_path / "home", endpoint=hub.endpoint)
         done = _run(_module("megatron_tropd.train", *argv), environment, tmp_path, status=2)
-    assert done.stderr.startswith("1 configuration error:\n  - --top-k -1 must be at least 1") and not hub.downloads
+    assert (
+        done.stderr.startswith("1 configuration error:\n  - --log-interval 0 must be at least 1") and not hub.downloads
+    )
 
 
 def test_an_incomplete_cache_names_what_is_missing(world, cache, tmp_path):

@@ -147,7 +147,7 @@ def test_a_misspelled_flag_is_not_handed_to_sglang(word, message):
         ({"sglang_host": "0.0.0.0"}, "can be reached from other machines"),
         ({"sglang_api_key": "secret-secret-secret"}, "--api-key cannot be passed through"),
         ({"distributed_timeout_minutes": 9}, "240 s + --sglang-request-timeout 300 s = 540 s"),
-        ({"sglang_start_timeout": 0}, "--sglang-start-timeout 0 must be positive"),
+        ({"sglang_start_timeout": 0}, "--sglang-start-timeout 0.0 must be positive"),
         ({"adam_eps": 0}, "--adam-eps 0.0 must be positive"),
         ({"update_weight_transport": "planned", "sglang_tp_size": 3}, "--sglang-tp-size 3 does not divide"),
         ({"update_weight_transport": "planned", "update_weight_buffer_size": 64}, "--update-weight-buffer-size"),

@@ -144,8 +144,8 @@ def test_all_values_of_a_wrong_type_come_in_one_message(tmp_path):
     text = str(caught.value)
     assert text.startswith("7 configuration errors:")
     for complaint in (
-        "save: has no value", "prompt-data: has no value", "top-k: 'many' is not a int", "--lr: 'fast' is not a float",
-        "--gate: 'maybe' is not one of bernoulli", "--train-iters: '1.5' is not a int", "unknown flag --nonsense",
+        "save: has no value", "prompt-data: has no value", "top-k: 'many' is not an integer", "--lr: 'fast' is not a number",
+        "--gate: 'maybe' is not one of bernoulli", "--train-iters: '1.5' is not an integer", "unknown flag --nonsense",
     ):  # fmt: skip
         assert complaint in text
 
@@ -159,7 +159,7 @@ def test_unknown_flags_and_keys_suggest_the_right_one(world, tmp_path):
         parse(["--config", str(config)])
     text = str(caught.value)
     assert "learning-rate" in text and "did you mean top-k?" in text
-    assert "lr: 'fast' is not a float" in text and "bf16: 'maybe' is not true or false" in text
+    assert "lr: 'fast' is not a number" in text and "bf16: 'maybe' is not true or false" in text
 
 
 @pytest.mark.parametrize(

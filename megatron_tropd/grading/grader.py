@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from megatron_tropd.flag_values import show
 from megatron_tropd.grading.answers import Answer, braces_balance, find_answer, normalized
 from megatron_tropd.grading.math_process import MathProcess
 
@@ -61,11 +62,11 @@ def make_grader(kind: GraderKind, answer_pattern: str) -> Grader:
     if answer_pattern:
         try:
             pattern = re.compile(answer_pattern)
-        except re.error as error:
-            raise ValueError(f"--answer-pattern {answer_pattern!r} is not a regular expression: {error}") from None
+        except (re.error, OverflowError, RecursionError) as error:  # a{99999999999} overflows, "(" * 9999 recurses
+            raise ValueError(f"--answer-pattern {show(answer_pattern)} is not a regular expression: {error}") from None
         if pattern.groups < 1:
             raise ValueError(
-                f"--answer-pattern {answer_pattern!r} has no group; put the answer in parentheses, as in '= *(.+)$'"
+                f"--answer-pattern {show(answer_pattern)} has no group; put the answer in parentheses, as in '= *(.+)$'"
             )
     if kind == "exact":
         return Grader(kind=kind, pattern=pattern, equal=operator.eq)

@@ -6,6 +6,7 @@ where the help text says so.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
@@ -76,6 +77,10 @@ class ObjectiveSettings:
     """Updates per rollout batch, the flag --num-minibatches of the training section."""
 
     def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):  # NaN passes comparisons such as value < 0
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be a finite number")
         for name in ("outlier_coef", "tropd_aopd_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative")

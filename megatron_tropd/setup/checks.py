@@ -7,43 +7,15 @@ from megatron_tropd.objectives.base import Objective
 from megatron_tropd.reporting.sinks import check_sinks
 from megatron_tropd.setup.model_specs import Models
 from megatron_tropd.setup.problems import Problems
+from megatron_tropd.setup.ranges import check_ranges
 
 
 def check_numbers(config: TrainConfig, problems: Problems) -> None:
     """Check that required settings are given and that numbers are in their ranges."""
-    training, rollout, method = config.training, config.rollout, config.method
+    training, rollout = config.training, config.rollout
     problems.require(config.logging.run_dir, "--run-dir is missing: name a directory for everything the run writes")
     problems.require(config.data.prompt_data, "--prompt-data is missing: name at least one file, directory or data set")
-    at_least_one = {
-        "train-iters": training.train_iters, "rollout-batch-size": rollout.rollout_batch_size,
-        "n-samples-per-prompt": rollout.n_samples_per_prompt, "max-prompt-length": config.data.max_prompt_length,
-        "max-response-length": config.data.max_response_length, "log-interval": config.logging.log_interval,
-        "max-tokens-per-microbatch": training.max_tokens_per_microbatch, "top-k": method.top_k,
-        "logits-chunk-tokens": training.logits_chunk_tokens, "rollout-max-batch-size": rollout.rollout_max_batch_size,
-        "make-vocab-size-divisible-by": config.model.make_vocab_size_divisible_by,
-        "num-minibatches": training.num_minibatches, "rollout-num-engines": config.engine.rollout_num_engines,
-        "sglang-tp-size": config.engine.sglang_tp_size,
-        "update-weight-buffer-size": config.engine.update_weight_buffer_size,
-    }  # fmt: skip
-    not_negative: dict[str, float] = {
-        "min-lr": training.min_lr, "weight-decay": training.weight_decay, "clip-grad": training.clip_grad,
-        "lr-warmup-iters": training.lr_warmup_iters, "save-interval": config.checkpoint.save_interval,
-        "eval-interval": config.evaluation.eval_interval, "eval-prompts": config.evaluation.eval_prompts,
-        "guidance-steps": config.objective.guidance_steps, "guidance-beta": method.guidance_beta,
-        "parity-limit": config.engine.parity_limit,
-        "gradient-diagnostics-interval": config.logging.gradient_diagnostics_interval,
-        "rollout-log-interval": config.logging.rollout_log_interval, "outlier-coef": method.outlier_coef,
-    }  # fmt: skip
-    for name, count in at_least_one.items():
-        problems.require(count >= 1, f"--{name} {count} must be at least 1")
-    for name, value in not_negative.items():
-        problems.require(value >= 0, f"--{name} {value} must not be negative")
-    minutes = config.parallel.distributed_timeout_minutes
-    problems.require(minutes > 0, f"--distributed-timeout-minutes {minutes} must be positive")
-    problems.require(training.adam_eps > 0, f"--adam-eps {training.adam_eps} must be positive")
-    problems.require(training.lr > 0, f"--lr {training.lr} must be positive")
-    problems.require(0 <= training.adam_beta1 < 1, f"--adam-beta1 {training.adam_beta1} must be in [0, 1)")
-    problems.require(0 <= training.adam_beta2 < 1, f"--adam-beta2 {training.adam_beta2} must be in [0, 1)")
+    check_ranges(config, problems)
     problems.require(training.min_lr <= training.lr, f"--min-lr {training.min_lr} is above --lr {training.lr}")
     problems.require(
         training.lr_warmup_iters <= max(config.num_updates, 0),

@@ -167,6 +167,8 @@ def _source(hf_checkpoint: str, megatron: str, flags: _Flags) -> ModelSpec:
     source = found.source if found else ""
     try:
         hf_dir = found.path if found else hf_directory(megatron)
+        if hf_dir.is_file():
+            raise ValueError(f"{hf_dir} is a file; expected a directory")
         arch = architecture_from_hf_config(load_hf_config(hf_dir))
         if megatron:
             metadata = read_metadata(megatron)

@@ -18,6 +18,7 @@ from megatron_tropd.setup.checks import check_lengths, check_method, check_numbe
 from megatron_tropd.setup.engine_checks import check_engine_flags, check_engine_layout
 from megatron_tropd.setup.engine_settings import sglang_settings
 from megatron_tropd.setup.model_specs import Models, find_models, pin_models
+from megatron_tropd.setup.path_checks import check_directories
 from megatron_tropd.setup.problems import Problems
 from megatron_tropd.setup.run_data import RunData, load_run_data
 from megatron_tropd.teacher.preflight import TokenizerReport, check_same_tokens, student_tokens
@@ -48,6 +49,7 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     """
     problems = Problems()
     check_numbers(config, problems)
+    check_directories(config, problems)
     check_engine_flags(config, problems)
     objective = problems.attempt(lambda: make_objective(config.objective.objective, config.objective_settings))
     if objective:

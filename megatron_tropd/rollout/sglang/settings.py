@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-import yaml
+from megatron_tropd.plain_yaml import PlainYamlError, Word, read_plain_yaml
 
 API_KEY_VARIABLE = "TROPD_SGLANG_API_KEY"
 ADMIN_KEY_VARIABLE = "TROPD_SGLANG_ADMIN_API_KEY"
@@ -73,13 +73,12 @@ def load_keys(environ: Mapping[str, str] = os.environ, file: Path | None = None)
         None where neither source has a key.
 
     Raises:
-        ValueError: one key without the other, equal or too short keys, or a file that other users may read.
+        ValueError: a file that cannot be read or that other users may read; one key without the other, equal or too
+            short keys.
     """
     values = {"api-key": environ.get(API_KEY_VARIABLE), "admin-api-key": environ.get(ADMIN_KEY_VARIABLE)}
     if file is not None:
-        if stat.S_IMODE(file.stat().st_mode) & 0o077:
-            raise ValueError(f"{file} holds API keys and may be read by others; run: chmod 600 {file}")
-        values = {**values, **yaml.safe_load(file.read_text(encoding="utf-8"))}
+        values |= _keys_of_file(file)
     if not any(values.values()):
         return None
     if not all(values.values()):
@@ -88,6 +87,21 @@ def load_keys(environ: Mapping[str, str] = os.environ, file: Path | None = None)
             f"{ADMIN_KEY_VARIABLE}, or api-key and admin-api-key in the key file"
         )
     return Keys(api=str(values["api-key"]), admin=str(values["admin-api-key"]))
+
+
+def _keys_of_file(file: Path) -> dict[str, str]:
+    """Return what --sglang-key-file holds.  Messages do not quote the keys."""
+    try:
+        if stat.S_IMODE(file.stat().st_mode) & 0o077:
+            raise ValueError(f"{file} holds API keys and may be read by others; run: chmod 600 {file}")
+        settings = read_plain_yaml(file)
+    except (PlainYamlError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"--sglang-key-file {file}: {reason}") from None
+    for name, value in settings.items():
+        if name not in ("api-key", "admin-api-key") or not isinstance(value, Word):
+            raise ValueError(f"--sglang-key-file {file}: {name[:80]}: expected api-key and admin-api-key, a word each")
+    return {name: value.text for name, value in settings.items() if isinstance(value, Word) and not value.is_null}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +152,7 @@ class SGLangSettings:
         for name in ("num_engines", "tp_size", "bucket_bytes", "max_concurrent_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"SGLang {name.replace('_', ' ')} is {getattr(self, name)}; expected at least 1")
-        if not self.urls and (self.python is None or not self.python.exists()):
+        if not self.urls and (self.python is None or not os.path.exists(self.python)):
             raise ValueError(
                 f"--sglang-python {self.python} does not exist; make the environment with `make sglang-env` "
                 "or give the URLs of running servers with --rollout-engine-urls"
