@@ -115,7 +115,7 @@ def _value(node: yaml.Node) -> Value:
 
 
 def _word(node: yaml.Node, expected: str) -> Word:
-    if isinstance(node, yaml.CollectionNode):
+    if not isinstance(node, yaml.ScalarNode):
         kind = "mapping" if isinstance(node, yaml.MappingNode) else "list"
         raise ValueError(f"has a {kind} in line {node.start_mark.line + 1}; expected {expected}")
     if node.tag != _TEXT:

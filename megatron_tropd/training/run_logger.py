@@ -102,7 +102,7 @@ class RunLogger:
                     trust=trust.get(index),
                     correct=verdicts[index],
                     name=self._reader.name(rollout),
-                )  # fmt: skip
+                )
                 for index, rollout in enumerate(rollouts[:shown])
             ]
             self._directory.rollouts(report.step, samples)
