@@ -6,6 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from megatron_tropd.parallel.print_once import Importance, print_once
+
 USAGE_ERROR = 2
 COMMANDS = {
     "hf-to-megatron": ("hf_to_megatron", "convert", "Hugging Face weights to a Megatron checkpoint"),
@@ -31,11 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the first argument names, and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] in (["-h"], ["--help"]):
-        print(usage())
+        print_once(usage(), Importance.CAUSE, sys.stdout)
         return 0
     if not words or words[0] not in COMMANDS:
         given = f"unknown command {words[0]!r}" if words else "no command was given"
-        print(f"error: {given}; choose one of {', '.join(COMMANDS)} (tropd-convert --help)", file=sys.stderr)
+        print_once(f"error: {given}; choose one of {', '.join(COMMANDS)} (tropd-convert --help)", Importance.CAUSE)
         return USAGE_ERROR
     from checkpoint_convert import common  # torch is imported only when there is something to convert
 
