@@ -16,6 +16,7 @@ import pytest
 from megatron_tropd.data.prompts import PromptError, load_prompts
 from megatron_tropd.data.reading import sources, spans
 from megatron_tropd.data.tokenizer import load_tokenizer
+from tests.hub_helpers import COMMIT, fill_cache
 from tests.test_data_prompts import CHAT, FORMAT, SKIP, problems
 from tests.test_data_tokenizer import save_tokenizer
 
@@ -207,3 +208,20 @@ def test_conversations_of_openthoughts(tokenizer, tmp_path):
     nested = replace(FORMAT, prompt_key="conversations.0.value", response_key="conversations.1.value")
     (raw,) = load_prompts(path, tokenizer, nested)
     assert tokenizer.decode(raw.token_ids) == "u" and raw.teacher_response_ids == with_response.teacher_response_ids
+
+
+def test_a_data_set_of_the_hub(tokenizer, tmp_path, monkeypatch, plain):
+    """Found in the hub's cache, where files are links into a store; its commit is kept with the prompts."""
+    repository = tmp_path / "repository" / "data"
+    repository.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(ROWS), repository / "train-00000-of-00001.parquet")
+    pq.write_table(pa.Table.from_pylist(ROWS[:2]), repository / "test-00000-of-00001.parquet")
+    (repository.parent / "README.md").write_text("# rows")
+    (repository.parent / "logo.png").write_bytes(b"png")
+    fill_cache(tmp_path / "home", "org/rows", repository.parent, repo_type="dataset")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    for name in ("org/rows", "org/rows@main", f"org/rows@{COMMIT}"):
+        prompts = load_prompts(f"{name}::train", tokenizer, FORMAT)
+        assert list(prompts) == plain and prompts.sources[0].revision == COMMIT
+    assert "several splits: train, test" in str(problems(tokenizer, "org/rows"))
+    assert "not found" in str(problems(tokenizer, "org/other"))

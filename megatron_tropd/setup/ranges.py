@@ -51,7 +51,7 @@ RANGES = {
     "teacher-tensor-model-parallel-size": _RANKS, "teacher-pipeline-model-parallel-size": _RANKS,
     "teacher-expert-model-parallel-size": _RANKS, "teacher-expert-tensor-parallel-size": _RANKS_OR_DEFAULT,
     "distributed-timeout-minutes": Range(0, _MINUTES_OF_A_YEAR, open_low=True),
-    "max-prompt-length": _COUNT, "max-response-length": _COUNT,
+    "max-prompt-length": _COUNT, "max-response-length": _COUNT, "min-response-share": _SHARE,
     "rollout-batch-size": _COUNT, "n-samples-per-prompt": Range(1, 1 << 20), "rollout-max-batch-size": _COUNT,
     "rollout-num-engines": Range(1, 10**4), "sglang-tp-size": Range(1, 10**4),
     "update-weight-buffer-size": Range(1, 1 << 40),
