@@ -24,6 +24,14 @@ VARIANTS: dict[str, dict] = {
             "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
         },
     },
+    "mistral": {"head_dim": 12, "sliding_window": 20},  # the longest sequence of the parity tests
+    "qwen3_yarn": {
+        "head_dim": 24,
+        "rope_parameters": {  # no number is its default, and the ramp lies in the middle of the dimensions
+            "rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+            "attention_factor": 1.3, "beta_fast": 8.0, "beta_slow": 0.5, "truncate": False,
+        },
+    },
 }  # fmt: skip
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -34,14 +42,14 @@ SIZES = {
 
 def family_of(variant: str) -> str:
     """The ``model_type`` of a variant."""
-    return variant.removesuffix("_tied")
+    return variant.removesuffix("_tied").removesuffix("_yarn")
 
 
 def make_hf_model(variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides):
     """A random model of a :data:`VARIANTS` name.  Norms, biases and weights are far from their defaults."""
     import transformers
 
-    prefix = {"qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama"}[family_of(variant)]
+    prefix = family_of(variant).title().replace("_", "")
     config = getattr(transformers, prefix + "Config")(**{**SIZES, **VARIANTS[variant], **overrides})
     config._attn_implementation = "eager"
     generator = torch.Generator().manual_seed(seed)

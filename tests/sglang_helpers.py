@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_tropd.models.architecture import Architecture, architecture_from_hf_config, load_hf_config
+from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.models.hf_config import load_architecture
 from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.rollout.sglang.pool import SGLangPool
 from megatron_tropd.rollout.sglang.settings import Keys, SGLangSettings
@@ -73,7 +74,7 @@ def make_pool(settings: SGLangSettings, arch: Architecture, student: Student, **
 
 def start_servers(directory: Path) -> Servers:
     hf_dir = save_hf_checkpoint(directory / "hf", "qwen3")
-    arch = architecture_from_hf_config(load_hf_config(hf_dir))
+    arch = load_architecture(hf_dir)
     settings = SGLangSettings(
         hf_dir=hf_dir, log_dir=directory / "logs", dtype="float32", python=PYTHON, num_engines=2, keys=KEYS,
         bucket_bytes=100_000, max_concurrent_prompts=4, start_timeout_s=300, request_timeout_s=120,

@@ -77,7 +77,7 @@ def compare(case: dict) -> int:
     """Every parameter of every rank after ``load_weights`` against its boxes; the number of parameters."""
     import torch
 
-    from megatron_tropd.models.architecture import architecture_from_hf_config
+    from megatron_tropd.models.hf_config import architecture_from_hf_config
     from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout, engine_boxes, parameter_names
     from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
 

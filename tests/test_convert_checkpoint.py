@@ -15,7 +15,7 @@ from megatron_tropd.checkpoints.load import load_checkpoint
 from megatron_tropd.checkpoints.metadata import CheckpointError
 from megatron_tropd.checkpoints.save import save_checkpoint
 from megatron_tropd.checkpoints.state import load_model_state
-from megatron_tropd.models.architecture import architecture_from_hf_config, load_hf_config
+from megatron_tropd.models.hf_config import load_architecture
 from megatron_tropd.parallel.groups import release_groups
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
@@ -116,7 +116,7 @@ def test_directory_is_megatrons(saved, hf):
     assert latest_iteration(saved) == 2
     metadata = read_metadata(saved)
     assert metadata.iteration == 2
-    assert metadata.architecture == architecture_from_hf_config(load_hf_config(hf))
+    assert metadata.architecture == load_architecture(hf)
     folder = saved / "iter_0000002"
     files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert files - {"checkpoint.json"} == metadata.files.keys()

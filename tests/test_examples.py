@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_tropd.cli import parse
-from megatron_tropd.models.architecture import architecture_from_hf_config
+from megatron_tropd.models.hf_config import architecture_from_hf_config
 from megatron_tropd.objectives import methods
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.types import StepContext, TokenStats

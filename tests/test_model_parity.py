@@ -48,14 +48,14 @@ def _logits(directory, layout, sequence_parallel, *, frozen=False):
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-    from megatron_tropd.models.architecture import architecture_from_hf_config, load_hf_config
     from megatron_tropd.models.build import build_gpt_model, forward_hidden
+    from megatron_tropd.models.hf_config import load_architecture
     from megatron_tropd.ops.vocab_parallel import VocabShard, gather_hidden
     from megatron_tropd.parallel.groups import student_groups, teacher_groups
     from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
     from megatron_tropd.weights.files.load import load_hf_into
 
-    arch = architecture_from_hf_config(load_hf_config(directory))
+    arch = load_architecture(directory)
     groups = student_groups(ParallelLayout(dp=layout.world_size) if frozen else layout)
     if frozen:
         groups = teacher_groups(layout)
@@ -140,6 +140,50 @@ def test_logits_of_a_frozen_model_with_groups_of_its_own(ranks, checkpoints, ora
     for logits in by_rank[-layout.stage_size :]:
         error = (logits[: sum(LENGTHS)] - oracle["qwen3_moe"]).abs().max().item()
         measured(f"logits of a frozen qwen3_moe equal transformers, {_name(layout)} (max abs, fp32)", error, 1e-4)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e5, "factor": 4.0, "original_max_position_embeddings": 16}
+ROPES = {  # every kind that is read beside "default"; RoPE of the two tests' variants is of another kind each
+    "linear": ("llama", {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
+    "dynamic": ("qwen2", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
+    "llama3": ("mistral", {**VARIANTS["llama_tied"]["rope_parameters"], "original_max_position_embeddings": 32}),
+    "yarn": ("qwen3_moe", YARN),
+    "yarn with mscale": ("llama", {**YARN, "mscale": 0.7, "mscale_all_dim": 1.5}),
+    "yarn without factor": ("qwen2", {**YARN, "factor": None}),
+    "yarn rounded": ("mistral", {**YARN, "beta_fast": 4, "beta_slow": 2, "truncate": True}),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_every_kind_of_rope_equals_transformers(ranks, tmp_path, kind, measured):
+    variant, rope = ROPES[kind]
+    directory = save_hf_checkpoint(tmp_path / "m", variant, rope_parameters=rope)
+    with torch.no_grad():
+        model = make_hf_model(variant, rope_parameters=rope)
+        wanted = torch.cat([model(ids[None]).logits[0] for ids in _sequences()])
+    for tp in (1, 2):
+        for logits in ranks(tp).run(_logits, directory, ParallelLayout(tp=tp), False):
+            error = (logits[: sum(LENGTHS)] - wanted).abs().max().item()
+            measured(f"logits with RoPE {kind} equal transformers, TP {tp} (max abs, fp32)", error, 1e-4)
+
+
+@pytest.mark.parametrize(("key", "value"), [("attention_factor", 1.0), ("beta_fast", 32.0), ("truncate", True)])
+def test_the_oracle_notices_each_number_of_yarn(ranks, oracle, tmp_path, key, value):
+    """Negative control: the comparison of qwen3_yarn above sees every number."""
+    from tests.hf_models import edit_config
+
+    directory = save_hf_checkpoint(tmp_path / "m", "qwen3_yarn")
+    edit_config(directory, rope_parameters={**VARIANTS["qwen3_yarn"]["rope_parameters"], key: value})
+    (logits,) = ranks(1).run(_logits, directory, ParallelLayout(), False)
+    assert (logits[: sum(LENGTHS)] - oracle["qwen3_yarn"]).abs().max() > 1e-3
+
+
+def test_a_window_below_the_longest_sequence_changes_the_logits(oracle):
+    """Negative control: 20 is the least sliding_window with which mistral attends to all of 20 tokens."""
+    with torch.no_grad():
+        model = make_hf_model("mistral", sliding_window=19)
+        found = torch.cat([model(ids[None]).logits[0] for ids in _sequences()])
+    assert (found - oracle["mistral"]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_moe_tied"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_tropd.models.architecture import UnsupportedArchitecture, architecture_from_hf_config
+from megatron_tropd.models.architecture import UnsupportedArchitecture
+from megatron_tropd.models.hf_config import architecture_from_hf_config
 from megatron_tropd.parallel.layout import ParallelLayout
 
 LAYOUTS = [

@@ -35,14 +35,14 @@ def _rollouts():
 def _score(directory, student, teacher, max_tokens):
     import torch.distributed as dist
 
-    from megatron_tropd.models.architecture import architecture_from_hf_config, load_hf_config
     from megatron_tropd.models.build import build_gpt_model
+    from megatron_tropd.models.hf_config import load_architecture
     from megatron_tropd.parallel.groups import student_groups, teacher_groups
     from megatron_tropd.teacher.megatron import Destination, MegatronTeacher
     from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
     from megatron_tropd.weights.files.load import load_hf_into
 
-    arch = architecture_from_hf_config(load_hf_config(directory))
+    arch = load_architecture(directory)
     mine = student_groups(student)
     theirs = teacher_groups(teacher)
     model = build_gpt_model(arch, theirs)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from megatron_tropd.models.architecture import architecture_from_hf_config, load_hf_config
+from megatron_tropd.models.hf_config import load_architecture
 from megatron_tropd.weights.files.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HfCheckpoint, copy_sidecars
 from megatron_tropd.weights.files.hf_manifest import HfManifest
 from megatron_tropd.weights.files.hf_writer import write_hf_files
@@ -79,7 +79,7 @@ def test_metadata_and_order_of_any_writer_survive(damaged, tmp_path):
 
 def test_default_manifest_writes_what_safetensors_writes(sources, tmp_path):
     tensors = read_tensors(sources["one"])
-    arch = architecture_from_hf_config(load_hf_config(sources["one"]))
+    arch = load_architecture(sources["one"])
     write_hf_files(tmp_path, HfManifest.default(arch, torch.bfloat16), arch, tensors.items(), verify=False)
     assert (tmp_path / SINGLE_FILE).read_bytes() == write_tensors(tmp_path, tensors, "again").read_bytes()
     sharded = HfManifest.default(arch, torch.bfloat16, max_shard_bytes=20_000)
@@ -195,7 +195,7 @@ def test_tied_head_in_the_file_must_equal_the_embedding(damaged):
 
 def test_config_of_another_model(damaged):
     directory = damaged("one")
-    edit_config(directory, num_hidden_layers=5)
+    edit_config(directory, num_hidden_layers=5, layer_types=["full_attention"] * 5)
     _refused(directory, r"missing tensors: model.layers.4")
 
 

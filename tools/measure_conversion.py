@@ -48,7 +48,7 @@ def write_checkpoint(directory: Path, config: dict[str, object]) -> int:
     """Write random finite numbers, one block of them repeated; returns the bytes of the weights."""
     import torch
 
-    from megatron_tropd.models.architecture import architecture_from_hf_config
+    from megatron_tropd.models.hf_config import architecture_from_hf_config
     from megatron_tropd.weights.files.hf_manifest import HfManifest
     from megatron_tropd.weights.files.hf_writer import HfWriter
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_tropd.models.architecture import Architecture, architecture_from_hf_config, load_hf_config
+from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.models.hf_config import architecture_from_hf_config, load_architecture
 
 _COLUMNS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -48,4 +49,4 @@ def find_architecture(model: str) -> Architecture:
         path = path.parent
     if not (path / "config.json").is_file():
         raise ValueError(f"--model {model} is no directory with a config.json and none of {', '.join(NAMES)}")
-    return architecture_from_hf_config(load_hf_config(path))
+    return load_architecture(path)

@@ -1,105 +1,38 @@
-"""Architecture of a model, read from its HF config: sizes, RoPE, and one weight table per family.
+"""Architecture of a model: sizes, RoPE, attention window, and the weight table of its family.
 
 A family is a row of ``FAMILIES``.  Adding one that is built from the same blocks (RMSNorm, SwiGLU,
 RoPE, grouped-query attention) means adding a row; no other module of the package depends on the family.
+``hf_config.py`` reads an architecture from a ``config.json``.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
-DECODER_LAYER = "decoder.layers.{layer}."
-HF_LAYER = "model.layers.{layer}."
-
-
-class Split(Enum):
-    """How a Megatron parameter is cut over tensor-parallel ranks, in terms of its HF tensors."""
-
-    REPLICATED = "every rank holds the whole tensor"
-    VOCAB = "rows of the padded vocabulary"
-    COLUMNS = "dimension 1 (an expert's: over its expert-tensor-parallel ranks)"
-    QKV = "rows of q, k and v interleaved by query group: [q_0..q_r-1, k, v] for each group"
-    GATE_UP = "[gate_r; up_r]: each rank's rows of gate, then its rows of up (an expert's: as COLUMNS)"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightRule:
-    """One Megatron parameter and the HF tensors that fill it."""
-
-    megatron: tuple[str, ...]
-    """Name in a GPTModel; the first is the Transformer Engine spec's, then the local spec's alias.  An expert's
-    has ``{expert}``, its number on this rank; in ``hf`` that is its number in the whole model."""
-    hf: tuple[str, ...]
-    split: Split
-
-
-def _layer(megatron: str | tuple[str, ...], hf: str | tuple[str, ...], split: Split) -> WeightRule:
-    names = (megatron,) if isinstance(megatron, str) else megatron
-    sources = (hf,) if isinstance(hf, str) else hf
-    return WeightRule(
-        megatron=tuple(DECODER_LAYER + name for name in names),
-        hf=tuple(HF_LAYER + name for name in sources),
-        split=split,
-    )
-
-
-_QKV = tuple(f"self_attn.{x}_proj." for x in "qkv")
-
-ATTENTION_RULES = (
-    _layer(
-        ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
-        "input_layernorm.weight",
-        Split.REPLICATED,
-    ),
-    _layer("self_attention.linear_qkv.weight", tuple(n + "weight" for n in _QKV), Split.QKV),
-    _layer("self_attention.linear_proj.weight", "self_attn.o_proj.weight", Split.COLUMNS),
-)
-DENSE_MLP_RULES = (
-    _layer(
-        ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
-        "post_attention_layernorm.weight",
-        Split.REPLICATED,
-    ),
-    _layer("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), Split.GATE_UP),
-    _layer("mlp.linear_fc2.weight", "mlp.down_proj.weight", Split.COLUMNS),
-)
-# Before a router the norm is a module of its own in both specs.
-ROUTER_RULES = (
-    _layer("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", Split.REPLICATED),
-    _layer("mlp.router.weight", "mlp.gate.weight", Split.REPLICATED),
+from megatron_tropd.models.weight_table import (
+    ATTENTION_RULES,
+    DENSE_MLP_RULES,
+    EXPERT_RULES,
+    QK_NORM_RULES,
+    QKV_BIAS_RULE,
+    ROUTER_RULES,
+    WeightRule,
 )
 
 
-def _expert(part: str, hf: tuple[str, ...], split: Split) -> WeightRule:
-    """Names of the grouped experts of Transformer Engine, then of Megatron's SequentialMLP."""
-    return _layer(
-        (f"mlp.experts.{part}.weight{{expert}}", f"mlp.experts.local_experts.{{expert}}.{part}.weight"),
-        tuple(f"mlp.experts.{{expert}}.{name}.weight" for name in hf),
-        split,
-    )
+class UnsupportedArchitecture(ValueError):
+    """The checkpoint describes a model this package cannot build faithfully."""
 
 
-EXPERT_RULES = (
-    _expert("linear_fc1", ("gate_proj", "up_proj"), Split.GATE_UP),
-    _expert("linear_fc2", ("down_proj",), Split.COLUMNS),
-)
-QKV_BIAS_RULE = _layer("self_attention.linear_qkv.bias", tuple(n + "bias" for n in _QKV), Split.QKV)
-QK_NORM_RULES = tuple(
-    _layer(f"self_attention.{x}_layernorm.weight", f"self_attn.{x}_norm.weight", Split.REPLICATED) for x in "qk"
-)
-EMBEDDING_RULE = WeightRule(
-    megatron=("embedding.word_embeddings.weight",), hf=("model.embed_tokens.weight",), split=Split.VOCAB
-)
-FINAL_NORM_RULE = WeightRule(
-    megatron=("decoder.final_layernorm.weight",), hf=("model.norm.weight",), split=Split.REPLICATED
-)
-OUTPUT_RULE = WeightRule(megatron=("output_layer.weight",), hf=("lm_head.weight",), split=Split.VOCAB)
-TIED_OUTPUT_RULE = WeightRule(megatron=("output_layer.weight",), hf=("model.embed_tokens.weight",), split=Split.VOCAB)
+class Window(Enum):
+    """Which layers of a family attend to only the last ``sliding_window`` tokens, if its config gives that number."""
+
+    NONE = "none: the family has no sliding window"
+    ALL_LAYERS = "every layer"
+    BY_LAYER_TYPE = "the layers whose entry of layer_types is sliding_attention"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,39 +43,47 @@ class Family:
     qk_norm: bool = False
     sparse: bool = False
     """Every layer routes its tokens to experts."""
+    window: Window = Window.NONE
     allowed_flags: Mapping[str, object]
     """Config keys that change the network, with the only value this package implements."""
 
 
 FAMILIES: dict[str, Family] = {
-    "qwen2": Family(qkv_bias=True, allowed_flags={"use_sliding_window": False}),
-    "qwen3": Family(qk_norm=True, allowed_flags={"use_sliding_window": False, "attention_bias": False}),
+    "qwen2": Family(qkv_bias=True, window=Window.BY_LAYER_TYPE, allowed_flags={}),
+    "qwen3": Family(qk_norm=True, window=Window.BY_LAYER_TYPE, allowed_flags={"attention_bias": False}),
     "llama": Family(allowed_flags={"attention_bias": False, "mlp_bias": False}),
+    "mistral": Family(window=Window.ALL_LAYERS, allowed_flags={}),
     "qwen3_moe": Family(
         qk_norm=True,
         sparse=True,
-        allowed_flags={
-            "use_sliding_window": False,
-            "attention_bias": False,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-        },
+        window=Window.ALL_LAYERS,
+        allowed_flags={"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
 }
 
 
-class UnsupportedArchitecture(ValueError):
-    """The checkpoint describes a model this package cannot build faithfully."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RopeScaling:
+class Llama3Scaling:
     """Llama-3 frequency scaling (``rope_type: llama3``)."""
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YarnScaling:
+    """YaRN frequency scaling (``rope_type: yarn``; arXiv 2309.00071)."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+    """Whether the bounds of the ramp between both kinds of frequencies are rounded outwards to whole dimensions."""
+    attention_factor: float
+    """What rotated queries and keys are multiplied by; attention scores get its square."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,12 +103,21 @@ class Architecture:
     tie_word_embeddings: bool
     rope_theta: float
     rope_linear_factor: float | None = None
-    rope_llama3: RopeScaling | None = None
+    rope_llama3: Llama3Scaling | None = None
+    rope_yarn: YarnScaling | None = None
+    attention_window: int | None = None
+    """Tokens that a layer with a sliding window attends to, the token itself included; None: all layers attend to
+    everything before.  The window is not implemented: a sequence may not be longer."""
     num_experts: int = 0
     """Experts of every layer; 0: a dense model.  The three below are its sizes and switches."""
     moe_intermediate_size: int = 0
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = False
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Tokens of the longest sequence that this package computes as transformers does."""
+        return min(self.max_position_embeddings, self.attention_window or self.max_position_embeddings)
 
     @property
     def qkv_bias(self) -> bool:
@@ -234,101 +184,17 @@ class Architecture:
         return errors
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[float, float | None, RopeScaling | None]:
-    """(theta, linear factor, llama3 scaling) from either dialect: transformers 4 keeps ``rope_theta``
-    beside ``rope_scaling``, transformers 5 keeps everything in ``rope_parameters``."""
-    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    if scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UnsupportedArchitecture("partial_rotary_factor other than 1.0 is not supported")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return theta, None, None
-    if kind == "linear":
-        return theta, float(scaling["factor"]), None
-    if kind == "llama3":
-        return (
-            theta,
-            None,
-            RopeScaling(
-                factor=float(scaling["factor"]),
-                low_freq_factor=float(scaling["low_freq_factor"]),
-                high_freq_factor=float(scaling["high_freq_factor"]),
-                original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
-            ),
-        )
-    raise UnsupportedArchitecture(f"RoPE scaling {kind!r} is not supported; known are default, linear, llama3")
-
-
-def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a sparse model.  transformers 5 writes ``num_local_experts`` where the published files have
-    ``num_experts``."""
-    return {
-        "num_experts": int(config.get("num_experts") or config["num_local_experts"]),
-        "moe_intermediate_size": int(config["moe_intermediate_size"]),
-        "num_experts_per_tok": int(config["num_experts_per_tok"]),
-        "norm_topk_prob": bool(config.get("norm_topk_prob", False)),
-    }
-
-
-def architecture_from_hf_config(config: Mapping[str, Any]) -> Architecture:
-    """Return the architecture that an HF config mapping describes.
-
-    Raises:
-        UnsupportedArchitecture: unknown ``model_type``, or a switch that would change the network.
-    """
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise UnsupportedArchitecture(
-            f"config.json has model_type {family!r}; supported are {', '.join(sorted(FAMILIES))}"
-        )
-    wanted = {"hidden_act": "silu", **FAMILIES[family].allowed_flags}
-    for name, value in wanted.items():
-        if (config.get(name) if config.get(name) is not None else value) != value:
-            raise UnsupportedArchitecture(f"{family} with {name}={config[name]!r} is not supported (only {value!r})")
-    theta, linear, llama3 = _rope(config)
-    experts = _experts(config) if FAMILIES[family].sparse else {}
-    heads = int(config["num_attention_heads"])
-    hidden = int(config["hidden_size"])
-    return Architecture(
-        family=family,
-        vocab_size=int(config["vocab_size"]),
-        hidden_size=hidden,
-        ffn_hidden_size=int(config["intermediate_size"]),
-        num_layers=int(config["num_hidden_layers"]),
-        num_attention_heads=heads,
-        num_query_groups=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
-        norm_epsilon=float(config["rms_norm_eps"]),
-        max_position_embeddings=int(config["max_position_embeddings"]),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        rope_theta=theta,
-        rope_linear_factor=linear,
-        rope_llama3=llama3,
-        **experts,
-    )
-
-
 def architecture_from_dict(value: Mapping[str, Any]) -> Architecture:
     """Return the architecture in a mapping made by ``dataclasses.asdict``, as files and messages hold it.
+
+    A mapping of an older version may lack the newer fields, which have defaults.
 
     Raises:
         KeyError, TypeError: a field is missing or unknown.
     """
-    llama3 = value["rope_llama3"]
-    return Architecture(**{**value, "rope_llama3": RopeScaling(**llama3) if llama3 else None})
-
-
-def load_hf_config(directory: str | Path) -> dict[str, Any]:
-    """Read the ``config.json`` of an HF checkpoint directory.
-
-    Raises:
-        FileNotFoundError, ValueError: with the path, when it is missing or not JSON.
-    """
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; an HF checkpoint directory needs a config.json")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    llama3, yarn = value["rope_llama3"], value.get("rope_yarn")
+    scalings = {
+        "rope_llama3": Llama3Scaling(**llama3) if llama3 else None,
+        "rope_yarn": YarnScaling(**yarn) if yarn else None,
+    }
+    return Architecture(**{**value, **scalings})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +16,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_tropd.models.architecture import Architecture, RopeScaling
+from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.models.attention import PackedSdpaAttention
+from megatron_tropd.models.rope import inverse_frequencies
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.groups import ModelGroups
 from megatron_tropd.types import Microbatch
@@ -60,6 +60,7 @@ def transformer_config(
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "attention_softmax_in_fp32": True,
+        "softmax_scale": _softmax_scale(arch),
         "tensor_model_parallel_size": groups.layout.tp,
         "pipeline_model_parallel_size": groups.layout.pp,
         "params_dtype": params_dtype,
@@ -79,6 +80,15 @@ def transformer_config(
     if arch.num_experts:
         values.update(_experts(arch, groups, te))
     return TransformerConfig(**{**values, **overrides})
+
+
+def _softmax_scale(arch: Architecture) -> float | None:
+    """Scale of attention scores; None for Megatron's own.
+
+    YaRN multiplies rotated queries and keys by a factor.  The scores get its square, which is the same and which every
+    attention kernel applies; Transformer Engine's fused RoPE would leave the factor out.
+    """
+    return arch.rope_yarn.attention_factor**2 / arch.head_dim**0.5 if arch.rope_yarn else None
 
 
 def _experts(arch: Architecture, groups: ModelGroups, te: bool) -> dict[str, Any]:
@@ -116,17 +126,6 @@ def _layer_spec(config: TransformerConfig) -> Any:
     return spec
 
 
-def _llama3_frequencies(inverse: Tensor, scaling: RopeScaling) -> Tensor:
-    """RoPE frequencies of Llama 3.1: long wavelengths divided by ``factor``, short ones kept, a linear
-    blend between.  Megatron's own version fixes three of the four numbers."""
-    wavelength = 2 * math.pi / inverse
-    original = scaling.original_max_position_embeddings
-    blend = (original / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blended = (1 - blend) * inverse / scaling.factor + blend * inverse
-    scaled = torch.where(wavelength > original / scaling.low_freq_factor, inverse / scaling.factor, blended)
-    return torch.where(wavelength < original / scaling.high_freq_factor, inverse, scaled)
-
-
 def build_gpt_model(
     arch: Architecture,
     groups: ModelGroups,
@@ -155,12 +154,10 @@ def build_gpt_model(
         share_embeddings_and_output_weights=arch.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=arch.rope_theta,  # type: ignore[arg-type]  # Megatron annotates int and divides
-        seq_len_interpolation_factor=arch.rope_linear_factor,
         pg_collection=groups.pg_collection,
     )
-    if arch.rope_llama3 is not None:
-        rope = model.rotary_pos_emb
-        rope.inv_freq = _llama3_frequencies(rope.inv_freq, arch.rope_llama3)
+    rope = model.rotary_pos_emb
+    rope.inv_freq = inverse_frequencies(rope.inv_freq, arch)
     # The local spec makes fp32 norms whatever params_dtype says; TE's follow it.  One dtype for all.
     return model.to(device=platform.device(), dtype=params_dtype)
 

@@ -10,7 +10,8 @@ from megatron_tropd.checkpoints.directory import find_checkpoint, hf_directory, 
 from megatron_tropd.checkpoints.metadata import check_architecture
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.hub import MODEL_CONFIG_FILES, MODEL_FILES, Resolved, is_hub_name, resolve
-from megatron_tropd.models.architecture import Architecture, architecture_from_hf_config, load_hf_config
+from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.models.hf_config import load_architecture
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.setup.problems import Problems
 from megatron_tropd.training.student import training_errors
@@ -169,7 +170,7 @@ def _source(hf_checkpoint: str, megatron: str, flags: _Flags) -> ModelSpec:
         hf_dir = found.path if found else hf_directory(megatron)
         if hf_dir.is_file():
             raise ValueError(f"{hf_dir} is a file; expected a directory")
-        arch = architecture_from_hf_config(load_hf_config(hf_dir))
+        arch = load_architecture(hf_dir)
         if megatron:
             metadata = read_metadata(megatron)
             check_architecture(metadata, arch, find_checkpoint(megatron))

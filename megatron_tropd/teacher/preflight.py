@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_tropd.data.tokenizer import eos_token_ids, load_tokenizer
-from megatron_tropd.models.architecture import load_hf_config
+from megatron_tropd.models.hf_config import load_hf_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

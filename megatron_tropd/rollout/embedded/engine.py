@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from megatron_tropd.models.architecture import architecture_from_hf_config, load_hf_config
+from megatron_tropd.models.hf_config import load_architecture
 from megatron_tropd.rollout.embedded.decoding import Continuation, decode
 from megatron_tropd.rollout.engine import EngineError, SamplingParams, check_requests
 from megatron_tropd.rollout.update_tracker import UpdateTracker
@@ -83,7 +83,7 @@ class EmbeddedEngine:
         device: torch.device | str = "cpu",
         max_batch_size: int = 256,
     ) -> None:
-        architecture = architecture_from_hf_config(load_hf_config(hf_config_dir))
+        architecture = load_architecture(hf_config_dir)
         self._vocab_size = architecture.vocab_size if vocab_size is None else vocab_size
         self._max_positions = architecture.max_position_embeddings
         self._stop_token_ids = frozenset(stop_token_ids)

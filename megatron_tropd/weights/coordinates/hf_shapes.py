@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_tropd.models.architecture import EMBEDDING_RULE, FINAL_NORM_RULE, OUTPUT_RULE, Architecture, WeightRule
+from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.models.weight_table import EMBEDDING_RULE, FINAL_NORM_RULE, OUTPUT_RULE, WeightRule
 
 LM_HEAD = "lm_head.weight"
 EMBED_TOKENS = "model.embed_tokens.weight"

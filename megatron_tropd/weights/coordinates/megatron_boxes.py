@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from megatron_tropd.models.architecture import (
+from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.models.weight_table import (
     EMBEDDING_RULE,
     FINAL_NORM_RULE,
     OUTPUT_RULE,
     TIED_OUTPUT_RULE,
-    Architecture,
     Split,
     WeightRule,
 )

@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_tropd.models.architecture import Architecture, architecture_from_hf_config, load_hf_config
+from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.models.hf_config import load_architecture
 from megatron_tropd.weights.coordinates.hf_shapes import EMBED_TOKENS, LM_HEAD, hf_shapes
 from megatron_tropd.weights.files.byte_ranges import FileRanges, sha256_of_range
 from megatron_tropd.weights.files.safetensors_header import FileHeader, HfCheckpointError, TensorInfo, read_header
@@ -47,7 +48,7 @@ class HfCheckpoint:
         """
         directory = Path(directory)
         if arch is None:
-            arch = architecture_from_hf_config(load_hf_config(directory))
+            arch = load_architecture(directory)
         index_text, weight_map = _read_index(directory)
         names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]
         headers = {name: read_header(directory / name) for name in names}
