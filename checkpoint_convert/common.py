@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -20,6 +20,7 @@ from megatron_tropd.parallel.job_end import EXIT_FAILED, End, JobEnd, Terminated
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.parallel.print_once import Importance, print_once
 from megatron_tropd.weights.coordinates.checkpoint_boxes import StoredParam, stored_params
+from megatron_tropd.weights.files.other_tensors import listed
 
 USAGE_ERROR = 2
 
@@ -162,6 +163,16 @@ def iteration(text: str | None) -> int | Literal["release"] | None:
     if not text.isdecimal():
         raise ValueError(f"--iteration {text} is neither a number nor 'release'")
     return int(text)
+
+
+def notes(arch: Architecture, left_aside: Iterable[str]) -> list[str]:
+    """Return lines about what a user of a converted checkpoint has to know."""
+    lines = []
+    if names := list(left_aside):
+        lines.append(f"left aside     {len(names)} tensors, also when it is converted back: {listed(names)}")
+    if arch.attention_window and arch.attention_window < arch.max_position_embeddings:
+        lines.append(f"lengths        sequences of at most {arch.attention_window} tokens (sliding_window)")
+    return lines
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -38,6 +38,7 @@ from megatron_tropd.parallel.layout import ParallelLayout  # noqa: E402
 from megatron_tropd.weights.coordinates.checkpoint_boxes import StoredParam, stored_params  # noqa: E402
 from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint  # noqa: E402
 from megatron_tropd.weights.files.hf_manifest import HfManifest  # noqa: E402
+from megatron_tropd.weights.files.other_tensors import IGNORE_FLAG  # noqa: E402
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -53,6 +54,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="padding of the vocabulary (128)"
     )
+    parser.add_argument(
+        IGNORE_FLAG, action="store_true",
+        help="leave aside tensors of parts beside the decoder: a vision tower, multi-token prediction",
+    )  # fmt: skip
     common.add_stream_flags(parser)
     common.add_logits_flag(parser)
     return parser.parse_args(argv)
@@ -65,7 +70,7 @@ def _check(args: argparse.Namespace, directory: Path, workers: Workers) -> tuple
         raise ValueError(f"--make-vocab-size-divisible-by {divisor} must be at least 1")
     common.buffer_bytes(args)
     common.check_logits_flag(args, workers.count)
-    source = HfCheckpoint.open(directory)
+    source = HfCheckpoint.open(directory, ignore_extra=args.ignore_extra_tensors)
     common.check_layout(args, source.arch)
     common.check_output(args.save, overwrite=args.overwrite, sources=[directory])
     return source, common.target_params(args, source.arch, divisor)
@@ -109,6 +114,8 @@ def convert(argv: Sequence[str] | None = None) -> None:
             + (f", {len(digests)} hashes verified" if args.verify else "")
             + (f", from {model.source}" if model.source else "")
         )
+        for line in common.notes(source.arch, source.left_aside):
+            print(line)
 
 
 if __name__ == "__main__":

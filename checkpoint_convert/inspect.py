@@ -49,7 +49,7 @@ def _tensors(rows: Sequence[tuple[str, str, Sequence[int], int]], *, everything:
 def _hugging_face(directory: Path, *, everything: bool) -> list[str]:
     from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 
-    checkpoint = HfCheckpoint.open(directory)
+    checkpoint = HfCheckpoint.open(directory, ignore_extra=True)
     rows = [
         (name, common.dtype_name(info.dtype), info.shape, info.nbytes)
         for name, info in sorted(checkpoint.tensors.items())
@@ -57,6 +57,7 @@ def _hugging_face(directory: Path, *, everything: bool) -> list[str]:
     return [
         f"{directory}: Hugging Face, {len(checkpoint.headers)} safetensors file(s)",
         *_model_lines(checkpoint.arch),
+        *common.notes(checkpoint.arch, checkpoint.left_aside),
         *_tensors(rows, everything=everything),
     ]
 
@@ -77,6 +78,7 @@ def _megatron(directory: Path, wanted: str | None, *, everything: bool) -> list[
         f"{folder}: Megatron torch_dist, iteration {metadata.iteration}, {len(metadata.files)} files, "
         f"{common.gigabytes(size)}",
         *_model_lines(metadata.architecture),
+        *common.notes(metadata.architecture, ()),
         *([f"source         {metadata.source}"] if metadata.source else []),
         f"padding        vocabulary to a multiple of {metadata.make_vocab_size_divisible_by}",
         *_tensors(rows, everything=everything),

@@ -112,6 +112,8 @@ def convert(argv: Sequence[str] | None = None) -> None:
         print(check_logits(args.save, args.load, metadata.iteration))
     if workers.rank == 0:
         same = ", identical to the source" if metadata.iteration == RELEASE else ""
+        if manifest.left_aside:
+            same = f"{same or ', laid out as the source'} without the {len(manifest.left_aside)} tensors left aside"
         verified = ", hashes verified" if args.verify else ""
         print(
             f"{args.save}: {metadata.architecture.family}, iteration {metadata.iteration}, "

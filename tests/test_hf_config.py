@@ -157,6 +157,8 @@ REFUSED = [
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ("llama", {"hidden_size": None}, "hidden_size None"),
     ("llama", {"hidden_size": -24}, "hidden_size -24"),
+    ("qwen2", {"num_hidden_layers": 2**31 - 1}, "num_hidden_layers 2147483647; expected a positive integer up to 10000"),
+    ("llama", {"torch_dtype": "nonsense", "eos_token_id": "x"}, "eos_token_id 'x', which transformers refuses"),
     ("llama", {"num_attention_heads": 0}, "num_attention_heads 0"),
     ("qwen2", {"num_key_value_heads": 3}, "num_key_value_heads 3; expected a divisor of num_attention_heads 4"),
     ("qwen2", {"head_dim": 7}, "head_dim 7"),

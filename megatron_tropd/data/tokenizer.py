@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from megatron_tropd.json_files import read_json_object, shown
 
 if TYPE_CHECKING:  # importing transformers takes seconds, so only load_tokenizer does it
     from transformers import PreTrainedTokenizerBase
 
+_SETTINGS_FILES = ("tokenizer_config.json", "config.json")
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")
 
 
@@ -27,16 +31,63 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
         raise FileNotFoundError(
             f"tokenizer: {path} holds no vocabulary; expected one of {', '.join(_VOCABULARY_FILES)}, found {held}"
         )
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
+        return _read(path)
     except Exception as error:
         # The Rust reader raises bare Exception on a broken tokenizer.json, so a narrower type is not enough.
-        raise ValueError(f"tokenizer: the files in {path} cannot be read: {error}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"tokenizer: {_culprit(path)} cannot be read: {reason}") from error
+
+
+def _read(path: Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and try what a run does with it: some settings are read only then."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        str(path), local_files_only=True, trust_remote_code=False
+    )
+    tokenizer.encode("")  # reads model_max_length
+    for value in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if value is not None and not isinstance(value, int):
+            raise ValueError(f"a special token has the id {shown(value)}")
     return tokenizer
+
+
+def _culprit(path: Path) -> str:
+    """Return what keeps a tokenizer from being read: a file and, where one key of it is to blame, the key."""
+    from tokenizers import Tokenizer
+
+    settings: dict[str, dict[str, Any]] = {}
+    for name in (*_SETTINGS_FILES, "special_tokens_map.json", "tokenizer.json"):
+        if (path / name).is_file():
+            try:
+                settings[name] = read_json_object(path / name)
+            except (OSError, ValueError):
+                return str(path / name)
+    if "tokenizer.json" in settings:
+        try:
+            Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception:  # as in load_tokenizer
+            return str(path / "tokenizer.json")
+    for name in _SETTINGS_FILES:
+        for key in settings.get(name, {}):
+            if _reads_with(path, name, {k: v for k, v in settings[name].items() if k != key}):
+                return f"{path / name} with {key} {shown(settings[name][key])}"
+    return f"the files in {path}"
+
+
+def _reads_with(path: Path, name: str, content: dict[str, Any]) -> bool:
+    """Return whether the tokenizer of ``path`` can be read if one of its JSON files has another content."""
+    with tempfile.TemporaryDirectory() as folder:
+        for file in path.iterdir():
+            if file.name != name:
+                (Path(folder) / file.name).symlink_to(file.absolute())
+        (Path(folder) / name).write_text(json.dumps(content), encoding="utf-8")
+        try:
+            _read(Path(folder))
+        except Exception:  # as in load_tokenizer
+            return False
+        return True
 
 
 def eos_token_ids(hf_dir: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[int, ...]:
@@ -70,19 +121,13 @@ def _declared_ids(path: Path) -> list[int]:
     """Return ``eos_token_id`` of one JSON file as a list; [] if the file or key is missing, or the value null."""
     if not path.is_file():
         return []
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object")
-    return _as_ids(content.get("eos_token_id"), path)
+    return _as_ids(read_json_object(path).get("eos_token_id"), path)
 
 
 def _as_ids(value: object, path: Path) -> list[int]:
     if value is None:
         return []
     ids = value if isinstance(value, list | tuple) else [value]
-    if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
-        raise ValueError(f"{path}: eos_token_id is {value!r}; expected an integer or a list of integers")
+    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
+        raise ValueError(f"{path}: eos_token_id is {shown(value)}; expected a token id or a list of token ids")
     return list(ids)

@@ -17,11 +17,16 @@ from megatron_tropd.models.hf_rope import check, rope_fields, rope_kind
 
 CONFIG_FILE = "config.json"
 ADAPTER_FILE = "adapter_config.json"
-_LARGEST = 2**31 - 1
+DEQUANTIZE = (
+    "quantized weights cannot be read; use the unquantized checkpoint that it was made from, or dequantize it with "
+    "transformers (FP8: FineGrainedFP8Config(dequantize=True); bitsandbytes: model.dequantize()) and save_pretrained"
+)
+_LARGEST = {"num_hidden_layers": 10_000, "num_labels": 1_000_000}
+"""Values for which transformers makes lists of that length; other sizes may go up to 2**31 - 1."""
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings", "num_experts", "num_local_experts",
-    "num_experts_per_tok", "moe_intermediate_size",
+    "num_experts_per_tok", "moe_intermediate_size", "num_labels",
 )  # fmt: skip
 _ROPE_KEYS = ("rope_scaling", "rope_parameters")
 
@@ -115,10 +120,8 @@ def _refuse_quantized(config: Mapping[str, Any]) -> None:
             continue
         method = value.get("quant_method") if isinstance(value, Mapping) else value
         raise UnsupportedArchitecture(
-            f"has {key} (quant_method {shown(method)}), but quantized weights cannot be read; use the unquantized "
-            "checkpoint that it was made from, or dequantize it with transformers (FP8: "
-            "FineGrainedFP8Config(dequantize=True); bitsandbytes: model.dequantize()) and save_pretrained.  If the "
-            f"weights in this directory are not quantized, delete {key} from config.json"
+            f"has {key} (quant_method {shown(method)}), but {DEQUANTIZE}.  If the weights in this directory are not "
+            f"quantized, delete {key} from config.json"
         )
 
 
@@ -150,15 +153,19 @@ def _transformers_config(config: Mapping[str, Any]) -> Any:
 
 
 def _culprit(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]], Any]) -> str | None:
-    """Return the first key without which transformers accepts ``config``; None if no single key is to blame."""
-    for key in config:
-        if key != "model_type":
-            try:
-                build({name: value for name, value in config.items() if name != key})
-            except Exception:  # as in _transformers_config
-                continue
-            return key
-    return None
+    """Return a key that makes transformers refuse ``config``: the one without which it is accepted, or the last of
+    several that are wrong."""
+
+    def accepted(dropped: set[str]) -> bool:
+        try:
+            build({key: value for key, value in config.items() if key not in dropped})
+        except Exception:  # as in _transformers_config
+            return False
+        return True
+
+    keys = [key for key in config if key != "model_type"]
+    alone = next((key for key in keys if accepted({key})), None)
+    return alone or next((key for i, key in enumerate(keys) if accepted(set(keys[: i + 1]))), None)
 
 
 def _check_one_rope(config: Mapping[str, Any]) -> None:
@@ -194,8 +201,9 @@ def _check_switches(hf: Any, family: str, config: Mapping[str, Any]) -> None:
 
 
 def _check_size(key: str, value: object) -> None:
-    good = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _LARGEST
-    check(good, key, value, "a positive integer")
+    largest = _LARGEST.get(key, 2**31 - 1)
+    good = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
+    check(good, key, value, f"a positive integer up to {largest}")
 
 
 def _size(hf: Any, key: str) -> int:

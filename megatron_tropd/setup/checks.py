@@ -82,7 +82,12 @@ def check_lengths(config: TrainConfig, models: Models, objective: Objective, pro
     for who, source in (("student", models.student), ("teacher", models.teacher), ("reference", models.reference)):
         if source is None:
             continue
-        limit = source.arch.max_position_embeddings
+        limit, window = source.arch.max_position_embeddings, source.arch.attention_window
         problems.require(
             longest <= limit, f"{what} = {longest} tokens exceed the {who}'s max_position_embeddings {limit}"
+        )
+        problems.require(
+            window is None or longest <= window,
+            f"{what} = {longest} tokens exceed the {who}'s sliding_window {window}, and attention to a window is not "
+            f"implemented: lower --max-prompt-length and --max-response-length to {window} tokens together",
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_tropd.data.tokenizer import eos_token_ids, load_tokenizer
+from megatron_tropd.json_files import shown
 from megatron_tropd.models.hf_config import load_hf_config
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ def _load(flag: str, directory: str | Path) -> _Side:
     path = Path(directory)
     try:
         rows = load_hf_config(path).get("vocab_size")
-        if not isinstance(rows, int):
-            raise ValueError(f"{path}/config.json has vocab_size {rows!r}; expected an integer")
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+            raise ValueError(f"{path}/config.json has vocab_size {shown(rows)}; expected a positive integer")
         tokenizer = load_tokenizer(path)
         stop_ids = eos_token_ids(path, tokenizer)
     except (OSError, ValueError) as error:

@@ -13,6 +13,7 @@ from megatron_tropd.checkpoints.load import load_checkpoint
 from megatron_tropd.checkpoints.metadata import CheckpointError, Iteration
 from megatron_tropd.checkpoints.state import load_model_state
 from megatron_tropd.data.packing import pack
+from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.models.build import build_gpt_model, forward_hidden
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.groups import student_groups
@@ -24,8 +25,9 @@ LIMIT = 1e-3
 """Limit of the largest difference, relative to the largest logit or 1.  Other orders of fp32 sums stay far below it."""
 
 
-def _tokens(vocab_size: int) -> Tensor:
-    return torch.randint(0, vocab_size, (NUM_TOKENS,), generator=torch.Generator().manual_seed(0))
+def _tokens(arch: Architecture) -> Tensor:
+    count = min(NUM_TOKENS, arch.max_sequence_length)
+    return torch.randint(0, arch.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
 
 
 def _megatron(load: Path, iteration: Iteration, token_T: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ def check_logits(hf: Path, load: Path, iteration: Iteration) -> str:
 
     assert dist.get_world_size() == 1
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
-    token_T = _tokens(model.config.vocab_size)
+    token_T = _tokens(read_metadata(load, iteration).architecture)
     wanted = model(token_T[None]).logits[0]
     del model
     found = _megatron(load, iteration, token_T)
@@ -66,4 +68,4 @@ def check_logits(hf: Path, load: Path, iteration: Iteration) -> str:
     limit = LIMIT * max(1.0, wanted.abs().max().item())
     if not error <= limit:
         raise CheckpointError(f"logits of {load} differ from those of {hf} by {error:.2e} (limit {limit:.0e})")
-    return f"logits of {NUM_TOKENS} tokens differ by {error:.1e} at most"
+    return f"logits of {len(token_T)} tokens differ by {error:.1e} at most"

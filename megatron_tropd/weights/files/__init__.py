@@ -5,8 +5,9 @@
     hf_writer.py       writes the weight files of one, from a manifest of how they looked (hf_manifest.py)
     torch_dist.py      reads and writes torch_dist checkpoints chunk by chunk, without holding a model
 
-``safetensors_header.py``, ``torch_dist_chunk.py`` and ``byte_ranges.py`` are the parts that those are built from.  The
-package ``checkpoints`` has the rest of a training checkpoint: directories, digests and metadata.
+``safetensors_header.py``, ``other_tensors.py`` (names of tensors that are no weights of the decoder),
+``torch_dist_chunk.py`` and ``byte_ranges.py`` are the parts that those are built from.  The package ``checkpoints`` has
+the rest of a training checkpoint: directories, digests and metadata.
 """
 
 FRONT = {
@@ -15,5 +16,6 @@ FRONT = {
     "hf_manifest": ("MANIFEST_FILE", "HfManifest"),
     "hf_writer": ("HfWriter", "fsync_path", "remove_other_weights", "replace_text", "write_hf_files"),
     "load": ("load_hf_into",),
+    "other_tensors": ("IGNORE_FLAG", "listed"),
     "torch_dist": ("ChunkFile", "TorchDistReader", "WrittenFile", "make_metadata", "write_metadata"),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.models.hf_config import load_architecture
 from megatron_tropd.weights.coordinates.hf_shapes import EMBED_TOKENS, LM_HEAD, hf_shapes
 from megatron_tropd.weights.files.byte_ranges import FileRanges, sha256_of_range
+from megatron_tropd.weights.files.other_tensors import IGNORE_FLAG, extra_tensors, listed, rotary_buffers
 from megatron_tropd.weights.files.safetensors_header import FileHeader, HfCheckpointError, TensorInfo, read_header
 
 SINGLE_FILE = "model.safetensors"
@@ -35,12 +36,22 @@ class HfCheckpoint:
     index_text: str | None
     """Unchanged text of ``model.safetensors.index.json``, None for a one-file checkpoint."""
     tensors: dict[str, TensorInfo]
+    """The weights of the decoder."""
+    left_aside: dict[str, TensorInfo]
+    """Tensors of the files that are not read: buffers of rotary embeddings, and parts beside the decoder."""
     _ranges: FileRanges = field(repr=False, compare=False)
     _handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def open(cls, directory: str | Path, arch: Architecture | None = None) -> HfCheckpoint:
-        """Read and check the headers; ``arch`` defaults to what ``config.json`` says.
+    def open(
+        cls, directory: str | Path, arch: Architecture | None = None, *, ignore_extra: bool = False
+    ) -> HfCheckpoint:
+        """Read and check the headers.
+
+        Args:
+            directory: Hugging Face directory.
+            arch: The architecture of the weights; by default what ``config.json`` says.
+            ignore_extra: Leave aside known parts beside the decoder (a vision tower, multi-token prediction).
 
         Raises:
             HfCheckpointError: a file or a tensor is missing or wrong; the message names it.
@@ -55,10 +66,12 @@ class HfCheckpoint:
         tensors = _merge(headers)
         if weight_map is not None:
             _check_index(weight_map, tensors)
-        _check_tensors(arch, tensors)
+        aside = _left_aside(directory, tensors, ignore_extra=ignore_extra)
+        weights = {name: info for name, info in tensors.items() if name not in aside}
+        _check_tensors(arch, weights)
         return cls(
-            directory=directory, arch=arch, headers=headers, index_text=index_text, tensors=tensors,
-            _ranges=FileRanges(directory),
+            directory=directory, arch=arch, headers=headers, index_text=index_text, tensors=weights,
+            left_aside={name: tensors[name] for name in sorted(aside)}, _ranges=FileRanges(directory),
         )  # fmt: skip
 
     @property
@@ -163,20 +176,38 @@ def _check_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> 
         raise HfCheckpointError(f"{tensors[extra[0]].file} holds {extra[0]}, which {INDEX_FILE} does not name")
 
 
-def _listed(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _left_aside(directory: Path, tensors: Mapping[str, TensorInfo], *, ignore_extra: bool) -> set[str]:
+    """Return the tensors that are not read.
+
+    Raises:
+        HfCheckpointError: there are parts beside the decoder, and ``ignore_extra`` is false.
+    """
+    extra = extra_tensors(tensors)
+    if extra and not ignore_extra:
+        parts = "; ".join(f"{part}: {listed(names)}" for part, names in extra.items())
+        raise HfCheckpointError(
+            f"{directory} holds tensors of parts beside the decoder ({parts}); convert it with "
+            f"checkpoint_convert.hf_to_megatron {IGNORE_FLAG}, which leaves them aside, and give the converted "
+            "checkpoint (--pretrained-checkpoint, or --teacher-load for a teacher)"
+        )
+    return rotary_buffers(tensors).union(*extra.values())
 
 
 def _check_tensors(arch: Architecture, tensors: dict[str, TensorInfo]) -> None:
     """Check names and shapes against the architecture; one message reports all problems (at most 8)."""
+    if arch.num_layers * max(1, arch.num_experts) > len(tensors):  # also keeps the tables below small
+        experts = f" of {arch.num_experts} experts" if arch.num_experts else ""
+        raise HfCheckpointError(
+            f"config.json says {arch.num_layers} layers{experts} (num_hidden_layers), but there are only "
+            f"{len(tensors)} tensors"
+        )
     expected = hf_shapes(arch)
     allowed = expected | ({LM_HEAD: expected[EMBED_TOKENS]} if arch.tie_word_embeddings else {})
     problems = []
     if unknown := tensors.keys() - allowed.keys():
-        problems.append(f"unknown tensors: {_listed(unknown)}")
+        problems.append(f"unknown tensors: {listed(unknown)}")
     if missing := expected.keys() - tensors.keys():
-        problems.append(f"missing tensors: {_listed(missing)}")
+        problems.append(f"missing tensors: {listed(missing)}")
     for name in sorted(tensors.keys() & allowed.keys()):
         if tensors[name].shape != allowed[name]:
             problems.append(f"{name} has shape {list(tensors[name].shape)}, expected {list(allowed[name])}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class HfManifest:
     """Digest of each tensor's bytes; empty if none was recorded or the weights are no longer the source's."""
     vocab_size: int
     padded_vocab_size: int | None = None
+    left_aside: tuple[str, ...] = ()
+    """Tensors that the source had and the files of this manifest do not have."""
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -50,13 +52,19 @@ class HfManifest:
     def of(
         cls, checkpoint: HfCheckpoint, *, sha256: Mapping[str, str] | None = None, padded_vocab_size: int | None = None
     ) -> HfManifest:
-        """Return the manifest of an opened checkpoint."""
+        """Return the manifest of an opened checkpoint, without the tensors that it leaves aside."""
+        headers, index_text = dict(checkpoint.headers), checkpoint.index_text
+        if aside := checkpoint.left_aside:
+            kept = {file: header for file, header in headers.items() if header.tensors.keys() - aside.keys()}
+            headers = {file: header.without(aside.keys(), file) for file, header in kept.items()}
+            index_text = _index_without(index_text, aside.keys(), headers) if index_text is not None else None
         return cls(
-            headers=dict(checkpoint.headers),
-            index_text=checkpoint.index_text,
+            headers=headers,
+            index_text=index_text,
             sha256=dict(sha256 or {}),
             vocab_size=checkpoint.arch.vocab_size,
             padded_vocab_size=padded_vocab_size,
+            left_aside=tuple(aside),
         )
 
     @classmethod
@@ -111,6 +119,7 @@ class HfManifest:
             "files": {name: header.text for name, header in self.headers.items()},
             "index": {INDEX_FILE: self.index_text} if self.index_text is not None else None,
             "sha256": self.sha256,
+            "left_aside": list(self.left_aside),
         }
         return json.dumps(value, indent=1) + "\n"
 
@@ -131,6 +140,7 @@ class HfManifest:
                 sha256=value["sha256"],
                 vocab_size=value["vocab_size"],
                 padded_vocab_size=value["padded_vocab_size"],
+                left_aside=tuple(value.get("left_aside", ())),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise HfCheckpointError(f"{MANIFEST_FILE} is damaged: {error!r}") from error
@@ -140,3 +150,12 @@ class HfManifest:
         """Read the manifest in ``directory``; None if it has none."""
         path = Path(directory) / MANIFEST_FILE
         return cls.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _index_without(text: str, names: Collection[str], headers: Mapping[str, FileHeader]) -> str:
+    """Return the index without some tensors, with the size of those that remain."""
+    index = json.loads(text)
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in names}
+    if isinstance(metadata := index.get("metadata"), dict) and "total_size" in metadata:
+        metadata["total_size"] = sum(header.data_bytes for header in headers.values())
+    return json.dumps(index, indent=2) + "\n"

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_tropd.models.hf_config import DEQUANTIZE
+from megatron_tropd.weights.files.other_tensors import quantization_of
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -46,6 +49,16 @@ class FileHeader:
     tensors: dict[str, TensorInfo]
     data_bytes: int
 
+    def without(self, names: Collection[str], file: str) -> FileHeader:
+        """Return the header of the file called ``file`` without some of its tensors; the rest is as it was."""
+        entries = json.loads(self.text)
+        position = 0
+        for name in sorted(self.tensors.keys() - set(names), key=lambda name: self.tensors[name].offset):
+            nbytes = self.tensors[name].nbytes
+            entries[name]["data_offsets"] = [position, position + nbytes]
+            position += nbytes
+        return parse_header(_header_text({key: entry for key, entry in entries.items() if key not in names}), file)
+
     @property
     def prefix(self) -> bytes:
         """The bytes before the data."""
@@ -70,9 +83,8 @@ def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor_info(file: str, name: str, entry: Mapping[str, Any], data_start: int) -> TensorInfo:
     kind = entry["dtype"]
     if kind not in DTYPES:
-        raise HfCheckpointError(
-            f"{name} has dtype {kind}; supported are {', '.join(DTYPES)} (dequantize the checkpoint first)"
-        )
+        remedy = f" ({DEQUANTIZE})" if str(kind).startswith(("F8", "F4", "I8", "U8")) else ""
+        raise HfCheckpointError(f"{name} has dtype {kind}; supported are {', '.join(DTYPES)}{remedy}")
     begin, end = entry["data_offsets"]
     shape = tuple(int(extent) for extent in entry["shape"])
     info = TensorInfo(file=file, dtype=DTYPES[kind], shape=shape, offset=data_start + begin, nbytes=end - begin)
@@ -91,10 +103,12 @@ def parse_header(text: str, file: str) -> FileHeader:
     try:
         entries = json.loads(text, object_pairs_hook=_no_duplicates)
         entries.pop("__metadata__", None)
+        if method := quantization_of(entries):
+            raise HfCheckpointError(f"the weights are quantized ({method}), but {DEQUANTIZE}")
         tensors = {name: _tensor_info(file, name, entry, data_start) for name, entry in entries.items()}
     except HfCheckpointError as error:
         raise HfCheckpointError(f"{file}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise HfCheckpointError(f"{file}: the safetensors header is damaged: {error!r}") from error
     position = data_start
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
@@ -144,6 +158,10 @@ def make_header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, file:
             "data_offsets": [position, position + nbytes],
         }
         position += nbytes
+    return parse_header(_header_text(entries), file)
+
+
+def _header_text(entries: Mapping[str, Any]) -> str:
+    """Return the header as the safetensors library writes it, padded with spaces."""
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
-    padding = -len(text.encode()) % LENGTH_BYTES
-    return parse_header(text + " " * padding, file)
+    return text + " " * (-len(text.encode()) % LENGTH_BYTES)
