@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,17 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 def shown(value: object) -> str:
     """Return a value of a file as text for a message, shortened where it is long or deep."""
     return reprlib.repr(value)
+
+
+def culprit(content: Mapping[str, Any], accepted: Callable[[dict[str, Any]], bool]) -> str | None:
+    """Return a key that makes ``content`` unacceptable; None if it is not the keys.
+
+    The key is the one without which ``content`` is accepted, or the last of several that are wrong.
+    """
+    keys = list(content)
+
+    def without(dropped: list[str]) -> dict[str, Any]:
+        return {key: value for key, value in content.items() if key not in dropped}
+
+    alone = next((key for key in keys if accepted(without([key]))), None)
+    return alone or next((key for count, key in enumerate(keys, 1) if accepted(without(keys[:count]))), None)

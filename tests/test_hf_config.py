@@ -76,7 +76,7 @@ OF_A_FAMILY = {
     ("qwen3_moe", "window not used"): {"use_sliding_window": False, "sliding_window": 8},
     ("qwen3_moe", "window in every layer"): {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
     ("qwen3_moe", "experts of transformers 5"): {"num_experts": DROP, "num_local_experts": 4},
-    ("qwen3_moe", "experts in both spellings"): {"num_local_experts": 6},
+    ("qwen3_moe", "experts in both spellings"): {"num_local_experts": 4},
     ("qwen3_moe", "defaults of experts"): {"norm_topk_prob": DROP, "mlp_only_layers": None, "decoder_sparse_step": 1},
     ("qwen3_moe", "experts left to their defaults"): {"num_experts": DROP, "num_experts_per_tok": DROP},
 }  # fmt: skip
@@ -152,7 +152,7 @@ REFUSED = [
     ("llama", {"rope_scaling": {"rope_type": "proportional"}}, "proportional"),
     ("qwen2", {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}, "mrope"),
     ("qwen3", {"layer_types": ["full_attention"] * 3, "rope_parameters": {"full_attention": {"rope_type": "default"}}},
-     "rope_type None"),
+     r"rope_type None \(RoPE by layer type\) in rope_parameters"),
     ("llama", {"rope_theta": None}, "rope_theta None"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ("llama", {"hidden_size": None}, "hidden_size None"),
@@ -175,12 +175,13 @@ REFUSED = [
     ("mistral", {"sliding_window": 0}, "sliding_window 0"),
     ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
+    ("qwen3_moe", {"num_local_experts": 6}, "num_experts 4 beside num_local_experts 6"),
     ("qwen3_moe", {"num_experts_per_tok": 5}, "num_experts_per_tok 5; expected at most num_experts 4"),
     ("qwen2_vl", {}, "model_type 'qwen2_vl'; supported are llama, mistral"),
     ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quant_method 'fp8'.*dequantize.*delete quantization_config"),
     ("llama", {"compression_config": {"quant_method": "compressed-tensors"}}, "compression_config"),
     ("llama", {"torch_dtype": "nonsense"}, "torch_dtype 'nonsense', which transformers refuses"),
-    ("llama", {"to_dict": 5}, "to_dict 5, which transformers refuses: to_dict is a method"),
+    ("llama", {"to_dict": 5}, "to_dict 5, which transformers refuses: to_dict is a part of LlamaConfig"),
 ]  # fmt: skip
 
 

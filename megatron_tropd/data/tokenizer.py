@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_tropd.json_files import read_json_object, shown
+from megatron_tropd.json_files import culprit, read_json_object, shown
 
 if TYPE_CHECKING:  # importing transformers takes seconds, so only load_tokenizer does it
     from transformers import PreTrainedTokenizerBase
@@ -70,10 +71,9 @@ def _culprit(path: Path) -> str:
         except Exception:  # as in load_tokenizer
             return str(path / "tokenizer.json")
     for name in _SETTINGS_FILES:
-        for key in settings.get(name, {}):
-            if _reads_with(path, name, {k: v for k, v in settings[name].items() if k != key}):
-                return f"{path / name} with {key} {shown(settings[name][key])}"
-    return f"the files in {path}"
+        if key := culprit(settings.get(name, {}), partial(_reads_with, path, name)):
+            return f"{path / name} with {key} {shown(settings[name][key])}"
+    return str(path / "tokenizer.json") if "tokenizer.json" in settings else f"the files in {path}"
 
 
 def _reads_with(path: Path, name: str, content: dict[str, Any]) -> bool:

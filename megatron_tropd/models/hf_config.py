@@ -7,11 +7,11 @@ transformers, or is refused.  No code of the checkpoint is run, and nothing is f
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_tropd.json_files import read_json_object, shown
+from megatron_tropd.json_files import culprit, read_json_object, shown
 from megatron_tropd.models.architecture import FAMILIES, Architecture, UnsupportedArchitecture, Window
 from megatron_tropd.models.hf_rope import check, rope_fields, rope_kind
 
@@ -110,7 +110,7 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
         tie_word_embeddings=tied,
         attention_window=_attention_window(hf, FAMILIES[name].window),
         **rope_fields(hf),
-        **(_experts(hf) if FAMILIES[name].sparse else {}),
+        **(_experts(hf, config) if FAMILIES[name].sparse else {}),
     )
 
 
@@ -136,36 +136,29 @@ def _transformers_config(config: Mapping[str, Any]) -> Any:
     kind = CONFIG_MAPPING[config["model_type"]]
 
     def build(values: Mapping[str, Any]) -> Any:
-        if shadowed := [key for key in values if callable(getattr(kind, key, None))]:
-            raise TypeError(f"{shadowed[0]} is a method of {kind.__name__}")  # it would be replaced by the value
+        # The value would take the place of a method, or of the table of names that attribute access itself uses.
+        if shadowed := [key for key in values if key == "attribute_map" or callable(getattr(kind, key, None))]:
+            raise TypeError(f"{shadowed[0]} is a part of {kind.__name__}")
         hf = kind(**copy.deepcopy(dict(values)))
         if hasattr(hf, "standardize_rope_params"):  # transformers 5: models call it again when they compute RoPE
             hf.standardize_rope_params()
+        hf.to_dict()  # from_pretrained logs it, and fails where it fails
         return hf
+
+    def accepted(values: Mapping[str, Any]) -> bool:
+        try:
+            build(values)
+        except Exception:  # as below
+            return False
+        return True
 
     try:
         return build(config)
     except Exception as error:  # of any type: its validators, and whatever its code does to a value of another type
         reason = " ".join(str(error).split()) or type(error).__name__
-        key = _culprit(config, build)
+        key = culprit({name: value for name, value in config.items() if name != "model_type"}, accepted)
         what = f"has {key} {shown(config[key])}, which transformers refuses" if key else "is refused by transformers"
         raise UnsupportedArchitecture(f"{what}: {reason[:300]}") from error
-
-
-def _culprit(config: Mapping[str, Any], build: Callable[[Mapping[str, Any]], Any]) -> str | None:
-    """Return a key that makes transformers refuse ``config``: the one without which it is accepted, or the last of
-    several that are wrong."""
-
-    def accepted(dropped: set[str]) -> bool:
-        try:
-            build({key: value for key, value in config.items() if key not in dropped})
-        except Exception:  # as in _transformers_config
-            return False
-        return True
-
-    keys = [key for key in config if key != "model_type"]
-    alone = next((key for key in keys if accepted({key})), None)
-    return alone or next((key for i, key in enumerate(keys) if accepted(set(keys[: i + 1]))), None)
 
 
 def _check_one_rope(config: Mapping[str, Any]) -> None:
@@ -223,13 +216,18 @@ def _attention_window(hf: Any, window: Window) -> int | None:
             raise UnsupportedArchitecture(f"has {unknown[0]} in layer_types, which is not supported")
         if "sliding_attention" not in types:
             return None
+        check(hf.sliding_window is not None, "sliding_attention in layer_types, but sliding_window", None,
+              "a number (and use_sliding_window true)")  # fmt: skip
     elif hf.sliding_window is None:
         return None
     return _size(hf, "sliding_window")
 
 
-def _experts(hf: Any) -> dict[str, Any]:
-    """Return the fields of a sparse model."""
+def _experts(hf: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a sparse model.  ``num_local_experts`` is the newer name of ``num_experts``."""
+    both = [config.get(key) for key in ("num_experts", "num_local_experts")]
+    if None not in both and both[0] != both[1]:
+        raise UnsupportedArchitecture(f"has num_experts {both[0]} beside num_local_experts {both[1]}; delete one")
     experts, chosen = _size(hf, "num_experts"), _size(hf, "num_experts_per_tok")
     check(chosen <= experts, "num_experts_per_tok", chosen, f"at most num_experts {experts}")
     normalised = hf.norm_topk_prob

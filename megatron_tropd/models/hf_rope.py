@@ -46,8 +46,11 @@ def rope_kind(hf: Any) -> str:
         raise UnsupportedArchitecture(f"has RoPE of rope_type {shown(kind)} and type {shown(older)}; keep one of them")
     if not isinstance(kind, str) or kind not in _READERS:
         hint = f" ({_REASONS[kind]})" if isinstance(kind, str) and kind in _REASONS else ""
+        if kind is None and any(isinstance(value, Mapping) for value in rope.values()):
+            hint = " (RoPE by layer type)"
         raise UnsupportedArchitecture(
-            f"has RoPE of rope_type {shown(kind)}{hint}; supported are {', '.join(sorted(_READERS))}"
+            f"has rope_type {shown(kind)}{hint} in rope_parameters or rope_scaling; supported are "
+            f"{', '.join(sorted(_READERS))}"
         )
     return kind
 
@@ -66,8 +69,8 @@ def _parameters(hf: Any) -> Mapping[str, Any]:
 def _number(rope: Mapping[str, Any], key: str) -> float:
     """Return a positive number of the RoPE parameters."""
     value = rope.get(key)
-    good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e30
-    check(good, f"RoPE {key}" if key != "rope_theta" else key, value, "a positive number")
+    good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e15
+    check(good, f"RoPE {key}" if key != "rope_theta" else key, value, "a positive number up to 1e15")
     return float(value)  # type: ignore[arg-type]  # checked above
 
 
