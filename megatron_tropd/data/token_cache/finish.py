@@ -88,7 +88,10 @@ def finish(directory: Path, records: Sequence[ShardRecord]) -> Summary:
         num_faults=sum(record.faults for record in records),
         details=tuple(shifted(row, first) for record, first in numbered for row in record.details),
         is_sorted=is_sorted,
-        **counts,
+        num_responses=counts.responses,
+        num_cut=counts.cut,
+        num_answers=counts.answers,
+        digest=counts.digest,
     )
     with replacing(directory / "summary.json") as path:
         path.write_text(json.dumps(asdict(summary)), encoding="utf-8")
@@ -119,7 +122,8 @@ def _by_file(records: Sequence[ShardRecord]) -> dict[str, FileCounts]:
 
 def _first_lines(records: Sequence[ShardRecord]) -> list[int]:
     """Return how many records of its file precede each shard."""
-    first, result = {}, []
+    first: dict[str, int] = {}
+    result = []
     for record in records:
         result.append(first.get(record.path, 0))
         first[record.path] = result[-1] + record.rows
@@ -218,7 +222,15 @@ def _without(directory: Path, index: int, record: ShardRecord, repeated: dict[in
 # ---- digest and counts ----
 
 
-def _count(directory: Path, records: Sequence[ShardRecord], uids: Sequence[np.ndarray]) -> dict[str, int | str]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Counts:
+    responses: int
+    cut: int
+    answers: int
+    digest: str
+
+
+def _count(directory: Path, records: Sequence[ShardRecord], uids: Sequence[np.ndarray]) -> _Counts:
     state = hashlib.sha256()
     responses = cut = answers = 0
     for index in range(len(records)):
@@ -230,7 +242,7 @@ def _count(directory: Path, records: Sequence[ShardRecord], uids: Sequence[np.nd
             responses += len(batch["response"]) - batch["response"].null_count
             cut += int((batch["response_len"].to_numpy() > lengths).sum())
             answers += len(batch["answer"]) - batch["answer"].null_count
-    return {"digest": state.hexdigest(), "num_responses": responses, "num_cut": cut, "num_answers": answers}
+    return _Counts(responses=responses, cut=cut, answers=answers, digest=state.hexdigest())
 
 
 def _lengths(lists: pa.ListArray) -> np.ndarray:
