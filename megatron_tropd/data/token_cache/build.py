@@ -26,7 +26,7 @@ from megatron_tropd.data.token_cache.shard import make_shard, read_record
 FORMAT = 1
 """Raised when older caches must not be read; they are made again under another name."""
 _SAY_EVERY_S = 10.0
-_PROBE_BYTES = 1 << 16
+_PROBE_BYTES = 1 << 12
 
 Say = Callable[[str], None]
 
