@@ -21,7 +21,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from megatron_tropd.models.architecture import architecture_from_hf_config
+from megatron_tropd.models.hf_config import architecture_from_hf_config
 from megatron_tropd.rollout.sglang.api.generation import TokenRules, group_requests
 from megatron_tropd.rollout.sglang.engine import Engine
 from megatron_tropd.rollout.sglang.settings import SGLangSettings
