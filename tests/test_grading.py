@@ -183,7 +183,8 @@ def test_an_interrupted_question_leaves_no_reply_behind(monkeypatch):
     process = MathProcess()
     assert process.equal("14/2", "7")
 
-    def interrupted(*_):
+    def interrupted(worker, question):
+        print(question, file=worker.stdin, flush=True)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
