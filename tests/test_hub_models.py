@@ -149,7 +149,7 @@ def test_ranks_with_different_configurations_are_refused_on_every_rank(ranks):
 
 def test_the_metadata_of_older_checkpoints_has_no_source(tmp_path, cache):
     from megatron_tropd.checkpoints.metadata import CheckpointMetadata, parse_metadata
-    from megatron_tropd.models.architecture import architecture_from_hf_config, load_hf_config
+    from megatron_tropd.models.hf_config import architecture_from_hf_config, load_hf_config
 
     config = next(Path(cache).glob("hub/*student/snapshots/*/config.json")).parent
     metadata = CheckpointMetadata(

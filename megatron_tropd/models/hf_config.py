@@ -201,7 +201,7 @@ def _check_size(key: str, value: object) -> None:
 
 def _size(hf: Any, key: str) -> int:
     """Return a positive integer of a config."""
-    value = getattr(hf, key, None)
+    value: Any = getattr(hf, key, None)
     _check_size(key, value)
     return value
 
