@@ -29,8 +29,9 @@ from megatron_tropd.checkpoints.conversion.verify import verify_stored  # noqa: 
 from megatron_tropd.checkpoints.conversion.workers import Workers  # noqa: E402
 from megatron_tropd.checkpoints.conversion.writing import write_plain_files  # noqa: E402
 from megatron_tropd.checkpoints.directory import RELEASE  # noqa: E402
+from megatron_tropd.checkpoints.known_logprobs import KNOWN_LOGPROBS_JSON  # noqa: E402
 from megatron_tropd.checkpoints.metadata import CheckpointError, FileRecord  # noqa: E402
-from megatron_tropd.checkpoints.save import write_checkpoint, write_hf_folder  # noqa: E402
+from megatron_tropd.checkpoints.save import add_text, write_checkpoint, write_hf_folder  # noqa: E402
 from megatron_tropd.hub import MODEL_FILES, resolve  # noqa: E402
 from megatron_tropd.parallel.fail_together import on_all_ranks, on_rank_zero  # noqa: E402
 from megatron_tropd.parallel.groups import init_distributed  # noqa: E402
@@ -106,7 +107,9 @@ def convert(argv: Sequence[str] | None = None) -> None:
         arch=source.arch, make_vocab_size_divisible_by=args.make_vocab_size_divisible_by, source=model.source,
     )  # fmt: skip
     if args.verify_logits:
-        print(check_logits(model.path, args.save, RELEASE))
+        check = check_logits(model.path, args.save, RELEASE)
+        add_text(folder, KNOWN_LOGPROBS_JSON, check.known.to_json())
+        print(check.text)
     if workers.rank == 0:
         print(
             f"{folder}: {source.arch.family}, {len(source.tensors)} tensors, {common.dtype_name(dtype)}, "

@@ -109,7 +109,7 @@ def convert(argv: Sequence[str] | None = None) -> None:
     folder, _ = open_checkpoint(args.load, metadata.iteration, tensors_checked_later=digested)
     written = _write(args, folder, metadata, manifest, workers)
     if args.verify_logits:
-        print(check_logits(args.save, args.load, metadata.iteration))
+        print(check_logits(args.save, args.load, metadata.iteration).text)
     if workers.rank == 0:
         same = ", identical to the source" if metadata.iteration == RELEASE else ""
         if manifest.left_aside:

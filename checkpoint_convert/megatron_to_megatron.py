@@ -32,8 +32,10 @@ from megatron_tropd.checkpoints.conversion.reshard import plan_copy, verify_copy
 from megatron_tropd.checkpoints.conversion.workers import Workers  # noqa: E402
 from megatron_tropd.checkpoints.conversion.writing import write_plain_files  # noqa: E402
 from megatron_tropd.checkpoints.directory import HF_FOLDER, read_metadata  # noqa: E402
+from megatron_tropd.checkpoints.known_logprobs import KNOWN_LOGPROBS_JSON  # noqa: E402
 from megatron_tropd.checkpoints.load import open_checkpoint  # noqa: E402
 from megatron_tropd.checkpoints.metadata import CheckpointError, CheckpointMetadata, FileRecord  # noqa: E402
+from megatron_tropd.checkpoints.run_record import RUN_JSON  # noqa: E402
 from megatron_tropd.checkpoints.safety import COMMON_FILE  # noqa: E402
 from megatron_tropd.checkpoints.save import write_checkpoint  # noqa: E402
 from megatron_tropd.parallel.fail_together import on_all_ranks, on_rank_zero  # noqa: E402
@@ -77,12 +79,12 @@ def _check(args: argparse.Namespace) -> tuple[CheckpointMetadata, tuple[StoredPa
 
 
 def _write_plain(source: Path, target: Path, *, weights_only: bool) -> None:
-    """Write Megatron's own files besides the tensors: copies, or those of a checkpoint that holds only weights."""
+    """Write the files besides the tensors: copies, or Megatron's own of a checkpoint that holds only weights."""
     if weights_only:
         write_plain_files(target)
-        return
-    for name in (COMMON_FILE, CONFIG_FILE):
-        shutil.copyfile(source / name, target / name)
+    for name in (KNOWN_LOGPROBS_JSON,) if weights_only else (COMMON_FILE, CONFIG_FILE, RUN_JSON, KNOWN_LOGPROBS_JSON):
+        if name in (COMMON_FILE, CONFIG_FILE) or (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def _write_hf(source: Path, target: Path, padded: int) -> None:

@@ -159,7 +159,9 @@ class EngineConfig:
         "deadline of one control call and of one message of weights",
     )
     parity_limit: float = setting(
-        0.0, "mean |log p| difference of engine and trainer, in nats, that is an alarm; 0: 1e-3 in fp32, 0.1 in bf16"
+        0.0,
+        "mean |log p| difference that is an alarm, in nats: of engine and trainer, and of a teacher and what is known "
+        "of it; 0: 1e-3 in fp32, 0.1 in bf16",
     )
     on_parity: Literal["stop", "warn"] = setting("stop", "what an alarm does")
 
@@ -201,6 +203,14 @@ class TrainingConfig:
     clip_grad: float = setting(1.0, "global gradient norm; 0 for none")
     seed: int = setting(1234, "of every random number of the run")
     on_nonfinite: Literal["stop", "skip"] = setting("stop", "a NaN or Inf ends the run (exit 17) or skips the step")
+    on_spike: Literal["stop", "warn", "skip"] = setting(
+        "stop", "a number above a --spike limit ends the run (exit 18), is a warning, or skips the update"
+    )
+    spike_limit: float = setting(
+        200.0, "nats per token: limit of the loss and of the models' mean log-probabilities, as absolute values"
+    )
+    spike_grad_norm: float = setting(1e6, "limit of the gradient norm before clipping")
+    spike_reward: float = setting(1e6, "limit of the absolute value of a reward")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +221,9 @@ class CheckpointConfig:
     load: str = setting("", "directory to resume from; default --save")
     save_interval: int = setting(0, "steps between checkpoints; the last step is always saved")
     exit_on_missing_checkpoint: bool = setting(False, "fail when --load has no checkpoint instead of starting fresh")
+    allow_changed_run: bool = setting(
+        False, "resume with another method, data, models or seed than the checkpoint's run had"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

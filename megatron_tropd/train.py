@@ -1,8 +1,8 @@
 """Train a student: ``torchrun --nproc-per-node N -m megatron_tropd.train --config X.yaml [flags]``.
 
 Exit codes of a rank: 0 done, 1 failed while running or ended from outside, 2 the configuration or a file that it names
-cannot be used, 17 a loss or gradient norm was not finite.  If a rank fails, torchrun itself exits with 1 and prints the
-rank's code.
+cannot be used, 17 a loss or gradient norm was not finite, 18 a number of an update was absurd.  If a rank fails,
+torchrun itself exits with 1 and prints the rank's code.
 """
 
 from __future__ import annotations

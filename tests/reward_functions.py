@@ -20,6 +20,10 @@ def not_a_number(sample):
     return float("nan")
 
 
+def astronomic(sample):
+    return 1e9 * third_of_length(sample)
+
+
 a_number = 3
 
 

@@ -7,26 +7,31 @@ import math
 import pytest
 import torch
 
-from megatron_tropd.training.guard import MAX_SKIPS_IN_A_ROW, Guard, NonFiniteStep
+from megatron_tropd.config import TrainingConfig
+from megatron_tropd.training.guard import MAX_SKIPS_IN_A_ROW, Guard, NonFiniteStep, Update
 from tests.tiny_run import flags, make_world
+
+
+def _guard(said=None, **settings):
+    return Guard(TrainingConfig(**settings), (said if said is not None else []).append)
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan)])
 def test_stop_names_step_number_and_advice(loss, norm):
     with pytest.raises(NonFiniteStep, match=r"step 7: .*no weight was changed.*--on-nonfinite skip"):
-        Guard("stop").judge(step=7, loss=loss, grad_norm=norm)
+        _guard().judge(Update(step=7, loss=loss, grad_norm=norm))
 
 
 def test_skips_have_a_budget_and_a_good_step_renews_it():
-    guard = Guard("skip")
+    guard = _guard(on_nonfinite="skip")
     for _ in range(3):
         for step in range(MAX_SKIPS_IN_A_ROW):
-            assert guard.judge(step=step, loss=math.nan, grad_norm=1.0) == "skipped"
-        assert guard.judge(step=99, loss=1.0, grad_norm=1.0) == "stepped"
+            assert guard.judge(Update(step=step, loss=math.nan, grad_norm=1.0)) == "skipped"
+        assert guard.judge(Update(step=99, loss=1.0, grad_norm=1.0)) == "stepped"
     for step in range(MAX_SKIPS_IN_A_ROW):
-        guard.judge(step=step, loss=math.nan, grad_norm=1.0)
+        guard.judge(Update(step=step, loss=math.nan, grad_norm=1.0))
     with pytest.raises(NonFiniteStep, match="11 in a row"):
-        guard.judge(step=11, loss=math.nan, grad_norm=1.0)
+        guard.judge(Update(step=11, loss=math.nan, grad_norm=1.0))
 
 
 def _poisoned_step(argv, policy):

@@ -45,10 +45,10 @@ def test_a_configuration_error(world, tmp_path, delayed):
 
 @pytest.mark.parametrize("delayed", [0, 1])
 def test_a_number_that_is_not_finite(world, tmp_path, delayed):
-    argv = flags(world, tmp_path / "run", tensor_model_parallel_size=2, guidance_beta=3e38)
+    argv = flags(world, tmp_path / "run", tensor_model_parallel_size=2, objective="sft", lr=10)
     env = environment(AT="megatron_tropd.training.guard:Guard.judge", DELAYED_RANK=str(delayed))
     text = output_of(argv, tmp_path, env, MODULE)
-    assert text.count("no weight was changed; resume from the last checkpoint") == 1, text
+    assert text.count("no weight was changed by this step; resume from the last checkpoint") == 1, text
     assert own_tracebacks(text) == 0 and 17 in _exit_codes(text) and CONTINUE not in text
 
 
@@ -66,9 +66,9 @@ def stopped(world, tmp_path_factory):
 
 @pytest.mark.parametrize("delayed", [0, 1])
 def test_a_refused_resume(stopped, tmp_path, delayed):
-    env = environment(AT="megatron_tropd.data.prompts:PromptSource.load_state_dict", DELAYED_RANK=str(delayed))
+    env = environment(AT="megatron_tropd.setup.assemble:find_origin", DELAYED_RANK=str(delayed))
     text = output_of(stopped, tmp_path, env, MODULE)
-    assert text.count("the prompts changed since the checkpoint") == 1, text
+    assert text.count("belongs to another experiment") == 1 and text.count("--prompt-data: ") == 1, text
     assert own_tracebacks(text) == 0 and 2 in _exit_codes(text)
     assert CONTINUE not in text, "the same command would be refused again"
 

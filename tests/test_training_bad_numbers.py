@@ -60,6 +60,27 @@ def _message(argv):
     return ""
 
 
+def _message_of_a_step_with_nan_weights(argv, role):
+    """The weights become NaN after the checks at the start."""
+    import torch.distributed as dist
+
+    from megatron_tropd.cli import parse
+    from megatron_tropd.setup.assemble import assemble, close
+    from megatron_tropd.setup.run_spec import make_run_spec
+    from megatron_tropd.training.loop import push_weights, train_step
+
+    assembled = assemble(make_run_spec(parse(argv), dist.get_world_size()))
+    try:
+        push_weights(assembled.run)
+        getattr(assembled.run, role)._model.decoder.layers[0].mlp.linear_fc2.weight[0, 0] = float("nan")
+        train_step(assembled.run, 0)
+    except ValueError as error:
+        return str(error)
+    finally:
+        close(assembled)
+    return ""
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
@@ -76,7 +97,15 @@ def test_a_token_the_teacher_excludes_is_never_trusted_and_trains(ranks, world, 
         assert loss == loss and abs(loss) < 1e3 and moved
 
 
-def test_a_teacher_with_nan_weights_names_the_prompts(ranks, world, tmp_path):
+@pytest.mark.parametrize("role", ["teacher", "reference"])
+def test_a_scorer_with_nan_weights_names_the_prompts(ranks, world, tmp_path, role):
+    argv = flags(world, tmp_path / "run", objective="gopd", reference_hf_checkpoint=world / "student", **LAYOUT)
+    messages = ranks(2).run(_message_of_a_step_with_nan_weights, argv, role)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(f"{role}: prompts ") and f"check --{role}-hf-checkpoint" in messages[0]
+
+
+def test_a_teacher_with_nan_weights_is_refused_at_the_start(ranks, world, tmp_path):
     import shutil
 
     shutil.copytree(world, tmp_path / "world")
@@ -85,4 +114,4 @@ def test_a_teacher_with_nan_weights_names_the_prompts(ranks, world, tmp_path):
     write_tensors(tmp_path / "world/teacher", tensors)
     messages = ranks(2).run(_message, flags(tmp_path / "world", tmp_path / "run", **LAYOUT))
     assert messages[0] == messages[1]
-    assert messages[0].startswith("prompts ") and "check --teacher-hf-checkpoint" in messages[0]
+    assert "gives short sequences NaN or infinite logits" in messages[0] and "--teacher-hf-checkpoint" in messages[0]

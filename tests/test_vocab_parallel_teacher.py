@@ -97,7 +97,7 @@ def _refused(tp, message, top_k, change):
 
 def test_bad_requests_and_bad_teachers_are_named_on_every_rank(ranks):
     ranks(2).run(_refused, 2, "--top-k 62 is larger than the vocabulary of 61", 62, None)
-    ranks(2).run(_refused, 2, "teacher gives NaN probabilities at 30 of 30 tokens", TOP_K, _nan)
+    ranks(2).run(_refused, 2, "model gives NaN probabilities at 30 of 30 tokens", TOP_K, _nan)
 
 
 def _overlap(tp):

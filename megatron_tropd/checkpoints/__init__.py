@@ -3,6 +3,8 @@
     save.py, load.py   write and read a checkpoint; both are collective
     state.py           state dicts: what is left out of a checkpoint, and loading one into a model
     directory.py       the checkpoints in a directory, and what each of them holds
+    run_record.py      run.json: settings of the run, digests of its prompts and models
+    known_logprobs.py  known_logprobs.json: what transformers' model gives a few sequences
     metadata.py        checkpoint.json: architecture, size and digest of every file
     integrity.py       compare the files with those sizes and digests
     safety.py          refuse checkpoints that would run code when they are read
@@ -16,9 +18,11 @@ FRONT = {
         "HF_FOLDER", "RELEASE", "find_checkpoint", "hf_directory", "latest_iteration", "model_dtype", "read_metadata",
         "stored_tensors",
     ),
+    "known_logprobs": ("KNOWN_LOGPROBS_JSON", "KnownLogprobs", "read_known_logprobs"),
     "load": ("load_checkpoint", "open_checkpoint"),
-    "metadata": ("CheckpointError", "CheckpointMetadata", "FileRecord", "check_architecture"),
+    "metadata": ("CheckpointError", "CheckpointMetadata", "FileRecord", "check_architecture", "record_file"),
+    "run_record": ("ModelRecord", "RUN_JSON", "RunRecord", "read_run_record"),
     "safety": ("COMMON_FILE",),
-    "save": ("save_checkpoint", "write_checkpoint", "write_hf_folder"),
+    "save": ("add_text", "save_checkpoint", "write_checkpoint", "write_hf_folder"),
     "state": ("load_model_state",),
 }  # fmt: skip

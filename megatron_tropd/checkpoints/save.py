@@ -3,6 +3,7 @@
     <save>/latest_checkpointed_iteration.txt     "100" or "release"
     <save>/iter_0000100/                         torch_dist: loads into any TP x PP x DP
         checkpoint.json                          architecture, iteration, size and sha256 of every file
+        run.json                                 of a training run: its settings, digests of its prompts and models
         hf/                                      config, tokenizer and file layout of the HF model it came from
 
 A checkpoint is written under a temporary name, synced to disk and renamed; only then is its iteration written to the
@@ -16,6 +17,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,10 @@ from megatron_tropd.checkpoints.metadata import (
     CheckpointMetadata,
     FileRecord,
     Iteration,
+    parse_metadata,
+    record_file,
 )
+from megatron_tropd.checkpoints.run_record import RUN_JSON, RunRecord
 from megatron_tropd.checkpoints.safety import check_plain
 from megatron_tropd.checkpoints.state import COMMON_KEY, without_extra_state
 from megatron_tropd.models.architecture import Architecture
@@ -100,6 +105,7 @@ def save_checkpoint(
     save_dir: str | Path, iteration: Iteration, sharded_state_dict: Mapping[str, Any], common: Mapping[str, Any],
     *, arch: Architecture, hf_sidecar: str | Path | None, manifest: HfManifest | None = None,
     make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR, source: str = "",
+    record: RunRecord | None = None,
 ) -> Path:  # fmt: skip
     """Write one checkpoint and make it the latest.  Collective; returns its folder.
 
@@ -113,6 +119,7 @@ def save_checkpoint(
         manifest: How to lay out HF files again; by default that of ``hf_sidecar`` without its digests.
         make_vocab_size_divisible_by: Stored for the reader.
         source: Stored: the model of the Hugging Face Hub that the weights come from, ``owner/name@commit``.
+        record: Stored as ``run.json``: what the run was made of.
 
     Raises:
         CheckpointError: on every rank; the tracker still names the previous checkpoint.
@@ -122,6 +129,8 @@ def save_checkpoint(
     def write(folder: Path) -> dict[str, FileRecord]:
         on_all_ranks(lambda: check_plain(state), CheckpointError)
         on_all_ranks(lambda: _write(state, folder), CheckpointError)
+        if record is not None:
+            on_rank_zero(lambda: replace_text(folder / RUN_JSON, record.to_json()), CheckpointError)
         return {}
 
     def write_hf(target: Path) -> None:
@@ -166,6 +175,14 @@ def write_checkpoint(
         if dist.get_rank() == 0:
             _sweep(save_dir, temporary)
         raise
+
+
+def add_text(folder: Path, name: str, text: str) -> None:
+    """Add a text file to a finished checkpoint, with its record in ``checkpoint.json``.  Not collective."""
+    replace_text(folder / name, text)
+    metadata = parse_metadata(folder / METADATA_JSON)
+    files = {**metadata.files, name: record_file(folder / name)}
+    replace_text(folder / METADATA_JSON, replace(metadata, files=files).to_json())
 
 
 def _sweep(save_dir: Path, temporary: Path) -> None:

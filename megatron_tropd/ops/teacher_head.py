@@ -47,8 +47,8 @@ def teacher_scores(
     full_entropy = torch.cat(entropies)
     if bool(bad := full_entropy.isnan().sum()):
         raise ValueError(
-            f"the teacher gives NaN probabilities at {int(bad)} of {len(labels)} tokens: its weights or activations "
-            "hold NaN or infinity; check --teacher-hf-checkpoint / --teacher-load"
+            f"the model gives NaN probabilities at {int(bad)} of {len(labels)} tokens: its weights or activations "
+            "hold NaN or infinity"
         )
     return TeacherScores(
         logprob=torch.cat(logprobs).masked_fill(labels >= shard.vocab_size, -torch.inf),

@@ -67,8 +67,15 @@ METRICS: dict[str, MetricInfo] = {
     "student/entropy": _info("nats", "Mean entropy of the student over on-policy tokens."),
     "student/entropy_threshold": _info("nats", "Entropy that the selected share of the rollout batch reaches; exact."),
     "student/guidance_entropy": _info("nats", "Mean entropy of the student over the tokens that `sft` imitates."),
+    "student/logprob_mean": _info("nats", "Mean log-probability of the response tokens by the student."),
+    "teacher/logprob_mean": _info(
+        "nats", "Mean log-probability of the response tokens by the teacher; tokens with q = 0 left out."
+    ),
+    "reference/logprob_mean": _info("nats", "Mean log-probability of the response tokens by the reference."),
+    "teacher/excluded_frac": _info("share", "Response tokens with q = 0."),
     "teacher/entropy": _info("nats", "Mean full-vocabulary entropy of the teacher over on-policy tokens."),
     "reward/mean": _info("reward", "Mean of `--reward-function` over the rollout batch."),
+    "reward/abs_max": _info("reward", "Largest absolute value of it in the rollout batch."),
     "reward/flat_groups_frac": _info("share", "Prompts whose samples all have one reward: their advantage is 0."),
     "gradient/norm_reverse_kl": _info(
         "norm", "Gradient of the exact full-vocabulary reverse KL, first update of the step."

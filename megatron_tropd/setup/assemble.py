@@ -18,9 +18,11 @@ from megatron_tropd.reporting.progress.progress import NullProgress, Progress
 from megatron_tropd.reporting.redaction import redact_mapping
 from megatron_tropd.rollout.engine_pool import Export
 from megatron_tropd.setup.engines import make_engines
+from megatron_tropd.setup.model_health import check_scorers
 from megatron_tropd.setup.models import make_scorers, make_student
 from megatron_tropd.setup.run_files import RunFiles, open_files
 from megatron_tropd.setup.run_spec import RunSpec
+from megatron_tropd.setup.same_run import Origin, find_origin
 from megatron_tropd.training.checkpointing import Checkpoints
 from megatron_tropd.training.evaluations import Evaluations
 from megatron_tropd.training.guard import Guard
@@ -113,23 +115,21 @@ def assemble(spec: RunSpec) -> Assembled:
     check_same_configuration(config)
     student = spec.models.student
     checkpoints = Checkpoints(config, student.arch, student.hf_dir, student.source)
-    start_step = checkpoints.resume_step()
-    files = open_files(config, start_step)
+    origin = find_origin(spec, checkpoints)
+    files = open_files(config, origin.start_step)
     with ExitStack() as on_failure:
         on_failure.callback(files.close)
-        run = _make_run(spec, checkpoints, files, start_step, on_failure)
+        run = _make_run(spec, checkpoints, files, origin, on_failure)
         on_failure.pop_all()
-    return Assembled(run=run, start_step=start_step or 0, files=files)
+    return Assembled(run=run, start_step=origin.start_step or 0, files=files)
 
 
-def _make_run(
-    spec: RunSpec, checkpoints: Checkpoints, files: RunFiles, start_step: int | None, on_failure: ExitStack
-) -> Run:
+def _make_run(spec: RunSpec, checkpoints: Checkpoints, files: RunFiles, origin: Origin, on_failure: ExitStack) -> Run:
     config, objective, models = spec.config, spec.objective, spec.models
     student = make_student(spec)
     source = PromptSource(spec.data.prompts, config.training.seed)
-    if start_step is not None:
-        checkpoints.resume(student, source)
+    if origin.start_step is not None:
+        checkpoints.resume(student, source, new_prompts=origin.new_prompts)
     export = make_export(student, models.student.arch, config)
     probes = Probes(sequences=probe_sequences(spec.data.prompts), vocab_size=models.student.arch.vocab_size)
     engines = None
@@ -140,7 +140,11 @@ def _make_run(
     whole_vocabulary = objective.needs.divergence or config.logging.gradient_diagnostics_interval
     table_rows = student.model.vocab_size
     decode: Decode = partial(spec.tokenizer.decode, skip_special_tokens=True)
-    progress = _progress(config, start_step or 0)
+    progress = _progress(config, origin.start_step or 0)
+    health = check_scorers(spec, {"teacher": teacher, "reference": reference}, origin)
+    checkpoints.record = health.record
+    for note in (*origin.notes, *health.warnings):
+        progress.message(note)
     logger = make_run_logger(spec, decode, files, progress)
     held_out = spec.data.eval_prompts or ()
     return Run(
@@ -155,7 +159,7 @@ def _make_run(
         engines=engines,
         export=export,
         checkpoints=checkpoints,
-        guard=Guard(config.training.on_nonfinite),
+        guard=Guard(config.training, progress.message),
         parity=ParityAlarm(config.parity_limit, config.engine.on_parity),
         probes=probes,
         evaluations=Evaluations(config, held_out, spec.tokenizer, spec.grader, logger, progress),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.distributed as dist
 
 from megatron_tropd.checkpoints.load import load_checkpoint
@@ -45,7 +47,9 @@ def make_student(spec: RunSpec) -> Student:
     return Student(model, groups, config, vocab_size=spec.tokens.common_vocab_size)
 
 
-def make_frozen(spec: RunSpec, source: ModelSpec, groups: ModelGroups) -> MegatronTeacher:
+def make_frozen(
+    spec: RunSpec, source: ModelSpec, groups: ModelGroups, role: Literal["teacher", "reference"]
+) -> MegatronTeacher:
     """Build a frozen model that only scores tokens, in the layout of ``groups``; collective over the world."""
     config = spec.config
     model = build_gpt_model(
@@ -61,6 +65,7 @@ def make_frozen(spec: RunSpec, source: ModelSpec, groups: ModelGroups) -> Megatr
         max_tokens_per_microbatch=config.training.max_tokens_per_microbatch,
         logits_chunk_tokens=config.training.logits_chunk_tokens,
         offload=config.teacher.teacher_offload,
+        role=role,
     )
 
 
@@ -75,9 +80,9 @@ def make_scorers(spec: RunSpec, student: ModelGroups) -> tuple[MegatronTeacher |
 
     teacher = reference = None
     if models.teacher and models.teacher_layout:
-        teacher = make_frozen(spec, models.teacher, groups_of(models.teacher_layout))
+        teacher = make_frozen(spec, models.teacher, groups_of(models.teacher_layout), "teacher")
     if models.reference and models.reference_layout:
         is_student = models.reference is models.student
         groups = student if is_student else groups_of(models.reference_layout)
-        reference = make_frozen(spec, models.reference, groups)
+        reference = make_frozen(spec, models.reference, groups, "reference")
     return teacher, reference

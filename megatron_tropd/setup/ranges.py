@@ -42,6 +42,7 @@ _RANKS_OR_DEFAULT = Range(0, 10**6)
 _SHARE = Range(0, 1)
 _WEIGHT = Range(0, 10**6)
 _NATS = Range(-(10**4), 10**4)
+_SPIKE = Range(0, 1e300, open_low=True)
 _MINUTES_OF_A_YEAR = 525_600
 
 RANGES = {
@@ -69,7 +70,8 @@ RANGES = {
     "logits-chunk-tokens": _COUNT,
     "lr": Range(0, 100, open_low=True), "min-lr": Range(0, 100), "lr-warmup-iters": _COUNT_OR_NONE,
     "weight-decay": Range(0, 100), "adam-beta1": Range(0, 1, open_high=True), "adam-beta2": Range(0, 1, open_high=True),
-    "adam-eps": Range(0, 1, open_low=True), "clip-grad": _WEIGHT, "seed": Range(0, (1 << 32) - 1),
+    "adam-eps": Range(0, 1, open_low=True), "spike-limit": _SPIKE, "spike-grad-norm": _SPIKE, "spike-reward": _SPIKE,
+    "clip-grad": _WEIGHT, "seed": Range(0, (1 << 32) - 1),
     "save-interval": _COUNT_OR_NONE, "eval-interval": _COUNT_OR_NONE, "eval-prompts": _COUNT_OR_NONE,
     "log-interval": _COUNT, "gradient-diagnostics-interval": _COUNT_OR_NONE, "rollout-log-interval": _COUNT_OR_NONE,
 }  # fmt: skip

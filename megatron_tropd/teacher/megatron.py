@@ -7,8 +7,8 @@ rollout; no other rank sees them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from megatron_tropd.data.packing import plan_packs
 from megatron_tropd.models.build import HiddenStateGPT
 from megatron_tropd.ops.vocab_parallel import VocabShard
 from megatron_tropd.parallel import platform
-from megatron_tropd.parallel.exchange import TensorSpec, broadcast_tensors, exchange
+from megatron_tropd.parallel.exchange import TensorSpec, broadcast_tensors, exchange, gather_objects
 from megatron_tropd.parallel.groups import ModelGroups
 from megatron_tropd.teacher.output_table import reshard_output_table
 from megatron_tropd.teacher.scoring import FrozenHead, score_rollouts
@@ -50,12 +50,15 @@ class MegatronTeacher:
         max_tokens_per_microbatch: int,
         logits_chunk_tokens: int,
         offload: bool = False,
+        role: Literal["teacher", "reference"] = "teacher",
     ) -> None:
-        """``vocab_size``: number of ids that all models share; rows beyond them are cut off, as padding is."""
+        """``vocab_size``: number of ids that all models share; rows beyond them are cut off, as padding is.
+        ``role``: which flags the messages name."""
         self._model = model.eval().requires_grad_(False)
         self._groups = groups
         self._max_tokens = max_tokens_per_microbatch
         self._offload = offload and platform.is_cuda()
+        self._role = role
         self._shard = VocabShard(
             vocab_size=vocab_size,
             rows_per_rank=model.vocab_size // groups.layout.tp,
@@ -120,9 +123,41 @@ class MegatronTeacher:
         )
         self._move(platform.device())
         head = FrozenHead(model=self._model, shard=self._shard, want=want)
-        scored = score_rollouts(self._model, self._groups, rollouts, plan, head)
+        try:
+            scored = score_rollouts(self._model, self._groups, rollouts, plan, head)
+        except ValueError as error:  # on every rank
+            flags = f"--{self._role}-hf-checkpoint / --{self._role}-load"
+            raise ValueError(f"{self._role}: {error}; check {flags}") from error
         self._move("cpu")
         return self._route(rollouts, want, plan.owners, destination, scored)
+
+    def logprobs_of(self, sequences: Sequence[Sequence[int]], *, vocab_size: int) -> list[list[float]]:
+        """Return the log-probability [nats] of every token but the first, over ``vocab_size`` ids, on every rank.
+
+        Collective over the world.
+
+        Raises:
+            ValueError: logits are NaN or +inf.
+        """
+        rollouts = [
+            Rollout(
+                prompt_uid=index, sample_index=0, token_ids=tuple(token_ids), prompt_len=1, guidance_len=0,
+                logprobs=(0.0,) * (len(token_ids) - 1), weight_version=(0, 0), finish="length",
+            )
+            for index, token_ids in enumerate(sequences)
+        ]  # fmt: skip
+        lengths = [len(token_ids) for token_ids in sequences]
+        plan = plan_packs(
+            lengths, data_parallel_size=self._groups.layout.dp, max_tokens=max(self._max_tokens, *lengths)
+        )
+        self._move(platform.device())
+        shard = replace(self._shard, vocab_size=vocab_size)
+        head = FrozenHead(model=self._model, shard=shard, want=ScoreRequest())
+        scored = score_rollouts(self._model, self._groups, rollouts, plan, head)
+        self._move("cpu")
+        mine = {index: scores.logprob.tolist() for index, scores in scored.items() if self._groups.reports}
+        found = {index: values for part in gather_objects(mine) for index, values in part.items()}
+        return [found[index] for index in range(len(rollouts))]
 
     def _route(
         self,

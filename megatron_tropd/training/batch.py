@@ -122,5 +122,6 @@ def _advantages(run: Run, rollouts: Sequence[Rollout]) -> tuple[Advantages, dict
     )
     return advantages, {
         "reward/mean": sum(rewards) / len(rewards),
+        "reward/abs_max": max(map(abs, rewards)),
         "reward/flat_groups_frac": advantages.num_flat / advantages.num_groups,
     }

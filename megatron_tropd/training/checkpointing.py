@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_tropd.checkpoints.directory import latest_iteration
+from megatron_tropd.checkpoints.directory import find_checkpoint, latest_iteration
 from megatron_tropd.checkpoints.load import load_checkpoint
 from megatron_tropd.checkpoints.metadata import CheckpointError
+from megatron_tropd.checkpoints.run_record import RunRecord, read_run_record
 from megatron_tropd.checkpoints.save import save_checkpoint
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.prompt_source import PromptSource
@@ -40,6 +41,8 @@ class Checkpoints:
 
     def __init__(self, config: TrainConfig, arch: Architecture, hf_dir: Path, source: str) -> None:
         self._config, self._arch, self._hf_dir, self._source = config, arch, hf_dir, source
+        self.record: RunRecord | None = None
+        """What the run is made of, stored with every checkpoint; known when all models are loaded."""
 
     def save_if_due(self, step: int, student: Student, source: PromptSource) -> None:
         """Save after every --save-interval steps and after the last step.  Collective."""
@@ -54,23 +57,42 @@ class Checkpoints:
                 hf_sidecar=self._hf_dir,
                 make_vocab_size_divisible_by=student.groups.layout.make_vocab_size_divisible_by,
                 source=self._source,
+                record=self.record,
             )
 
-    def resume_step(self) -> int | None:
-        """Return the step to resume from; None when there is no checkpoint to load.  Collective.
+    def resume_origin(self) -> tuple[str, int] | None:
+        """Return the (directory, step) to resume from; None when there is no checkpoint to load.  Collective.
 
         Raises:
             CheckpointError: a tracker is damaged, or there is no checkpoint and --exit-on-missing-checkpoint is set.
         """
-        origin = on_rank_zero(lambda: resume_origin(self._config), CheckpointError)
-        return None if origin is None else origin[1]
+        return on_rank_zero(lambda: resume_origin(self._config), CheckpointError)
 
-    def resume(self, student: Student, source: PromptSource) -> None:
-        """Load the saved state of the student and of the prompt cursor.  Collective."""
-        origin = on_rank_zero(lambda: resume_origin(self._config), CheckpointError)
-        assert origin is not None, "resume_step said there is a checkpoint"
-        directory, step = origin
+    def resume_record(self) -> RunRecord | None:
+        """Return what the run that wrote the checkpoint was made of; None where it did not record it.  Collective.
+
+        Raises:
+            CheckpointError: the record is damaged.
+        """
+        directory, step = self._origin()
+        return on_rank_zero(lambda: read_run_record(find_checkpoint(directory, step)), CheckpointError)
+
+    def _origin(self) -> tuple[str, int]:
+        origin = self.resume_origin()
+        assert origin is not None, "called only where there is a checkpoint"
+        return origin
+
+    def resume(self, student: Student, source: PromptSource, *, new_prompts: bool) -> None:
+        """Load the saved state of the student and of the prompt cursor.  Collective.
+
+        If --allow-changed-run permits other prompts than those of the checkpoint, ``new_prompts`` start at their
+        beginning, and changed ones go on after as many as were taken.
+        """
+        directory, step = self._origin()
         state, common = load_checkpoint(directory, step, student.sharded_state_dict(is_loading=True), arch=self._arch)
         student.load_state_dict(state, version=int(common["weight_version"]))
         cursor: Any = common["cursor"]
+        digest = source.state_dict()["digest"]
+        if cursor["digest"] != digest and self._config.checkpoint.allow_changed_run:
+            cursor = {"consumed": 0 if new_prompts else cursor["consumed"], "digest": digest}
         source.load_state_dict(cursor)

@@ -11,9 +11,10 @@ from megatron_tropd.data import guidance
 from megatron_tropd.data.packing import BatchPlan, count_regions
 from megatron_tropd.training.batch import collect, plan_updates, score_batch
 from megatron_tropd.training.diagnostics import diagnostics_due, gradient_diagnostics
+from megatron_tropd.training.guard import Update
 from megatron_tropd.training.parity import probe_differences
 from megatron_tropd.training.run import Run
-from megatron_tropd.training.step import Batch, StepSums, check_batch, forward_backward
+from megatron_tropd.training.step import Batch, StepSums, check_batch, forward_backward, mean_logprobs
 from megatron_tropd.types import Rollout, StepReport
 
 PARITY = "parity/logprob_abs_diff_mean"
@@ -53,7 +54,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
         check_batch(run.student, run.objective, scored.batch, plan)
     with progress.phase("train"):
         gradients = _diagnostics(run, scored.batch, plan, step)
-        outcome = _update(run, scored.batch, plan, step)
+        outcome = _update(run, scored.batch, plan, step, scored.metrics.get("reward/abs_max", 0.0))
     arrived = push_weights(run) if run.objective.needs.rollouts else {}
     return StepReport(
         step=step + 1,
@@ -87,16 +88,21 @@ class _Outcome:
     """``skipped`` if at least one update was skipped."""
 
 
-def _update(run: Run, batch: Batch, plan: BatchPlan, step: int) -> _Outcome:
+def _update(run: Run, batch: Batch, plan: BatchPlan, step: int, largest_reward: float) -> _Outcome:
     """Make one optimizer update for each minibatch; the outcome is the same on every rank."""
     student = run.student
     sums, norms = [], []
     verdict: Literal["stepped", "skipped"] = "stepped"
+    first_version = student.version
     for minibatch in plan.minibatches:
         sums.append(forward_backward(student, run.objective, batch, minibatch))
         norms.append(student.grad_norm())
         learning_rate = student.learning_rate
-        if run.guard.judge(step=step + 1, loss=sums[-1].loss, grad_norm=norms[-1]) == "stepped":
+        update = Update(
+            step=step + 1, loss=sums[-1].loss, grad_norm=norms[-1], logprobs=mean_logprobs(sums[-1].metrics),
+            reward=largest_reward, stepped_before=student.version - first_version,
+        )  # fmt: skip
+        if run.guard.judge(update) == "stepped":
             if PARITY in sums[-1].metrics:
                 _judge_parity(run, sums[-1].metrics[PARITY], f"rollouts of step {step + 1}")
             student.step()

@@ -59,8 +59,8 @@ class Probes:
     ids that the other models do not have."""
 
 
-def probe_sequences(prompts: Sequence[Prompt]) -> tuple[Rollout, ...]:
-    """Return the first prompts, each with the teacher's response where there is one, cut to PROBE_TOKENS tokens.
+def probe_sequences(prompts: Sequence[Prompt], count: int = NUM_PROBES) -> tuple[Rollout, ...]:
+    """Return the first ``count`` prompts, each with the teacher's response if it has one, cut to PROBE_TOKENS tokens.
 
     All tokens but the first count as written, so that all of them are scored.
     """
@@ -74,7 +74,7 @@ def probe_sequences(prompts: Sequence[Prompt]) -> tuple[Rollout, ...]:
                     logprobs=(0.0,) * (len(token_ids) - 1), weight_version=(0, 0), finish="length",
                 )
             )  # fmt: skip
-        if len(probes) == NUM_PROBES:
+        if len(probes) == count:
             break
     return tuple(probes)
 

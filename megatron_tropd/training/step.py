@@ -23,7 +23,7 @@ from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.exchange import gather_objects
 from megatron_tropd.parallel.fail_together import on_all_ranks
 from megatron_tropd.training.student import Student
-from megatron_tropd.types import Metric, Microbatch, Rollout, StepContext, TokenStreams
+from megatron_tropd.types import Metric, Microbatch, Needs, Rollout, StepContext, TokenStreams
 
 
 def _larger(a: float, b: float) -> float:
@@ -177,10 +177,11 @@ def _loss(
         teacher_weight=of.teacher_weight,
     )
     parity, maxima = _parity(out.logprob_T, tokens) if objective.needs.rollouts else ({}, {})
+    metrics = {**out.metrics, **parity, **_logprobs(out.logprob_T, tokens, objective.needs)}
     part = StepSums(
         loss_sum=float(out.loss.detach()),
         denominator=int(out.denominator),
-        sums={name: _pair(metric) for name, metric in {**out.metrics, **parity}.items()},
+        sums={name: _pair(metric) for name, metric in metrics.items()},
         maxima=maxima,
         trust={} if out.trust_T is None else _trust(out.trust_T, packed, of.shown),
     )
@@ -209,6 +210,30 @@ def _parity(logprob_T: Tensor, tokens: TokenStreams) -> tuple[dict[str, Metric],
     gap_T = (trainer_T - tokens.rollout_logprob_T).abs()
     largest = float(torch.where(on_policy_T, gap_T, 0.0).max())
     return {"parity/logprob_abs_diff_mean": mean_over(gap_T, on_policy_T)}, {"parity/logprob_abs_diff_max": largest}
+
+
+def _logprobs(student_T: Tensor, tokens: TokenStreams, needs: Needs) -> dict[str, Metric]:
+    """Return the mean log-probability of the response tokens by each model, and how many the teacher excludes."""
+    regions = Regions.of(tokens)
+    response_T = regions.on_policy_T | regions.guidance_T
+    teacher_T = tokens.teacher_logprob_T if needs.teacher else None
+    found = {"student": student_T, "teacher": teacher_T, "reference": tokens.reference_logprob_T}
+    means = {
+        f"{who}/logprob_mean": mean_over(logprob_T, response_T & (logprob_T > -torch.inf))
+        for who, logprob_T in found.items()
+        if logprob_T is not None
+    }
+    if teacher_T is not None:
+        means["teacher/excluded_frac"] = mean_over((teacher_T == -torch.inf).double(), response_T)
+    return means
+
+
+def mean_logprobs(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the mean log-probability of the response tokens by model; -inf for a teacher that excludes most."""
+    means = {
+        who: metrics[name] for who in ("student", "teacher", "reference") if (name := f"{who}/logprob_mean") in metrics
+    }
+    return means | ({"teacher": -math.inf} if metrics.get("teacher/excluded_frac", 0.0) > 0.5 else {})
 
 
 def _pair(metric: Metric) -> tuple[float, float]:
