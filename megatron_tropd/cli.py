@@ -190,6 +190,16 @@ def _values_of_yaml(path: str, sglang: dict[str, tuple[str, ...] | None]) -> tup
     return values, errors
 
 
+def _quoted_flags(argv: Sequence[str]) -> list[str]:
+    """Return errors for a flag and its value quoted as one word, which argparse would take as a value of the flag
+    before it."""
+    return [
+        f"{show(word)} is one word; a flag and its value are two, or one with '='"
+        for word in argv
+        if word.startswith("--") and re.search(r"\s", word.partition("=")[0])
+    ]
+
+
 def _stray(word: str, argv: Sequence[str]) -> str:
     """Return the error for a word that is neither a flag nor the value of one."""
     flags = _flags()
@@ -217,6 +227,8 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     """
     flags = _flags()
     sglang, argv = _split_sglang(argv, flags)
+    if quoted := _quoted_flags(argv):
+        raise ConfigError(quoted)
     namespace, rest = make_parser().parse_known_args(argv)
     errors = [
         _unknown(word.removeprefix("--").split("=")[0], "flag", list(flags)) if word.startswith("--")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import typing
 from typing import Any
 
@@ -53,8 +54,10 @@ def _number(text: str, kind: type) -> int | float:
         infinite = text.lstrip("+-.").lower() in ("inf", "infinity", "nan")
         raise ValueError(f"{show(text)} is not a {'finite ' if infinite else ''}number")
     number = float(text)
-    if not math.isfinite(number) or (number == 0 and re.search("[1-9]", re.split("[eE]", text)[0])):
-        raise ValueError(f"{show(text)} is too {'small' if number == 0 else 'large'} for a floating-point number")
+    if not math.isfinite(number):
+        raise ValueError(f"{show(text)} is too large for a floating-point number")
+    if abs(number) < sys.float_info.min and re.search("[1-9]", re.split("[eE]", text)[0]):
+        raise ValueError(f"{show(text)} is too small for a floating-point number")
     return number
 
 

@@ -18,6 +18,7 @@ def check_directories(config: TrainConfig, problems: Problems) -> None:
         "--run-dir": config.logging.run_dir,
         "--save": config.checkpoint.save,
         "--tensorboard-dir": config.logging.tensorboard_dir,
+        "--data-cache-path": config.data.data_cache_path,
     }
     for flag, path in {**written, "--load": config.checkpoint.load}.items():
         if path and (fault := _fault(path, writes=flag in written)):
