@@ -43,13 +43,20 @@ def test_a_configuration_error(world, tmp_path, delayed):
     assert own_tracebacks(text) == 0 and 2 in _exit_codes(text) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("delayed", [0, 1])
-def test_a_number_that_is_not_finite(world, tmp_path, delayed):
-    argv = flags(world, tmp_path / "run", tensor_model_parallel_size=2, objective="sft", lr=10)
-    env = environment(AT="megatron_tropd.training.guard:Guard.judge", DELAYED_RANK=str(delayed))
+@pytest.mark.parametrize(
+    ("delayed", "spoiled", "code", "message"),
+    [
+        (0, {"NAN_LOSS": "1"}, 17, "loss is nan"),
+        (1, {"NAN_LOSS": "1"}, 17, "loss is nan"),
+        (0, {}, 18, "gradient norm is"),
+    ],
+)
+def test_a_number_that_is_not_finite_or_absurd(world, tmp_path, delayed, spoiled, code, message):
+    argv = flags(world, tmp_path / "run", tensor_model_parallel_size=2, spike_grad_norm=1e-6)
+    env = environment(AT="megatron_tropd.training.guard:Guard.judge", DELAYED_RANK=str(delayed), **spoiled)
     text = output_of(argv, tmp_path, env, MODULE)
-    assert text.count("no weight was changed by this step; resume from the last checkpoint") == 1, text
-    assert own_tracebacks(text) == 0 and 17 in _exit_codes(text) and CONTINUE not in text
+    assert text.count("step 1: ") == 1 and text.count(message) == 1 and text.count("no weight was changed") == 1, text
+    assert own_tracebacks(text) == 0 and code in _exit_codes(text) and CONTINUE not in text
 
 
 @pytest.fixture(scope="module")
