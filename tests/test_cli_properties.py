@@ -272,7 +272,7 @@ def test_any_damage_to_a_yaml_file(edits, encoding):
         _check_error(error, [str(path)])
         return
     # PyYAML's loader without types reads the same document, so that places and quotes need no second parser here.
-    document = yaml.compose(text.removeprefix("\ufeff"), Loader=yaml.BaseLoader)
+    document = yaml.compose(path.read_bytes().decode("utf-8-sig"), Loader=yaml.BaseLoader)
     items = [(key.value.replace("_", "-"), value) for key, value in document.value] if document else []
     assert len({name for name, _ in items}) == len(items), "a key that was given twice was taken"
     for name, value in items:
