@@ -28,12 +28,15 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 _MEASURED: dict[str, tuple[float, float]] = {}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Tests that need ranks or servers are slow.  Those on the shared servers come last: idle servers and idle ranks
-    take time from each other."""
+    take time from each other.  With xdist, a file is run by one worker, and one worker has all tests on the servers."""
     for item in items:
-        if {"ranks", "sglang", "pool"} & set(item.fixturenames):
+        on_servers = "sglang" in item.fixturenames
+        if on_servers or {"ranks", "pool"} & set(item.fixturenames):
             item.add_marker("slow")
+        item.add_marker(pytest.mark.xdist_group("sglang" if on_servers else item.path.stem))
     items.sort(key=lambda item: "sglang" in item.fixturenames)
 
 

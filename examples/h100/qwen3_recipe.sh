@@ -7,16 +7,17 @@
 # Environment variables that must be set, with the same paths on every node:
 #   STUDENT   Hugging Face directory of Qwen3-1.7B (config, tokenizer, safetensors)
 #   TEACHER   Hugging Face directory of Qwen3-8B
-#   PROMPTS   .jsonl or .parquet with the columns prompt and response (a response of the teacher), docs/data.md
+#   PROMPTS   data with the columns prompt and response (a response of the teacher): files, directories or a data set of
+#             the Hugging Face Hub, docs/data.md
 #   RUN_DIR   directory of the run; on a file system that all nodes share
 # and, where needed:
-#   EVAL_DATA      held-out prompts with the column answer, .jsonl or .parquet
+#   EVAL_DATA      held-out prompts with the column answer
 #   SGLANG_PYTHON  interpreter of SGLang's environment, if it is not the trainer's
 #   ENGINE_URLS    SGLang servers that run already, instead of eight started on the first node
 
 : "${STUDENT:?set it to the Hugging Face directory of the student}"
 : "${TEACHER:?set it to the Hugging Face directory of the teacher}"
-: "${PROMPTS:?set it to a .jsonl or .parquet file of prompts and teacher responses}"
+: "${PROMPTS:?set it to data with prompts and teacher responses}"
 : "${RUN_DIR:?set it to a directory for everything the run writes}"
 
 export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron: order communication before computation under TP
