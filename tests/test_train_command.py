@@ -243,7 +243,7 @@ def test_missing_and_truncated_safetensors(world, tmp_path):
 
 def test_an_architecture_we_cannot_build(world, tmp_path):
     broken = _corrupt(world, tmp_path, lambda w: edit_config(w / "teacher", model_type="mamba"))
-    assert "model_type 'mamba'; supported are llama, qwen2, qwen3" in _complaint(flags(broken, tmp_path / "r"))
+    assert "model_type 'mamba'; supported are llama, mistral, qwen2, qwen3" in _complaint(flags(broken, tmp_path / "r"))
 
 
 def test_a_checkpoint_of_another_architecture(ranks, world, tmp_path):
