@@ -14,7 +14,10 @@ VENV := .venv
 SGLANG_VENV ?= .venv-sglang
 ENGINE ?= embedded
 PIP_FLAGS ?=
+# Processes that share the tests.  A test file, and all tests on SGLang servers, stay in one of them.
+WORKERS ?= 2
 BIN := $(VENV)/bin
+IN_WORKERS := -n $(WORKERS) --dist loadgroup
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c requirements/constraints.txt
 SGLANG_INSTALL := $(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 
@@ -28,10 +31,10 @@ quickstart: $(VENV)/.runtime $(if $(filter sglang,$(ENGINE)),$(SGLANG_VENV)/.rea
 	$(BIN)/python tools/quickstart.py --engine $(ENGINE) --sglang-python $(SGLANG_VENV)/bin/python $(ARGS)
 
 test: $(VENV)/.test $(SGLANG_VENV)/.ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(IN_WORKERS) $(ARGS)
 
 check: lint
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -m "not slow" $(IN_WORKERS) $(ARGS)
 
 verify: $(VENV)/.test $(SGLANG_VENV)/.ready
 	$(BIN)/python -m pytest -q $(addprefix tests/test_,$(addsuffix .py,$(VERIFY))) $(ARGS)

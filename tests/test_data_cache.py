@@ -219,3 +219,12 @@ def test_processes_share_the_work_and_one_that_is_killed_loses_only_its_part(tok
     (directory,) = (tmp_path / "cache").iterdir()
     assert sum(int(output[0]) for output in outputs) == len(list(directory.glob("*.arrow"))) - 2
     assert not list(directory.glob(".*"))
+
+
+def test_a_file_by_another_name_is_reported_by_that_name(tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": ""}\n')
+    (tmp_path / "link.jsonl").symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for name in (str(path), str(tmp_path / "link.jsonl"), "bad.jsonl"):
+        assert [row.path for row in problems(tokenizer, name).rows] == [name]

@@ -159,13 +159,13 @@ def test_an_error_of_the_user_has_no_traceback(alone, capsys, tmp_path):
 
 
 def test_an_error_with_a_text_says_where_it_was_raised(alone):
-    from megatron_tropd.data.prompts import PromptSource
+    from megatron_tropd.data.prompt_source import PromptSource
 
     with pytest.raises(ValueError) as caught:
         PromptSource((), 0)  # no prompts
     text = describe(caught.value)
     assert text.startswith("rank 3: ValueError: ") and "Traceback" not in text
-    assert text.splitlines()[-1].endswith(", __init__)") and "prompts.py:" in text
+    assert text.splitlines()[-1].endswith(", __init__)") and "prompt_source.py:" in text
 
 
 @pytest.mark.parametrize(

@@ -181,4 +181,4 @@ def test_the_exit_code_of_the_command(world, tmp_path):
         command(argv), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode != 0 and f"exitcode  : {SpikeStep.exit_code}" in done.stderr
-    assert done.stderr.count("step 2: loss is ") == 1 and "SpikeStep" not in done.stderr
+    assert done.stderr.count("step 2: loss is ") == 1 and "SpikeStep:" not in done.stderr

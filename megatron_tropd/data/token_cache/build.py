@@ -51,7 +51,7 @@ def cache_key(files: Sequence[DataFile], encoder: Encoder) -> str:
 def _file_state(file: DataFile) -> list[str | int]:
     path = Path(file.path)
     parts = sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
-    state: list[str | int] = [str(path.resolve()), file.kind]
+    state: list[str | int] = [file.path, str(path.resolve()), file.kind]  # messages name the file as it was given
     for part in parts:
         try:
             stat = part.stat()
