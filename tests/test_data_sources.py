@@ -151,18 +151,19 @@ def test_what_is_no_data(tokenizer, tmp_path):
         load_prompts("owner/no-such-data", tokenizer, FORMAT, flag="--eval-data")
 
 
-@pytest.mark.parametrize("span_bytes", [1, 7, 50, 100, 101, 1000])
-def test_spans_of_a_file_give_every_row_once_with_its_line(tokenizer, tmp_path, monkeypatch, plain, span_bytes):
+@pytest.mark.parametrize(("span_bytes", "rows"), [(1, 2), (7, 2), (50, 7), (100, 7), (101, 7), (1000, 7)])
+def test_spans_of_a_file_give_every_row_once_with_its_line(tokenizer, tmp_path, monkeypatch, plain, span_bytes, rows):
+    lines = b"".join(LINES.splitlines(keepends=True)[:rows])
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(LINES)
+    path.write_bytes(lines)
     broken = tmp_path / "broken.jsonl"
-    broken.write_bytes(LINES + b"{\n" + LINES.replace(b"row", b"other"))
+    broken.write_bytes(lines + b"{\n" + lines.replace(b"row", b"other"))
     monkeypatch.setattr(spans, "SPAN_BYTES", span_bytes)
-    assert len(spans.spans_of(sources.DataFile(path=str(path), kind="jsonl"))) == -(-len(LINES) // span_bytes)
-    assert list(load_prompts(path, tokenizer, FORMAT, cache_root=tmp_path / "a")) == plain
+    assert len(spans.spans_of(sources.DataFile(path=str(path), kind="jsonl"))) == -(-len(lines) // span_bytes)
+    assert list(load_prompts(path, tokenizer, FORMAT, cache_root=tmp_path / "a")) == plain[:rows]
     kept = load_prompts([path, broken], tokenizer, SKIP, cache_root=tmp_path / "b")
-    assert [(row.path, row.line) for row in kept.skipped] == [(str(broken), 8)]
-    assert [prompt.uid for prompt in kept] == [*range(14), *range(15, 22)]
+    assert [(row.path, row.line) for row in kept.skipped] == [(str(broken), rows + 1)]
+    assert [prompt.uid for prompt in kept] == [*range(2 * rows), *range(2 * rows + 1, 3 * rows + 1)]
 
 
 def test_spans_of_parquet_and_saved_data(tokenizer, tmp_path, monkeypatch, plain):
