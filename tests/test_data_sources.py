@@ -151,6 +151,20 @@ def test_what_is_no_data(tokenizer, tmp_path):
         load_prompts("owner/no-such-data", tokenizer, FORMAT, flag="--eval-data")
 
 
+def test_errors_about_files_name_what_was_given(tokenizer, tmp_path):
+    """By the flag of this call, although the cache was made for another; also for damaged descriptions and odd names."""
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1")
+    for flag in ("--prompt-data", "--eval-data"):
+        with pytest.raises(PromptError, match=f"unreadable Parquet.*see {flag}$"):
+            load_prompts(broken, tokenizer, FORMAT, flag=flag)
+    for text in ("{", "[]", "{}", '{"splits": 3}'):
+        (tmp_path / "dataset_dict.json").write_text(text)
+        assert "dataset_dict.json: unreadable" in str(problems(tokenizer, tmp_path))
+    assert "File name too long" in str(problems(tokenizer, "x" * 5000 + ".jsonl"))
+    assert "no such file" in str(problems(tokenizer, "a\0b.jsonl"))
+
+
 @pytest.mark.parametrize(("span_bytes", "rows"), [(1, 2), (7, 2), (50, 7), (100, 7), (101, 7), (1000, 7)])
 def test_spans_of_a_file_give_every_row_once_with_its_line(tokenizer, tmp_path, monkeypatch, plain, span_bytes, rows):
     lines = b"".join(LINES.splitlines(keepends=True)[:rows])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -163,7 +164,8 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int] | None
 
 def _file_problems(summary: Summary, paths: Sequence[str], fmt: PromptFormat, flag: str) -> list[BadRow]:
     """Return the files that cannot be read, and those without a usable row whose rows do not say why."""
-    problems = [row for row in summary.details if not row.line]
+    # The cache does not know by which flag this run names the files.
+    problems = [replace(row, flag=row.flag and flag) for row in summary.details if not row.line]
     unreadable = {row.path for row in problems}
     for path in dict.fromkeys(paths):
         counts = summary.files[path]

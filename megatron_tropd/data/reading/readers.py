@@ -26,13 +26,12 @@ _BATCH = 1024
 _ONE_A_LINE = "one JSON object a line"
 
 
-def read_span(span: Span, columns: Collection[str], flag: str = "--prompt-data") -> Iterator[Row | BadRow]:
+def read_span(span: Span, columns: Collection[str]) -> Iterator[Row | BadRow]:
     """Yield the records of a span in order; their lines are counted from 1 at the start of the span.
 
     Args:
         span: what to read.
         columns: the top-level keys that are needed; other columns of Parquet files and saved data sets are not read.
-        flag: the flag that named the file, for messages.
     """
     file = span.file
     try:
@@ -41,15 +40,15 @@ def read_span(span: Span, columns: Collection[str], flag: str = "--prompt-data")
         elif file.kind == "json":
             yield from _read_json(span)
         elif file.kind == "parquet":
-            yield from _read_parquet(span, columns, flag)
+            yield from _read_parquet(span, columns)
         else:
-            yield from _read_saved(span, columns, flag)
+            yield from _read_saved(span, columns)
     except _UNREADABLE as error:
         text = str(error) or type(error).__name__
-        yield bad_file(file, f"cannot be read ({text})", "a complete, readable file", flag)
+        yield bad_file(file, f"cannot be read ({text})", "a complete, readable file")
 
 
-def bad_file(file: DataFile, found: str, expected: str, flag: str) -> BadRow:
+def bad_file(file: DataFile, found: str, expected: str, flag: str = "--prompt-data") -> BadRow:
     """Return the report about a whole file."""
     return BadRow(path=file.path, line=0, found=found, expected=expected, flag=flag)
 
@@ -200,7 +199,7 @@ def _read_json(span: Span) -> Iterator[Row | BadRow]:
 # ---- Arrow ----
 
 
-def _read_parquet(span: Span, columns: Collection[str], flag: str) -> Iterator[Row | BadRow]:
+def _read_parquet(span: Span, columns: Collection[str]) -> Iterator[Row | BadRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -212,10 +211,10 @@ def _read_parquet(span: Span, columns: Collection[str], flag: str) -> Iterator[R
             batches = file.iter_batches(batch_size=_BATCH, row_groups=groups, columns=wanted)
             yield from _batch_rows(span.file, batches, keys)
     except pyarrow.ArrowException as error:
-        yield bad_file(span.file, f"unreadable Parquet ({error})", "a complete Parquet file", flag)
+        yield bad_file(span.file, f"unreadable Parquet ({error})", "a complete Parquet file")
 
 
-def _read_saved(span: Span, columns: Collection[str], flag: str) -> Iterator[Row | BadRow]:
+def _read_saved(span: Span, columns: Collection[str]) -> Iterator[Row | BadRow]:
     import datasets
 
     try:
@@ -227,7 +226,7 @@ def _read_saved(span: Span, columns: Collection[str], flag: str) -> Iterator[Row
         yield from _batch_rows(span.file, (batch for some in batches for batch in some), keys)
     except Exception as error:  # its errors have no common type
         text = (str(error) or type(error).__name__).splitlines()[0]
-        yield bad_file(span.file, f"unreadable data set ({text})", "what Dataset.save_to_disk writes", flag)
+        yield bad_file(span.file, f"unreadable data set ({text})", "what Dataset.save_to_disk writes")
 
 
 def _batch_rows(file: DataFile, batches: Iterable[Any], keys: tuple[str, ...]) -> Iterator[Row | BadRow]:

@@ -64,6 +64,13 @@ def find_source(given: str, flag: str = "--prompt-data") -> Source:
     Raises:
         SourceError: there is no such file or data set, its format is unknown, or a split must be named.
     """
+    try:
+        return _find(given, flag)
+    except OSError as error:  # a name that is too long, a directory that may not be listed
+        raise SourceError(given, f"cannot be read ({error.strerror})") from error
+
+
+def _find(given: str, flag: str) -> Source:
     name, _, part = (given, "", "") if Path(given).exists() else given.partition("::")
     path, revision = Path(name), ""
     if _file_kind(path) is None and is_hub_name(name):
@@ -110,7 +117,7 @@ def _of_directory(path: Path, part: str) -> tuple[DataFile, ...]:
         return (DataFile(path=str(path), kind="saved"),)
     config, _, split = part.rpartition("/")
     splits = _splits(path, config)
-    names = _choose(path, list(splits), split)
+    chosen = _choose(path, list(splits), split)
     used = {name for files in splits.values() for name in files}
     if not config and (left := [file for file in _data_files(path) if str(file) not in used]):
         raise SourceError(
@@ -118,11 +125,17 @@ def _of_directory(path: Path, part: str) -> tuple[DataFile, ...]:
             f"files of which the data set makes no use, such as {left[0].relative_to(path)}",
             "files of one format that all belong to a split; move them, or name the files one by one",
         )
-    return tuple(_of_file(Path(name)) for name in sorted(splits[names]))
+    return tuple(_of_file(Path(name)) for name in sorted(splits[chosen]))
 
 
 def _saved_split(path: Path, part: str) -> DataFile:
-    names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8")).get("splits", [])
+    description = path / "dataset_dict.json"
+    try:
+        names = [str(name) for name in json.loads(description.read_text(encoding="utf-8"))["splits"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SourceError(
+            str(description), f"unreadable ({error!r})", "what DatasetDict.save_to_disk writes"
+        ) from error
     return DataFile(path=str(path / _choose(path, names, part)), kind="saved")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +28,10 @@ class Span:
 
 
 def spans_of(file: DataFile) -> list[Span]:
-    """Divide one file; no row is read.  A file that cannot be opened is one span: reading it reports why.
-
-    Raises:
-        OSError: a JSONL file cannot be accessed.
-    """
+    """Divide one file; no row is read.  A file that cannot be opened is one span: reading it reports why."""
     if file.kind == "jsonl" and not file.compression:
-        return _cut(file, Path(file.path).stat().st_size, SPAN_BYTES)
+        with contextlib.suppress(OSError):
+            return _cut(file, Path(file.path).stat().st_size, SPAN_BYTES)
     if file.kind == "parquet":
         return _row_groups(file)
     if file.kind == "saved":
