@@ -1,6 +1,6 @@
 """Real torch.distributed ranks for tests, started once per world size and reused.
 
-Importing Megatron costs seconds, so every test that needs n ranks shares the same n processes:
+They begin with Megatron imported (tests/warm.py), and every test that needs n ranks shares the same n processes:
 
     def _body(tp, value):            # module level, so that it can be pickled
         ...
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import faulthandler
 import gc
-import multiprocessing as mp
 import os
 import signal
 import socket
@@ -25,6 +24,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from tests.warm import CONTEXT
 
 CALL_TIMEOUT_S = float(os.environ.get("TEST_CALL_TIMEOUT_S", "240"))
 
@@ -90,14 +91,13 @@ class RankPool:
     """``world_size`` living processes in one gloo group."""
 
     def __init__(self, world_size: int, serve: Callable[[int, int, int, Connection], None] = _serve) -> None:
-        context = mp.get_context("spawn")
         port = free_port()
         self.world_size = world_size
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, world_size, port, theirs), daemon=False)
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=serve, args=(rank, world_size, port, theirs), daemon=False)
             process.start()
             theirs.close()
             self._pipes.append(ours)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.hf_models import save_hf_checkpoint
-from tests.torchrun_jobs import delaying, environment, output_of, own_tracebacks
+from tests.torchrun_jobs import delaying, environment, output_from_imports_on, output_of, own_tracebacks
 
 pytestmark = pytest.mark.slow
 
@@ -25,14 +25,13 @@ def test_an_error_that_all_ranks_have(tmp_path, delayed):
     assert own_tracebacks(text) == 0 and "exitcode  : 2" in text
 
 
-@pytest.mark.parametrize("delayed", [None, 0, 1])
+@pytest.mark.parametrize("delayed", [0, 1])
 def test_an_error_in_the_flags(tmp_path, delayed):
-    env = environment() if delayed is None else delaying(delayed)
-    text = output_of(["--save", "x"], tmp_path, env, "checkpoint_convert.hf_to_megatron")
+    text = output_from_imports_on(["--save", "x"], tmp_path, delaying(delayed), "checkpoint_convert.hf_to_megatron")
     assert text.count("error: the following arguments are required: --hf-checkpoint") == 1, text
     assert text.count("usage: ") == 1 and own_tracebacks(text) == 0 and "exitcode  : 2" in text
 
 
 def test_help(tmp_path):
-    text = output_of(["--help"], tmp_path, module="checkpoint_convert.hf_to_megatron")
+    text = output_from_imports_on(["--help"], tmp_path, module="checkpoint_convert.hf_to_megatron")
     assert text.count("usage: ") == 1 and text.endswith("exited with 0"), text

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import threading
 import time
 from datetime import timedelta
@@ -19,7 +18,7 @@ from megatron_tropd.parallel import job_end
 from megatron_tropd.parallel.job_end import End, JobEnd, Terminated, describe, is_consequence
 from megatron_tropd.parallel.print_once import RECORD
 from tests.ranks import free_port
-from tests.torchrun_jobs import command, environment, output_of, own_tracebacks, wait_for
+from tests.torchrun_jobs import output_from_imports_on, output_of, own_tracebacks, start, wait_for
 
 MODULE = "tests.ending_job"
 
@@ -28,17 +27,10 @@ def _ends(text):
     return [line for line in text.splitlines() if "END OF" in line]
 
 
-def _job(way, rank, tmp_path, log, *launcher, nproc=2, **more):
-    return subprocess.Popen(
-        command([way, str(rank)], nproc, *launcher, module=MODULE), cwd=tmp_path, env=environment(**more), stdout=log,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_cause_is_printed_and_not_what_follows_from_it(tmp_path, rank):
-    text = output_of(["cause", str(rank)], tmp_path, module=MODULE)
+    text = output_from_imports_on(["cause", str(rank)], tmp_path, module=MODULE)
     assert _ends(text) == [f"END OF rank {rank} failed:"], text
     assert text.count("KeyError: 'the cause'") == 1 and own_tracebacks(text) == 1, "once, with its traceback"
     assert "gloo" not in text
@@ -57,7 +49,7 @@ def test_a_cause_that_all_ranks_have_is_printed_once(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_was_killed_is_reported_by_another(tmp_path, rank):
-    text = output_of(["killed", str(rank)], tmp_path, module=MODULE)
+    text = output_from_imports_on(["killed", str(rank)], tmp_path, module=MODULE)
     (line,) = _ends(text)
     assert line.startswith(f"END OF rank {1 - rank}"), text
     assert "communication with the other ranks failed" in line or "ended by SIGTERM" in line
@@ -74,33 +66,29 @@ def test_a_cause_that_comes_after_a_consequence_is_printed_too(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_from_outside(tmp_path, number):
-    with (tmp_path / "log").open("w+") as log:
-        job = _job("signal", 0, tmp_path, log)
-        try:
-            wait_for(lambda: len(list(tmp_path.glob("ready_*"))) == 2, job)
-            job.send_signal(number)
-            assert job.wait(timeout=300) != 0
-        finally:
-            job.kill()
-        log.seek(0)
-        text = log.read()
+    job = start(["signal", "0"], tmp_path, module=MODULE)
+    try:
+        wait_for(lambda: len(list(tmp_path.glob("ready_*"))) == 2, job)
+        job.send_signal(number)
+        assert job.wait(timeout=300) != 0
+    finally:
+        job.kill()
+    text = (tmp_path / "log").read_text()
     (line,) = _ends(text)
     assert f"ended by {number.name}" in line and own_tracebacks(text) == 0, text
 
 
 @pytest.mark.slow
 def test_a_signal_for_ranks_that_wait_in_a_collective(tmp_path):
-    """Their main threads never come back to Python; torchrun kills them after 30 s."""
-    with (tmp_path / "log").open("w+") as log:
-        job = _job("stuck", 0, tmp_path, log)
-        try:
-            wait_for(lambda: len(list(tmp_path.glob("ready_*"))) == 2, job)
-            job.terminate()
-            assert job.wait(timeout=300) != 0
-        finally:
-            job.kill()
-        log.seek(0)
-        text = log.read()
+    """Their main threads never come back to Python; torchrun kills them after its --shutdown-timeout."""
+    job = start(["stuck", "0"], tmp_path, None, "--standalone", "--shutdown-timeout", "12", module=MODULE)
+    try:
+        wait_for(lambda: len(list(tmp_path.glob("ready_*"))) == 2, job)
+        job.terminate()
+        assert job.wait(timeout=300) != 0
+    finally:
+        job.kill()
+    text = (tmp_path / "log").read_text()
     (line,) = _ends(text)
     assert "ended by SIGTERM" in line, text
 
@@ -108,29 +96,16 @@ def test_a_signal_for_ranks_that_wait_in_a_collective(tmp_path):
 @pytest.mark.slow
 def test_each_of_two_nodes_prints_once(tmp_path):
     """Two launches on this machine stand for two nodes; the second sees only consequences."""
-    port, jobs, texts = free_port(), [], []
+    address, jobs, texts = f"--nnodes 2 --master-addr 127.0.0.1 --master-port {free_port()}".split(), [], []
     try:
-        for node in (0, 1):
-            (tmp_path / str(node)).mkdir()
-            log = (tmp_path / str(node) / "log").open("w+")
-            launcher = (
-                "--nnodes",
-                "2",
-                "--node-rank",
-                str(node),
-                "--master-addr",
-                "127.0.0.1",
-                "--master-port",
-                str(port),
-            )
-            jobs.append((_job("cause", 0, tmp_path / str(node), log, *launcher), log))
-        for job, log in jobs:
+        for node in ("0", "1"):
+            (tmp_path / node).mkdir()
+            jobs.append(start(["cause", "0"], tmp_path / node, None, *address, "--node-rank", node, module=MODULE))
+        for node, job in enumerate(jobs):
             assert job.wait(timeout=400) != 0
-            log.seek(0)
-            texts.append(log.read())
-            log.close()
+            texts.append((tmp_path / str(node) / "log").read_text())
     finally:
-        for job, _ in jobs:
+        for job in jobs:
             job.kill()
     assert _ends(texts[0]) == ["END OF rank 0 failed:"] and texts[0].count("KeyError: 'the cause'") == 1, texts[0]
     (line,) = _ends(texts[1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from megatron_tropd.training.guard import (
 )
 from megatron_tropd.training.step import mean_logprobs
 from tests.tiny_run import flags, make_world, reports_here
-from tests.torchrun_jobs import command, environment
+from tests.torchrun_jobs import output_of
 
 GOOD = {"step": 7, "loss": 3.0, "grad_norm": 5.0}
 MINUS_INF = -math.inf
@@ -177,8 +176,6 @@ def test_absurd_rewards_end_the_run(ranks, world, tmp_path):
 
 def test_the_exit_code_of_the_command(world, tmp_path):
     argv = flags(world, tmp_path / "run", lr=10, on_parity="warn")
-    done = subprocess.run(
-        command(argv), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode != 0 and f"exitcode  : {SpikeStep.exit_code}" in done.stderr
-    assert done.stderr.count("step 2: loss is ") == 1 and "SpikeStep:" not in done.stderr
+    text = output_of(argv, tmp_path)
+    assert f"exitcode  : {SpikeStep.exit_code}" in text
+    assert text.count("step 2: loss is ") == 1 and "SpikeStep:" not in text

@@ -5,9 +5,7 @@ In each job one rank is delayed until the other has ended, so that the other alo
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 
 import psutil
 import pytest
@@ -17,7 +15,15 @@ from megatron_tropd.parallel.job_end import Terminated
 from megatron_tropd.train import Launch
 from megatron_tropd.training.guard import NonFiniteStep
 from tests.tiny_run import flags, make_world
-from tests.torchrun_jobs import command, delaying, environment, output_of, own_tracebacks, wait_for_steps
+from tests.torchrun_jobs import (
+    delaying,
+    environment,
+    output_from_imports_on,
+    output_of,
+    own_tracebacks,
+    start,
+    wait_for_steps,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -38,8 +44,9 @@ def _exit_codes(text):
 @pytest.mark.parametrize("delayed", [0, 1])
 def test_a_configuration_error(world, tmp_path, delayed):
     argv = flags(world, tmp_path / "run", tensor_model_parallel_size=2, top_k=0, lr=-1)
-    text = output_of(argv, tmp_path, delaying(delayed))
+    text = output_from_imports_on(argv, tmp_path, delaying(delayed))
     assert text.count("configuration errors:") == 1 and text.count("--top-k 0 must be at least 1") == 1, text
+    assert "--lr -1.0 must be positive" in text
     assert own_tracebacks(text) == 0 and 2 in _exit_codes(text) and not (tmp_path / "run").exists()
 
 
@@ -103,27 +110,24 @@ def test_an_error_that_every_rank_has(world, tmp_path):
 
 
 def _ranks(job):
-    """Local rank -> process."""
-    children = psutil.Process(job.pid).children()
-    return {child.environ()["LOCAL_RANK"]: child for child in children if "LOCAL_RANK" in child.environ()}
+    """The processes of the ranks, in their order."""
+    return sorted(psutil.Process(job.pid).children(), key=lambda process: process.pid)
 
 
 def _until(world, tmp_path, act):
     """The output of a job on which ``act`` is called after some steps."""
     argv = flags(world, tmp_path / "run", train_iters=10000, tensor_model_parallel_size=2, save_interval=2)
-    with (tmp_path / "log").open("w+") as log:
-        job = subprocess.Popen(command(argv), cwd=tmp_path, env=environment(), stdout=log, stderr=log)
-        try:
-            wait_for_steps(tmp_path / "run" / "metrics.jsonl", 3, job, timeout=400)
-            act(job)
-            assert job.wait(timeout=300) != 0
-        finally:
-            job.kill()
-        log.seek(0)
-        return log.read()
+    job = start(argv, tmp_path)
+    try:
+        wait_for_steps(tmp_path / "run" / "metrics.jsonl", 3, job, timeout=400)
+        act(job)
+        assert job.wait(timeout=300) != 0
+    finally:
+        job.kill()
+    return (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("victim", ["0", "1"])
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank(world, tmp_path, victim):
     text = _until(world, tmp_path, lambda job: _ranks(job)[victim].kill())
     assert text.count("The job ends") == 1 and text.count(f"{CONTINUE}: it resumes from the last checkpoint") == 1, text
@@ -132,13 +136,13 @@ def test_a_killed_rank(world, tmp_path, victim):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_from_outside(world, tmp_path, number):
-    text = _until(world, tmp_path, lambda job: os.kill(job.pid, number))
+    text = _until(world, tmp_path, lambda job: job.send_signal(number))
     assert text.count("The job ends") == 1 and text.count(f"ended by {number.name}") == 1, text
     assert f"{CONTINUE}: it resumes from the last checkpoint" in text and own_tracebacks(text) == 0
 
 
 def test_help_is_printed_once_and_first(tmp_path):
-    text = output_of(["--help"], tmp_path)
+    text = output_from_imports_on(["--help"], tmp_path)
     assert text.count("usage: ") == 1 and text.startswith("usage: ") and text.endswith("exited with 0"), text
 
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests.tiny_run import flags, make_world
+from tests.torchrun_jobs import output_of
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
     "sft": {"objective": "sft", "tensor_model_parallel_size": 2, "eval_prompts": 2, "eval_interval": 1},
     "grpo": {
@@ -29,13 +25,8 @@ def test_the_command_trains_without_a_teacher(tmp_path, name):
     world = make_world(tmp_path / "world")
     changes = {"teacher_hf_checkpoint": None, "train_iters": 2, "eval_data": world / "eval.jsonl", **COMMANDS[name]}
     argv = flags(world, tmp_path / "run", **changes)
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-               "-m", "megatron_tropd.train", *argv]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    text = output_of(argv, tmp_path)
+    assert text.endswith("torchrun exited with 0"), text[-3000:]
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if record["kind"] == "step"]
     assert [step["step"] for step in steps] == [1, 2] and all(step["verdict"] == "stepped" for step in steps)

@@ -10,13 +10,26 @@ from pathlib import Path
 
 import psutil
 
+from tests.warm import WarmJob
+
 ROOT = Path(__file__).resolve().parent.parent
 DELAY = ROOT / "tests" / "delay"
 
 
-def command(argv: list[str], nproc: int = 2, *launcher: str, module: str = "megatron_tropd.train") -> list[str]:
+def command(argv: list[str], nproc: int = 2, *, module: str = "megatron_tropd.train") -> list[str]:
+    """For ``subprocess``: a job whose processes import everything themselves."""
     return [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(nproc),
-            *(launcher or ["--standalone"]), "-m", module, *argv]  # fmt: skip
+            "--standalone", "-m", module, *argv]  # fmt: skip
+
+
+def start(
+    argv: list[str], cwd: Path, env: dict[str, str] | None = None, *launcher: str, nproc: int = 2,
+    module: str = "megatron_tropd.train",
+) -> WarmJob:  # fmt: skip
+    """A job whose ranks are forked from a process that has imported everything; its output is ``cwd / "log"``."""
+    file = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    words = ["--start-method", "fork", "--nproc-per-node", str(nproc), *(launcher or ["--standalone"]), "--run-path"]
+    return WarmJob([*words, str(file), *argv], cwd=cwd, env=env or environment(), log=cwd / "log")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -32,6 +45,19 @@ def output_of(
     argv: list[str], cwd: Path, env: dict[str, str] | None = None, module: str = "megatron_tropd.train"
 ) -> str:
     """Everything that a job of two ranks prints, and a last line with torchrun's exit code."""
+    job = start(argv, cwd, env, module=module)
+    try:
+        status = job.wait(timeout=400)
+    finally:
+        job.kill()
+    return f"{(cwd / 'log').read_text()}\ntorchrun exited with {status}"
+
+
+def output_from_imports_on(
+    argv: list[str], cwd: Path, env: dict[str, str] | None = None, module: str = "megatron_tropd.train"
+) -> str:
+    """As :func:`output_of`, of a job whose processes import everything themselves.  Only of such ranks does torchrun's
+    summary name all that failed."""
     done = subprocess.run(
         command(argv, module=module), cwd=cwd, env=env or environment(), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, timeout=400, check=False,
@@ -42,8 +68,8 @@ def output_of(
 def own_tracebacks(text: str) -> int:
     """How many tracebacks are not torchrun's own; those begin in its main, and end with ChildFailedError or
     SignalException."""
-    torchruns = text.count("ChildFailedError: ") + text.count("multiprocessing.api.SignalException: ")
-    return text.count("Traceback (most recent call last)") - torchruns
+    torchruns = ("errors.ChildFailedError: ", "multiprocessing.api.SignalException: ", "spawn.ProcessExitedException: ")
+    return text.count("Traceback (most recent call last)") - sum(map(text.count, torchruns))
 
 
 def wait_for(condition, job, timeout: float = 300.0) -> None:

@@ -1,0 +1,72 @@
+"""Processes that begin with torch and Megatron imported: each is forked from one server that has imported them.
+
+The imports are most of the time of a short job: 6 of its 8 s on each rank.  Jobs that are about the start of a process
+itself are started by ``subprocess`` (tests/torchrun_jobs.py).
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing as mp
+import os
+import signal
+import subprocess
+import sys
+from multiprocessing import util
+from pathlib import Path
+
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.warm_imports"])
+
+
+class WarmJob:
+    """A torchrun job, with the methods of ``subprocess.Popen`` that tests use.
+
+    Args:
+        words: torchrun's arguments.
+        log: standard output and standard error are appended to it.
+    """
+
+    def __init__(self, words: list[str], *, cwd: Path, env: dict[str, str], log: Path) -> None:
+        self._process = CONTEXT.Process(target=_torchrun, args=(words, str(cwd), env, str(log)))
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("torchrun", timeout)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def _torchrun(words: list[str], cwd: str, env: dict[str, str], log: str) -> None:
+    """Be torchrun, with the environment, the directory and the output of a process of its own."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for standard, stream in ((1, sys.stdout), (2, sys.stderr)):
+        os.dup2(file, standard)
+        stream.reconfigure(write_through=True)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    util.register_after_fork(_torchrun, _exit_as_a_program)  # in the ranks
+    from torch.distributed.run import main
+
+    main(words)
+
+
+def _exit_as_a_program(_: object) -> None:
+    """multiprocessing leaves out the exit handlers of a forked process; a program's run, and only its own."""
+    atexit._clear()
+    util.Finalize(None, atexit._run_exitfuncs, exitpriority=0)
