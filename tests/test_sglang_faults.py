@@ -30,7 +30,7 @@ def _kill_when_busy(sglang, victims) -> threading.Thread:
 
 
 def _generate_while_killing(sglang, victims, version):
-    requests = requests_of(24, samples=2, max_new=150)
+    requests = requests_of(12, samples=2, max_new=60)
     killer = _kill_when_busy(sglang, victims)
     rollouts = sglang.pool.generate(requests, params(), version)
     killer.join(timeout=60)
