@@ -17,7 +17,7 @@ PIP_FLAGS ?=
 # Processes that share the tests.  A test file, and all tests on SGLang servers, stay in one of them.
 WORKERS ?= 2
 BIN := $(VENV)/bin
-IN_WORKERS := -n $(WORKERS) --dist loadgroup
+IN_WORKERS := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c requirements/constraints.txt
 SGLANG_INSTALL := $(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 

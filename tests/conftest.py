@@ -29,15 +29,28 @@ _MEASURED: dict[str, tuple[float, float]] = {}
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Tests that need ranks or servers are slow.  Those on the shared servers come last: idle servers and idle ranks
-    take time from each other.  With xdist, a file is run by one worker, and one worker has all tests on the servers."""
+    take time from each other.
+
+    With xdist, a file is run by one worker, and one worker has all tests on the servers.  It begins with them, and the
+    files of slow tests come before the others, so that the workers end together (--no-loadscope-reorder)."""
+    slow_files = set()
     for item in items:
-        on_servers = "sglang" in item.fixturenames
+        on_servers = _needs_servers(item)
         if on_servers or {"ranks", "pool"} & set(item.fixturenames):
             item.add_marker("slow")
+        if item.get_closest_marker("slow"):
+            slow_files.add(item.path)
         item.add_marker(pytest.mark.xdist_group("sglang" if on_servers else item.path.stem))
-    items.sort(key=lambda item: "sglang" in item.fixturenames)
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: (not _needs_servers(item), item.path not in slow_files))
+    else:
+        items.sort(key=_needs_servers)
+
+
+def _needs_servers(item) -> bool:
+    return "sglang" in item.fixturenames
 
 
 @pytest.fixture(scope="session")

@@ -144,7 +144,7 @@ def _write_on_two_ranks(url, version):
     usual = group._get_backend(torch.device("cpu")).options._timeout
     try:
         pool.push(student.export, version)
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=10), group)
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=6), group)
         start = time.monotonic()
         rollouts = pool.generate([replace(r, token_ids=(3, 4, 5, 6)) for r in GIVEN], params(), version)
         return len(rollouts), time.monotonic() - start
@@ -159,13 +159,13 @@ def test_a_batch_may_take_longer_than_the_timeout_of_the_collectives(ranks):
     body, loads = make_samples(1, samples=3, max_new=5), _loads(num_running_reqs=1, timestamp=itertools.count())
 
     def slow(_body: bytes) -> Reply:
-        time.sleep(25.0)
+        time.sleep(15.0)
         return answer(body)
 
     refused = Reply(http(b"", "404 Not Found"))
     with FakeEngine({"/generate": slow, "/v1/loads": loads, "/weights_checker": refused}) as server:
         results = ranks(2).run(_write_on_two_ranks, server.url, VERSION)
-    assert [count for count, _ in results] == [3, 3] and all(seconds > 20 for _, seconds in results)
+    assert [count for count, _ in results] == [3, 3] and all(seconds > 12 for _, seconds in results)
 
 
 # ---- real servers ----

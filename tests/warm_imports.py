@@ -1,5 +1,6 @@
 """What the server of tests/warm.py imports before it forks: modules that a rank of a job takes seconds to import."""
 
+import gc
 import importlib
 
 from megatron_tropd.parallel import platform
@@ -18,3 +19,5 @@ for _name in (
     "torch.distributed.run",
 ):
     importlib.import_module(_name)
+gc.collect()
+gc.freeze()  # a collection in a forked process would look at, and so copy, all that was imported: 0.3 s

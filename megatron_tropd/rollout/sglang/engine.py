@@ -107,9 +107,7 @@ class Engine:
         """
         deadline = asyncio.get_running_loop().time() + self._settings.start_timeout_s
         while True:
-            if self.server is not None and not self.server.is_running():
-                status = self.server.exit_status()
-                raise EngineDown(f"{self.name} ended with status {status} at start; {self._log()}")
+            await self.check_process()
             with contextlib.suppress(EngineDown):
                 await self._get("/model_info", timeout_s=_START_ANSWER_S)
                 break
@@ -121,6 +119,11 @@ class Engine:
             await asyncio.sleep(_POLL_S)
         self._learn(await self._get("/server_info"))
         self.is_up = True
+
+    async def check_process(self) -> None:
+        """Raises EngineDown if the process that was started here has ended."""
+        if self.server is not None and not self.server.is_running():
+            raise EngineDown(f"{self.name} ended with status {self.server.exit_status()}; {self._log()}")
 
     def _learn(self, answer: Any) -> None:
         with self._named("/server_info"):

@@ -95,9 +95,12 @@ class Fleet:
     async def wait_until_up(self) -> None:
         """Until every server that is not given up answers; failed starts are tried again.
 
+        A server that has ended unnoticed is started at once, together with those that are waited for.
+
         Raises:
             EngineError: none is left.
         """
+        await self._each([engine for engine in self._usable() if engine.is_up], Engine.check_process)
         while down := [engine for engine in self._usable() if not engine.is_up]:
             await self._each(down, Engine.wait_until_up)
 
