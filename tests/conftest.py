@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collection_finish(session):
     """Fail if xdist deals out single tests, as it does without a word with a pytest that it does not know."""
     if getattr(session.config.option, "loadgroup", False) and session.items and "@" not in session.items[0].nodeid:
-        raise pytest.UsageError("this pytest-xdist cannot group tests of this pytest; see requirements/test.txt")
+        raise RuntimeError("this pytest-xdist cannot group tests of this pytest; see requirements/test.txt")
     return (yield)
 
 

@@ -69,6 +69,7 @@ def _file(tmp_path, content):
         ("sglang-x: [a, ~]\n", ["sglang-x: has a list with a missing value"]),
         ("outlier-coef: -1\n", ["--outlier-coef -1.0 must not be negative"]),
     ],
+    ids=lambda value: repr(value)[:30],
 )  # fmt: skip
 def test_what_a_file_may_not_hold(tmp_path, content, errors):
     found = _errors(_file(tmp_path, content))

@@ -97,17 +97,27 @@ SILENT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("why", sorted(SILENT))
 def test_silence_ends_a_request_and_names_the_flag(why):
     reply, loads, state = SILENT[why]
-    message = rf"engine 0 \(.*\): step 5, prompt 0: no answer, and no sign of progress.* for 0.6 s \({FLAG}\).*{state}"
+    message = rf"engine 0 \(.*\): step 5, prompt 0: no answer, and no sign of progress.* for 2 s \({FLAG}\).*{state}"
     replies = {"/generate": reply, "/v1/loads": loads}
-    with FakeEngine(replies) as server, engine_at(server, request_timeout_s=0.6) as (engine, run):
-        with pytest.raises(EngineTimeout, match=message) as failure:
-            run(generate_three(engine))
-        with pytest.raises(EngineTimeout, match=rf"scoring 3 tokens: no answer.*\({FLAG}\)"):
-            run(engine.score([3, 4, 5], None))
+    with (
+        FakeEngine(replies) as server, engine_at(server, request_timeout_s=2.0) as (engine, run),
+        pytest.raises(EngineTimeout, match=message) as failure,
+    ):  # fmt: skip
+        run(generate_three(engine))
     assert f"raise {FLAG}" in str(failure.value)
+
+
+def test_silence_ends_the_scoring_of_a_probe():
+    message = rf"scoring 3 tokens: no answer.*\({FLAG}\)"
+    with (
+        FakeEngine({"/generate": HANGS}) as server, engine_at(server, request_timeout_s=0.6) as (engine, run),
+        pytest.raises(EngineTimeout, match=message),
+    ):  # fmt: skip
+        run(engine.score([3, 4, 5], None))
 
 
 CONTROL = {
@@ -239,10 +249,10 @@ def test_a_server_that_is_slow_but_decodes_is_not_given_up(sglang):
 
 @pytest.fixture
 def impatient(sglang):
-    """An engine at the first running server that waits for two seconds only, and the version of its weights."""
+    """An engine at the first running server that waits for five seconds only, and the version of its weights."""
     version = sglang.push()
     url = sglang.engines[0].server.url
-    engine = Engine(7, replace(sglang.settings, urls=(url,), request_timeout_s=2.0), sglang.arch, None, url)
+    engine = Engine(7, replace(sglang.settings, urls=(url,), request_timeout_s=5.0), sglang.arch, None, url)
     sglang.run(engine.start())
     engine.version = version
     yield engine
@@ -265,8 +275,8 @@ def test_a_stopped_server_ends_the_request_with_the_flag_and_the_last_sign(sglan
         await task
 
     message = (
-        rf"engine 7 .*: step 5, prompt 0: no answer, and no sign of progress .* for 2 s \({FLAG}\): the last one was "
-        r"seen \d\.\d s ago; it reports requests running \d+"
+        rf"engine 7 .*: step 5, prompt 0: no answer, and no sign of progress .* for 5 s \({FLAG}\): the last one was "
+        r"seen \d+\.\d s ago; it reports requests running \d+"
     )
     try:
         with pytest.raises(EngineTimeout, match=message):

@@ -174,6 +174,7 @@ def test_absurd_rewards_end_the_run(ranks, world, tmp_path):
     assert error.startswith("SpikeStep: step 1: ") and "--reward-function" in error
 
 
+@pytest.mark.slow
 def test_the_exit_code_of_the_command(world, tmp_path):
     argv = flags(world, tmp_path / "run", lr=10, on_parity="warn")
     text = output_of(argv, tmp_path)
