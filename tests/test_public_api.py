@@ -51,8 +51,9 @@ def _dense() -> tuple[float, float, float]:
 def test_the_example_gives_the_dense_loss_and_gradient_on_any_number_of_ranks(ranks, measured):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     job = subprocess.run(
-        [*launch, str(EXAMPLE)], env=environment(), capture_output=True, text=True, timeout=300, check=True
+        [*launch, str(EXAMPLE)], env=environment(), capture_output=True, text=True, timeout=300, check=False
     )
+    assert job.returncode == 0, job.stderr
     printed = re.search(r"loss (\S+) trusted (\S+) gradients (\S+)", job.stdout)
     assert printed, job.stdout
     loss, trusted, norm = map(float, printed.groups())

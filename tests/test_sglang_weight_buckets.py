@@ -6,11 +6,19 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 
+import psutil
 import pytest
 import torch
 
-from megatron_tropd.rollout.sglang.api.weight_buckets import BucketBuilder, bytes_message, update_body
+from megatron_tropd.rollout.sglang.api.weight_buckets import (
+    BucketBuilder,
+    WeightBucket,
+    bytes_message,
+    shared_message,
+    update_body,
+)
 
 
 def test_buckets_hold_every_byte_once_and_no_more_than_the_limit():
@@ -37,6 +45,24 @@ def test_the_version_travels_with_the_last_bucket_and_flushes():
     assert first["serialized_named_tensors"] == ["eA==", "eQ=="]
     last = json.loads(update_body([b"x"], weight_version="12"))
     assert last["flush_cache"] is True and last["weight_version"] == "12"
+
+
+def _bucket(value: float) -> WeightBucket:
+    builder = BucketBuilder(1 << 20)
+    builder.add("t", torch.full((100,), value))
+    return builder.close()
+
+
+def test_memory_is_shared_although_torchs_manager_of_it_is_busy():
+    """torch waits for it for a second only."""
+    shared_message(_bucket(1.0))  # starts the manager
+    managers = [child for child in psutil.Process().children() if child.name().startswith("torch_shm")]
+    assert managers
+    for manager in managers:
+        manager.suspend()
+        threading.Timer(1.5, manager.resume).start()
+    message = pickle.loads(shared_message(_bucket(2.0)))  # noqa: S301 (our own bytes)
+    assert torch.equal(message["flattened_tensor"].view(torch.float32)[:100], torch.full((100,), 2.0))
 
 
 _PEAK = """

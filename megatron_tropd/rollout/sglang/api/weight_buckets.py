@@ -19,6 +19,9 @@ from torch.multiprocessing import get_sharing_strategy, reductions, set_sharing_
 
 _ALIGNMENT = 16
 """Bytes; every dtype may be viewed at its place."""
+_SHARE_ATTEMPTS = 5
+_MANAGER_IS_SLOW = "Shared memory manager connection has timed out"
+"""torch waits for one second for the process that keeps shared memory; on a busy machine that may be too short."""
 _CUDA_DEVICE_ARGUMENT = 6
 """Place of the device index among the arguments of torch's rebuild_cuda_tensor."""
 
@@ -104,12 +107,23 @@ def shared_message(bucket: WeightBucket) -> bytes:
 
     The memory must stay until the receiver has answered.
     """
-    buffer = io.BytesIO()
+    metadata = list(bucket.entries)
     if bucket.flat.is_cuda:
-        ForkingPickler(buffer).dump({"flattened_tensor": _Handle(bucket.flat), "metadata": list(bucket.entries)})
-    else:
-        with _shared_by_file_name():
-            ForkingPickler(buffer).dump({"flattened_tensor": bucket.flat, "metadata": list(bucket.entries)})
+        return _pickled({"flattened_tensor": _Handle(bucket.flat), "metadata": metadata})
+    message = {"flattened_tensor": bucket.flat, "metadata": metadata}
+    with _shared_by_file_name():
+        for _ in range(_SHARE_ATTEMPTS - 1):
+            try:
+                return _pickled(message)
+            except RuntimeError as error:
+                if _MANAGER_IS_SLOW not in str(error):
+                    raise
+        return _pickled(message)
+
+
+def _pickled(message: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    ForkingPickler(buffer).dump(message)
     return buffer.getvalue()
 
 
