@@ -1,7 +1,7 @@
 # Two commands on a fresh machine with Python 3.11, make and a compiler:
 #   make quickstart   the main job: a student learns from a teacher, two ranks, about two minutes
 #                     (ENGINE=sglang: rollouts by the real SGLang server, whose environment is made first)
-#   make test         the whole test suite
+#   make test         the whole test suite, 13 minutes
 # and besides: make check (lint, types, and all tests without ranks, servers or other processes: 75 seconds, the
 #   first time two minutes, because mypy then reads torch),
 #   make verify (prints measured errors), make lint, make format, make clean, and
