@@ -49,12 +49,10 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=_needs_servers)
 
 
-@pytest.hookimpl(wrapper=True)
 def pytest_collection_finish(session):
     """Fail if xdist deals out single tests, as it does without a word with a pytest that it does not know."""
     if getattr(session.config.option, "loadgroup", False) and session.items and "@" not in session.items[0].nodeid:
         raise RuntimeError("this pytest-xdist cannot group tests of this pytest; see requirements/test.txt")
-    return (yield)
 
 
 def _needs_servers(item) -> bool:

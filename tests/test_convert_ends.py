@@ -25,9 +25,13 @@ def test_an_error_that_all_ranks_have(tmp_path, delayed):
     assert own_tracebacks(text) == 0 and "exitcode  : 2" in text
 
 
-@pytest.mark.parametrize("delayed", [0, 1])
+@pytest.mark.parametrize("delayed", [None, 0, 1])
 def test_an_error_in_the_flags(tmp_path, delayed):
-    text = output_from_imports_on(["--save", "x"], tmp_path, delaying(delayed), "checkpoint_convert.hf_to_megatron")
+    argv, module = ["--save", "x"], "checkpoint_convert.hf_to_megatron"
+    if delayed is None:
+        text = output_of(argv, tmp_path, module=module)
+    else:
+        text = output_from_imports_on(argv, tmp_path, delaying(delayed), module)
     assert text.count("error: the following arguments are required: --hf-checkpoint") == 1, text
     assert text.count("usage: ") == 1 and own_tracebacks(text) == 0 and "exitcode  : 2" in text
 

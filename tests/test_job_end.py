@@ -6,6 +6,7 @@ command.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -66,47 +67,39 @@ def test_a_cause_that_comes_after_a_consequence_is_printed_too(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_from_outside(tmp_path, number):
-    job = start(["signal", "0"], tmp_path, module=MODULE)
-    try:
+    with start(["signal", "0"], tmp_path, module=MODULE) as job:
         wait_for(lambda: len(list(tmp_path.glob("ready_*"))) == 2, job)
         job.send_signal(number)
         assert job.wait(timeout=300) != 0
-    finally:
-        job.kill()
-    text = (tmp_path / "log").read_text()
-    (line,) = _ends(text)
-    assert f"ended by {number.name}" in line and own_tracebacks(text) == 0, text
+    (line,) = _ends(job.output)
+    assert f"ended by {number.name}" in line and own_tracebacks(job.output) == 0, job.output
 
 
 @pytest.mark.slow
 def test_a_signal_for_ranks_that_wait_in_a_collective(tmp_path):
     """Their main threads never come back to Python; torchrun kills them after its --shutdown-timeout."""
-    job = start(["stuck", "0"], tmp_path, None, "--standalone", "--shutdown-timeout", "12", module=MODULE)
-    try:
+    launcher = ["--standalone", "--shutdown-timeout", "12"]
+    with start(["stuck", "0"], tmp_path, module=MODULE, launcher=launcher) as job:
         wait_for(lambda: len(list(tmp_path.glob("ready_*"))) == 2, job)
         job.terminate()
         assert job.wait(timeout=300) != 0
-    finally:
-        job.kill()
-    text = (tmp_path / "log").read_text()
-    (line,) = _ends(text)
-    assert "ended by SIGTERM" in line, text
+    (line,) = _ends(job.output)
+    assert "ended by SIGTERM" in line, job.output
 
 
 @pytest.mark.slow
 def test_each_of_two_nodes_prints_once(tmp_path):
     """Two launches on this machine stand for two nodes; the second sees only consequences."""
-    address, jobs, texts = f"--nnodes 2 --master-addr 127.0.0.1 --master-port {free_port()}".split(), [], []
-    try:
+    address = f"--nnodes 2 --master-addr 127.0.0.1 --master-port {free_port()} --node-rank".split()
+    with contextlib.ExitStack() as running:
+        jobs = []
         for node in ("0", "1"):
             (tmp_path / node).mkdir()
-            jobs.append(start(["cause", "0"], tmp_path / node, None, *address, "--node-rank", node, module=MODULE))
-        for node, job in enumerate(jobs):
-            assert job.wait(timeout=400) != 0
-            texts.append((tmp_path / str(node) / "log").read_text())
-    finally:
+            job = start(["cause", "0"], tmp_path / node, module=MODULE, launcher=[*address, node])
+            jobs.append(running.enter_context(job))
         for job in jobs:
-            job.kill()
+            assert job.wait(timeout=400) != 0
+    texts = [job.output for job in jobs]
     assert _ends(texts[0]) == ["END OF rank 0 failed:"] and texts[0].count("KeyError: 'the cause'") == 1, texts[0]
     (line,) = _ends(texts[1])
     assert "communication with the other ranks failed" in line or "ended by SIGTERM" in line, texts[1]

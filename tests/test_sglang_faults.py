@@ -39,7 +39,7 @@ def _generate_while_killing(sglang, victims, version):
 
 
 def test_one_of_two_servers_is_killed_while_it_writes_and_the_other_before_a_push(sglang):
-    """The other one takes over; the dead are back at the next push, which is whole on both."""
+    """The other one takes over; both dead are started before any is waited for, and the next push is whole on both."""
     version = sglang.push()
     witness, victim = sglang.engines
     before = sglang.pool.counts
@@ -48,7 +48,11 @@ def test_one_of_two_servers_is_killed_while_it_writes_and_the_other_before_a_pus
     assert victim.version is None and witness.version == version
     assert after["restarts"] == before.get("restarts", 0) + 1
     assert after["reissued"] > before.get("reissued", 0)
+    starts = witness.starts
     os.killpg(witness.server.pid, signal.SIGKILL)
+    witness.server._process.wait(timeout=60)
+    sglang.run(sglang.pool._fleet.wait_until_up())
+    assert witness.starts == starts + 1 and victim.is_up and witness.is_up
     version = sglang.push()
     assert victim.version == witness.version == version and witness.checksum == victim.checksum
 

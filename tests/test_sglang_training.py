@@ -36,20 +36,15 @@ def _sglang_flags(world, run_dir, **changes):
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} does not exist; `make sglang-env` makes it")
-def test_a_run_on_a_server_that_is_killed_in_the_middle(world, tmp_path):
-    """The server comes back with the weights of the step; every step is made once, on tokens of its own weights.
-
-    In the middle of a batch the weights come over SGLang's own interface; all other updates are planned.
-    """
+@pytest.mark.parametrize("transport", ["auto", "planned", "planned-shared"])
+def test_a_run_on_a_server_that_is_killed_in_the_middle(world, tmp_path, transport):
+    """The server comes back with the weights of the step; every step is made once, on tokens of its own weights."""
     run_dir, num_steps = tmp_path / "run", 5
-    argv = _sglang_flags(world, run_dir, train_iters=num_steps, update_weight_transport="planned")
-    job = start(argv, tmp_path)
-    try:
+    argv = _sglang_flags(world, run_dir, train_iters=num_steps, update_weight_transport=transport)
+    with start(argv, tmp_path) as job:
         wait_for_steps(run_dir / "metrics.jsonl", 2, job, timeout=400)
         os.kill(process(job.pid, "server/launch.py"), signal.SIGKILL)
-        assert job.wait(timeout=400) == 0, (tmp_path / "log").read_text()[-4000:]
-    finally:
-        job.kill()
+        assert job.wait(timeout=400) == 0, job.output[-4000:]
     steps = [r for r in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "step"]
     assert [step["step"] for step in steps] == list(range(1, num_steps + 1))
     assert [step["weight_version"] for step in steps] == list(range(1, num_steps + 1))
@@ -61,7 +56,7 @@ def test_a_run_on_a_server_that_is_killed_in_the_middle(world, tmp_path):
     assert restarts[0] == 0 and restarts[-1] == 1, restarts
     logs = sorted(path.name for path in (run_dir / "engines").iterdir())
     assert logs == ["sglang-0-start-1.log", "sglang-0-start-2.log"]
-    assert "planned update" not in (tmp_path / "log").read_text(), "sent whole tensors instead"
+    assert "planned update" not in job.output, "sent whole tensors instead"
 
 
 def _steps_then_other_weights(argv):

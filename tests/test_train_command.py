@@ -264,18 +264,14 @@ def test_killing_a_rank_ends_the_job_and_the_same_command_resumes(world, tmp_pat
     """SIGKILL of one rank in the middle of a step: all end within a minute, the run goes on afterwards."""
     run_dir = tmp_path / "run"
     argv = flags(world, run_dir, train_iters=60, tensor_model_parallel_size=2, save_interval=5)
-    job = start(argv, tmp_path)
-    try:
+    with start(argv, tmp_path) as job:
         steps = wait_for_steps(run_dir / "metrics.jsonl", 8, job)
         psutil.Process(job.pid).children()[0].kill()
         killed = time.monotonic()
         assert job.wait(timeout=60) != 0
         assert time.monotonic() - killed < 60
-    finally:
-        job.kill()
-    text = (tmp_path / "log").read_text()
-    assert "Run the same command again: it resumes from the last checkpoint" in text, text[-3000:]
-    assert "Signal 9 (SIGKILL) received" in text
+    assert "Run the same command again: it resumes from the last checkpoint" in job.output, job.output[-3000:]
+    assert "Signal 9 (SIGKILL) received" in job.output
     text = output_of(argv, tmp_path)
     assert text.endswith("torchrun exited with 0"), text[-3000:]
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

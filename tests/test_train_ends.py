@@ -41,10 +41,10 @@ def _exit_codes(text):
     return [int(line.split(":")[1].split()[0]) for line in text.splitlines() if line.startswith("  exitcode  :")]
 
 
-@pytest.mark.parametrize("delayed", [0, 1])
+@pytest.mark.parametrize("delayed", [None, 0, 1])
 def test_a_configuration_error(world, tmp_path, delayed):
     argv = flags(world, tmp_path / "run", tensor_model_parallel_size=2, top_k=0, lr=-1)
-    text = output_from_imports_on(argv, tmp_path, delaying(delayed))
+    text = output_of(argv, tmp_path) if delayed is None else output_from_imports_on(argv, tmp_path, delaying(delayed))
     assert text.count("configuration errors:") == 1 and text.count("--top-k 0 must be at least 1") == 1, text
     assert "--lr -1.0 must be positive" in text
     assert own_tracebacks(text) == 0 and 2 in _exit_codes(text) and not (tmp_path / "run").exists()
@@ -117,14 +117,11 @@ def _ranks(job):
 def _until(world, tmp_path, act):
     """The output of a job on which ``act`` is called after some steps."""
     argv = flags(world, tmp_path / "run", train_iters=10000, tensor_model_parallel_size=2, save_interval=2)
-    job = start(argv, tmp_path)
-    try:
+    with start(argv, tmp_path) as job:
         wait_for_steps(tmp_path / "run" / "metrics.jsonl", 3, job, timeout=400)
         act(job)
         assert job.wait(timeout=300) != 0
-    finally:
-        job.kill()
-    return (tmp_path / "log").read_text()
+    return job.output
 
 
 @pytest.mark.parametrize("victim", [0, 1])

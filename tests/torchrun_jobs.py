@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -16,20 +17,20 @@ ROOT = Path(__file__).resolve().parent.parent
 DELAY = ROOT / "tests" / "delay"
 
 
-def command(argv: list[str], nproc: int = 2, *, module: str = "megatron_tropd.train") -> list[str]:
-    """For ``subprocess``: a job whose processes import everything themselves."""
-    return [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(nproc),
-            "--standalone", "-m", module, *argv]  # fmt: skip
+def command(argv: list[str], *, module: str = "megatron_tropd.train") -> list[str]:
+    """For ``subprocess``: a job of two ranks, whose processes import everything themselves."""
+    return [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+            "-m", module, *argv]  # fmt: skip
 
 
 def start(
-    argv: list[str], cwd: Path, env: dict[str, str] | None = None, *launcher: str, nproc: int = 2,
-    module: str = "megatron_tropd.train",
+    argv: list[str], cwd: Path, env: dict[str, str] | None = None, module: str = "megatron_tropd.train", *,
+    launcher: Sequence[str] = ("--standalone",),
 ) -> WarmJob:  # fmt: skip
-    """A job whose ranks are forked from a process that has imported everything; its output is ``cwd / "log"``."""
+    """A job of two ranks, which are forked from a process that has imported everything."""
     file = ROOT.joinpath(*module.split(".")).with_suffix(".py")
-    words = ["--start-method", "fork", "--nproc-per-node", str(nproc), *(launcher or ["--standalone"]), "--run-path"]
-    return WarmJob([*words, str(file), *argv], cwd=cwd, env=env or environment(), log=cwd / "log")
+    words = ["--start-method", "fork", "--nproc-per-node", "2", *launcher, "--run-path", str(file), *argv]
+    return WarmJob(words, cwd=cwd, env=env or environment())
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -45,12 +46,9 @@ def output_of(
     argv: list[str], cwd: Path, env: dict[str, str] | None = None, module: str = "megatron_tropd.train"
 ) -> str:
     """Everything that a job of two ranks prints, and a last line with torchrun's exit code."""
-    job = start(argv, cwd, env, module=module)
-    try:
+    with start(argv, cwd, env, module) as job:
         status = job.wait(timeout=400)
-    finally:
-        job.kill()
-    return f"{(cwd / 'log').read_text()}\ntorchrun exited with {status}"
+    return f"{job.output}\ntorchrun exited with {status}"
 
 
 def output_from_imports_on(
@@ -66,8 +64,7 @@ def output_from_imports_on(
 
 
 def own_tracebacks(text: str) -> int:
-    """How many tracebacks are not torchrun's own; those begin in its main, and end with ChildFailedError or
-    SignalException."""
+    """How many tracebacks are not torchrun's own: those of its main, and of what it says of a forked rank."""
     torchruns = ("errors.ChildFailedError: ", "multiprocessing.api.SignalException: ", "spawn.ProcessExitedException: ")
     return text.count("Traceback (most recent call last)") - sum(map(text.count, torchruns))
 

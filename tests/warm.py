@@ -20,17 +20,29 @@ CONTEXT.set_forkserver_preload(["tests.warm_imports"])
 
 
 class WarmJob:
-    """A torchrun job, with the methods of ``subprocess.Popen`` that tests use.
+    """A torchrun job, with the methods of ``subprocess.Popen`` that tests use; as a context, it is killed at the end.
 
     Args:
         words: torchrun's arguments.
-        log: standard output and standard error are appended to it.
+        cwd: its directory; its output is in the file ``log`` there.
     """
 
-    def __init__(self, words: list[str], *, cwd: Path, env: dict[str, str], log: Path) -> None:
-        self._process = CONTEXT.Process(target=_torchrun, args=(words, str(cwd), env, str(log)))
+    def __init__(self, words: list[str], *, cwd: Path, env: dict[str, str]) -> None:
+        self._log = cwd / "log"
+        self._process = CONTEXT.Process(target=_torchrun, args=(words, str(cwd), env))
         self._process.start()
         self.pid: int = self._process.pid
+
+    def __enter__(self) -> WarmJob:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    @property
+    def output(self) -> str:
+        """Standard output and standard error so far."""
+        return self._log.read_text()
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -51,13 +63,13 @@ class WarmJob:
         self._process.kill()
 
 
-def _torchrun(words: list[str], cwd: str, env: dict[str, str], log: str) -> None:
+def _torchrun(words: list[str], cwd: str, env: dict[str, str]) -> None:
     """Be torchrun, with the environment, the directory and the output of a process of its own."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.chdir(cwd)
+    file = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
     for standard, stream in ((1, sys.stdout), (2, sys.stderr)):
         os.dup2(file, standard)
         stream.reconfigure(write_through=True)
-    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     util.register_after_fork(_torchrun, _exit_as_a_program)  # in the ranks
