@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a process group, which its functions would keep as a default
 
 import megatron_tropd as tropd
 
@@ -20,7 +21,6 @@ NUM_TOKENS, VOCAB_SIZE, HIDDEN_SIZE = 24, 101, 32
 
 def main() -> None:
     """One loss, with its gradients, of a batch that is made up."""
-    dist.init_process_group("gloo")
     ranks, rank = dist.get_world_size(), dist.get_rank()
     rows = -(-VOCAB_SIZE // ranks)
     shard = tropd.VocabShard(vocab_size=VOCAB_SIZE, rows_per_rank=rows, group=dist.group.WORLD)
@@ -56,7 +56,6 @@ def main() -> None:
     norm = dist_norm(table.grad)
     if rank == 0:
         print(f"loss {out.loss / out.denominator:.6f} trusted {trusted.total / trusted.count:.4f} gradients {norm:.6f}")
-    dist.destroy_process_group()
 
 
 def dist_norm(shard_of_gradient: torch.Tensor) -> float:
@@ -67,4 +66,6 @@ def dist_norm(shard_of_gradient: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
+    dist.init_process_group("gloo")
     main()
+    dist.destroy_process_group()  # nothing holds the group any more: its threads end here, before Python does

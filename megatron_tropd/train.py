@@ -101,14 +101,22 @@ def _train(argv: Sequence[str], launch: Launch, job_end: JobEnd) -> int:
     import torch.distributed as dist
 
     from megatron_tropd.parallel.groups import shutdown
-    from megatron_tropd.setup.assemble import close
     from megatron_tropd.setup.run_spec import make_run_spec
+
+    _run(make_run_spec(config, int(os.environ.get("WORLD_SIZE", "1"))), launch, job_end)
+    dist.barrier()
+    shutdown()
+    return 0
+
+
+def _run(spec: RunSpec, launch: Launch, job_end: JobEnd) -> None:
+    """Build the run, train, write the results and close the run's parts; nothing holds a process group afterwards."""
+    from megatron_tropd.setup.assemble import close
     from megatron_tropd.training.finish import write_results
     from megatron_tropd.training.loop import train
 
-    spec = make_run_spec(config, int(os.environ.get("WORLD_SIZE", "1")))
     assembled = _assemble(spec)
-    launch.trains = config
+    launch.trains = spec.config
     try:
         for note in spec.data.notes:
             assembled.run.progress.message(note)
@@ -122,9 +130,6 @@ def _train(argv: Sequence[str], launch: Launch, job_end: JobEnd) -> int:
         raise
     finally:
         close(assembled)
-    dist.barrier()
-    shutdown()
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

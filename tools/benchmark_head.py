@@ -35,7 +35,7 @@ from head_benchmark.measure import Row, accuracy, memory, times, tried  # noqa: 
 from head_benchmark.peers import load_peers  # noqa: E402
 from head_benchmark.table import write  # noqa: E402
 
-from megatron_tropd.parallel.groups import student_groups  # noqa: E402
+from megatron_tropd.parallel.groups import shutdown, student_groups  # noqa: E402
 from megatron_tropd.parallel.layout import ParallelLayout  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -164,7 +164,7 @@ def main() -> None:
         tables.append((title, measure(contenders, sizes, preset, device)))
     print(write(arguments.out, hardware(device, arguments.threads), tables, absent))
     print(f"{time.monotonic() - began:.0f} s; wrote {arguments.out}/head_benchmark.md, .json, .svg, .png")
-    dist.destroy_process_group()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ DDP and the optimizer read it.  Every other model gets a ``ProcessGroupCollectio
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -89,19 +90,28 @@ def init_distributed(timeout_s: float = DEFAULT_TIMEOUT_S) -> tuple[int, int]:
 def release_groups() -> None:
     """Destroy every process group except the world.
 
-    Megatron's destroy_model_parallel only drops its references, which leaves the threads of gloo's groups running.  Its
-    cache of rotary embeddings keeps modules and their groups alive, and is therefore cleared first.
+    A group, with the threads of gloo's, ends when nothing holds it.  So the caches and globals of Megatron that hold
+    groups are emptied, also those that its own destroy_model_parallel forgets, and dead cycles, such as those of models
+    and optimizers, are collected.  What the caller still holds stays.
     """
     getattr(RotaryEmbedding.forward, "cache_clear", lambda: None)()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+    for name, value in vars(parallel_state).items():
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
     for group in list(distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    gc.collect()
 
 
 def shutdown() -> None:
-    """Destroy all process groups and leave the job."""
+    """Destroy all process groups and leave the job.  Call it when nothing holds a group any more.
+
+    A thread of gloo's that lives on may still release the tensors of the last collective when Python ends.  Those are
+    Python objects, Python stops any thread that wants them then, and C++ answers with abort.
+    """
     if dist.is_initialized():
         release_groups()
         dist.destroy_process_group()
