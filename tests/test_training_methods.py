@@ -31,7 +31,7 @@ LAYOUTS = {
 }
 STEPS = 2
 EXACT = ("tropd/trusted_frac", "tropd/selected_frac", "tropd/clamped_frac", "tropd/topk_overlap", "reward/mean")
-"""Counts of coins, thresholds and ids: equal to the last bit."""
+"""Shares of tokens, decided by coins, thresholds and ids: one token of a batch more would show."""
 UNSTABLE = ("parity/",)
 """Rounding itself: differences of the two implementations, 1e-7 in every layout and never the same."""
 
@@ -85,8 +85,9 @@ def test_every_method_gives_the_same_numbers_in_every_layout(ranks, world, one_r
             for metric, value in theirs.metrics.items():
                 if metric.startswith(UNSTABLE):
                     continue
-                tolerance = 1e-12 if metric in EXACT else 1e-4
-                assert mine.metrics[metric] == pytest.approx(value, rel=tolerance, abs=1e-6), (method, metric)
+                # Others are means of a few nats of both signs, with rounding that differs by processor: as for the loss.
+                relative, absolute = (1e-12, 1e-6) if metric in EXACT else (1e-4, 1e-5)
+                assert mine.metrics[metric] == pytest.approx(value, rel=relative, abs=absolute), (method, metric)
 
 
 def test_versions_and_the_learning_rate_count_updates(ranks, world, tmp_path):
