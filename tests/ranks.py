@@ -13,7 +13,6 @@ They begin with Megatron imported (tests/warm.py), and every test that needs n r
 from __future__ import annotations
 
 import faulthandler
-import gc
 import os
 import signal
 import socket
@@ -66,7 +65,6 @@ def _release_groups() -> None:
     take the cores away from the tests of other world sizes."""
     if groups := sys.modules.get("megatron_tropd.parallel.groups"):
         groups.release_groups()
-        gc.collect()  # models and optimizers hold their groups in cycles
 
 
 def answer_calls(pipe: Connection, after: Callable[[], None] = lambda: None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.hf_models import save_hf_checkpoint
-from tests.torchrun_jobs import delaying, environment, output_from_imports_on, output_of, own_tracebacks
+from tests.torchrun_jobs import environment, output_from_imports_on, output_of, output_with_delay, own_tracebacks
 
 pytestmark = pytest.mark.slow
 
@@ -27,11 +27,7 @@ def test_an_error_that_all_ranks_have(tmp_path, delayed):
 
 @pytest.mark.parametrize("delayed", [None, 0, 1])
 def test_an_error_in_the_flags(tmp_path, delayed):
-    argv, module = ["--save", "x"], "checkpoint_convert.hf_to_megatron"
-    if delayed is None:
-        text = output_of(argv, tmp_path, module=module)
-    else:
-        text = output_from_imports_on(argv, tmp_path, delaying(delayed), module)
+    text = output_with_delay(delayed, ["--save", "x"], tmp_path, "checkpoint_convert.hf_to_megatron")
     assert text.count("error: the following arguments are required: --hf-checkpoint") == 1, text
     assert text.count("usage: ") == 1 and own_tracebacks(text) == 0 and "exitcode  : 2" in text
 

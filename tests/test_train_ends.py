@@ -16,10 +16,10 @@ from megatron_tropd.train import Launch
 from megatron_tropd.training.guard import NonFiniteStep
 from tests.tiny_run import flags, make_world
 from tests.torchrun_jobs import (
-    delaying,
     environment,
     output_from_imports_on,
     output_of,
+    output_with_delay,
     own_tracebacks,
     start,
     wait_for_steps,
@@ -44,7 +44,7 @@ def _exit_codes(text):
 @pytest.mark.parametrize("delayed", [None, 0, 1])
 def test_a_configuration_error(world, tmp_path, delayed):
     argv = flags(world, tmp_path / "run", tensor_model_parallel_size=2, top_k=0, lr=-1)
-    text = output_of(argv, tmp_path) if delayed is None else output_from_imports_on(argv, tmp_path, delaying(delayed))
+    text = output_with_delay(delayed, argv, tmp_path)
     assert text.count("configuration errors:") == 1 and text.count("--top-k 0 must be at least 1") == 1, text
     assert "--lr -1.0 must be positive" in text
     assert own_tracebacks(text) == 0 and 2 in _exit_codes(text) and not (tmp_path / "run").exists()

@@ -32,6 +32,8 @@ LAYOUTS = {
 STEPS = 2
 EXACT = ("tropd/trusted_frac", "tropd/selected_frac", "tropd/clamped_frac", "tropd/topk_overlap", "reward/mean")
 """Shares of tokens, decided by coins, thresholds and ids: one token of a batch more would show."""
+CANCELLING = ("tropd/k1_trusted",)
+"""A mean of log-ratios of a few nats and of both signs; after an update its rounding was seen to reach 1.2e-6."""
 UNSTABLE = ("parity/",)
 """Rounding itself: differences of the two implementations, 1e-7 in every layout and never the same."""
 
@@ -85,8 +87,8 @@ def test_every_method_gives_the_same_numbers_in_every_layout(ranks, world, one_r
             for metric, value in theirs.metrics.items():
                 if metric.startswith(UNSTABLE):
                     continue
-                # Others are means of a few nats of both signs, with rounding that differs by processor: as for the loss.
-                relative, absolute = (1e-12, 1e-6) if metric in EXACT else (1e-4, 1e-5)
+                relative = 1e-12 if metric in EXACT else 1e-4
+                absolute = 1e-5 if metric in CANCELLING else 1e-6
                 assert mine.metrics[metric] == pytest.approx(value, rel=relative, abs=absolute), (method, metric)
 
 

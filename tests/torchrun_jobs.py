@@ -63,6 +63,13 @@ def output_from_imports_on(
     return f"{done.stdout}\ntorchrun exited with {done.returncode}"
 
 
+def output_with_delay(delayed: int | None, argv: list[str], cwd: Path, module: str = "megatron_tropd.train") -> str:
+    """As :func:`output_of`, of a job whose local rank ``delayed`` comes no further than Python's start; None: all do."""
+    if delayed is None:
+        return output_of(argv, cwd, module=module)
+    return output_from_imports_on(argv, cwd, delaying(delayed), module)
+
+
 def own_tracebacks(text: str) -> int:
     """How many tracebacks are not torchrun's own: those of its main, and of what it says of a forked rank."""
     torchruns = ("errors.ChildFailedError: ", "multiprocessing.api.SignalException: ", "spawn.ProcessExitedException: ")
