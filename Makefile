@@ -1,4 +1,4 @@
-# Two commands on a fresh machine with Python 3.11, make and a compiler:
+# Two commands on a fresh machine with Python 3.11, 3.12 or 3.13, make and a compiler:
 #   make quickstart   the main job: a student learns from a teacher, two ranks, about two minutes
 #                     (ENGINE=sglang: rollouts by the real SGLang server, whose environment is made first)
 #   make test         the whole test suite, 13 minutes
@@ -7,10 +7,11 @@
 #   make verify (prints measured errors), make lint, make format, make clean, and
 #   make sglang-env   the SGLang server's own environment, for machines without a GPU (docs/sglang.md)
 # Each makes its own environment in .venv first; SGLang has one of its own, because it pins other versions.
-# Set PYTHON to choose another interpreter, and PIP_FLAGS for pip's own options (for example an index that has
-# CPU-only torch).
-PYTHON ?= python3.11
-VENV := .venv
+# The environment is made with the newest Python of these that runs; PYTHON chooses another, VENV another place (with
+# PYTHON=python3.12 VENV=.venv-3.12 it stands beside the first).  PIP_FLAGS are pip's own options, for example an index
+# that has CPU-only torch.
+PYTHONS := python3.13 python3.12 python3.11
+VENV ?= .venv
 SGLANG_VENV ?= .venv-sglang
 ENGINE ?= embedded
 PIP_FLAGS ?=
@@ -18,7 +19,24 @@ PIP_FLAGS ?=
 WORKERS ?= 2
 BIN := $(VENV)/bin
 IN_WORKERS := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c requirements/constraints.txt
+
+runs = $(shell $(1) -c "" 2>/dev/null && echo $(1))
+minor = $(shell $(1) -c "import sys; print(sys.version_info.minor)" 2>/dev/null)
+MADE := $(wildcard $(BIN)/python)
+ifndef PYTHON
+  PYTHON := $(or $(MADE),$(firstword $(foreach python,$(PYTHONS),$(call runs,$(python)))))
+endif
+MINOR := $(call minor,$(PYTHON))
+ifeq (,$(filter 11 12 13,$(MINOR)))
+  $(error PYTHON is "$(PYTHON)", which is not or does not run as one of $(PYTHONS); set PYTHON)
+endif
+ifneq (,$(MADE))
+  ifneq ($(MINOR),$(call minor,$(MADE)))
+    $(error $(VENV) was made with Python 3.$(call minor,$(MADE)), PYTHON is 3.$(MINOR): remove $(VENV), or set VENV too)
+  endif
+endif
+CONSTRAINTS := requirements/constraints-python3.$(if $(filter 11,$(MINOR)),11,12).txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c $(CONSTRAINTS)
 SGLANG_INSTALL := $(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 
 # Files whose tests print a measured error.
@@ -51,25 +69,29 @@ format: $(VENV)/.test
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.runtime: requirements/runtime.txt requirements/constraints.txt pyproject.toml | $(VENV)/bin/python
+$(VENV)/.runtime: requirements/runtime.txt $(CONSTRAINTS) pyproject.toml | $(VENV)/bin/python
 	$(INSTALL) -r requirements/runtime.txt
 	$(INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
 
-# Triton, for its interpreter, stays out of site-packages: torch and Megatron look for it there.
+# Triton, for its interpreter, stays out of site-packages where torch did not bring it: torch and Megatron look for it
+# there.
 $(VENV)/.test: requirements/test.txt $(VENV)/.runtime
 	$(INSTALL) -r requirements/test.txt
-	$(INSTALL) --no-deps --upgrade --target $(VENV)/triton triton==3.8.0
+	$(BIN)/python -c "import triton" 2>/dev/null || \
+		$(INSTALL) --no-deps --upgrade --target $(VENV)/triton triton==3.8.0
 	touch $@
 
 sglang-env: $(SGLANG_VENV)/.ready
 
 # sglang's own requirements are for CUDA; requirements/sglang-cpu.txt has what it imports without a GPU, and
-# tools/sglang_cpu the packages that it imports but does not call.
+# tools/sglang_cpu the packages that it imports but does not call; one takes the place of the Triton that comes with a
+# torch for CUDA.
 $(SGLANG_VENV)/.ready: requirements/sglang-cpu.txt $(wildcard tools/sglang_cpu/*.toml tools/sglang_cpu/*/*.py)
 	$(PYTHON) -m venv $(SGLANG_VENV)
 	$(SGLANG_INSTALL) -r requirements/sglang-cpu.txt
 	$(SGLANG_INSTALL) --no-deps sglang==0.5.23 xgrammar==0.2.7
+	$(SGLANG_VENV)/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes triton 2>/dev/null
 	$(SGLANG_INSTALL) --no-deps --no-build-isolation --force-reinstall ./tools/sglang_cpu
 	rm -rf tools/sglang_cpu/build tools/sglang_cpu/*.egg-info
 	$(SGLANG_VENV)/bin/python -c "import sglang.launch_server"

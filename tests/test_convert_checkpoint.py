@@ -66,21 +66,17 @@ def _error(function, *args):
 
 
 def _save_error_when_rank_1_cannot_write(hf, layout, save_dir):
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    original = FileSystemWriterAsync.__dict__["write_preloaded_data"]
-
-    def full_disk(*_, local_proc_idx, results_queue, count_queue, **__):
-        results_queue.put((local_proc_idx, OSError(28, "No space left on device")))
-        count_queue.get()
-        count_queue.task_done()
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
 
     if dist.get_rank() == 1:
-        FileSystemWriterAsync.write_preloaded_data = staticmethod(full_disk)
+        filesystem_async.open = full_disk
     try:
         return _error(_save, hf, layout, save_dir, 2)
     finally:
-        FileSystemWriterAsync.write_preloaded_data = original
+        vars(filesystem_async).pop("open", None)
 
 
 def _save_not_plain(hf, layout, save_dir):

@@ -1,6 +1,7 @@
 """Triton kernels without a GPU: run by Triton's interpreter against float64, and compiled for a GPU.
 
-Triton is no dependency of the CPU environment.  It is looked for among the installed packages and in ``.venv/triton``:
+Triton comes with a torch for CUDA.  Elsewhere it is looked for in the folder ``triton`` of the environment, where
+``make test`` puts it:
 
     .venv/bin/python -m pip install --no-deps --target .venv/triton triton==3.8.0
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-APART = ROOT / ".venv" / "triton"
+APART = Path(sys.prefix) / "triton"
 
 
 def _run(what, tmp_path, **environment):

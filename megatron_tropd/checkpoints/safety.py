@@ -17,6 +17,9 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 
 METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
+"""The part of the state that is not sharded, as megatron-core 0.16 reads it and later versions do if it is there."""
+COMMON_OBJECT = "common_state/"
+"""Name, up to the number of the shard, of the object in which later versions store it."""
 
 _DCP = "torch.distributed.checkpoint."
 _METADATA_CLASSES = (
@@ -79,9 +82,10 @@ def check_pickles(directory: Path) -> None:
     """
     metadata = read_dcp_metadata(directory)
     common = directory / COMMON_FILE
-    if not common.is_file():
+    if common.is_file():
+        _load_plain(common, str(common))
+    elif not any(name.startswith(COMMON_OBJECT) for name in metadata.state_dict_metadata):
         raise ValueError(f"{common} is missing; the checkpoint is incomplete")
-    _load_plain(common, str(common))
     for index, place in (metadata.storage_data or {}).items():
         if hasattr(metadata.state_dict_metadata.get(index.fqn), "chunks"):
             continue  # a tensor: torch itself reads it with weights_only
@@ -90,15 +94,21 @@ def check_pickles(directory: Path) -> None:
             _load_plain(io.BytesIO(stream.read(place.length)), f"{directory}: object {index.fqn}")
 
 
+def common_part(state_dict: Any) -> Any:
+    """Return the part of ``state_dict`` that is not sharded but saved: the content of :data:`COMMON_FILE`."""
+    _, common = extract_matching_values(state_dict, lambda value: isinstance(value, ShardedBase))
+    _, common = extract_matching_values(common, lambda value: isinstance(value, LocalNonpersistentObject))  # not saved
+    return common
+
+
 def check_plain(state_dict: Any) -> None:
     """Refuse to save what :func:`check_pickles` would refuse to load.
 
     Raises:
         UnsafeCheckpoint: a non-tensor value is not plain data; the message names its type.
     """
-    sharded, common = extract_matching_values(state_dict, lambda value: isinstance(value, ShardedBase))
-    _, common = extract_matching_values(common, lambda value: isinstance(value, LocalNonpersistentObject))  # not saved
-    values = [("the common state", common)]
+    sharded, _ = extract_matching_values(state_dict, lambda value: isinstance(value, ShardedBase))
+    values = [("the common state", common_part(state_dict))]
     values += [(f"object {o.key}", o.data) for o in nested_values(sharded) if isinstance(o, ShardedObject)]
     for what, value in values:
         buffer = io.BytesIO()

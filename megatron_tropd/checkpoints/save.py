@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
@@ -37,7 +38,7 @@ from megatron_tropd.checkpoints.metadata import (
     record_file,
 )
 from megatron_tropd.checkpoints.run_record import RUN_JSON, RunRecord
-from megatron_tropd.checkpoints.safety import check_plain
+from megatron_tropd.checkpoints.safety import COMMON_FILE, check_plain, common_part
 from megatron_tropd.checkpoints.state import COMMON_KEY, without_extra_state
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel.fail_together import FailedElsewhere, on_all_ranks, on_rank_zero
@@ -74,9 +75,13 @@ def _prepare(save_dir: Path, iteration: Iteration) -> Path:
 
 
 def _write(state: dict[str, Any], folder: Path) -> None:
-    """Save with Megatron.  If this fails, it raises on every rank, but only rank 0 gets the reasons."""
+    """Save with Megatron, so that every supported version of it can load the checkpoint.  If this fails, it raises on
+    every rank, but only rank 0 gets the reasons."""
+    common = common_part(state)
     try:
         dist_checkpointing.save(state, str(folder))
+        if dist.get_rank() == 0 and not (folder / COMMON_FILE).exists():  # as of megatron-core 0.19
+            torch.save(common, folder / COMMON_FILE)
     except CheckpointException as error:
         if not error.failures:
             raise FailedElsewhere from error

@@ -36,6 +36,7 @@ REPLACED: dict[str, tuple[str, ...]] = {
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer": ("_set_main_param_and_optimizer_states",),
     "megatron.core.transformer.torch_norm.WrappedTorchNorm": ("__new__",),
     "megatron.core.dist_checkpointing.strategies.filesystem_async": ("mp",),
+    "megatron.core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync": ("write_preloaded_data",),
     "megatron.core.transformer.moe.token_dispatcher": ("maybe_move_tensor_to_cpu",),
 }  # fmt: skip
 
@@ -60,6 +61,14 @@ def has_transformer_engine() -> bool:
     return is_cuda() and importlib.util.find_spec("transformer_engine") is not None
 
 
+def adds_gradients_of_whole_experts() -> bool:
+    """Return whether Megatron-core adds the gradients of experts that every tensor-parallel rank holds whole, without
+    expert parallelism: 0.19 does, 0.16 takes them for gradients of dense layers."""
+    from megatron.core.package_info import MAJOR, MINOR
+
+    return (MAJOR, MINOR) >= (0, 19)
+
+
 _installed = False
 
 
@@ -67,12 +76,13 @@ def install() -> None:
     """Patch torch and Megatron-core so that Megatron-core runs here.  Idempotent.
 
     With CUDA, torch is not patched.  Without Transformer Engine, Megatron's own layers and torch's AdamW are used, and
-    three of their defects are fixed; with CUDA and Transformer Engine nothing is patched.
+    three of their defects are fixed; with CUDA and Transformer Engine only the message of a failed save is.
     """
     global _installed
     if _installed:
         return
     _installed = True
+    _patch_checkpoint_errors()
     if is_cuda():
         if not has_transformer_engine():
             _patch_distributed_optimizer_load()
@@ -82,6 +92,8 @@ def install() -> None:
     # megatron-core's jit_fuser is torch.compile, bound when it is imported.  On a CPU compiling takes 12 s
     # and gains nothing at the sizes that run there.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # A torch built for CUDA says at import that there is no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     _answer_torch_cuda()
     _redirect_device_literals()
     _patch_megatron()
@@ -254,6 +266,24 @@ def _patch_checkpoint_writers() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async.mp = _ThreadContext()
+
+
+def _patch_checkpoint_errors() -> None:
+    """Let a failed save say why: megatron-core 0.19 names only the type of an error of its last writer.  And let it not
+    say at every load that ``common.pt``, which we write because 0.16 needs it (checkpoints/save.py), is deprecated."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    original = FileSystemWriterAsync.write_preloaded_data
+
+    @functools.wraps(original)
+    def write(*args: Any, results_queue: Any, **kwargs: Any) -> Any:
+        output = original(*args, results_queue=results_queue, **kwargs)
+        if results_queue is None and output is not None and isinstance(output[1], Exception):
+            raise output[1]
+        return output
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+    logging.getLogger("megatron.core.dist_checkpointing.strategies.common").setLevel(logging.ERROR)
 
 
 def _patch_expert_dispatch() -> None:

@@ -48,11 +48,12 @@ def training_errors(arch: Architecture, layout: ParallelLayout, *, sequence_para
         errors.append(
             f"a model with experts trains at --tensor-model-parallel-size {layout.tp} only with --sequence-parallel"
         )
-    if arch.num_experts and layout.ep == 1 and layout.expert_tp != layout.tp:
-        # megatron-core then treats experts as dense layers, whose gradients it adds over data-parallel ranks only.
+    whole_experts = arch.num_experts and layout.ep == 1 and layout.expert_tp != layout.tp
+    if whole_experts and not platform.adds_gradients_of_whole_experts():
         errors.append(
             f"--expert-tensor-parallel-size {layout.expert_tp} other than --tensor-model-parallel-size {layout.tp} "
-            "trains only with --expert-model-parallel-size above 1: megatron-core would lose gradients"
+            "trains only with --expert-model-parallel-size above 1, or with megatron-core 0.19: this one would lose "
+            "gradients"
         )
     return errors
 
