@@ -8,7 +8,7 @@ Every record is frozen, slotted and keyword-only; code makes new records instead
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal
@@ -208,14 +208,47 @@ class TokenStreams:
         """Return the labels at ``index`` [N] (int64), in that order."""
         return TokenStreams(**{name: value[index] for name, value in self._present()})
 
-    def to(self, device: torch.device) -> TokenStreams:
-        """Return the same streams on ``device``."""
-        return TokenStreams(**{name: value.to(device) for name, value in self._present()})
+    def map(self, change: Callable[[Tensor], Tensor]) -> TokenStreams:
+        """Return the streams with ``change`` of every tensor."""
+        return TokenStreams(**{name: change(value) for name, value in self._present()})
 
     def _present(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.__dataclass_fields__:
             if (value := getattr(self, name)) is not None:
                 yield name, value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelRows:
+    """Packed positions of the labels of each role, ascending, int64.  They are found on the CPU, where the batch is
+    packed: to find them on a GPU would be to wait for it."""
+
+    loss: Tensor  # GUIDANCE and ON_POLICY: what a loss may read
+    response: Tensor  # all response tokens
+    prefix: Tensor  # GUIDANCE and GUIDANCE_COPY
+    written: Tensor  # ON_POLICY
+
+    @classmethod
+    def of(cls, region_T: Tensor) -> LabelRows:
+        """The rows of a micro-batch's regions."""
+
+        def rows(mask_T: Tensor) -> Tensor:
+            return mask_T.nonzero().squeeze(1)
+
+        written_T, guidance_T = region_T == Region.ON_POLICY, region_T == Region.GUIDANCE
+        return cls(
+            loss=rows(written_T | guidance_T),
+            response=rows(region_T > Region.PROMPT),
+            prefix=rows(guidance_T | (region_T == Region.GUIDANCE_COPY)),
+            written=rows(written_T),
+        )
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> LabelRows:
+        """Return the rows with ``change`` of every tensor."""
+        return LabelRows(
+            loss=change(self.loss), response=change(self.response), prefix=change(self.prefix),
+            written=change(self.written),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,15 +261,25 @@ class Microbatch:
     cu_seqlens: Tensor  # int32 [num_sequences + 1], the last entry is T (padding is a sequence)
     max_seqlen: int
     streams: TokenStreams
+    rows: LabelRows
 
     def to(self, device: torch.device) -> Microbatch:
-        """Return the same micro-batch with every tensor on ``device``."""
+        """Return the same micro-batch with every tensor on ``device``.  From pinned memory the copies are only begun:
+        what is computed on the device waits for them, the host does not."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Microbatch:
+        """Return the same micro-batch in pinned host memory."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Microbatch:
         return Microbatch(
-            token_T=self.token_T.to(device),
-            position_T=self.position_T.to(device),
-            cu_seqlens=self.cu_seqlens.to(device),
+            token_T=change(self.token_T),
+            position_T=change(self.position_T),
+            cu_seqlens=change(self.cu_seqlens),
             max_seqlen=self.max_seqlen,
-            streams=self.streams.to(device),
+            streams=self.streams.map(change),
+            rows=self.rows.map(change),
         )
 
 

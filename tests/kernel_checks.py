@@ -76,6 +76,24 @@ def check_gradient(dtype):
     return worst
 
 
+def check_topk(dtype):
+    """Wrong ids of the exact top-k among many equal logits, in a strided view; 0 where all are right."""
+    from megatron_tropd.ops.topk import local_topk
+
+    generator = torch.Generator().manual_seed(5)
+    storage = torch.randint(0, 40, (ROWS, WIDTH + 13), generator=generator).to(dtype)
+    logits = storage[:, :WIDTH]
+    logits[1] = 3.0  # all equal
+    logits[2, :60] = torch.arange(60) + 100.0  # 60 of the 64 are clear
+    logits[3] = torch.randperm(WIDTH, generator=generator) / 8.0  # few or no equals
+    logits[4, 70:] = -torch.inf
+    logits[5, :] = -0.0
+    logits[5, 100:200] = 0.0
+    _, columns = local_topk(logits, 64)
+    expected = (-(logits.double() + 0.0)).sort(dim=1, stable=True).indices[:, :64]
+    return float((columns.sort(1).values != expected.sort(1).values).sum())
+
+
 def check_head(dtype):
     """The whole one-pass head on the kernels: worst error of loss, hidden and weight gradients."""
     from megatron_tropd.objectives.methods import ObjectiveSettings, make_objective
@@ -95,6 +113,7 @@ def check_head(dtype):
         source=make_source(hidden, weight, streams, shard, chunk_tokens=5, logits_dtype=None),
         objective=make_objective("tropd", ObjectiveSettings(top_k=64, guidance_beta=0.3)),
         tokens=streams, context=StepContext(), weight=weight, to_hidden=True, to_weight=True,
+        drop_rows=True,
     )  # fmt: skip
     with torch.no_grad():
         totals, gradients, _ = work.run(loss_rows(streams))
@@ -112,7 +131,8 @@ def interpret():
     """Errors under Triton's interpreter, by (check, dtype)."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     assert kernels.use_triton(torch.ones(1)), "the head would not take the kernels here"
-    checks = {"row statistics": check_partials, "gradient in place": check_gradient, "one-pass head": check_head}
+    checks = {"row statistics": check_partials, "gradient in place": check_gradient,
+              "top-k among equals": check_topk, "one-pass head": check_head}
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return {f"{name}, {short}": check(dtype) for name, check in checks.items() for short, dtype in dtypes.items()}
 
@@ -125,11 +145,16 @@ def compile_for_gpu():
 
     module = kernels.load()
     rows = dict.fromkeys(("maxima", "scales", "slopes", "offsets", "out"), "*fp32")
-    sizes = {"stride": "i64", "num_rows": "i32", "width": "i32", "BLOCK": "constexpr", "HAS_SLOPE": "constexpr"}
+    rows |= {"columns": "*i64", "aboves": "*i64"}
+    constants = dict.fromkeys(("BLOCK", "HAS_SLOPE", "K"), "constexpr")
+    sizes = {"stride": "i64", "num_rows": "i32", "width": "i32", **constants}
+    kernels_of = (
+        (module._partials_kernel, {}), (module._gradient_kernel, {"HAS_SLOPE": True}), (module._equals_kernel, {"K": 64}),
+    )  # fmt: skip
     compiled = {}
     for dtype in ("bf16", "fp32"):
-        for kernel, constants in ((module._partials_kernel, {}), (module._gradient_kernel, {"HAS_SLOPE": True})):
-            types = {**rows, **sizes, "logits": f"*{dtype}"}
+        for kernel, constants in kernels_of:
+            types = {**rows, **sizes, "logits": f"*{dtype}", "lasts": f"*{dtype}"}
             signature = {name: types[name] for name in kernel.arg_names}
             source = ASTSource(kernel, signature=signature, constexprs={"BLOCK": 4096, **constants})
             made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})

@@ -40,14 +40,14 @@ def _run(what, tmp_path, **environment):
 @pytest.mark.slow
 def test_interpreted_kernels_equal_float64(tmp_path, measured):
     errors = _run("interpret", tmp_path, TRITON_INTERPRET="1")
-    assert len(errors) == 9
+    assert len(errors) == 12
     for name, error in errors.items():
         # The interpreter cuts bf16 off where a GPU rounds; row statistics leave in fp32 whatever the logits are.
-        exact = "fp32" in name or "statistics" in name
+        exact = "fp32" in name or "statistics" in name or "top-k" in name
         measured(f"Triton kernels, interpreted: {name} (relative to float64)", error, 2e-6 if exact else 2**-7)
 
 
 @pytest.mark.slow
 def test_kernels_compile_for_a_gpu(tmp_path):
     sizes = _run("compile", tmp_path, TRITON_INTERPRET="0")
-    assert len(sizes) == 4 and all(size > 1000 for size in sizes.values())
+    assert len(sizes) == 6 and all(size > 1000 for size in sizes.values())

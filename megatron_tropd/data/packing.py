@@ -8,14 +8,14 @@ communication.  ``pack`` builds the tensors.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megatron_tropd import rng
 from megatron_tropd.data.streams import SampleScores, blank_streams, write_scores
-from megatron_tropd.types import Microbatch, Needs, Region, Rollout
+from megatron_tropd.types import LabelRows, Microbatch, Needs, Region, Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,19 +225,21 @@ def pack(
         if sample_scores is not None:
             write_scores(batch.streams, start, rollout, sample_scores[index], needs)
         start += lengths[index]
-    return batch
+    return replace(batch, rows=LabelRows.of(batch.streams.region_T))
 
 
 def _blank(lengths: Sequence[int], num_tokens: int, needs: Needs, teacher_hidden: Tensor | None) -> Microbatch:
     """Return a micro-batch of padding with the sequence boundaries set; the remaining tokens form one last sequence."""
     padding = num_tokens - sum(lengths)
     sequences = [*lengths, padding] if padding else [*lengths]
+    streams = blank_streams(num_tokens, needs, teacher_hidden)
     return Microbatch(
         token_T=torch.zeros(num_tokens, dtype=torch.int64),
         position_T=torch.cat([torch.arange(length) for length in sequences]),
         cu_seqlens=torch.tensor([0, *sequences]).cumsum(0).to(torch.int32),
         max_seqlen=max(sequences),
-        streams=blank_streams(num_tokens, needs, teacher_hidden),
+        streams=streams,
+        rows=LabelRows.of(streams.region_T),
     )
 
 

@@ -1,39 +1,119 @@
 """Core attention over packed sequences without Transformer Engine.
 
-Megatron's own DotProductAttention cannot read the packed (THD) format.  This one can, on any device,
-through torch's scaled_dot_product_attention; where Transformer Engine is installed its kernel is
-used instead (``build.py``).
+Megatron's own DotProductAttention cannot read packed sequences.  This one can, in one of two ways: with the
+variable-length flash attention of torch 2.10, which needs a GPU and 16-bit numbers, or, anywhere, on a padded table of
+the sequences, whose cost grows with the longest sequence.  Where Transformer Engine is installed its kernel is used
+instead (``build.py``).
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_tropd.parallel import platform
 
-def pad_index(cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    """Index maps between packed tokens and a [num_sequences, max_seqlen] table, in both directions.
+AttentionKind = Literal["varlen", "padded"]
+_MAX_HEAD_DIM = 256
+"""Of flash attention."""
 
-    Returns ``table`` [B, S] (packed index of each cell; 0 in cells without a token) and ``flat`` [T]
-    (cell number of each packed token).
+
+def attention_kind(dtype: torch.dtype, head_dim: int) -> tuple[AttentionKind, str]:
+    """Return how this process attends without Transformer Engine, and, for ``padded``, why not otherwise."""
+    if not platform.is_cuda():
+        return "padded", "there is no GPU"
+    if _varlen() is None:
+        return "padded", f"torch {torch.__version__} has no torch.nn.attention.varlen (2.10 has)"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "padded", f"flash attention takes 16-bit numbers, not {dtype}: give --bf16"
+    if head_dim > _MAX_HEAD_DIM:
+        return "padded", f"flash attention takes heads of up to {_MAX_HEAD_DIM}, not {head_dim}"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "padded", f"flash attention needs an Ampere GPU or newer, not {torch.cuda.get_device_name()}"
+    return "varlen", ""
+
+
+@functools.cache
+def _varlen() -> Callable[..., Any] | None:
+    try:
+        return importlib.import_module("torch.nn.attention.varlen").varlen_attn  # type: ignore[no-any-return]
+    except (ImportError, AttributeError):
+        return None
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, sequences: Any, scale: float | None) -> Tensor:
+    """Flash attention; arguments as in :func:`padded_attention`, in bf16 or fp16 on a GPU.
+
+    ``window_size``, ``scale`` and ``enable_gqa`` came to torch with different versions; without them the same is said
+    in other ways.
     """
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    column = torch.arange(max_seqlen, device=cu_seqlens.device)
-    filled = column[None, :] < lengths[:, None]
-    table = torch.where(filled, cu_seqlens[:-1].long()[:, None] + column[None, :], 0)
-    return table, filled.flatten().nonzero().squeeze(1)
+    attend = _varlen()
+    assert attend is not None, "attention_kind() chose it"
+    known = inspect.signature(attend).parameters
+    words: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        words["enable_gqa"] = query.size(1) != key.size(1)
+    else:
+        key, value = (x.repeat_interleave(query.size(1) // x.size(1), 1) for x in (key, value))
+    if "scale" in known:
+        words["scale"] = scale
+    elif scale is not None:
+        query = query * (scale * query.size(2) ** 0.5)
+    bounds, longest = sequences.cu_seqlens_q, sequences.max_seqlen_q
+    return attend(query, key, value, bounds, bounds, longest, longest, **words)  # type: ignore[no-any-return]
 
 
-class PackedSdpaAttention(MegatronModule):
-    """Causal grouped-query attention; a token sees only its own sequence.
+def table_index(bounds: Tensor, num_tokens: int, longest: int) -> tuple[Tensor, Tensor]:
+    """Index maps between packed tokens and a table [num_sequences, longest], in both directions, without a wait for
+    the device.
 
-    Sequences are laid out as rows of a right-padded table: under a causal mask a token attends
-    to nothing on its right, so the padding needs no mask of its own.
+    Returns ``table`` [B, S] (packed index of each cell; some token's in cells without one) and ``flat`` [T] (cell
+    number of each packed token).
     """
+    starts = bounds[:-1].long()
+    token = torch.arange(num_tokens, device=bounds.device)
+    sequence = torch.searchsorted(bounds[1:].contiguous(), token, right=True)
+    flat = sequence * longest + token - starts[sequence]
+    cells = starts[:, None] + torch.arange(longest, device=bounds.device)
+    return cells.clamp(max=num_tokens - 1), flat
+
+
+def padded_attention(query: Tensor, key: Tensor, value: Tensor, sequences: Any, scale: float | None) -> Tensor:
+    """Causal attention inside each sequence, on a right-padded table of the sequences.
+
+    Under a causal mask a token attends to nothing on its right, so the padding needs no mask of its own.
+
+    Args:
+        query: [T, heads, head_dim]; ``key`` and ``value`` may have fewer heads, which divide the query's.
+        key: see ``query``.
+        value: see ``query``.
+        sequences: Megatron's PackedSeqParams.
+        scale: of the scores; None for 1 / sqrt(head_dim).
+
+    Returns:
+        [T, heads, head_dim].
+    """
+    table, flat = table_index(sequences.cu_seqlens_q, len(query), sequences.max_seqlen_q)
+    query, key, value = (x[table].transpose(1, 2) for x in (query, key, value))  # [B, heads, S, head_dim]
+    context = _attend(query, key, value, scale).transpose(1, 2)
+    return context.flatten(0, 1)[flat]
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    grouped = query.size(1) != key.size(1)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+
+
+class PackedAttention(MegatronModule):
+    """Causal grouped-query attention; a token sees only its own sequence."""
 
     def __init__(
         self,
@@ -50,6 +130,8 @@ class PackedSdpaAttention(MegatronModule):
         if config.context_parallel_size > 1:
             raise ValueError("--context-parallel-size above 1 needs Transformer Engine")
         self.softmax_scale = softmax_scale
+        kind, _ = attention_kind(config.params_dtype, config.kv_channels)
+        self._packed = varlen_attention if kind == "varlen" else padded_attention
 
     def forward(
         self,
@@ -61,17 +143,9 @@ class PackedSdpaAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """[T, heads, head_dim] in, [T, heads * head_dim] out (packed); [s, b, ...] without packing."""
+        """[T, 1, heads, head_dim] in, [T, 1, heads * head_dim] out (packed); [s, b, ...] without packing."""
         if packed_seq_params is None:
             query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            return self._attend(query, key, value).permute(2, 0, 1, 3).flatten(2)
-        table, flat = pad_index(packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q)
-        query, key, value = (x[table].transpose(1, 2) for x in (query, key, value))  # [B, heads, S, head_dim]
-        context = self._attend(query, key, value).transpose(1, 2)
-        return context.flatten(0, 1)[flat].flatten(1)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        grouped = query.size(1) != key.size(1)
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
-        )
+            return _attend(query, key, value, self.softmax_scale).permute(2, 0, 1, 3).flatten(2)
+        query, key, value = (x.squeeze(1) for x in (query, key, value))
+        return self._packed(query, key, value, packed_seq_params, self.softmax_scale)[:, None].flatten(2)

@@ -17,7 +17,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.models.attention import PackedSdpaAttention
+from megatron_tropd.models.attention import PackedAttention
 from megatron_tropd.models.rope import inverse_frequencies
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.groups import ModelGroups
@@ -26,6 +26,13 @@ from megatron_tropd.types import Microbatch
 
 class HiddenStateGPT(GPTModel):
     """A GPTModel whose last stage returns hidden states: only ``ops/`` makes logits, one chunk of tokens at a time."""
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """As Megatron's, with the rotary angles of every token, not of every position (:func:`packed_seq_params`)."""
+        decoder_input, angles, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        if not platform.has_transformer_engine():
+            angles = angles[position_ids[0]]  # [T, 1, 1, head_dim]
+        return (decoder_input, angles, *rest)
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """[T, 1, H] ([T / tp, 1, H] under sequence parallelism)."""
@@ -118,7 +125,7 @@ def _layer_spec(config: TransformerConfig) -> Any:
     if platform.has_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **choices)
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization, **choices)
-    spec.submodules.self_attention.submodules.core_attention = PackedSdpaAttention
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
     if config.num_moe_experts:
         # The spec stores this norm under the name that TE's fused layer has; TE fuses none into a router.
         keys = spec.submodules.sharded_state_dict_keys_map
@@ -163,9 +170,14 @@ def build_gpt_model(
 
 
 def packed_seq_params(batch: Microbatch) -> PackedSeqParams:
-    """Return the sequence boundaries as Megatron's PackedSeqParams."""
+    """Return the sequence boundaries as Megatron's PackedSeqParams.
+
+    Transformer Engine's kernels take packed sequences as ``thd``.  Megatron's own RoPE for ``thd`` waits for the device
+    in every layer, and cuts and joins the sequences; so without TE the format is that of one long sequence, for which
+    RoPE is one pass over given angles, and only :class:`PackedAttention` looks at the boundaries.
+    """
     return PackedSeqParams(
-        qkv_format="thd",
+        qkv_format="thd" if platform.has_transformer_engine() else "sbhd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=batch.max_seqlen,

@@ -71,6 +71,7 @@ def student_token_stats(
     settings: HeadSettings = DEFAULT_SETTINGS,
     needs: Needs = _NO_NEEDS,
     teacher_weight: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> TokenStats:
     """Statistics of the student at every position of the micro-batch, differentiable; 0 where a label is in no loss.
 
@@ -79,9 +80,11 @@ def student_token_stats(
         weight: this rank's rows of the output table, [V_padded / tp, H].
         needs: its ``divergence`` is computed, from ``tokens.teacher_hidden_TH`` and ``teacher_weight`` [v_t, H_t],
             the rows of the teacher's output table for those ids of this rank that both models know.
+        rows: positions of the labels that a loss may read (``LabelRows.loss``); if None they are looked for, which
+            waits for the device.
     """
     flat = gather_hidden(hidden, shard, sequence_parallel=sequence_parallel).squeeze(1)
-    rows = loss_rows(tokens)
+    rows = loss_rows(tokens) if rows is None else rows
     source = _source(flat, weight, tokens, shard, len(rows), settings, needs, teacher_weight)
     label, topk, entropy, divergence, overlap = RecomputedStats.apply(flat, weight, source, rows)
 
@@ -108,9 +111,13 @@ def head_loss(
     sequence_parallel: bool,
     settings: HeadSettings = DEFAULT_SETTINGS,
     teacher_weight: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> HeadOutput:
     """Loss of ``objective`` over all labels of a micro-batch, from hidden states; arguments as in
-    :func:`student_token_stats`.  Collective over the shard's group."""
+    :func:`student_token_stats`.  Collective over the shard's group.
+
+    With ``rows`` nothing here waits for the device, except with an objective that keeps a share of the tokens only
+    (``Needs.entropy_quantile``): per chunk it waits to learn how many rows the products can leave out."""
     if settings.mode == "recompute":
         stats = student_token_stats(
             hidden,
@@ -121,6 +128,7 @@ def head_loss(
             settings=settings,
             needs=objective.needs,
             teacher_weight=teacher_weight,
+            rows=rows,
         )
         out = objective(stats, tokens, context)
         return HeadOutput(
@@ -131,7 +139,7 @@ def head_loss(
             trust_T=out.trust_T,
         )
     flat = gather_hidden(hidden, shard, sequence_parallel=sequence_parallel).squeeze(1)
-    rows = loss_rows(tokens)
+    rows = loss_rows(tokens) if rows is None else rows
     grad = torch.is_grad_enabled()
     with torch.no_grad():
         work = OnePass(
@@ -142,6 +150,7 @@ def head_loss(
             weight=weight,
             to_hidden=grad and flat.requires_grad,
             to_weight=grad and weight.requires_grad,
+            drop_rows=not flat.is_cuda or objective.needs.entropy_quantile is not None,
         )
         totals, gradients, labels = work.run(rows)
     return HeadOutput(

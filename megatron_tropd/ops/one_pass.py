@@ -120,6 +120,8 @@ class OnePass:
     """The parameter itself."""
     to_hidden: bool
     to_weight: bool
+    drop_rows: bool
+    """Whether rows without a gradient are looked for and left out of the products; on a GPU the host waits for it."""
 
     def run(self, rows: Tensor) -> tuple[Totals, Gradients, PerLabel]:
         """(sums, gradients of the summed loss, numbers of every label) over the positions ``rows``."""
@@ -171,12 +173,13 @@ class OnePass:
         grads: RowGrads,
         gradients: Gradients,
     ) -> None:
-        active = grads.active().nonzero().squeeze(1)
-        if len(active) == 0:
+        if self.drop_rows:
+            active = grads.active().nonzero().squeeze(1)
+            if len(active) <= _WORTH_MOVING * len(index):
+                index, hidden = index[active], hidden[active]
+                chunk, stats, grads = chunk.keep(active), stats.take(active), grads.take(active)
+        if len(index) == 0:
             return
-        if len(active) <= _WORTH_MOVING * len(index):
-            index, hidden = index[active], hidden[active]
-            chunk, stats, grads = chunk.keep(active), stats.take(active), grads.take(active)
         grad = self.source.gradient_(chunk, stats, grads)
         if gradients.hidden is not None:
             gradients.hidden[index] = hidden_gradient(grad, self.source.weight)

@@ -11,12 +11,11 @@ from megatron_tropd.ops.topk import exact_topk
 from megatron_tropd.types import TeacherScores
 
 
-@torch.no_grad()
 def teacher_scores(
     hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, *, top_k: int = 0, entropy: bool = False
 ) -> TeacherScores:
     """Log-probability of ``labels`` [N], exact top-k and full-vocabulary entropy of frozen logits, which stay in the
-    model's dtype.
+    model's dtype.  Waits for the device, to check the numbers.
 
     ``hidden`` is [N, H]; the result is the same on every rank of the group.  A label beyond the
     vocabulary (a row only the student has) has log-probability -inf, as has an id whose logit is -inf.
@@ -24,6 +23,29 @@ def teacher_scores(
     Raises:
         ValueError: ``top_k`` exceeds the vocabulary; a logit is NaN or +inf (raised on every rank of the group).
     """
+    scores = unchecked_teacher_scores(hidden, weight, labels, shard, top_k=top_k, entropy=entropy)
+    if problem := not_a_number(scores.logprob):
+        raise ValueError(problem)
+    return scores
+
+
+def not_a_number(logprob: Tensor) -> str:
+    """Return what is wrong with log-probabilities [N] of which some are NaN; empty if none is."""
+    bad = int(logprob.isnan().sum())
+    if not bad:
+        return ""
+    return (
+        f"the model gives NaN probabilities at {bad} of {len(logprob)} tokens: its weights or activations hold NaN or "
+        "infinity"
+    )
+
+
+@torch.no_grad()
+def unchecked_teacher_scores(
+    hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, *, top_k: int = 0, entropy: bool = False
+) -> TeacherScores:
+    """As :func:`teacher_scores`, without a wait for the device: a token with a logit that is NaN or +inf has a NaN for
+    its log-probability."""
     if top_k > shard.vocab_size:
         raise ValueError(f"--top-k {top_k} is larger than the vocabulary of {shard.vocab_size}")
     source = LogitsSource(
@@ -44,15 +66,10 @@ def teacher_scores(
             chunk_ids, logits = exact_topk(chunk.student, top_k, shard)
             ids.append(chunk_ids.int())
             values.append(logits - stats.maximum[:, None] - stats.log_sum[:, None])
-    full_entropy = torch.cat(entropies)
-    if bool(bad := full_entropy.isnan().sum()):
-        raise ValueError(
-            f"the model gives NaN probabilities at {int(bad)} of {len(labels)} tokens: its weights or activations "
-            "hold NaN or infinity"
-        )
+    logprob = torch.cat(logprobs)  # NaN wherever any logit of the row is
     return TeacherScores(
-        logprob=torch.cat(logprobs).masked_fill(labels >= shard.vocab_size, -torch.inf),
+        logprob=logprob.masked_fill((labels >= shard.vocab_size) & ~logprob.isnan(), -torch.inf),
         topk_ids=torch.cat(ids) if top_k else None,
         topk_logprobs=torch.cat(values) if top_k else None,
-        entropy=full_entropy if entropy else None,
+        entropy=torch.cat(entropies) if entropy else None,
     )

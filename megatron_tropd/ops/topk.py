@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tropd.ops import kernels
 from megatron_tropd.ops.rows import row_blocks
 from megatron_tropd.ops.shard import VocabShard
 
@@ -21,6 +22,16 @@ def local_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(values in the logits' dtype, columns int64) [C, k] of the first k columns by (value descending, column
     ascending), in no particular order; ``k`` is at most v."""
     values, columns = logits.topk(k, dim=1, sorted=True)
+    lowest_equals_(logits, values, columns)
+    return values, columns
+
+
+def lowest_equals_(logits: Tensor, values: Tensor, columns: Tensor) -> None:
+    """In place: the entries of ``columns`` [C, k] whose value in ``values`` (sorted) equals the k-th become the lowest
+    columns of ``logits`` [C, v] with this value.  Without Triton the host waits for the device."""
+    if kernels.use_triton(logits):
+        kernels.load().lowest_equals_(logits, values, columns)
+        return
     last = values[:, -1:]
     taken = (values == last).sum(1)
     for rows in row_blocks(logits):
@@ -30,7 +41,6 @@ def local_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
             columns[rows.start + doubtful] = _first_of_equals(
                 values[rows][doubtful], columns[rows][doubtful], equal[doubtful]
             )
-    return values, columns
 
 
 def _first_of_equals(values: Tensor, columns: Tensor, equal: Tensor) -> Tensor:

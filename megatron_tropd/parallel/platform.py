@@ -18,9 +18,10 @@ import os
 import queue
 import sys
 import threading
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 CPU = torch.device("cpu")
 
@@ -56,6 +57,33 @@ def backend() -> str:
     return "cpu:gloo,cuda:nccl" if is_cuda() else "gloo"
 
 
+class _Pinnable(Protocol):
+    def pin_memory(self) -> Any: ...
+
+
+_P = TypeVar("_P", bound=_Pinnable)
+
+
+def pinned(record: _P) -> _P:
+    """Return a tensor or a record of tensors in pinned memory, from where copies to the GPU run beside the host;
+    without a GPU ``record`` itself."""
+    return record.pin_memory() if is_cuda() else record  # type: ignore[no-any-return]
+
+
+def begin_copy_to_host(tensor: Tensor) -> Tensor:
+    """Return a copy on the host that is complete after :func:`synchronize`; a tensor that is there is not copied."""
+    if not tensor.is_cuda:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def synchronize() -> None:
+    """Wait for this rank's GPU, if there is one."""
+    if is_cuda():
+        torch.cuda.current_stream().synchronize()
+
+
 def has_transformer_engine() -> bool:
     """Return whether Transformer Engine layers can be used (they need CUDA)."""
     return is_cuda() and importlib.util.find_spec("transformer_engine") is not None
@@ -67,6 +95,12 @@ def adds_gradients_of_whole_experts() -> bool:
     from megatron.core.package_info import MAJOR, MINOR
 
     return (MAJOR, MINOR) >= (0, 19)
+
+
+def gradients_of_norm(optimizer: Any) -> list[Tensor]:
+    """Return the gradients of which a Megatron optimizer takes the norm, each parameter's on one rank only."""
+    newer = getattr(optimizer, "get_grads_for_grad_norm", None)  # named so since megatron-core 0.19
+    return newer() if newer else optimizer.get_main_grads_for_grad_norm()  # type: ignore[no-any-return]
 
 
 _installed = False
@@ -82,8 +116,9 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    _patch_checkpoint_errors()
+    _leave_out_log_lines()
     if is_cuda():
+        _patch_checkpoint_errors()
         if not has_transformer_engine():
             _patch_distributed_optimizer_load()
             _patch_norm_sequence_parallel()
@@ -92,11 +127,29 @@ def install() -> None:
     # megatron-core's jit_fuser is torch.compile, bound when it is imported.  On a CPU compiling takes 12 s
     # and gains nothing at the sizes that run there.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # A torch built for CUDA says at import that there is no GPU.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     _answer_torch_cuda()
     _redirect_device_literals()
     _patch_megatron()
+
+
+LEFT_OUT = {
+    # fork() warns when the CPU generator has advanced; without CUDA that generator is the one in use.
+    "megatron.core.tensor_parallel.random": "CPU RNG state changed",
+    # A torch built for CUDA says when it is imported that there is no GPU.
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+    # As of megatron-core 0.19.  common.pt is written and read because 0.16 needs it (checkpoints/save.py).
+    "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+}
+"""Logger -> what it would say in every run about this package's use of it, which no user can change."""
+
+
+def _leave_out_log_lines() -> None:
+    def keep(fragment: str) -> Any:
+        return lambda record: fragment not in record.getMessage()
+
+    for name, fragment in LEFT_OUT.items():
+        logging.getLogger(name).addFilter(keep(fragment))
 
 
 def _is_cuda_device(value: Any) -> bool:
@@ -190,6 +243,7 @@ def _patch_megatron() -> None:
     _patch_distributed_optimizer_load()
     _patch_norm_sequence_parallel()
     _patch_checkpoint_writers()
+    _patch_checkpoint_errors()
     _patch_expert_dispatch()
     _name_the_missing_gemm()
 
@@ -199,8 +253,6 @@ def _patch_rng() -> None:
 
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    # fork() warns when the CPU generator has advanced; here that generator is the one in use.
-    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
 def _patch_distributed_optimizer_load() -> None:
@@ -269,8 +321,7 @@ def _patch_checkpoint_writers() -> None:
 
 
 def _patch_checkpoint_errors() -> None:
-    """Let a failed save say why: megatron-core 0.19 names only the type of an error of its last writer.  And let it not
-    say at every load that ``common.pt``, which we write because 0.16 needs it (checkpoints/save.py), is deprecated."""
+    """Let a failed save say why: megatron-core 0.19 names only the type of an error of its last writer."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     original = FileSystemWriterAsync.write_preloaded_data
@@ -283,7 +334,6 @@ def _patch_checkpoint_errors() -> None:
         return output
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
-    logging.getLogger("megatron.core.dist_checkpointing.strategies.common").setLevel(logging.ERROR)
 
 
 def _patch_expert_dispatch() -> None:

@@ -115,6 +115,8 @@ class MegatronTeacher:
             ValueError: a rollout is longer than --max-tokens-per-microbatch, or the top-k exceeds the
                 vocabulary, or logits are NaN or +inf.
         """
+        if want.top_k > self._shard.vocab_size:
+            raise ValueError(f"--top-k {want.top_k} is larger than the vocabulary of {self._shard.vocab_size}")
         plan = plan_packs(
             [len(rollout.token_ids) for rollout in rollouts],
             data_parallel_size=self._groups.layout.dp,
@@ -124,7 +126,7 @@ class MegatronTeacher:
         self._move(platform.device())
         head = FrozenHead(model=self._model, shard=self._shard, want=want)
         try:
-            scored = score_rollouts(self._model, self._groups, rollouts, plan, head)
+            scored = score_rollouts(self._model, self._groups, rollouts, plan, head, refuse_nan=True)
         except ValueError as error:  # on every rank
             flags = f"--{self._role}-hf-checkpoint / --{self._role}-load"
             raise ValueError(f"{self._role}: {error}; check {flags}") from error
@@ -153,7 +155,7 @@ class MegatronTeacher:
         self._move(platform.device())
         shard = replace(self._shard, vocab_size=vocab_size)
         head = FrozenHead(model=self._model, shard=shard, want=ScoreRequest())
-        scored = score_rollouts(self._model, self._groups, rollouts, plan, head)
+        scored = score_rollouts(self._model, self._groups, rollouts, plan, head, refuse_nan=True)
         self._move("cpu")
         mine = {index: scores.logprob.tolist() for index, scores in scored.items() if self._groups.reports}
         found = {index: values for part in gather_objects(mine) for index, values in part.items()}

@@ -4,7 +4,7 @@ reference, and the student itself before its first update on a batch."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from operator import itemgetter
 from typing import Any
 
@@ -15,51 +15,53 @@ from torch import Tensor
 
 from megatron_tropd.data.packing import PackPlan, pack
 from megatron_tropd.models.build import HiddenStateGPT, forward_hidden
-from megatron_tropd.ops.vocab_parallel import VocabShard, gather_hidden, teacher_scores
+from megatron_tropd.ops.vocab_parallel import VocabShard, gather_hidden, not_a_number, unchecked_teacher_scores
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.fail_together import on_all_ranks
 from megatron_tropd.parallel.groups import ModelGroups
-from megatron_tropd.rng import split_sample_uid
-from megatron_tropd.types import Microbatch, Region, Rollout, ScoreRequest, TeacherScores
+from megatron_tropd.types import Microbatch, Rollout, ScoreRequest, TeacherScores
 
 Head = Callable[[Tensor, Microbatch], TeacherScores]
-"""(output of the last stage, micro-batch) -> log-probabilities of its :func:`response_rows` and everything else of
-its :func:`written_rows`, in packed order."""
-
-
-def response_rows(batch: Microbatch) -> Tensor:
-    """Packed positions of the labels that are response tokens, int64 [R]."""
-    return (batch.streams.region_T > Region.PROMPT).nonzero().squeeze(1)
-
-
-def written_rows(batch: Microbatch) -> Tensor:
-    """Packed positions of the labels that the student wrote, int64 [W]."""
-    return (batch.streams.region_T == Region.ON_POLICY).nonzero().squeeze(1)
+"""(output of the last stage, micro-batch) -> log-probabilities of its response tokens (``LabelRows.response``) and
+everything else of those the student wrote (``LabelRows.written``), in packed order.  It must not wait for the device,
+nor raise: other stages would wait."""
 
 
 @torch.no_grad()
 def score_rollouts(
-    model: HiddenStateGPT, groups: ModelGroups, rollouts: Sequence[Rollout], plan: PackPlan, head: Head
+    model: HiddenStateGPT,
+    groups: ModelGroups,
+    rollouts: Sequence[Rollout],
+    plan: PackPlan,
+    head: Head,
+    *,
+    refuse_nan: bool = False,
 ) -> dict[int, TeacherScores]:
     """Scores by rollout index of this replica's part of ``plan``, on the CPU of every rank of its last stage; {}
     elsewhere.  Collective over the world.
 
+    The host runs ahead of the device: micro-batches go to it, and scores come back, by copies from and to pinned
+    memory, and the host waits once, for the last.
+
     Raises:
-        ValueError: on every rank, where ``head`` raised one on any; the message names the prompts.
+        ValueError: on every rank, with ``refuse_nan`` where a log-probability is NaN; the message names the prompts.
     """
     mine = plan.microbatches[groups.coords.dp]
-    batches = [pack([rollouts[i] for i in indices], None, num_tokens=plan.num_tokens) for indices in mine]
-    guarded = _Guarded(head=head)
+    batches = (
+        platform.pinned(pack([rollouts[i] for i in indices], None, num_tokens=plan.num_tokens)) for indices in mine
+    )
 
     def forward_step(batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
         """Return output and loss function as Megatron's schedule requires; the loss function only collects."""
         batch: Microbatch = next(batches).to(platform.device())
-        return forward_hidden(model, batch), lambda hidden, non_loss_data=True: guarded(hidden, batch)
+        return forward_hidden(model, batch), lambda hidden, non_loss_data=True: _map(
+            head(hidden, batch), platform.begin_copy_to_host
+        )
 
     collection = groups.pg_collection
     outputs = get_forward_backward_func(groups.layout.pp, None)(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
+        data_iterator=batches,
         model=[model],
         num_microbatches=plan.num_microbatches,
         seq_length=plan.num_tokens,
@@ -69,7 +71,9 @@ def score_rollouts(
         p2p_communicator=P2PCommunicator(pp_group=collection.pp, config=model.config),
         pg_collection=collection,
     )
-    on_all_ranks(guarded.raise_failures, ValueError)
+    platform.synchronize()  # the copies have arrived
+    if refuse_nan:
+        on_all_ranks(lambda: _refuse_nan(rollouts, mine, outputs), ValueError)
     scored = {}
     for indices, scores in zip(mine, outputs, strict=False):  # no outputs before the last stage
         response = written = 0
@@ -82,26 +86,16 @@ def score_rollouts(
     return scored
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Guarded:
-    """A head that records an error instead of raising it inside a pipeline schedule, where other stages would wait."""
-
-    head: Head
-    failures: list[str] = field(default_factory=list)
-
-    def raise_failures(self) -> None:
-        """Raise the errors that were recorded on this rank; called after the schedule has ended."""
-        if self.failures:
-            raise ValueError("; ".join(self.failures))
-
-    def __call__(self, hidden: Tensor, batch: Microbatch) -> TeacherScores:
-        try:
-            return _map(self.head(hidden, batch), Tensor.cpu)
-        except ValueError as error:
-            samples = batch.streams.sample_uid_T[response_rows(batch)].unique().tolist()
-            prompts = sorted({split_sample_uid(uid)[0] for uid in samples})
-            self.failures.append(f"prompts {', '.join(map(str, prompts))}: {error}")
-            return TeacherScores(logprob=torch.empty(0))
+def _refuse_nan(
+    rollouts: Sequence[Rollout], microbatches: Sequence[Sequence[int]], outputs: Sequence[TeacherScores]
+) -> None:
+    failures = []
+    for indices, scores in zip(microbatches, outputs, strict=False):  # no outputs before the last stage
+        if problem := not_a_number(scores.logprob):
+            prompts = sorted({rollouts[index].prompt_uid for index in indices})
+            failures.append(f"prompts {', '.join(map(str, prompts))}: {problem}")
+    if failures:
+        raise ValueError("; ".join(failures))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,22 +109,20 @@ class FrozenHead:
     def __call__(self, hidden: Tensor, batch: Microbatch) -> TeacherScores:
         """See :data:`Head`."""
         hidden = gather_hidden(hidden, self.shard, sequence_parallel=False).squeeze(1)
-        region_T = batch.streams.region_T
-        prefix = ((region_T == Region.GUIDANCE) | (region_T == Region.GUIDANCE_COPY)).nonzero().squeeze(1)
-        written = written_rows(batch)
+        prefix, written = batch.rows.prefix, batch.rows.written
         scores = self._score(hidden[written], batch.streams.label_T[written], self.want)
         logprob_T = torch.zeros(len(hidden), device=hidden.device)
         logprob_T[written] = scores.logprob
         logprob_T[prefix] = self._score(hidden[prefix], batch.streams.label_T[prefix], ScoreRequest()).logprob
         return replace(
             scores,
-            logprob=logprob_T[response_rows(batch)],
+            logprob=logprob_T[batch.rows.response],
             hidden=hidden[written] if self.want.hidden else None,
         )
 
     def _score(self, hidden: Tensor, labels: Tensor, want: ScoreRequest) -> TeacherScores:
         weight = self.model.lm_head_weight()
-        return teacher_scores(hidden, weight, labels, self.shard, top_k=want.top_k, entropy=want.entropy)
+        return unchecked_teacher_scores(hidden, weight, labels, self.shard, top_k=want.top_k, entropy=want.entropy)
 
 
 def _map(scores: TeacherScores, change: Callable[[Tensor], Tensor]) -> TeacherScores:

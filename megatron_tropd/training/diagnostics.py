@@ -15,7 +15,7 @@ from megatron_tropd.objectives.base import Objective
 from megatron_tropd.objectives.diagnostics import GRADIENT_REGIONS, only_region
 from megatron_tropd.objectives.methods import make_objective
 from megatron_tropd.objectives.settings import ObjectiveSettings
-from megatron_tropd.training.step import Batch, forward_backward
+from megatron_tropd.training.step import Batch, forward_backward, pack_update
 from megatron_tropd.training.student import Gradient, Student
 
 
@@ -34,7 +34,7 @@ def gradient_diagnostics(student: Student, objective: Objective, batch: Batch, p
     """
 
     def gradient(objective: Objective) -> tuple[Gradient, float]:
-        forward_backward(student, objective, batch, plan)
+        forward_backward(student, objective, batch, pack_update(student, objective, batch, plan))
         parts = student.gradient()
         return parts, math.sqrt(student.inner_product(parts, parts))
 

@@ -14,7 +14,7 @@ from megatron_tropd.training.diagnostics import diagnostics_due, gradient_diagno
 from megatron_tropd.training.guard import Update
 from megatron_tropd.training.parity import probe_differences
 from megatron_tropd.training.run import Run
-from megatron_tropd.training.step import Batch, StepSums, check_batch, forward_backward, mean_logprobs
+from megatron_tropd.training.step import Batch, PackedUpdate, StepSums, forward_backward, mean_logprobs, pack_batch
 from megatron_tropd.types import Rollout, StepReport
 
 PARITY = "parity/logprob_abs_diff_mean"
@@ -51,10 +51,10 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
     plan = plan_updates(run, rollouts)
     with progress.phase("score"):
         scored = score_batch(run, rollouts, plan, step)
-        check_batch(run.student, run.objective, scored.batch, plan)
+        updates = pack_batch(run.student, run.objective, scored.batch, plan)
     with progress.phase("train"):
         gradients = _diagnostics(run, scored.batch, plan, step)
-        outcome = _update(run, scored.batch, plan, step, scored.metrics.get("reward/abs_max", 0.0))
+        outcome = _update(run, scored.batch, updates, step, scored.metrics.get("reward/abs_max", 0.0))
     arrived = push_weights(run) if run.objective.needs.rollouts else {}
     return StepReport(
         step=step + 1,
@@ -88,14 +88,14 @@ class _Outcome:
     """``skipped`` if at least one update was skipped."""
 
 
-def _update(run: Run, batch: Batch, plan: BatchPlan, step: int, largest_reward: float) -> _Outcome:
-    """Make one optimizer update for each minibatch; the outcome is the same on every rank."""
+def _update(run: Run, batch: Batch, updates: Sequence[PackedUpdate], step: int, largest_reward: float) -> _Outcome:
+    """Make the optimizer updates of one rollout batch; the outcome is the same on every rank."""
     student = run.student
     sums, norms = [], []
     verdict: Literal["stepped", "skipped"] = "stepped"
     first_version = student.version
-    for minibatch in plan.minibatches:
-        sums.append(forward_backward(student, run.objective, batch, minibatch))
+    for packed in updates:
+        sums.append(forward_backward(student, run.objective, batch, packed))
         norms.append(student.grad_norm())
         learning_rate = student.learning_rate
         update = Update(

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_tropd.data.packing import BatchPlan
 from megatron_tropd.ops.vocab_parallel import quantile_threshold, student_token_stats
 from megatron_tropd.parallel import platform
-from megatron_tropd.teacher.scoring import response_rows, score_rollouts, written_rows
+from megatron_tropd.teacher.scoring import score_rollouts
 from megatron_tropd.training.student import Student
 from megatron_tropd.types import Microbatch, Needs, Rollout, TeacherScores
 
@@ -37,11 +37,10 @@ def old_policy_scores(
             shard,
             sequence_parallel=student.model.config.sequence_parallel,
             settings=student.head(Needs()),
+            rows=batch.rows.loss,
         )
         assert stats.entropy_T is not None, "the head always has it"
-        return TeacherScores(
-            logprob=stats.logprob_T[response_rows(batch)], entropy=stats.entropy_T[written_rows(batch)]
-        )
+        return TeacherScores(logprob=stats.logprob_T[batch.rows.response], entropy=stats.entropy_T[batch.rows.written])
 
     found: dict[int, TeacherScores] = {}
     for minibatch in plan.minibatches:

@@ -92,34 +92,28 @@ class Batch:
     """Indices of the rollouts whose tokens are shown to people, with what the gate decided about them."""
 
 
-def forward_backward(student: Student, objective: Objective, batch: Batch, plan: PackPlan) -> StepSums:
-    """Compute the gradient of the token-mean loss over ``plan`` into the student; collective over the world.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """Rollouts packed into a micro-batch; on a machine with a GPU in pinned memory."""
 
-    Division by the global token count happens once, in Megatron's ``finalize_model_grads``.
-    Returns sums over the rollouts of ``plan``, the same on every rank.
-    """
-    student.zero_grad()
-    parts: list[StepSums] = get_forward_backward_func(student.groups.layout.pp, None)(
-        forward_step_func=partial(_forward_step, student=student, objective=objective, of=batch),
-        data_iterator=_microbatches(student, objective, batch, plan),
-        model=[student.ddp],
-        num_microbatches=plan.num_microbatches,
-        seq_length=plan.num_tokens,
-        micro_batch_size=1,
-        forward_only=False,
-    )
-    mine = parts if student.groups.reports else []
-    return StepSums.of([part for rank_parts in gather_objects(mine) for part in rank_parts])
+    indices: tuple[int, ...]
+    """The rollouts, in packing order."""
+    microbatch: Microbatch
 
 
-Packed = tuple[tuple[int, ...], Microbatch]
-"""Indices of rollouts in packing order, and the micro-batch made of them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedUpdate:
+    """The micro-batches of an update on this rank."""
+
+    plan: PackPlan
+    microbatches: tuple[Packed, ...]
 
 
-def _microbatches(student: Student, objective: Objective, batch: Batch, plan: PackPlan) -> Iterator[Packed]:
-    """Yield this replica's micro-batches, on the CPU, with the gate's coins; sample scores on the last stage only."""
+def pack_update(student: Student, objective: Objective, batch: Batch, plan: PackPlan) -> PackedUpdate:
+    """Pack this replica's micro-batches, with the gate's coins; sample scores on the last stage only."""
     coins = rng.key(batch.seed, rng.Stream.GATE, batch.context.step)
-    for indices in plan.microbatches[student.groups.coords.dp]:
+
+    def one(indices: tuple[int, ...]) -> Packed:
         packed = pack(
             [batch.rollouts[i] for i in indices],
             [batch.sample_scores[i] for i in indices] if student.groups.is_last_stage else None,
@@ -129,42 +123,65 @@ def _microbatches(student: Student, objective: Objective, batch: Batch, plan: Pa
         )
         streams = packed.streams
         uniform_T = rng.uniform(coins, streams.sample_uid_T, streams.label_position_T)
-        yield indices, replace(packed, streams=replace(streams, uniform_T=uniform_T))
+        packed = replace(packed, streams=replace(streams, uniform_T=uniform_T))
+        return Packed(indices=indices, microbatch=platform.pinned(packed))
+
+    return PackedUpdate(plan=plan, microbatches=tuple(map(one, plan.microbatches[student.groups.coords.dp])))
 
 
-def check_batch(student: Student, objective: Objective, batch: Batch, plan: BatchPlan) -> None:
-    """Check every stream against the objective's needs, before any gradient is computed; collective over the world.
-
-    The micro-batches are packed for this check and again for training, so that they need not all be kept in memory.
+def pack_batch(student: Student, objective: Objective, batch: Batch, plan: BatchPlan) -> list[PackedUpdate]:
+    """Pack all updates of a batch, and check every stream against the objective's needs, before any gradient is
+    computed; collective over the world.
 
     Raises:
         ValueError: on every rank; the message names the prompt.
     """
 
-    def look() -> None:
-        if not student.groups.reports:
-            return
-        for minibatch in plan.minibatches:
-            for _, microbatch in _microbatches(student, objective, batch, minibatch):
-                check_streams(microbatch.streams, objective.needs)
+    def make() -> list[PackedUpdate]:
+        updates = [pack_update(student, objective, batch, minibatch) for minibatch in plan.minibatches]
+        if student.groups.reports:
+            for packed in (packed for update in updates for packed in update.microbatches):
+                check_streams(packed.microbatch.streams, objective.needs)
+        return updates
 
-    on_all_ranks(look, ValueError)
+    return on_all_ranks(make, ValueError)
+
+
+def forward_backward(student: Student, objective: Objective, batch: Batch, update: PackedUpdate) -> StepSums:
+    """Compute the gradient of the token-mean loss over ``update`` into the student; collective over the world.
+
+    Division by the global token count happens once, in Megatron's ``finalize_model_grads``.  The host runs ahead of
+    the device; it waits at the end, for the numbers to report.
+    Returns sums over the rollouts of all ranks' ``update``, the same on every rank.
+    """
+    student.zero_grad()
+    pending: list[_PendingSums] = get_forward_backward_func(student.groups.layout.pp, None)(
+        forward_step_func=partial(_forward_step, student=student, objective=objective, of=batch),
+        data_iterator=iter(update.microbatches),
+        model=[student.ddp],
+        num_microbatches=update.plan.num_microbatches,
+        seq_length=update.plan.num_tokens,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    mine = [part.read() for part in pending] if student.groups.reports else []
+    return StepSums.of([part for rank_parts in gather_objects(mine) for part in rank_parts])
 
 
 def _forward_step(
     microbatches: Iterator[Packed], model: torch.nn.Module, *, student: Student, objective: Objective, of: Batch
 ) -> tuple[Tensor, Any]:
-    indices, microbatch = next(microbatches)
-    microbatch = microbatch.to(platform.device())
+    packed = next(microbatches)
+    microbatch = packed.microbatch.to(platform.device())
     hidden = forward_hidden(model, microbatch)
-    return hidden, partial(_loss, packed=(indices, microbatch), student=student, objective=objective, of=of)
+    return hidden, partial(_loss, packed=packed, microbatch=microbatch, student=student, objective=objective, of=of)
 
 
 def _loss(
-    hidden: Tensor, *, packed: Packed, student: Student, objective: Objective, of: Batch
-) -> tuple[Tensor, Tensor, StepSums]:
+    hidden: Tensor, *, packed: Packed, microbatch: Microbatch, student: Student, objective: Objective, of: Batch
+) -> tuple[Tensor, Tensor, _PendingSums]:
     """Return (loss sum, number of tokens, sums to report), as Megatron's per-token loss requires."""
-    tokens = packed[1].streams
+    tokens = microbatch.streams
     out = head_loss(
         hidden,
         student.model.lm_head_weight(),
@@ -175,40 +192,64 @@ def _loss(
         sequence_parallel=student.model.config.sequence_parallel,
         settings=student.head(objective.needs),
         teacher_weight=of.teacher_weight,
+        rows=microbatch.rows.loss,
     )
     parity, maxima = _parity(out.logprob_T, tokens) if objective.needs.rollouts else ({}, {})
-    metrics = {**out.metrics, **parity, **_logprobs(out.logprob_T, tokens, objective.needs)}
-    part = StepSums(
-        loss_sum=float(out.loss.detach()),
-        denominator=int(out.denominator),
-        sums={name: _pair(metric) for name, metric in metrics.items()},
+    shown = None if of.shown.isdisjoint(packed.indices) else out.trust_T
+    pending = _PendingSums(
+        loss_sum=out.loss.detach(),
+        denominator=out.denominator,
+        sums={**out.metrics, **parity, **_logprobs(out.logprob_T, tokens, objective.needs)},
         maxima=maxima,
-        trust={} if out.trust_T is None else _trust(out.trust_T, packed, of.shown),
+        trust=None if shown is None else (shown, packed, of.shown),
     )
-    return out.loss, out.denominator.int(), part
+    return out.loss, out.denominator.int(), pending
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PendingSums:
+    """The sums of a micro-batch that the device may not have computed yet; every tensor is a scalar there."""
+
+    loss_sum: Tensor
+    denominator: Tensor
+    sums: dict[str, Metric]
+    maxima: dict[str, Tensor]
+    trust: tuple[Tensor, Packed, frozenset[int]] | None
+    """(the gate's weight of every label [T], micro-batch, rollouts that are shown); None where it has none of them."""
+
+    def read(self) -> StepSums:
+        """Wait for the device and return the numbers, in one copy."""
+        scalars = [self.loss_sum, self.denominator, *self.maxima.values()]
+        scalars += [part for metric in self.sums.values() for part in (metric.total, metric.count)]
+        loss_sum, denominator, *rest = torch.stack([scalar.double() for scalar in scalars]).tolist()
+        maxima, pairs = rest[: len(self.maxima)], rest[len(self.maxima) :]
+        return StepSums(
+            loss_sum=loss_sum,
+            denominator=int(denominator),
+            sums=dict(zip(self.sums, zip(pairs[::2], pairs[1::2], strict=True), strict=True)),
+            maxima=dict(zip(self.maxima, maxima, strict=True)),
+            trust={} if self.trust is None else _trust(*self.trust),
+        )
 
 
 def _trust(trust_T: Tensor, packed: Packed, shown: frozenset[int]) -> dict[int, list[float]]:
     """Return the gate's weights of the tokens that the student wrote, by index of the rollout."""
-    indices, microbatch = packed
-    if shown.isdisjoint(indices):
-        return {}
-    weights, written = trust_T.tolist(), Regions.of(microbatch.streams).on_policy_T.tolist()
-    bounds = microbatch.cu_seqlens.tolist()
+    weights, written = trust_T.tolist(), Regions.of(packed.microbatch.streams).on_policy_T.tolist()
+    bounds = packed.microbatch.cu_seqlens.tolist()
     return {
         index: [weights[row] for row in range(bounds[place], bounds[place + 1]) if written[row]]
-        for place, index in enumerate(indices)
+        for place, index in enumerate(packed.indices)
         if index in shown
     }
 
 
-def _parity(logprob_T: Tensor, tokens: TokenStreams) -> tuple[dict[str, Metric], dict[str, float]]:
+def _parity(logprob_T: Tensor, tokens: TokenStreams) -> tuple[dict[str, Metric], dict[str, Tensor]]:
     """Return (means, maxima) of the difference between the log-probabilities of trainer and sampling engine."""
     on_policy_T = Regions.of(tokens).on_policy_T
     # After the first update of a batch the current student is no longer the one that generated it.
     trainer_T = logprob_T if tokens.old_logprob_T is None else tokens.old_logprob_T
     gap_T = (trainer_T - tokens.rollout_logprob_T).abs()
-    largest = float(torch.where(on_policy_T, gap_T, 0.0).max())
+    largest = torch.where(on_policy_T, gap_T, 0.0).max()
     return {"parity/logprob_abs_diff_mean": mean_over(gap_T, on_policy_T)}, {"parity/logprob_abs_diff_max": largest}
 
 
@@ -234,7 +275,3 @@ def mean_logprobs(metrics: Mapping[str, float]) -> dict[str, float]:
         who: metrics[name] for who in ("student", "teacher", "reference") if (name := f"{who}/logprob_mean") in metrics
     }
     return means | ({"teacher": -math.inf} if metrics.get("teacher/excluded_frac", 0.0) > 0.5 else {})
-
-
-def _pair(metric: Metric) -> tuple[float, float]:
-    return float(metric.total), float(metric.count)

@@ -133,7 +133,7 @@ class Student:
         but one.
         """
         self.optimizer.prepare_grads()
-        return [optimizer.get_main_grads_for_grad_norm() for optimizer in self._optimizers]
+        return [platform.gradients_of_norm(optimizer) for optimizer in self._optimizers]
 
     def inner_product(self, left: Gradient, right: Gradient) -> float:
         """Return the inner product of two gradients over all parameters; the same number on every rank.  Collective

@@ -1,6 +1,7 @@
-"""Row statistics and the in-place softmax gradient in Triton; the same functions as in ``ops/rows.py``.
+"""Row statistics and the in-place softmax gradient in Triton, the same functions as in ``ops/rows.py``, and the choice
+among equal logits of ``ops/topk.py``.
 
-Both kernels read logits in their own dtype and compute in fp32 (never in bf16).  They use no atomics, and so give the
+The kernels read logits in their own dtype and compute in fp32 (never in bf16).  They use no atomics, and so give the
 same bits in every run.  Block sizes are chosen by hand: a row of 19k to 152k logits is a few dozen blocks.
 """
 
@@ -59,6 +60,37 @@ def _gradient_kernel(
     if HAS_SLOPE:
         factor = factor - tl.load(slopes + row) * (shift + tl.load(offsets + row))
     tl.store(place, (tl.exp(shift) * factor).to(logits.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _equals_kernel(logits, columns, lasts, aboves, stride, width, K: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per row: reads it until the columns of enough logits that equal the k-th are found."""
+    row = tl.program_id(0)
+    base = logits + row.to(tl.int64) * stride
+    out = columns + row.to(tl.int64) * K
+    last = tl.load(lasts + row).to(tl.float32)
+    above = tl.load(aboves + row).to(tl.int32)
+    found = tl.zeros((), tl.int32)
+    start = tl.zeros((), tl.int32)
+    while (start < width) & (found < K - above):
+        column = start + tl.arange(0, BLOCK)
+        z = tl.load(base + column, mask=column < width, other=float("nan")).to(tl.float32)
+        equal = (z == last).to(tl.int32)
+        place = above + found + tl.cumsum(equal, 0) - 1
+        tl.store(out + place, column.to(tl.int64), mask=(equal == 1) & (place < K))
+        found += tl.sum(equal, 0)
+        start += BLOCK
+
+
+def lowest_equals_(logits: Tensor, values: Tensor, columns: Tensor) -> None:
+    """As ``ops.topk.lowest_equals_``, for rows of ``logits`` and ``columns`` that are contiguous, without a wait for
+    the device."""
+    rows, width = logits.shape
+    lasts = values[:, -1].contiguous()
+    aboves = (values != values[:, -1:]).sum(1)
+    _equals_kernel[(rows,)](
+        logits, columns, lasts, aboves, logits.stride(0), width, K=columns.shape[1], BLOCK=_BLOCK, num_warps=_WARPS
+    )
 
 
 def row_partials(logits: Tensor) -> Tensor:
