@@ -131,8 +131,12 @@ def interpret():
     """Errors under Triton's interpreter, by (check, dtype)."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     assert kernels.use_triton(torch.ones(1)), "the head would not take the kernels here"
-    checks = {"row statistics": check_partials, "gradient in place": check_gradient,
-              "top-k among equals": check_topk, "one-pass head": check_head}
+    checks = {
+        "row statistics": check_partials,
+        "gradient in place": check_gradient,
+        "top-k among equals": check_topk,
+        "one-pass head": check_head,
+    }
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return {f"{name}, {short}": check(dtype) for name, check in checks.items() for short, dtype in dtypes.items()}
 

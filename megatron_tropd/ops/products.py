@@ -1,9 +1,10 @@
 """The three matrix products of the head: logits, hidden gradient, weight gradient.
 
 Operands are in the model's dtype; the weight gradient is summed over chunks in fp32.  On CUDA a product of bf16
-operands accumulates in fp32 and may leave its result in fp32 (``out_dtype``, torch 2.8).  A CPU has no such product
-and its bf16 product is slow in some layouts, so on a CPU the operands are converted to fp32 first, one slice of the
-vocabulary at a time.
+operands accumulates in fp32 and may leave its result in fp32 (``out_dtype``, torch 2.8), or add it to an fp32 matrix
+(torch 2.10; before, ``addmm`` refused a matrix of another dtype than its factors).  A CPU has no such product and its
+bf16 product is slow in some layouts, so on a CPU the operands are converted to fp32 first, one slice of the vocabulary
+at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 _SLICE = 4096
 """Vocabulary rows whose fp32 copies exist at one time where operands have to be converted to fp32."""
 
-_HAS_OUT_DTYPE = "dtype_out" in torch.ops.aten.addmm.overloads() and "dtype_out" in torch.ops.aten.mm.overloads()
+_HAS_OUT_DTYPE = "dtype_out" in torch.ops.aten.mm.overloads()
+_ADDS_TO_FP32 = torch.torch_version.TorchVersion(torch.__version__) >= "2.10"
 
 
 def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
@@ -47,8 +49,11 @@ def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     """``total`` [v, H] fp32 += grad' [v, C] hidden [C, H]."""
     if hidden.dtype == torch.float32:
         total.addmm_(grad.t(), hidden)
-    elif hidden.is_cuda and _HAS_OUT_DTYPE:
+    elif hidden.is_cuda and _ADDS_TO_FP32:
         torch.addmm(total, grad.to(hidden.dtype).t(), hidden, out_dtype=torch.float32, out=total)
+    elif hidden.is_cuda and _HAS_OUT_DTYPE:
+        for part in _slices(len(total)):
+            total[part] += torch.mm(grad[:, part].to(hidden.dtype).t(), hidden, out_dtype=torch.float32)
     else:
         wide = hidden.float()
         for part in _slices(len(total)):

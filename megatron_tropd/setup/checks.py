@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
+
 from megatron_tropd.config import TrainConfig
+from megatron_tropd.models.attention import attention_kind
 from megatron_tropd.objectives.base import Objective
+from megatron_tropd.parallel import platform
 from megatron_tropd.reporting.sinks import check_sinks
 from megatron_tropd.setup.model_specs import Models
 from megatron_tropd.setup.problems import Problems
 from megatron_tropd.setup.ranges import check_ranges
+from megatron_tropd.training.student import params_dtype
 
 
 def check_numbers(config: TrainConfig, problems: Problems) -> None:
@@ -65,6 +72,27 @@ def check_method(config: TrainConfig, objective: Objective, problems: Problems) 
         "--reward-function": not needs.rewards and config.reward.reward_function,
     }
     problems.warnings.extend(f"{name} does not use {flag} {value}" for flag, value in unused.items() if value)
+
+
+def check_attention(config: TrainConfig, models: Models, problems: Problems) -> None:
+    """Warn where a GPU would compute packed attention on a padded table."""
+    specs = {"student": models.student, "teacher": models.teacher, "reference": models.reference}
+    head_dims = {who: spec.arch.head_dim for who, spec in specs.items() if spec is not None}
+    problems.warnings.extend(attention_warnings(params_dtype(config), head_dims))
+
+
+def attention_warnings(dtype: torch.dtype, head_dims: Mapping[str, int]) -> list[str]:
+    """Return a warning for each model, by the size of its heads, whose packed attention a GPU pads."""
+    if not platform.is_cuda() or platform.has_transformer_engine():
+        return []
+    kinds = {who: attention_kind(dtype, head_dim) for who, head_dim in head_dims.items()}
+    return [
+        f"attention of the {who} pads every sequence of a micro-batch to the longest, because {why}; its time grows "
+        "with their number x the longest squared. Transformer Engine (pip install 'megatron-tropd[te]') has none of "
+        "these limits"
+        for who, (kind, why) in kinds.items()
+        if kind == "padded"
+    ]
 
 
 def check_lengths(config: TrainConfig, models: Models, objective: Objective, problems: Problems) -> None:

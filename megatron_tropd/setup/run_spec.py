@@ -14,7 +14,7 @@ from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.objectives.base import Objective
 from megatron_tropd.objectives.methods import make_objective
 from megatron_tropd.rewards import RewardFunction, load_reward_function
-from megatron_tropd.setup.checks import check_lengths, check_method, check_numbers
+from megatron_tropd.setup.checks import check_attention, check_lengths, check_method, check_numbers
 from megatron_tropd.setup.engine_checks import check_engine_flags, check_engine_layout
 from megatron_tropd.setup.engine_settings import sglang_settings
 from megatron_tropd.setup.model_specs import Models, find_models, pin_models
@@ -65,6 +65,7 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     if config.engine.rollout_engine == "sglang":
         problems.attempt(lambda: sglang_settings(config, models.student))
     check_engine_layout(config, models, problems)
+    check_attention(config, models, problems)
     problems.attempt(lambda: _check_resume(config, models.student.arch))
     tokens = problems.attempt(lambda: _tokens(models))
     if tokens:
