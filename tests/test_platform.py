@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import os
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from megatron_tropd.parallel import platform
+from megatron_tropd.parallel import platform, torch_without_cuda
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced where CUDA is present")
+OURS = {platform.__name__, torch_without_cuda.__name__}
 NAMES = [(owner, name) for owner, names in platform.REPLACED.items() for name in names]
 
 
@@ -45,7 +48,7 @@ def test_the_name_is_replaced_by_ours(owner, name):
     value = getattr(_resolve(owner), name)
     home = getattr(value, "__module__", None) or type(value).__module__
     wrapped = inspect.unwrap(value) is not value if callable(value) else False
-    assert home == platform.__name__ or wrapped or type(value).__module__ == platform.__name__, value
+    assert {home, type(value).__module__} & OURS or wrapped, value
 
 
 @without_cuda
@@ -111,6 +114,42 @@ def test_checkpoint_writers_are_threads():
     results = filesystem_async.mp.get_context("spawn").Manager().Queue()
     results.put(1)
     assert results.get() == 1
+
+
+def test_a_pickled_tensor_names_no_function_of_megatron():
+    """SGLang's servers admit torch's."""
+    import megatron.core  # noqa: F401  (0.19 replaces the function when it is imported)
+
+    pickled = pickle.dumps({"weight": torch.arange(3.0)})
+    assert b"torch.storage" in pickled and b"megatron" not in pickled
+    assert torch.equal(pickle.loads(pickled)["weight"], torch.arange(3.0))  # noqa: S301  (its own)
+
+
+def test_gradients_of_the_norm_are_those_megatron_takes():
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    names = ("get_grads_for_grad_norm", "get_main_grads_for_grad_norm")
+    assert any(hasattr(MegatronOptimizer, name) for name in names)
+
+
+def test_what_is_left_out_of_the_log_is_only_that(caplog):
+    for name, fragment in platform.LEFT_OUT.items():
+        logging.getLogger(name).warning(f"... {fragment} ...")
+        logging.getLogger(name).warning(f"something else of {name}")
+    assert [record.message for record in caplog.records] == [f"something else of {name}" for name in platform.LEFT_OUT]
+
+
+def test_a_failed_writer_says_why(tmp_path):
+    """megatron-core 0.19 lets the last writer return its error and then names only the error's type."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    if platform.megatron_version() < (0, 19):
+        pytest.skip("before 0.19 every writer has a queue")
+    bucket = (tmp_path / "nowhere" / "file", "key", ([], []))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        FileSystemWriterAsync.write_preloaded_data(
+            [], local_proc_idx=0, write_bucket=bucket, results_queue=None, count_queue=None, use_fsync=True
+        )
 
 
 @pytest.mark.slow

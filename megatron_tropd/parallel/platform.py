@@ -1,4 +1,5 @@
-"""Run on CUDA or, without it, on the CPU.  The only file that patches torch or Megatron-core.
+"""Run on CUDA or, without it, on the CPU, with every supported Megatron-core.  The only file that patches
+Megatron-core, and that knows in what its versions differ.
 
 Megatron-core calls ``torch.cuda`` and uses ``device="cuda"`` unconditionally.  On a machine without CUDA,
 :func:`install` patches these calls, so that the unmodified Megatron-core runs on the CPU over gloo; with
@@ -10,29 +11,23 @@ fails when an upgrade of torch or megatron-core moves it.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import logging
 import os
 import queue
-import sys
 import threading
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from megatron_tropd.parallel import torch_without_cuda
+
 CPU = torch.device("cpu")
 
 REPLACED: dict[str, tuple[str, ...]] = {
-    "torch": ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like"),
-    "torch.Tensor": ("cuda", "to", "type"),
-    "torch.cuda": (
-        "current_device", "device_count", "synchronize", "empty_cache", "set_device", "Stream", "Event",
-        "current_stream", "default_stream", "stream", "get_rng_state", "set_rng_state", "manual_seed",
-    ),
-    "torch.cuda.random": ("get_rng_state", "set_rng_state"),
+    **torch_without_cuda.REPLACED,
     "megatron.core.tensor_parallel.random": ("_get_cuda_rng_state", "_set_cuda_rng_state"),
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer": ("_set_main_param_and_optimizer_states",),
     "megatron.core.transformer.torch_norm.WrappedTorchNorm": ("__new__",),
@@ -89,12 +84,17 @@ def has_transformer_engine() -> bool:
     return is_cuda() and importlib.util.find_spec("transformer_engine") is not None
 
 
+def megatron_version() -> tuple[int, int]:
+    """Return the version of the installed Megatron-core, such as (0, 19)."""
+    from megatron.core.package_info import MAJOR, MINOR
+
+    return MAJOR, MINOR
+
+
 def adds_gradients_of_whole_experts() -> bool:
     """Return whether Megatron-core adds the gradients of experts that every tensor-parallel rank holds whole, without
     expert parallelism: 0.19 does, 0.16 takes them for gradients of dense layers."""
-    from megatron.core.package_info import MAJOR, MINOR
-
-    return (MAJOR, MINOR) >= (0, 19)
+    return megatron_version() >= (0, 19)
 
 
 def gradients_of_norm(optimizer: Any) -> list[Tensor]:
@@ -119,6 +119,7 @@ def install() -> None:
     _leave_out_log_lines()
     if is_cuda():
         _patch_checkpoint_errors()
+        _keep_the_name_in_pickles()
         if not has_transformer_engine():
             _patch_distributed_optimizer_load()
             _patch_norm_sequence_parallel()
@@ -127,8 +128,7 @@ def install() -> None:
     # megatron-core's jit_fuser is torch.compile, bound when it is imported.  On a CPU compiling takes 12 s
     # and gains nothing at the sizes that run there.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    _answer_torch_cuda()
-    _redirect_device_literals()
+    torch_without_cuda.install()
     _patch_megatron()
 
 
@@ -152,98 +152,13 @@ def _leave_out_log_lines() -> None:
         logging.getLogger(name).addFilter(keep(fragment))
 
 
-def _is_cuda_device(value: Any) -> bool:
-    if isinstance(value, str):
-        return value.startswith("cuda")
-    return getattr(value, "type", None) == "cuda"
-
-
-def _on_cpu(factory: Any) -> Any:
-    @functools.wraps(factory)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if _is_cuda_device(kwargs.get("device")):
-            kwargs["device"] = CPU
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
-        return factory(*args, **kwargs)
-
-    return wrapped
-
-
-def _redirect_device_literals() -> None:
-    """Make ``device="cuda"``, ``.cuda()`` and ``.to("cuda")`` mean the CPU.
-
-    A TorchFunctionMode would not do: torch runs the backward pass without modes, so activation recomputation
-    would use "cuda" again.
-    """
-    from torch.utils._device import _device_constructors
-
-    # torch.device("meta") finds factories by identity in a cached set: fill the cache with the
-    # originals first, or transformers' from_pretrained silently computes garbage buffers.
-    _device_constructors()
-    for name in REPLACED["torch"]:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
-
-    original_to, original_type = torch.Tensor.to, torch.Tensor.type
-
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args and _is_cuda_device(args[0]):
-            args = (CPU, *args[1:])
-        if _is_cuda_device(kwargs.get("device")):
-            kwargs["device"] = CPU
-        return original_to(self, *args, **kwargs)
-
-    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        answer = original_type(self, *args, **kwargs)
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        if not args and not kwargs and caller.startswith("megatron.core.optimizer"):
-            return answer.replace("torch.", "torch.cuda.", 1)  # Megatron asserts "torch.cuda.FloatTensor"
-        return answer
-
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
-    torch.Tensor.to = to  # type: ignore[method-assign,assignment]
-    torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
-
-
-class _NullStream:
-    """Replaces torch.cuda.Stream and Event; it is a class because annotations say ``Stream | None``."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def record_event(self, *_: Any) -> _NullStream:
-        return self
-
-    def query(self) -> bool:
-        return True
-
-    def _nothing(self, *_: Any) -> None:
-        pass
-
-    wait_stream = synchronize = wait_event = record = wait = _nothing
-
-
-def _answer_torch_cuda() -> None:
-    cuda: Any = torch.cuda
-    null = _NullStream()
-    cuda.current_device = lambda: CPU
-    cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    for name in ("synchronize", "empty_cache", "set_device"):
-        setattr(cuda, name, lambda *_, **__: None)
-    cuda.Stream = cuda.Event = _NullStream
-    cuda.current_stream = cuda.default_stream = lambda *_, **__: null
-    cuda.stream = lambda *_: contextlib.nullcontext()
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
-    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
-
-
 def _patch_megatron() -> None:
     _patch_rng()
     _patch_distributed_optimizer_load()
     _patch_norm_sequence_parallel()
     _patch_checkpoint_writers()
     _patch_checkpoint_errors()
+    _keep_the_name_in_pickles()
     _patch_expert_dispatch()
     _name_the_missing_gemm()
 
@@ -334,6 +249,23 @@ def _patch_checkpoint_errors() -> None:
         return output
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+
+
+def _keep_the_name_in_pickles() -> None:
+    """Let pickled tensors name torch's function.  megatron-core 0.19 puts a stricter one of its own in its place, which
+    a process without Megatron, such as an SGLang server, cannot import and refuses."""
+    import megatron.core  # noqa: F401  (this import replaces it)
+
+    stricter = torch.storage._load_from_bytes
+    if stricter.__module__ == "torch.storage":
+        return
+
+    @functools.wraps(stricter)
+    def load_from_bytes(data: Any) -> Any:
+        return stricter(data)
+
+    load_from_bytes.__module__, load_from_bytes.__qualname__ = "torch.storage", "_load_from_bytes"
+    torch.storage._load_from_bytes = load_from_bytes
 
 
 def _patch_expert_dispatch() -> None:
