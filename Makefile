@@ -4,6 +4,7 @@
 #   make test         the whole test suite, 13 minutes
 # and besides: make check (lint, types, and all tests without ranks, servers or other processes: 75 seconds, the
 #   first time two minutes, because mypy then reads torch),
+#   make test-megatron (the tests that touch Megatron-core, 5 minutes: for another version of it),
 #   make verify (prints measured errors), make lint, make format, make clean, and
 #   make sglang-env   the SGLang server's own environment, for machines without a GPU (docs/sglang.md)
 # Each makes its own environment in .venv first; SGLang has one of its own, because it pins other versions.
@@ -43,13 +44,21 @@ SGLANG_INSTALL := $(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip
 VERIFY := model_parity vocab_parallel vocab_parallel_main_grad objectives_head head_memory kernels training_layouts \
 	training_methods training_oracle training_resume training_experts expert_gradients teacher weights_planned sglang_servers sglang_planned
 
-.PHONY: quickstart test check sglang-env lint format verify clean
+# Files whose tests touch Megatron-core, or what it changes for others.
+MEGATRON := platform attention kernels model_parity vocab_parallel vocab_parallel_main_grad vocab_parallel_teacher teacher \
+	training_layouts training_bf16 training_resume same_run convert_checkpoint expert_gradients sglang_loader \
+	train_command training_release
+
+.PHONY: quickstart test test-megatron check sglang-env lint format verify clean
 
 quickstart: $(VENV)/.runtime $(if $(filter sglang,$(ENGINE)),$(SGLANG_VENV)/.ready)
 	$(BIN)/python tools/quickstart.py --engine $(ENGINE) --sglang-python $(SGLANG_VENV)/bin/python $(ARGS)
 
 test: $(VENV)/.test $(SGLANG_VENV)/.ready
 	$(BIN)/python -m pytest $(IN_WORKERS) $(ARGS)
+
+test-megatron: $(VENV)/.test $(SGLANG_VENV)/.ready
+	$(BIN)/python -m pytest $(IN_WORKERS) $(addprefix tests/test_,$(addsuffix .py,$(MEGATRON))) $(ARGS)
 
 check: lint
 	$(BIN)/python -m pytest -q -m "not slow" $(IN_WORKERS) $(ARGS)

@@ -32,6 +32,9 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = setting(128, "pad the vocabulary to a multiple of lcm(this, TP)")
     bf16: bool = setting(False, "train in bfloat16 with fp32 master weights")
     recompute_granularity: Literal["none", "selective", "full"] = setting("none", "activation recomputation")
+    deterministic_mode: bool = setting(
+        False, "on a GPU, choose kernels that give the same bits in every run, where there are any; some are slower"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,6 +97,8 @@ def _train(argv: Sequence[str], launch: Launch, job_end: JobEnd) -> int:
     from megatron_tropd.parallel import platform
 
     platform.install()  # before the first import of Megatron
+    if config.model.deterministic_mode:
+        platform.make_deterministic()
 
     import torch.distributed as dist
 

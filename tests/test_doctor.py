@@ -97,6 +97,7 @@ def only(machine, name):
 
 def exit_code(machine, monkeypatch, *flags):
     monkeypatch.setattr(examine, "probe", lambda _python: machine)
+    monkeypatch.setenv("COLUMNS", "120")  # a narrower terminal would break lines elsewhere
     return command.main(flags)
 
 

@@ -116,6 +116,21 @@ def test_checkpoint_writers_are_threads():
     assert results.get() == 1
 
 
+@pytest.mark.slow
+def test_deterministic_mode_asks_every_library_and_keeps_what_is_set():
+    code = (
+        "import os, torch\n"
+        "from megatron_tropd.parallel import platform\n"
+        "platform.make_deterministic()\n"
+        "assert torch.are_deterministic_algorithms_enabled()\n"
+        "assert torch.is_deterministic_algorithms_warn_only_enabled()\n"
+        "found = {name: os.environ[name] for name in platform.DETERMINISTIC_ENVIRONMENT}\n"
+        "assert found == {**platform.DETERMINISTIC_ENVIRONMENT, 'NCCL_ALGO': 'Tree'}, found\n"
+    )
+    environment = {**os.environ, "NCCL_ALGO": "Tree"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
+
+
 def test_a_pickled_tensor_names_no_function_of_megatron():
     """SGLang's servers admit torch's."""
     import megatron.core  # noqa: F401  (0.19 replaces the function when it is imported)

@@ -2,8 +2,8 @@
 Megatron-core, and that knows in what its versions differ.
 
 Megatron-core calls ``torch.cuda`` and uses ``device="cuda"`` unconditionally.  On a machine without CUDA,
-:func:`install` patches these calls, so that the unmodified Megatron-core runs on the CPU over gloo; with
-CUDA and Transformer Engine it changes nothing.  Call it before the first ``import megatron``.
+:func:`install` patches these calls (torch_without_cuda.py), so that the unmodified Megatron-core runs on the CPU over
+gloo.  Call it before the first ``import megatron``.
 
 Every name that is replaced is listed in ``REPLACED`` and has a test (tests/test_platform.py) that
 fails when an upgrade of torch or megatron-core moves it.
@@ -50,6 +50,26 @@ def device() -> torch.device:
 def backend() -> str:
     """Return the ``init_process_group`` backend: gloo for CPU tensors, NCCL for CUDA tensors."""
     return "cpu:gloo,cuda:nccl" if is_cuda() else "gloo"
+
+
+DETERMINISTIC_ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NCCL_ALGO": "Ring",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+}
+"""What cuBLAS, NCCL and Transformer Engine read before their first use."""
+
+
+def make_deterministic() -> None:
+    """Have every library choose kernels that give the same bits in every run.  Call it before the first use of a GPU.
+
+    Where torch has no such kernel it warns and goes on: the running sum of the head has none on CUDA, but is made in
+    fp64 and rounded.  Variables that are set already stay.
+    """
+    for name, value in DETERMINISTIC_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads memory that it did not write
 
 
 class _Pinnable(Protocol):
@@ -110,7 +130,7 @@ def install() -> None:
     """Patch torch and Megatron-core so that Megatron-core runs here.  Idempotent.
 
     With CUDA, torch is not patched.  Without Transformer Engine, Megatron's own layers and torch's AdamW are used, and
-    three of their defects are fixed; with CUDA and Transformer Engine only the message of a failed save is.
+    three of their defects are fixed; everywhere the message of a failed save and the name in pickled tensors are.
     """
     global _installed
     if _installed:

@@ -71,6 +71,7 @@ def build_student(config: TrainConfig, arch: Architecture, groups: ModelGroups) 
         "sequence_parallel": config.parallel.sequence_parallel and groups.layout.tp > 1,
         # Read by DDP when it is built: without it, gradients are divided by DP a second time.
         "calculate_per_token_loss": True,
+        "deterministic_mode": config.model.deterministic_mode,
     }
     if config.model.recompute_granularity != "none":
         overrides["recompute_granularity"] = config.model.recompute_granularity
