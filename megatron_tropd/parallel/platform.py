@@ -69,7 +69,8 @@ def make_deterministic() -> None:
     for name, value in DETERMINISTIC_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads memory that it did not write
+    # Nothing reads memory that it did not write, so none has to be filled.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 class _Pinnable(Protocol):

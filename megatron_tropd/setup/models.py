@@ -15,7 +15,7 @@ from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.setup.model_specs import ModelSpec
 from megatron_tropd.setup.run_spec import RunSpec
 from megatron_tropd.teacher.megatron import MegatronTeacher
-from megatron_tropd.training.student import Student, build_student, params_dtype
+from megatron_tropd.training.student import Student, build_student, chunk_tokens, params_dtype
 from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 from megatron_tropd.weights.files.load import load_hf_into
 
@@ -63,7 +63,7 @@ def make_frozen(
         groups,
         vocab_size=spec.tokens.common_vocab_size,
         max_tokens_per_microbatch=config.training.max_tokens_per_microbatch,
-        logits_chunk_tokens=config.training.logits_chunk_tokens,
+        logits_chunk_tokens=chunk_tokens(config),
         offload=config.teacher.teacher_offload,
         role=role,
     )

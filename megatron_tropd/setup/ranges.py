@@ -67,7 +67,7 @@ RANGES = {
     "topd-alpha": _SHARE, "tis-cap": _WEIGHT, "icepop-low": _WEIGHT, "icepop-high": _WEIGHT,
     "sequence-error-max": _WEIGHT, "ppo-clip": _SHARE, "ppo-clip-high": _WEIGHT, "grpo-kl-coef": _WEIGHT,
     "train-iters": _COUNT, "num-minibatches": Range(1, 10**6), "max-tokens-per-microbatch": _COUNT,
-    "logits-chunk-tokens": _COUNT,
+    "logits-chunk-tokens": _COUNT_OR_NONE,
     "lr": Range(0, 100, open_low=True), "min-lr": Range(0, 100), "lr-warmup-iters": _COUNT_OR_NONE,
     "weight-decay": Range(0, 100), "adam-beta1": Range(0, 1, open_high=True), "adam-beta2": Range(0, 1, open_high=True),
     "adam-eps": Range(0, 1, open_low=True), "spike-limit": _SPIKE, "spike-grad-norm": _SPIKE, "spike-reward": _SPIKE,

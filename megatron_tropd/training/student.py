@@ -42,6 +42,15 @@ def params_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.model.bf16 else torch.float32
 
 
+def chunk_tokens(config: TrainConfig) -> int:
+    """Return the number of tokens whose logits exist at one time.
+
+    Every chunk reads and writes the fp32 gradient of the output table once; on a GPU small chunks would cost more
+    than their products (docs/performance.md).
+    """
+    return config.training.logits_chunk_tokens or (8192 if platform.is_cuda() else 1024)
+
+
 def training_errors(arch: Architecture, layout: ParallelLayout, *, sequence_parallel: bool) -> list[str]:
     """Return why megatron-core cannot train this model in this layout, though it can run it; empty when it can."""
     errors = []
@@ -97,7 +106,7 @@ class Student:
             vocab_size=vocab_size,
             rows_per_rank=model.vocab_size // groups.layout.tp,
             group=groups.pg_collection.tp,
-            chunk_tokens=config.training.logits_chunk_tokens,
+            chunk_tokens=chunk_tokens(config),
         )
         self._head = HeadSettings(
             mode=config.training.head_mode,
