@@ -203,6 +203,26 @@ def test_dtypes_and_widths():
         assert stream.dtype == torch.float32
 
 
+def test_the_rows_of_each_role_are_those_of_its_regions():
+    rollouts = [
+        make_rollout(prompt=2, guidance=2, written=3),
+        make_rollout(sample_index=1, prompt=2, guidance=2, written=0),
+        make_rollout(prompt=1, written=2),
+    ]
+    batch = pack(rollouts, None, num_tokens=16)
+    roles = {
+        "loss": {Region.GUIDANCE, Region.ON_POLICY},
+        "response": {Region.GUIDANCE, Region.ON_POLICY, Region.GUIDANCE_COPY},
+        "prefix": {Region.GUIDANCE, Region.GUIDANCE_COPY},
+        "written": {Region.ON_POLICY},
+    }
+    for role, regions in roles.items():
+        expected = [row for row, region in enumerate(batch.streams.region_T.tolist()) if region in regions]
+        assert getattr(batch.rows, role).tolist() == expected, role
+    assert len(batch.rows.written) == 5
+    assert len(pack([], None, num_tokens=5).rows.loss) == 0
+
+
 def test_micro_batch_of_padding_has_the_fields_of_the_others():
     batch = pack([], [], num_tokens=5, needs=NEEDS)
     assert batch.cu_seqlens.tolist() == [0, 5] and batch.max_seqlen == 5
