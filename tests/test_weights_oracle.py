@@ -36,21 +36,23 @@ def _reshard(family, tied, source_sizes, target_sizes):
     from megatron_tropd.weights.coordinates.parameters import local_parameters, match_parameters
 
     class Exchange(CopyService):
-        """Point to point over gloo; Megatron's own gloo service needs CUDA."""
+        """Point to point over gloo; Megatron's own gloo service needs CUDA.  Every copy has a number, which
+        megatron-core 0.16 and 0.19 give in different ways."""
 
         def __init__(self):
             self.sends, self.receives = {}, {}
 
+        def submit_send(self, tensor, rank, *, task_id):
+            self.sends[task_id] = (tensor, rank)
+
+        def submit_recv(self, tensor, rank, *, task_id):
+            self.receives[task_id] = (tensor, rank)
+
         def submit_send_with_id(self, number, tensor, rank):
-            self.sends[number] = (tensor, rank)
+            self.submit_send(tensor, rank, task_id=number)
 
         def submit_recv_with_id(self, number, tensor, rank):
-            self.receives[number] = (tensor, rank)
-
-        def submit_send(self, tensor, rank):
-            raise AssertionError("every copy has a number")
-
-        submit_recv = submit_send
+            self.submit_recv(tensor, rank, task_id=number)
 
         def run(self):
             me, works = dist.get_rank(), []
