@@ -28,6 +28,8 @@ QWEN3_4B = _qwen3(2560, 9728, 36, 32, tied=True)
 QWEN3_8B = _qwen3(4096, 12288, 36, 32, tied=False)
 FEW_LAYERS = _qwen3(1024, 3072, 4, 16, tied=True)
 """Qwen3-0.6B with 4 of its 28 layers: a checkpoint of it is written in seconds."""
+SHALLOW = _qwen3(512, 1536, 4, 8, tied=True, groups=4, head_dim=64, vocab=32_000)
+"""For comparisons in fp32 between several processes."""
 TINY = _qwen3(64, 96, 2, 4, tied=True, groups=2, head_dim=16, vocab=1003)
 TINY_TEACHER = _qwen3(96, 128, 2, 4, tied=False, groups=2, head_dim=16, vocab=1003)
 

@@ -48,11 +48,14 @@ class Work:
         return self.prompt + self.response
 
 
-def config_of(work: Work, *, bf16: bool, tp: int = 1) -> TrainConfig:
-    """Return the flags of a run: bf16, full recomputation, distributed optimizer."""
+DISTRIBUTED_OPTIMIZER = ParallelConfig(use_distributed_optimizer=True)
+
+
+def config_of(work: Work, *, bf16: bool, parallel: ParallelConfig = DISTRIBUTED_OPTIMIZER) -> TrainConfig:
+    """Return the flags of a run with full recomputation."""
     return TrainConfig(
         model=ModelConfig(bf16=bf16, recompute_granularity="full"),
-        parallel=ParallelConfig(tensor_model_parallel_size=tp, use_distributed_optimizer=True),
+        parallel=parallel,
         training=TrainingConfig(
             train_iters=STEPS, max_tokens_per_microbatch=work.max_tokens, logits_chunk_tokens=work.chunk, seed=SEED
         ),
