@@ -20,11 +20,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tools.acceptance.hardware import sglang  # noqa: E402
 from tools.acceptance.runner import environment, run_sections  # noqa: E402
 from tools.acceptance.sections import SECTIONS  # noqa: E402
 from tools.acceptance.setting import Setting  # noqa: E402
@@ -56,18 +57,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def asked(words: list[str], device: str) -> str:
-    """Return what a short Python process prints, in the environment of the sections."""
+def look(wanted: str) -> dict[str, str]:
+    """Return what ``hardware.look`` does, in another process: this one never touches the GPU."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", *words], cwd=ROOT, env=environment(device), stdout=subprocess.PIPE, text=True,
-        timeout=_LOOK_S, check=True,
+        [sys.executable, "-W", "ignore", "-m", "tools.acceptance.hardware", wanted], cwd=ROOT,
+        env=environment("cpu" if wanted == "cpu" else "cuda"), stdout=subprocess.PIPE, text=True, timeout=_LOOK_S,
+        check=True,
     )  # fmt: skip
-    return done.stdout.strip().splitlines()[-1]
-
-
-def has_gpu() -> bool:
-    """Return whether torch sees a GPU; asked in another process, so that this one never uses it."""
-    return asked(["-c", "import torch; print(torch.cuda.is_available())"], "cuda") == "True"
+    found: dict[str, str] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
 def sglang_interpreter(given: str | None, device: str) -> str:
@@ -82,17 +80,16 @@ def main(argv: list[str]) -> int:
     """Run the sections; returns the exit code."""
     arguments = parse_arguments(argv)
     began = time.monotonic()
-    device: Literal["cuda", "cpu"] = arguments.device or ("cuda" if has_gpu() else "cpu")
-    if device == "cuda" and arguments.device and not has_gpu():
+    hardware = look(arguments.device or "auto")
+    device = hardware.pop("device")
+    if not device:
         print("--device cuda: torch sees no GPU", file=sys.stderr)
         return 2
     setting = Setting(
-        device=device, tiny=arguments.tiny or device == "cpu", out=str(arguments.out.absolute()),
-        sglang_python=sglang_interpreter(arguments.sglang_python, device),
+        device="cuda" if device == "cuda" else "cpu", tiny=arguments.tiny or device == "cpu",
+        out=str(arguments.out.absolute()), sglang_python=sglang_interpreter(arguments.sglang_python, device),
     )  # fmt: skip
-    hardware: dict[str, str] = json.loads(
-        asked(["-m", "tools.acceptance.hardware", device, setting.sglang_python], device)
-    )
+    hardware["sglang"] = sglang(setting.sglang_python)
     for name, value in hardware.items():
         print(f"{name}: {value}", flush=True)
     results = run_sections(

@@ -15,7 +15,6 @@ from megatron_tropd.parallel.layout import ParallelLayout
 
 T = TypeVar("T")
 GB = 1e9
-NO_CUDA_MEMORY = "there is no GPU memory to measure on a CPU"
 
 
 def one_rank() -> ModelGroups:
@@ -67,11 +66,6 @@ def peak_gb(work: Callable[[], T]) -> tuple[T, float | None]:
     result = work()
     wait()
     return result, torch.cuda.max_memory_allocated() / GB
-
-
-def free_gb() -> float:
-    """Return the GB that this GPU has left."""
-    return torch.cuda.mem_get_info()[0] / GB
 
 
 def product_of(size: int, dtype: torch.dtype) -> float:

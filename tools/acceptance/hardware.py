@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "transformers", "megatron-tropd")
@@ -48,12 +49,21 @@ def driver() -> str:
     return file.read_text().splitlines()[0] if file.is_file() else "unknown"
 
 
+def commit() -> str:
+    """Return the commit of this checkout, and whether files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    changed = output([*git, "status", "--porcelain", "--untracked-files=no"])
+    found = output([*git, "rev-parse", "--short", "HEAD"])
+    return f"{found or 'unknown'}{' with changes' if changed else ''}"
+
+
 def gpu() -> dict[str, str]:
     """Return what torch says of the first GPU."""
     import torch
 
     found = torch.cuda.get_device_properties(0)
-    memory = f"{found.total_memory / 2**30:.1f} GiB, {found.multi_processor_count} multiprocessors"
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    memory = f"{found.total_memory / 2**30:.1f} GiB ({free:.1f} free), {found.multi_processor_count} multiprocessors"
     number = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
     asked = ["nvidia-smi", "-i", number, "--query-gpu=clocks.max.sm,power.limit", "--format=csv,noheader"]
     return {
@@ -64,18 +74,36 @@ def gpu() -> dict[str, str]:
     }
 
 
-def look(device: str, sglang_python: str) -> dict[str, str]:
-    """Return hardware and versions, by name."""
-    found = gpu() if device == "cuda" else {"GPU": "none used"}
+def look(wanted: str) -> dict[str, str]:
+    """Return hardware and versions, by name.
+
+    ``device`` is among them: what was wanted, or for ``auto`` what there is; empty where a wanted GPU is not there.
+    """
+    device = wanted
+    if wanted != "cpu":
+        import torch
+
+        there = torch.cuda.is_available()
+        device = "cuda" if there else "cpu" if wanted == "auto" else ""
+    found = {
+        "device": device,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit(),
+        **(gpu() if device == "cuda" else {"GPU": "none used"}),
+    }
     found["CPU"] = f"{cpu_name()}, {os.cpu_count()} cores"
     found["Python"] = machine.python_version()
     found.update((name, version(name)) for name in PACKAGES)
-    asked = "import importlib.metadata as m; print(m.version('sglang'), 'with torch', m.version('torch'))"
-    found["sglang"] = (output([sglang_python, "-c", asked]) if sglang_python else "") or "absent"
     # Triton compiles a launcher for each kernel with it; without one neither kernels nor torch.compile work.
     found["C compiler"] = next((name for name in ("gcc", "clang", "cc") if shutil.which(name)), "none")
     return found
 
 
+def sglang(interpreter: str) -> str:
+    """Return the version of SGLang in its own environment."""
+    asked = "import importlib.metadata as m; print(m.version('sglang'), 'with torch', m.version('torch'))"
+    return (output([interpreter, "-c", asked]) if interpreter else "") or "absent"
+
+
 if __name__ == "__main__":
-    print(json.dumps(look(*sys.argv[1:3])))
+    print(json.dumps(look(sys.argv[1])))

@@ -43,8 +43,8 @@ LIMITS = {
     # Logits of up to 12 are rounded by half of 2^-20 in fp32.
     ("fp32", "fp32"): Limits(relative=2e-5, nats=1e-4),
     # bf16 logits between 8 and 16 are multiples of 2^-4: half of that is their error, and 1 + 2^-5 the factor by which
-    # a probability may be wrong.
-    ("bf16", "bf16"): Limits(relative=2**-5, nats=2**-4),
+    # a probability may be wrong.  A label's own logit may be beyond 16.
+    ("bf16", "bf16"): Limits(relative=2**-5, nats=0.07),
     ("bf16", "fp32"): Limits(relative=2**-7, nats=1e-4),
 }
 """By dtype of the model and of its logits."""
@@ -221,4 +221,5 @@ def _check_large(report: Report, setting: Setting) -> None:
     ]
     what = f"bf16, one chunk of {sizes.tokens:,} x {sizes.vocab:,} logits against chunks of {sizes.chunk}"
     report.limit(f"{what}: gradients, relative", float(torch.stack(errors).max()), 2**-6)
-    report.limit(f"{what}: K1's log-probabilities, nats", nats, 2**-4)
+    # Products of other shapes may round one logit to the other of two neighbours, 2^-3 apart between 16 and 32.
+    report.limit(f"{what}: K1's log-probabilities, nats", nats, 0.13)

@@ -189,10 +189,11 @@ def _profile(report: Report, setting: Setting, plan: Plan, contender: Contender)
         f"{title}: under set_sync_debug_mode('error')", verdict, expected="goal: no wait" if setting.cuda else "",
         measured=f"waits at {place}" if place else "no wait",
     )  # fmt: skip
-    if setting.cuda:
+    if all(found.kernels for found in traces.values()):
         _report_traces(report, title, traces)
     else:
-        report.not_run(f"{title}: kernels and gaps of a chunk", "there are no kernels on a CPU")
+        why = "torch's profiler saw no kernels" if setting.cuda else "there are no kernels on a CPU"
+        report.not_run(f"{title}: kernels and gaps of a chunk", why)
 
 
 def _report_traces(report: Report, title: str, traces: dict[int, trace.Trace]) -> None:

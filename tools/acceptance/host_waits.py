@@ -23,9 +23,9 @@ def _place() -> str:
     stack = [frame for frame in traceback.extract_stack() if Path(frame.filename) != Path(__file__)]
     ours = [frame for frame in stack if f"/{_PRODUCT}/" in frame.filename] or stack[:-1]
     frame = ours[-1]
-    parts = Path(frame.filename).parts
-    start = parts.index(_PRODUCT) if _PRODUCT in parts else -2
-    return f"{'/'.join(parts[start:])}:{frame.lineno} {frame.name}"
+    _, product, inside = frame.filename.rpartition(f"/{_PRODUCT}/")
+    file = inside if product else "/".join(Path(frame.filename).parts[-2:])
+    return f"{file}:{frame.lineno} {frame.name}"
 
 
 def host_waits(work: Callable[[], Any]) -> Counter[str]:

@@ -26,12 +26,17 @@ ROOT = Path(__file__).resolve().parents[2]
 _LEAST_S = 5.0
 """A section for which less time is left is not begun."""
 _TAIL_BYTES, _TAIL_LINES = 4000, 6
-_OF_TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+_HIDDEN = {
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+    "TRITON_INTERPRET",
+}  # fmt: skip
+"""Variables of a job that the command may be started in, and of tests: a section is a job of its own, on kernels that
+are compiled."""
 
 
 def environment(device: str) -> dict[str, str]:
     """Return the environment of a section: one GPU or none, no network, nothing of a job that this may be part of."""
-    kept = {name: value for name, value in os.environ.items() if name not in _OF_TORCHRUN}
+    kept = {name: value for name, value in os.environ.items() if name not in _HIDDEN}
     visible = kept.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     path = [str(ROOT), *filter(None, [kept.get("PYTHONPATH")])]
     threads = {} if device == "cuda" else {"OMP_NUM_THREADS": "1"}  # tiny shapes; idle threads that spin take a core

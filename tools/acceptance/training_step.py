@@ -122,11 +122,6 @@ def _scene(report: Report, setting: Setting, groups: ModelGroups) -> Scene:
     frozen = teacher_groups(ParallelLayout())
     teacher, built = clocked(lambda: make_teacher(models.teacher, frozen, config, 0, version=1))
     report.measured(f"{models.names}: teacher built in", built, unit=" s")
-    if setting.cuda:
-        report.measured(
-            f"{models.names}: memory of both models with optimizer state", torch.cuda.memory_allocated() / GB,
-            unit=" GB", reason=f"{models.counted_gb:.2f} GB by counting",
-        )  # fmt: skip
     rollouts = given_rollouts(work, models.student.vocab_size)
     return Scene(
         title=f"{models.names}, {work.sequences} x {work.length:,} tokens, micro-batches of {work.max_tokens:,}",
@@ -155,6 +150,11 @@ def _step(report: Report, setting: Setting, groups: ModelGroups) -> None:
     scene = _scene(report, setting, groups)
     warm = scene.first()
     _train(warm, _score(warm))  # compiles kernels, makes optimizer states
+    if setting.cuda:
+        report.measured(
+            f"{scene.models.names}: memory between steps", torch.cuda.memory_allocated() / GB, unit=" GB",
+            reason=f"{scene.models.counted_gb:.2f} GB of weights, gradients and optimizer state by counting",
+        )  # fmt: skip
     batch = _measure(report, setting, scene)
     _waits(report, setting, warm)
     with report.attempt("the same step twice"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -28,7 +29,7 @@ Array = npt.NDArray[np.float64]
 
 LIMIT = 1e-5
 """Relative, in fp32: two ranks add in another order."""
-_UNSUPPORTED = ("not supported", "not implemented", "unsupported", "no support", "invalid backend")
+_UNSUPPORTED = ("support", "not implemented", "invalid backend", "no backend")
 """What torch says of a collective that gloo does not have for CUDA tensors."""
 
 
@@ -66,9 +67,10 @@ def run(report: Report, setting: Setting) -> None:
 def _answers(pipes: Mapping[tuple[int, int], Connection], seconds: float) -> dict[tuple[int, int], dict[str, Any]]:
     """Return what every rank said; an error's text where it said nothing."""
     found: dict[tuple[int, int], dict[str, Any]] = {}
+    end = time.monotonic() + seconds
     while len(found) < len(pipes):
         waiting = {pipe: who for who, pipe in pipes.items() if who not in found}
-        ready = wait(list(waiting), timeout=seconds)
+        ready = wait(list(waiting), timeout=max(0.0, end - time.monotonic()))
         if not ready:
             found.update({who: dict.fromkeys(CASES, f"no answer within {seconds:.0f} s") for who in waiting.values()})
         for pipe in ready:
