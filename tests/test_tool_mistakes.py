@@ -19,6 +19,7 @@ from tests.torchrun_jobs import ROOT, environment
         ("tools/measure_conversion.py --work-dir FILE/work", "FILE/work"),
         ("tools/make_small_world.py --save FILE/world", "--save FILE/world cannot be written"),
         ("tools/benchmark_head.py --out FILE/out", "--out FILE/out cannot be made"),
+        ("tools/gpu_acceptance.py --out FILE/out", "--out FILE/out cannot be made"),
         ("tools/plan_weights.py --model FILE", "--model FILE is no directory with a config.json"),
     ],
 )
