@@ -11,10 +11,9 @@ from torch import Tensor
 
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel import platform
-from megatron_tropd.parallel.groups import ModelGroups
 
 from .attention_kinds import KINDS, Attention, attention, unavailable
-from .device import milliseconds, one_rank, peak_gb
+from .device import milliseconds, peak_gb
 from .report import Report
 from .setting import Setting
 from .shapes import QWEN3_1_7B, TINY
@@ -58,28 +57,25 @@ class Inputs:
 
 def run(report: Report, setting: Setting) -> None:
     """See the module."""
-    groups = one_rank()
     lengths, arch = (TINY_LENGTHS, TINY) if setting.tiny else (LENGTHS, QWEN3_1_7B)
     dtype = torch.bfloat16 if setting.cuda else torch.float32
     inputs = Inputs.make(arch, sum(lengths), dtype)
     exact = by_definition(inputs, lengths)
     for kind in KINDS:
-        if why := unavailable(kind, dtype):
+        if why := unavailable(kind, dtype, arch.head_dim):
             report.not_run(kind, why)
             continue
         with report.attempt(kind):
-            _check(report, kind, inputs, exact, _ready(kind, arch, groups, dtype, lengths), lengths)
+            _check(report, kind, inputs, exact, _ready(kind, lengths), lengths)
 
 
-def _ready(
-    kind: str, arch: Architecture, groups: ModelGroups, dtype: torch.dtype, lengths: Sequence[int]
-) -> Attention:  # fmt: skip
+def _ready(kind: str, lengths: Sequence[int]) -> Attention:
     bounds = torch.tensor([0, *lengths], device=platform.device()).cumsum(0).to(torch.int32)
     sequences = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
     )  # fmt: skip
-    return attention(kind, arch, groups, dtype, sequences)
+    return attention(kind, sequences)
 
 
 def by_definition(inputs: Inputs, lengths: Sequence[int]) -> tuple[Tensor, ...]:

@@ -44,7 +44,7 @@ def numbers(tp: int, sequence_parallel: bool, tiny: bool) -> Numbers:
     rollouts = given_rollouts(work, arch.vocab_size)
     plan = plan_of(rollouts, config, groups)
     scores = score(teacher, student, objective, rollouts, plan)
-    sums = train_pass(student, objective, batch_of(student, teacher, objective, rollouts, scores, plan), plan)
+    sums = train_pass(student, objective, batch_of(student, teacher, objective, rollouts, scores, plan))
     found = Numbers(
         loss=sums.loss, grad_norm=student.grad_norm(),
         teacher_logprobs=torch.cat([scores[index].logprob for index in sorted(scores)]).numpy(),

@@ -15,12 +15,10 @@ from torch import Tensor
 
 from megatron_tropd.checkpoints.load import load_checkpoint
 from megatron_tropd.checkpoints.save import save_checkpoint
-from megatron_tropd.data.packing import BatchPlan
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.objectives.base import Objective
 from megatron_tropd.parallel.groups import ModelGroups, teacher_groups
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.training.step import Batch
 from megatron_tropd.training.student import Student
 
 from .device import GB, clocked
@@ -28,6 +26,7 @@ from .report import Report
 from .setting import Setting
 from .shapes import FEW_LAYERS, TINY
 from .step_calls import (
+    Ready,
     Work,
     batch_of,
     config_of,
@@ -60,14 +59,14 @@ def _deterministic() -> Iterator[None]:
         settings.fill_uninitialized_memory = before
 
 
-def twice(report: Report, title: str, student: Student, objective: Objective, batch: Batch, plan: BatchPlan) -> bool:
+def twice(report: Report, title: str, student: Student, objective: Objective, ready: Ready) -> bool:
     """Compute the same gradient twice; returns whether it was equal, bit for bit.
 
     The loss has to be.  The gradient is a goal: kernels of attention's backward may add in any order.
     """
-    first = train_pass(student, objective, batch, plan)
+    first = train_pass(student, objective, ready)
     kept = [gradient.clone() for gradient in gradients(student)]
-    second = train_pass(student, objective, batch, plan)
+    second = train_pass(student, objective, ready)
     report.same(
         f"{title}, the same step twice: loss", first.loss == second.loss, measured=f"{first.loss!r} and {second.loss!r}"
     )
@@ -90,12 +89,11 @@ class Small:
     make: Callable[[int], Student]
     """Returns a student with a random checkpoint, by its number."""
     objective: Objective
-    batch: Batch
-    plan: BatchPlan
+    ready: Ready
 
     def step(self, student: Student) -> tuple[float, str, str]:
         """Make an update; returns the loss, and the digests of the gradient and of the weights after it."""
-        sums = train_pass(student, self.objective, self.batch, self.plan)
+        sums = train_pass(student, self.objective, self.ready)
         gradient = digest(gradients(student))
         student.grad_norm()
         student.step()
@@ -115,8 +113,8 @@ def run(report: Report, setting: Setting, groups: ModelGroups) -> None:
     rollouts = given_rollouts(work, arch.vocab_size)
     plan = plan_of(rollouts, config, groups)
     scores = score(teacher, student, objective, rollouts, plan)
-    batch = batch_of(student, teacher, objective, rollouts, scores, plan)
-    small = Small(arch=arch, make=make, objective=objective, batch=batch, plan=plan)
+    ready = batch_of(student, teacher, objective, rollouts, scores, plan)
+    small = Small(arch=arch, make=make, objective=objective, ready=ready)
     title = f"student of {sum(p.numel() for p in student.model.parameters()) / 1e6:,.1f}M parameters"
     mode, exact = _repeatable(report, title, small, student)
     with mode():
@@ -132,7 +130,7 @@ def _repeatable(report: Report, title: str, small: Small, student: Student) -> t
     for name, mode in modes.items():
         try:
             with mode():
-                if twice(report, title + name, student, small.objective, small.batch, small.plan):
+                if twice(report, title + name, student, small.objective, small.ready):
                     return mode, True
         except RuntimeError as error:
             if "deterministic" not in str(error):

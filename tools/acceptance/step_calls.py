@@ -21,7 +21,7 @@ from megatron_tropd.objectives.methods import make_objective
 from megatron_tropd.objectives.settings import ObjectiveSettings
 from megatron_tropd.parallel.groups import ModelGroups
 from megatron_tropd.teacher.megatron import Destination, MegatronTeacher
-from megatron_tropd.training.step import Batch, StepSums, check_batch, forward_backward
+from megatron_tropd.training.step import Batch, PackedUpdate, StepSums, forward_backward, pack_batch
 from megatron_tropd.training.student import Student, build_student, params_dtype
 from megatron_tropd.types import Rollout, StepContext, TeacherScores
 from megatron_tropd.weights.coordinates.parameters import local_parameters
@@ -120,22 +120,30 @@ def score(
     return teacher.score(rollouts, objective.needs.score, Destination(groups=student.groups, owners=plan.owners))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """A scored batch with the micro-batches of its one update."""
+
+    batch: Batch
+    update: PackedUpdate
+
+
 def batch_of(
     student: Student, teacher: MegatronTeacher, objective: Objective, rollouts: Sequence[Rollout],
     scores: dict[int, TeacherScores], plan: BatchPlan,
-) -> Batch:  # fmt: skip
-    """Return the batch to train on, checked as the training loop checks it."""
+) -> Ready:  # fmt: skip
+    """Return the batch to train on, packed and checked as the training loop does it."""
     batch = Batch(
         rollouts=rollouts, sample_scores={index: SampleScores(teacher=found) for index, found in scores.items()},
         context=StepContext(step=0, num_steps=STEPS), seed=SEED, teacher_hidden=teacher.hidden_like,
     )  # fmt: skip
-    check_batch(student, objective, batch, plan)
-    return batch
+    (update,) = pack_batch(student, objective, batch, plan)
+    return Ready(batch=batch, update=update)
 
 
-def train_pass(student: Student, objective: Objective, batch: Batch, plan: BatchPlan) -> StepSums:
+def train_pass(student: Student, objective: Objective, ready: Ready) -> StepSums:
     """Compute the gradient of the one update."""
-    return forward_backward(student, objective, batch, plan.minibatches[0])
+    return forward_backward(student, objective, ready.batch, ready.update)
 
 
 def gradients(student: Student) -> list[torch.Tensor]:

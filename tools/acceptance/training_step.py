@@ -17,7 +17,6 @@ from megatron_tropd.objectives.base import Objective
 from megatron_tropd.parallel.groups import ModelGroups, teacher_groups
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.teacher.megatron import MegatronTeacher
-from megatron_tropd.training.step import Batch
 from megatron_tropd.training.student import Student
 from megatron_tropd.types import Rollout
 
@@ -29,6 +28,7 @@ from .report import Report, free_memory
 from .setting import Setting
 from .shapes import QWEN3_0_6B, QWEN3_1_7B, QWEN3_4B, QWEN3_8B, TINY, TINY_TEACHER
 from .step_calls import (
+    Ready,
     Work,
     batch_of,
     config_of,
@@ -155,20 +155,20 @@ def _step(report: Report, setting: Setting, groups: ModelGroups) -> None:
             f"{scene.models.names}: memory between steps", torch.cuda.memory_allocated() / GB, unit=" GB",
             reason=f"{scene.models.counted_gb:.2f} GB of weights, gradients and optimizer state by counting",
         )  # fmt: skip
-    batch = _measure(report, setting, scene)
+    ready = _measure(report, setting, scene)
     _waits(report, setting, warm)
     with report.attempt("the same step twice"):
-        repeat.twice(report, scene.title, scene.student, scene.objective, batch, scene.plan)
+        repeat.twice(report, scene.title, scene.student, scene.objective, ready)
     scene.student.close()
 
 
-def _score(scene: Scene) -> Batch:
+def _score(scene: Scene) -> Ready:
     scores = score(scene.teacher, scene.student, scene.objective, scene.rollouts, scene.plan)
     return batch_of(scene.student, scene.teacher, scene.objective, scene.rollouts, scores, scene.plan)
 
 
-def _train(scene: Scene, batch: Batch) -> None:
-    train_pass(scene.student, scene.objective, batch, scene.plan)
+def _train(scene: Scene, ready: Ready) -> None:
+    train_pass(scene.student, scene.objective, ready)
     scene.student.grad_norm()
     scene.student.step()
 
@@ -180,7 +180,7 @@ def _best(work: Callable[[], T]) -> tuple[T, float, float | None]:
     return result, min(seconds for (_, seconds), _ in found), peak
 
 
-def _measure(report: Report, setting: Setting, scene: Scene) -> Batch:
+def _measure(report: Report, setting: Setting, scene: Scene) -> Ready:
     """Measure scoring and training; returns the scored batch."""
     lengths, labels = [scene.work.length] * scene.work.sequences, scene.work.sequences * scene.work.response
     scores, seconds, peak = _best(
@@ -188,20 +188,20 @@ def _measure(report: Report, setting: Setting, scene: Scene) -> Batch:
     )
     flops = forward_flops(scene.models.teacher, lengths, labels)
     _report_phase(report, setting, scene, "score", flops, seconds, peak, SCORE_MFU)
-    batch, seconds = clocked(
+    ready, seconds = clocked(
         lambda: batch_of(scene.student, scene.teacher, scene.objective, scene.rollouts, scores, scene.plan)
     )
-    report.measured(f"{scene.title}: check of the batch", seconds, unit=" s")
-    _, seconds, peak = _best(lambda: _train(scene, batch))
+    report.measured(f"{scene.title}: packing and check of the batch", seconds, unit=" s")
+    _, seconds, peak = _best(lambda: _train(scene, ready))
     flops = 3 * forward_flops(scene.models.student, lengths, labels)
     _report_phase(report, setting, scene, "train", flops, seconds, peak, TRAIN_MFU)
-    sums, seconds = clocked(lambda: train_pass(scene.student, scene.objective, batch, scene.plan))
+    sums, seconds = clocked(lambda: train_pass(scene.student, scene.objective, ready))
     report.measured(f"{scene.title}: train, without optimizer", seconds, unit=" s", reason=f"loss {sums.loss:.4f}")
     _, seconds = clocked(scene.student.grad_norm)
     report.measured(f"{scene.title}: gradient norm", seconds, unit=" s", form=".3f")
     _, seconds = clocked(scene.student.step)
     report.measured(f"{scene.title}: optimizer", seconds, unit=" s", form=".3f")
-    return batch
+    return ready
 
 
 def _report_phase(
@@ -220,10 +220,10 @@ def _report_phase(
 def _waits(report: Report, setting: Setting, scene: Scene) -> None:
     """List where the host waits for the GPU, over one micro-batch."""
     scores = score(scene.teacher, scene.student, scene.objective, scene.rollouts, scene.plan)
-    batch = batch_of(scene.student, scene.teacher, scene.objective, scene.rollouts, scores, scene.plan)
+    ready = batch_of(scene.student, scene.teacher, scene.objective, scene.rollouts, scores, scene.plan)
     phases: dict[str, Callable[[], object]] = {
         "score": lambda: score(scene.teacher, scene.student, scene.objective, scene.rollouts, scene.plan),
-        "forward and backward": lambda: train_pass(scene.student, scene.objective, batch, scene.plan),
+        "forward and backward": lambda: train_pass(scene.student, scene.objective, ready),
     }
     for phase, work in phases.items():
         if not setting.cuda:
