@@ -41,6 +41,9 @@ def environment(device: str) -> dict[str, str]:
     path = [str(ROOT), *filter(None, [kept.get("PYTHONPATH")])]
     threads = {} if device == "cuda" else {"OMP_NUM_THREADS": "1"}  # tiny shapes; idle threads that spin take a core
     return {
+        # All ranks are on this machine, which may have no other network and a host name that nobody resolves.
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
         **threads,
         **kept,
         "CUDA_VISIBLE_DEVICES": visible if device == "cuda" else "",

@@ -50,7 +50,7 @@ def run(report: Report, setting: Setting) -> None:
             port = free_port()
             for rank in range(world_size):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=main, args=(rank, world_size, port, setting.tiny, theirs), daemon=True)
+                process = context.Process(target=main, args=(rank, world_size, port, setting.tiny, theirs))
                 process.start()
                 theirs.close()
                 processes.append(process)
