@@ -57,7 +57,7 @@ def test_every_layout_gives_the_same_curve(ranks, world, reference, tmp_path, na
 @pytest.mark.parametrize(
     "changes",
     [{"max_tokens_per_microbatch": 300}, {"max_tokens_per_microbatch": 20}, {"logits_chunk_tokens": 3},
-     {"recompute_granularity": "full"}],
+     {"recompute_granularity": "full"}, {"deterministic_mode": True}],
     ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()),
 )  # fmt: skip
 def test_how_the_batch_is_cut_does_not_matter(ranks, world, reference, tmp_path, changes):

@@ -11,12 +11,14 @@ fails when an upgrade of torch or megatron-core moves it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
 import queue
 import threading
+from collections.abc import Iterator
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -63,14 +65,32 @@ DETERMINISTIC_ENVIRONMENT = {
 def make_deterministic() -> None:
     """Have every library choose kernels that give the same bits in every run.  Call it before the first use of a GPU.
 
-    Where torch has no such kernel it warns and goes on: the running sum of the head has none on CUDA, but is made in
-    fp64 and rounded.  Variables that are set already stay.
+    Where torch has no such kernel it warns and goes on, but see :func:`deterministic_kernels`.  Variables that are set
+    already stay.
     """
     for name, value in DETERMINISTIC_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Nothing reads memory that it did not write, so none has to be filled.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def deterministic_kernels(wanted: bool) -> Iterator[None]:
+    """Inside, if ``wanted``, torch raises where it has no kernel that gives the same bits in every run.
+
+    Only then does it choose the deterministic backward pass of flash attention: told to warn, it warns and takes the
+    other.  Sampling in the embedded engine has sums for which it would raise, so not the whole run can be inside.
+    """
+    if not wanted:
+        yield
+        return
+    mode = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 class _Pinnable(Protocol):

@@ -155,15 +155,16 @@ def forward_backward(student: Student, objective: Objective, batch: Batch, updat
     Returns sums over the rollouts of all ranks' ``update``, the same on every rank.
     """
     student.zero_grad()
-    pending: list[_PendingSums] = get_forward_backward_func(student.groups.layout.pp, None)(
-        forward_step_func=partial(_forward_step, student=student, objective=objective, of=batch),
-        data_iterator=iter(update.microbatches),
-        model=[student.ddp],
-        num_microbatches=update.plan.num_microbatches,
-        seq_length=update.plan.num_tokens,
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    with platform.deterministic_kernels(student.model.config.deterministic_mode):
+        pending: list[_PendingSums] = get_forward_backward_func(student.groups.layout.pp, None)(
+            forward_step_func=partial(_forward_step, student=student, objective=objective, of=batch),
+            data_iterator=iter(update.microbatches),
+            model=[student.ddp],
+            num_microbatches=update.plan.num_microbatches,
+            seq_length=update.plan.num_tokens,
+            micro_batch_size=1,
+            forward_only=False,
+        )
     mine = [part.read() for part in pending] if student.groups.reports else []
     return StepSums.of([part for rank_parts in gather_objects(mine) for part in rank_parts])
 
