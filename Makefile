@@ -88,7 +88,8 @@ $(VENV)/.runtime: requirements/runtime.txt $(CONSTRAINTS) pyproject.toml | $(VEN
 $(VENV)/.test: requirements/test.txt $(VENV)/.runtime
 	$(INSTALL) -r requirements/test.txt
 	$(BIN)/python -c "import triton" 2>/dev/null || \
-		$(INSTALL) --no-deps --upgrade --target $(VENV)/triton triton==3.8.0
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --upgrade \
+			--target $(VENV)/triton triton==3.8.0  # not the one that comes with a torch for CUDA, so no -c
 	touch $@
 
 sglang-env: $(SGLANG_VENV)/.ready

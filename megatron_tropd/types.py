@@ -245,10 +245,7 @@ class LabelRows:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LabelRows:
         """Return the rows with ``change`` of every tensor."""
-        return LabelRows(
-            loss=change(self.loss), response=change(self.response), prefix=change(self.prefix),
-            written=change(self.written),
-        )  # fmt: skip
+        return LabelRows(**{name: change(getattr(self, name)) for name in self.__dataclass_fields__})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -118,6 +118,7 @@ def test_the_kind_of_attention(monkeypatch):
     assert attention.attention_kind(torch.bfloat16, 128) == ("varlen", "")
     assert "--bf16" in attention.attention_kind(torch.float32, 128)[1]
     assert "512" in attention.attention_kind(torch.bfloat16, 512)[1]
+    assert "steps of 8, not 100" in attention.attention_kind(torch.bfloat16, 100)[1]
     _on_a_gpu(monkeypatch, capability=(7, 5))
     assert "Ampere" in attention.attention_kind(torch.bfloat16, 128)[1]
     _on_a_gpu(monkeypatch, varlen=None)
@@ -129,9 +130,11 @@ def test_the_padded_form_on_a_gpu_is_warned_of_with_its_cost(monkeypatch):
     _on_a_gpu(monkeypatch)
     assert attention_warnings(torch.bfloat16, {"student": 128, "teacher": 256}) == []
     (warning,) = attention_warnings(torch.bfloat16, {"student": 128, "teacher": 512})
-    assert "teacher" in warning and "longest" in warning and "transformer" in warning.lower()
+    assert "teacher" in warning and "512" in warning and "longest squared" in warning
     _on_a_gpu(monkeypatch, te=True)
-    assert attention_warnings(torch.float32, {"student": 512}) == []
+    assert attention_warnings(torch.bfloat16, {"student": 512}) == []
+    (warning,) = attention_warnings(torch.float32, {"student": 128})  # Transformer Engine packs 16-bit numbers only
+    assert "--bf16" in warning
 
 
 @pytest.mark.slow

@@ -75,8 +75,8 @@ def _prepare(save_dir: Path, iteration: Iteration) -> Path:
 
 
 def _write(state: dict[str, Any], folder: Path) -> None:
-    """Save with Megatron, so that every supported version of it can load the checkpoint.  If this fails, it raises on
-    every rank, but only rank 0 gets the reasons."""
+    """Save with Megatron, so that every supported version of it can load the checkpoint.  If Megatron's part fails, it
+    raises on every rank, but only rank 0 gets the reasons."""
     common = common_part(state)
     try:
         dist_checkpointing.save(state, str(folder))

@@ -8,14 +8,14 @@ communication.  ``pack`` builds the tensors.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_tropd import rng
 from megatron_tropd.data.streams import SampleScores, blank_streams, write_scores
-from megatron_tropd.types import LabelRows, Microbatch, Needs, Region, Rollout
+from megatron_tropd.types import LabelRows, Microbatch, Needs, Region, Rollout, TokenStreams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,23 +218,18 @@ def pack(
         raise ValueError(f"{sum(lengths)} tokens do not fit a micro-batch of {num_tokens}")
     if sample_scores is not None and len(sample_scores) != len(rollouts):
         raise ValueError(f"scores of {len(sample_scores)} samples for {len(rollouts)} rollouts")
-    batch = _blank(lengths, num_tokens, needs, teacher_hidden)
+    token_T = torch.zeros(num_tokens, dtype=torch.int64)
+    streams = blank_streams(num_tokens, needs, teacher_hidden)
     start = 0
     for index, rollout in enumerate(rollouts):
-        _write_rollout(batch, start, rollout)
+        _write_rollout(token_T, streams, start, rollout)
         if sample_scores is not None:
-            write_scores(batch.streams, start, rollout, sample_scores[index], needs)
+            write_scores(streams, start, rollout, sample_scores[index], needs)
         start += lengths[index]
-    return replace(batch, rows=LabelRows.of(batch.streams.region_T))
-
-
-def _blank(lengths: Sequence[int], num_tokens: int, needs: Needs, teacher_hidden: Tensor | None) -> Microbatch:
-    """Return a micro-batch of padding with the sequence boundaries set; the remaining tokens form one last sequence."""
     padding = num_tokens - sum(lengths)
-    sequences = [*lengths, padding] if padding else [*lengths]
-    streams = blank_streams(num_tokens, needs, teacher_hidden)
+    sequences = [*lengths, padding] if padding else lengths  # the padding is one last sequence
     return Microbatch(
-        token_T=torch.zeros(num_tokens, dtype=torch.int64),
+        token_T=token_T,
         position_T=torch.cat([torch.arange(length) for length in sequences]),
         cu_seqlens=torch.tensor([0, *sequences]).cumsum(0).to(torch.int32),
         max_seqlen=max(sequences),
@@ -243,12 +238,11 @@ def _blank(lengths: Sequence[int], num_tokens: int, needs: Needs, teacher_hidden
     )
 
 
-def _write_rollout(batch: Microbatch, start: int, rollout: Rollout) -> None:
-    """Write one rollout, without its scores, into ``batch`` from packed position ``start`` on."""
+def _write_rollout(token_T: Tensor, streams: TokenStreams, start: int, rollout: Rollout) -> None:
+    """Write one rollout, without its scores, from packed position ``start`` on."""
     length = len(rollout.token_ids)
     tokens = torch.tensor(rollout.token_ids, dtype=torch.int64)
-    batch.token_T[start : start + length] = tokens
-    streams = batch.streams
+    token_T[start : start + length] = tokens
     streams.sample_uid_T[start : start + length] = rng.sample_uid(rollout.prompt_uid, rollout.sample_index)
     # The label of position t is token t + 1, so the last position of a sequence has no label.
     last = start + length - 1

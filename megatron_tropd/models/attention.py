@@ -2,8 +2,8 @@
 
 Megatron's own DotProductAttention cannot read packed sequences.  This one can, in one of two ways: with the
 variable-length flash attention of torch 2.10, which needs a GPU and 16-bit numbers, or, anywhere, on a padded table of
-the sequences, whose cost grows with the longest sequence.  Where Transformer Engine is installed its kernel is used
-instead (``build.py``).
+the sequences, whose cost grows with the longest sequence.  Transformer Engine's kernel is used instead where it is
+installed and the numbers have 16 bits (``build.py``).
 """
 
 from __future__ import annotations
@@ -22,20 +22,24 @@ from torch import Tensor
 from megatron_tropd.parallel import platform
 
 AttentionKind = Literal["varlen", "padded"]
-_MAX_HEAD_DIM = 256
+ATTENTION_DTYPES = (torch.bfloat16, torch.float16)
+"""Of flash attention, and of Transformer Engine's attention over packed sequences."""
+_MAX_HEAD_DIM, _HEAD_DIM_STEP = 256, 8
 """Of flash attention."""
 
 
 def attention_kind(dtype: torch.dtype, head_dim: int) -> tuple[AttentionKind, str]:
-    """Return how this process attends without Transformer Engine, and, for ``padded``, why not otherwise."""
+    """Return how :class:`PackedAttention` attends in this process, and, for ``padded``, why not otherwise."""
     if not platform.is_cuda():
         return "padded", "there is no GPU"
     if _varlen() is None:
         return "padded", f"torch {torch.__version__} has no torch.nn.attention.varlen (2.10 has)"
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in ATTENTION_DTYPES:
         return "padded", f"flash attention takes 16-bit numbers, not {dtype}: give --bf16"
-    if head_dim > _MAX_HEAD_DIM:
-        return "padded", f"flash attention takes heads of up to {_MAX_HEAD_DIM}, not {head_dim}"
+    if head_dim > _MAX_HEAD_DIM or head_dim % _HEAD_DIM_STEP:
+        return "padded", (
+            f"flash attention takes heads of up to {_MAX_HEAD_DIM} in steps of {_HEAD_DIM_STEP}, not {head_dim}"
+        )
     if torch.cuda.get_device_capability() < (8, 0):
         return "padded", f"flash attention needs an Ampere GPU or newer, not {torch.cuda.get_device_name()}"
     return "varlen", ""
@@ -109,6 +113,10 @@ def padded_attention(query: Tensor, key: Tensor, value: Tensor, sequences: Any, 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     grouped = query.size(1) != key.size(1)
+    if grouped and query.is_cuda and query.dtype not in ATTENTION_DTYPES:
+        # torch's fp32 kernel that keeps no [S, S] scores takes no groups, and the one that does keeps them.
+        key, value = (x.repeat_interleave(query.size(1) // x.size(1), 1) for x in (key, value))
+        grouped = False
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
 
 

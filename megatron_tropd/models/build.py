@@ -17,7 +17,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.models.attention import PackedAttention
+from megatron_tropd.models.attention import ATTENTION_DTYPES, PackedAttention
 from megatron_tropd.models.rope import inverse_frequencies
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.groups import ModelGroups
@@ -30,7 +30,7 @@ class HiddenStateGPT(GPTModel):
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """As Megatron's, with the rotary angles of every token, not of every position (:func:`packed_seq_params`)."""
         decoder_input, angles, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
-        if not platform.has_transformer_engine():
+        if not self.config.apply_rope_fusion:
             angles = angles[position_ids[0]]  # [T, 1, 1, head_dim]
         return (decoder_input, angles, *rest)
 
@@ -50,6 +50,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Return Megatron's config for ``arch``, cut over the parallel sizes of ``groups``."""
     cuda, te = platform.is_cuda(), platform.has_transformer_engine()
+    te_attention = te and params_dtype in ATTENTION_DTYPES
     values: dict[str, Any] = {
         "num_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
@@ -81,7 +82,7 @@ def transformer_config(
         "masked_softmax_fusion": False,
         "bias_activation_fusion": cuda,
         "bias_dropout_fusion": cuda,
-        "apply_rope_fusion": te,
+        "apply_rope_fusion": te_attention,
         "persist_layer_norm": False,
     }
     if arch.num_experts:
@@ -120,10 +121,13 @@ def _experts(arch: Architecture, groups: ModelGroups, te: bool) -> dict[str, Any
 
 
 def _layer_spec(config: TransformerConfig) -> Any:
-    """Transformer Engine's layers where it is installed, else Megatron's own with packed attention."""
+    """Transformer Engine's layers where it is installed, else Megatron's own; packed attention where TE has none."""
     choices = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": config.moe_grouped_gemm}
     if platform.has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **choices)
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **choices)
+        if not config.apply_rope_fusion:
+            spec.submodules.self_attention.submodules.core_attention = PackedAttention
+        return spec
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization, **choices)
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
     if config.num_moe_experts:
@@ -169,15 +173,16 @@ def build_gpt_model(
     return model.to(device=platform.device(), dtype=params_dtype)
 
 
-def packed_seq_params(batch: Microbatch) -> PackedSeqParams:
+def packed_seq_params(batch: Microbatch, config: TransformerConfig) -> PackedSeqParams:
     """Return the sequence boundaries as Megatron's PackedSeqParams.
 
-    Transformer Engine's kernels take packed sequences as ``thd``.  Megatron's own RoPE for ``thd`` waits for the device
-    in every layer, and cuts and joins the sequences; so without TE the format is that of one long sequence, for which
-    RoPE is one pass over given angles, and only :class:`PackedAttention` looks at the boundaries.
+    Transformer Engine's kernels, RoPE's and attention's, take packed sequences as ``thd``.  Megatron's own RoPE for
+    ``thd`` waits for the device in every layer, and cuts and joins the sequences; so without those kernels the format
+    is that of one long sequence, for which RoPE is one pass over given angles, and only :class:`PackedAttention` looks
+    at the boundaries.
     """
     return PackedSeqParams(
-        qkv_format="thd" if platform.has_transformer_engine() else "sbhd",
+        qkv_format="thd" if config.apply_rope_fusion else "sbhd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=batch.max_seqlen,
@@ -185,11 +190,11 @@ def packed_seq_params(batch: Microbatch) -> PackedSeqParams:
     )
 
 
-def forward_hidden(model: torch.nn.Module, batch: Microbatch) -> Tensor:
+def forward_hidden(model: Any, batch: Microbatch) -> Tensor:
     """Run this stage over one packed micro-batch; ``model`` may be wrapped in Float16Module or DDP."""
     return model(
         input_ids=batch.token_T[None],
         position_ids=batch.position_T[None],
         attention_mask=None,
-        packed_seq_params=packed_seq_params(batch),
+        packed_seq_params=packed_seq_params(batch, model.config),
     )

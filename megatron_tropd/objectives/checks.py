@@ -16,8 +16,8 @@ _MAX_LOGPROB = 1e-2
 def check_streams(tokens: TokenStreams, needs: Needs) -> None:
     """Check that every stream in ``needs`` is present, aligned with the labels, and valid where a loss reads it.
 
-    -inf from the teacher is allowed: it means that the teacher excludes the token.  On a GPU the check waits for
-    the device once; call it once per micro-batch, before the forward pass.
+    -inf from the teacher is allowed: it means that the teacher excludes the token.  Streams on a GPU cost one wait
+    for it; the training loop checks them before they go there.
 
     Raises:
         ValueError: a stream is missing, has a wrong shape, or holds a NaN, an infinity, a log-probability above 0 or

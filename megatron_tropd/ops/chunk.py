@@ -201,9 +201,10 @@ def _totals(columns: Tensor, values: Tensor) -> Tensor:
         return values
     ordered, order = columns.sort(1)
     # The running sum as a product: torch calls cumsum of floating point on CUDA not deterministic.
-    sums = values.double().gather(1, order) @ torch.ones(
-        columns.shape[1], columns.shape[1], dtype=torch.float64, device=columns.device
-    ).triu()
+    sums = (
+        values.double().gather(1, order)
+        @ torch.ones(columns.shape[1], columns.shape[1], dtype=torch.float64, device=columns.device).triu()
+    )
     last = torch.searchsorted(ordered, columns, right=True) - 1
     first = torch.searchsorted(ordered, columns) - 1
     before = torch.where(first >= 0, sums.gather(1, first.clamp(min=0)), 0.0)

@@ -116,20 +116,14 @@ def head_loss(
     """Loss of ``objective`` over all labels of a micro-batch, from hidden states; arguments as in
     :func:`student_token_stats`.  Collective over the shard's group.
 
-    With ``rows`` nothing here waits for the device, except with an objective that keeps a share of the tokens only
-    (``Needs.entropy_quantile``): per chunk it waits to learn how many rows the products can leave out."""
+    With ``rows`` nothing here waits for the device, with two exceptions, once per chunk: an objective that keeps a
+    share of the tokens only (``Needs.entropy_quantile``), to learn how many rows the products can leave out, and
+    ``topk_overlap`` where Triton does not run."""
     if settings.mode == "recompute":
         stats = student_token_stats(
-            hidden,
-            weight,
-            tokens,
-            shard,
-            sequence_parallel=sequence_parallel,
-            settings=settings,
-            needs=objective.needs,
-            teacher_weight=teacher_weight,
-            rows=rows,
-        )
+            hidden, weight, tokens, shard, sequence_parallel=sequence_parallel, settings=settings,
+            needs=objective.needs, teacher_weight=teacher_weight, rows=rows,
+        )  # fmt: skip
         out = objective(stats, tokens, context)
         return HeadOutput(
             loss=out.token_loss_T.sum(),

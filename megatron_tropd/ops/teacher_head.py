@@ -24,12 +24,12 @@ def teacher_scores(
         ValueError: ``top_k`` exceeds the vocabulary; a logit is NaN or +inf (raised on every rank of the group).
     """
     scores = unchecked_teacher_scores(hidden, weight, labels, shard, top_k=top_k, entropy=entropy)
-    if problem := not_a_number(scores.logprob):
+    if problem := nan_problem(scores.logprob):
         raise ValueError(problem)
     return scores
 
 
-def not_a_number(logprob: Tensor) -> str:
+def nan_problem(logprob: Tensor) -> str:
     """Return what is wrong with log-probabilities [N] of which some are NaN; empty if none is."""
     bad = int(logprob.isnan().sum())
     if not bad:
@@ -44,8 +44,8 @@ def not_a_number(logprob: Tensor) -> str:
 def unchecked_teacher_scores(
     hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, *, top_k: int = 0, entropy: bool = False
 ) -> TeacherScores:
-    """As :func:`teacher_scores`, without a wait for the device: a token with a logit that is NaN or +inf has a NaN for
-    its log-probability."""
+    """As :func:`teacher_scores`, without a wait for the device (with ``top_k`` only where Triton runs): a token with a
+    logit that is NaN or +inf has a NaN for its log-probability."""
     if top_k > shard.vocab_size:
         raise ValueError(f"--top-k {top_k} is larger than the vocabulary of {shard.vocab_size}")
     source = LogitsSource(

@@ -9,7 +9,7 @@ that they have no logit, no probability and a gradient of exactly zero.
 from megatron_tropd.ops.head import HeadMode, HeadOutput, HeadSettings, gather_hidden, head_loss, student_token_stats
 from megatron_tropd.ops.quantile import quantile_threshold
 from megatron_tropd.ops.shard import VocabShard
-from megatron_tropd.ops.teacher_head import not_a_number, teacher_scores, unchecked_teacher_scores
+from megatron_tropd.ops.teacher_head import nan_problem, teacher_scores, unchecked_teacher_scores
 
 __all__ = [
     "HeadMode",
@@ -18,7 +18,7 @@ __all__ = [
     "VocabShard",
     "gather_hidden",
     "head_loss",
-    "not_a_number",
+    "nan_problem",
     "quantile_threshold",
     "student_token_stats",
     "teacher_scores",

@@ -26,8 +26,6 @@ from torch import Tensor
 
 from megatron_tropd.parallel import torch_without_cuda
 
-CPU = torch.device("cpu")
-
 REPLACED: dict[str, tuple[str, ...]] = {
     **torch_without_cuda.REPLACED,
     "megatron.core.tensor_parallel.random": ("_get_cuda_rng_state", "_set_cuda_rng_state"),
@@ -46,7 +44,7 @@ def is_cuda() -> bool:
 
 def device() -> torch.device:
     """Return the device that this rank computes on."""
-    return torch.device("cuda", torch.cuda.current_device()) if is_cuda() else CPU
+    return torch.device("cuda", torch.cuda.current_device()) if is_cuda() else torch_without_cuda.CPU
 
 
 def backend() -> str:
@@ -122,7 +120,12 @@ def synchronize() -> None:
 
 def has_transformer_engine() -> bool:
     """Return whether Transformer Engine layers can be used (they need CUDA)."""
-    return is_cuda() and importlib.util.find_spec("transformer_engine") is not None
+    return is_cuda() and _transformer_engine_is_installed()
+
+
+@functools.cache
+def _transformer_engine_is_installed() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def megatron_version() -> tuple[int, int]:
@@ -181,6 +184,8 @@ LEFT_OUT = {
     # As of megatron-core 0.19.  common.pt is written and read because 0.16 needs it (checkpoints/save.py).
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    # Said at every save; ours are synchronous.
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
 }
 """Logger -> what it would say in every run about this package's use of it, which no user can change."""
 
@@ -277,7 +282,8 @@ def _patch_checkpoint_writers() -> None:
 
 
 def _patch_checkpoint_errors() -> None:
-    """Let a failed save say why: megatron-core 0.19 names only the type of an error of its last writer."""
+    """Let a failed save say why: megatron-core 0.19 names only the type of an error of its last writer, which is the
+    only one unless a save asks for several threads."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     original = FileSystemWriterAsync.write_preloaded_data

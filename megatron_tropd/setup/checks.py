@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from megatron_tropd.config import TrainConfig
-from megatron_tropd.models.attention import attention_kind
+from megatron_tropd.models.attention import ATTENTION_DTYPES, attention_kind
 from megatron_tropd.objectives.base import Objective
 from megatron_tropd.parallel import platform
 from megatron_tropd.reporting.sinks import check_sinks
@@ -83,13 +83,12 @@ def check_attention(config: TrainConfig, models: Models, problems: Problems) -> 
 
 def attention_warnings(dtype: torch.dtype, head_dims: Mapping[str, int]) -> list[str]:
     """Return a warning for each model, by the size of its heads, whose packed attention a GPU pads."""
-    if not platform.is_cuda() or platform.has_transformer_engine():
+    if not platform.is_cuda() or (platform.has_transformer_engine() and dtype in ATTENTION_DTYPES):
         return []
     kinds = {who: attention_kind(dtype, head_dim) for who, head_dim in head_dims.items()}
     return [
-        f"attention of the {who} pads every sequence of a micro-batch to the longest, because {why}; its time grows "
-        "with their number x the longest squared. Transformer Engine (pip install 'megatron-tropd[te]') has none of "
-        "these limits"
+        f"attention of the {who} pads every sequence of a micro-batch to the longest, because {why}; its memory grows "
+        "with their number x the longest, its time with their number x the longest squared"
         for who, (kind, why) in kinds.items()
         if kind == "padded"
     ]

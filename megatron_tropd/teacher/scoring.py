@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_tropd.data.packing import PackPlan, pack
 from megatron_tropd.models.build import HiddenStateGPT, forward_hidden
-from megatron_tropd.ops.vocab_parallel import VocabShard, gather_hidden, not_a_number, unchecked_teacher_scores
+from megatron_tropd.ops.vocab_parallel import VocabShard, gather_hidden, nan_problem, unchecked_teacher_scores
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.fail_together import on_all_ranks
 from megatron_tropd.parallel.groups import ModelGroups
@@ -41,19 +41,17 @@ def score_rollouts(
     elsewhere.  Collective over the world.
 
     The host runs ahead of the device: micro-batches go to it, and scores come back, by copies from and to pinned
-    memory, and the host waits once, for the last.
+    memory, and the host waits for the last.  (Megatron's experts and pipeline stages wait in every layer and message.)
 
     Raises:
         ValueError: on every rank, with ``refuse_nan`` where a log-probability is NaN; the message names the prompts.
     """
     mine = plan.microbatches[groups.coords.dp]
-    batches = (
-        platform.pinned(pack([rollouts[i] for i in indices], None, num_tokens=plan.num_tokens)) for indices in mine
-    )
+    batches = [pack([rollouts[i] for i in indices], None, num_tokens=plan.num_tokens) for indices in mine]
 
     def forward_step(batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
         """Return output and loss function as Megatron's schedule requires; the loss function only collects."""
-        batch: Microbatch = next(batches).to(platform.device())
+        batch: Microbatch = platform.pinned(next(batches)).to(platform.device())
         return forward_hidden(model, batch), lambda hidden, non_loss_data=True: _map(
             head(hidden, batch), platform.begin_copy_to_host
         )
@@ -61,7 +59,7 @@ def score_rollouts(
     collection = groups.pg_collection
     outputs = get_forward_backward_func(groups.layout.pp, None)(
         forward_step_func=forward_step,
-        data_iterator=batches,
+        data_iterator=iter(batches),
         model=[model],
         num_microbatches=plan.num_microbatches,
         seq_length=plan.num_tokens,
@@ -91,7 +89,7 @@ def _refuse_nan(
 ) -> None:
     failures = []
     for indices, scores in zip(microbatches, outputs, strict=False):  # no outputs before the last stage
-        if problem := not_a_number(scores.logprob):
+        if problem := nan_problem(scores.logprob):
             prompts = sorted({rollouts[index].prompt_uid for index in indices})
             failures.append(f"prompts {', '.join(map(str, prompts))}: {problem}")
     if failures:

@@ -55,6 +55,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
     with progress.phase("train"):
         gradients = _diagnostics(run, scored.batch, plan, step)
         outcome = _update(run, scored.batch, updates, step, scored.metrics.get("reward/abs_max", 0.0))
+    del updates  # as large as the scores
     arrived = push_weights(run) if run.objective.needs.rollouts else {}
     return StepReport(
         step=step + 1,

@@ -94,7 +94,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """Rollouts packed into a micro-batch; on a machine with a GPU in pinned memory."""
+    """Rollouts packed into a micro-batch, on the CPU."""
 
     indices: tuple[int, ...]
     """The rollouts, in packing order."""
@@ -124,7 +124,7 @@ def pack_update(student: Student, objective: Objective, batch: Batch, plan: Pack
         streams = packed.streams
         uniform_T = rng.uniform(coins, streams.sample_uid_T, streams.label_position_T)
         packed = replace(packed, streams=replace(streams, uniform_T=uniform_T))
-        return Packed(indices=indices, microbatch=platform.pinned(packed))
+        return Packed(indices=indices, microbatch=packed)
 
     return PackedUpdate(plan=plan, microbatches=tuple(map(one, plan.microbatches[student.groups.coords.dp])))
 
@@ -173,7 +173,8 @@ def _forward_step(
     microbatches: Iterator[Packed], model: torch.nn.Module, *, student: Student, objective: Objective, of: Batch
 ) -> tuple[Tensor, Any]:
     packed = next(microbatches)
-    microbatch = packed.microbatch.to(platform.device())
+    # Pinned only now: the micro-batches of a whole batch are too much for memory that cannot be swapped.
+    microbatch = platform.pinned(packed.microbatch).to(platform.device())
     hidden = forward_hidden(model, microbatch)
     return hidden, partial(_loss, packed=packed, microbatch=microbatch, student=student, objective=objective, of=of)
 
@@ -219,7 +220,7 @@ class _PendingSums:
     """(the gate's weight of every label [T], micro-batch, rollouts that are shown); None where it has none of them."""
 
     def read(self) -> StepSums:
-        """Wait for the device and return the numbers, in one copy."""
+        """Wait for the device and return the numbers."""
         scalars = [self.loss_sum, self.denominator, *self.maxima.values()]
         scalars += [part for metric in self.sums.values() for part in (metric.total, metric.count)]
         loss_sum, denominator, *rest = torch.stack([scalar.double() for scalar in scalars]).tolist()
