@@ -94,11 +94,11 @@ def _train(argv: Sequence[str], launch: Launch, job_end: JobEnd) -> int:
 
     config = parse(argv)
 
-    from megatron_tropd.parallel import platform
+    from megatron_tropd.parallel import determinism, platform
 
     platform.install()  # before the first import of Megatron
     if config.model.deterministic_mode:
-        platform.make_deterministic()
+        determinism.make_deterministic()
 
     import torch.distributed as dist
 

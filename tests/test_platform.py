@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import logging
@@ -120,12 +121,12 @@ def test_checkpoint_writers_are_threads():
 def test_deterministic_mode_asks_every_library_and_keeps_what_is_set():
     code = (
         "import os, torch\n"
-        "from megatron_tropd.parallel import platform\n"
-        "platform.make_deterministic()\n"
+        "from megatron_tropd.parallel import determinism\n"
+        "determinism.make_deterministic()\n"
         "assert torch.are_deterministic_algorithms_enabled()\n"
         "assert torch.is_deterministic_algorithms_warn_only_enabled()\n"
-        "found = {name: os.environ[name] for name in platform.DETERMINISTIC_ENVIRONMENT}\n"
-        "assert found == {**platform.DETERMINISTIC_ENVIRONMENT, 'NCCL_ALGO': 'Tree'}, found\n"
+        "found = {name: os.environ[name] for name in determinism.ENVIRONMENT}\n"
+        "assert found == {**determinism.ENVIRONMENT, 'NCCL_ALGO': 'Tree'}, found\n"
     )
     environment = {**os.environ, "NCCL_ALGO": "Tree"}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
@@ -145,6 +146,25 @@ def test_gradients_of_the_norm_are_those_megatron_takes():
 
     names = ("get_grads_for_grad_norm", "get_main_grads_for_grad_norm")
     assert any(hasattr(MegatronOptimizer, name) for name in names)
+
+
+def test_settings_are_written_into_the_groups_of_any_optimizers_state():
+    groups = [{"max_lr": 1.0, "params": [0]}, {"max_lr": 2.0, "wd_mult": 0.0, "params": [1]}]
+    nested = {"optimizer": {"param_groups": copy.deepcopy(groups), "state": {0: {"max_lr": "a tensor's"}}}}
+    chained = [copy.deepcopy(nested), {"param_groups": copy.deepcopy(groups)}]
+    for state in (nested, chained, {"0": chained}):
+        platform.set_in_param_groups(state, {"max_lr": 5.0, "eps": 1e-8})
+    assert nested["optimizer"]["param_groups"] == [
+        {"max_lr": 5.0, "params": [0]}, {"max_lr": 5.0, "wd_mult": 0.0, "params": [1]}
+    ]  # fmt: skip
+    assert nested["optimizer"]["state"] == {0: {"max_lr": "a tensor's"}}
+    assert [group["max_lr"] for group in chained[1]["param_groups"]] == [5.0, 5.0]
+
+
+def test_the_common_state_is_written_where_megatron_did_not(tmp_path):
+    platform.write_common_state(tmp_path, {"cursor": 3})
+    platform.write_common_state(tmp_path, {"cursor": 4})  # Megatron's own is kept
+    assert torch.load(tmp_path / platform.COMMON_FILE, weights_only=True) == {"cursor": 3}
 
 
 def test_what_is_left_out_of_the_log_is_only_that(caplog):

@@ -15,11 +15,9 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
 
+from megatron_tropd.parallel.platform import COMMON_FILE, COMMON_OBJECT
+
 METADATA_FILE = ".metadata"
-COMMON_FILE = "common.pt"
-"""The part of the state that is not sharded, as megatron-core 0.16 reads it and later versions do if it is there."""
-COMMON_OBJECT = "common_state/"
-"""Name, up to the number of the shard, of the object in which later versions store it."""
 
 _DCP = "torch.distributed.checkpoint."
 _METADATA_CLASSES = (

@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
@@ -38,9 +37,10 @@ from megatron_tropd.checkpoints.metadata import (
     record_file,
 )
 from megatron_tropd.checkpoints.run_record import RUN_JSON, RunRecord
-from megatron_tropd.checkpoints.safety import COMMON_FILE, check_plain, common_part
+from megatron_tropd.checkpoints.safety import check_plain, common_part
 from megatron_tropd.checkpoints.state import COMMON_KEY, without_extra_state
 from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.fail_together import FailedElsewhere, on_all_ranks, on_rank_zero
 from megatron_tropd.parallel.layout import DEFAULT_VOCAB_DIVISOR
 from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint, copy_sidecars
@@ -80,8 +80,8 @@ def _write(state: dict[str, Any], folder: Path) -> None:
     common = common_part(state)
     try:
         dist_checkpointing.save(state, str(folder))
-        if dist.get_rank() == 0 and not (folder / COMMON_FILE).exists():  # as of megatron-core 0.19
-            torch.save(common, folder / COMMON_FILE)
+        if dist.get_rank() == 0:
+            platform.write_common_state(folder, common)
     except CheckpointException as error:
         if not error.failures:
             raise FailedElsewhere from error

@@ -11,15 +11,15 @@ fails when an upgrade of torch or megatron-core moves it.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import logging
 import os
 import queue
 import threading
-from collections.abc import Iterator
-from typing import Any, Protocol, TypeVar
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,72 +50,6 @@ def device() -> torch.device:
 def backend() -> str:
     """Return the ``init_process_group`` backend: gloo for CPU tensors, NCCL for CUDA tensors."""
     return "cpu:gloo,cuda:nccl" if is_cuda() else "gloo"
-
-
-DETERMINISTIC_ENVIRONMENT = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    "NCCL_ALGO": "Ring",
-    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
-}
-"""What cuBLAS, NCCL and Transformer Engine read before their first use."""
-
-
-def make_deterministic() -> None:
-    """Have every library choose kernels that give the same bits in every run.  Call it before the first use of a GPU.
-
-    Where torch has no such kernel it warns and goes on, but see :func:`deterministic_kernels`.  Variables that are set
-    already stay.
-    """
-    for name, value in DETERMINISTIC_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # Nothing reads memory that it did not write, so none has to be filled.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
-def deterministic_kernels(wanted: bool) -> Iterator[None]:
-    """Inside, if ``wanted``, torch raises where it has no kernel that gives the same bits in every run.
-
-    Only then does it choose the deterministic backward pass of flash attention: told to warn, it warns and takes the
-    other.  Sampling in the embedded engine has sums for which it would raise, so not the whole run can be inside.
-    """
-    if not wanted:
-        yield
-        return
-    mode = torch.get_deterministic_debug_mode()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(mode)
-
-
-class _Pinnable(Protocol):
-    def pin_memory(self) -> Any: ...
-
-
-_P = TypeVar("_P", bound=_Pinnable)
-
-
-def pinned(record: _P) -> _P:
-    """Return a tensor or a record of tensors in pinned memory, from where copies to the GPU run beside the host;
-    without a GPU ``record`` itself."""
-    return record.pin_memory() if is_cuda() else record  # type: ignore[no-any-return]
-
-
-def begin_copy_to_host(tensor: Tensor) -> Tensor:
-    """Return a copy on the host that is complete after :func:`synchronize`; a tensor that is there is not copied."""
-    if not tensor.is_cuda:
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
-
-
-def synchronize() -> None:
-    """Wait for this rank's GPU, if there is one."""
-    if is_cuda():
-        torch.cuda.current_stream().synchronize()
 
 
 def has_transformer_engine() -> bool:
@@ -362,6 +296,36 @@ def separate_adam_steps(megatron_optimizer: Any) -> None:
     for adam in _torch_adams(megatron_optimizer):
         for state in adam.state.values():
             state["step"] = state["step"].clone()
+
+
+def set_in_param_groups(optimizer_state: Any, settings: Mapping[str, Any]) -> None:
+    """Set ``settings`` in every parameter group of a state that is about to be loaded, wherever in it the groups are.
+
+    Before the load, because megatron-core 0.19 knows a group again by its learning rates, among other things, and
+    refuses a checkpoint of a run that had others.
+    """
+    if not isinstance(optimizer_state, dict | list):
+        return
+    items = optimizer_state.items() if isinstance(optimizer_state, dict) else enumerate(optimizer_state)
+    for key, value in items:
+        if key == "param_groups":
+            for group in value:
+                group.update({name: setting for name, setting in settings.items() if name in group})
+        else:
+            set_in_param_groups(value, settings)
+
+
+COMMON_FILE = "common.pt"
+"""The part of a checkpoint's state that is not sharded, as megatron-core 0.16 writes and reads it; later versions read
+it if it is there."""
+COMMON_OBJECT = "common_state/"
+"""Name, up to the number of the shard, of the object in which megatron-core 0.19 stores that part."""
+
+
+def write_common_state(folder: Path, common: Any) -> None:
+    """Write :data:`COMMON_FILE` into a checkpoint where this Megatron-core did not: every version is to load it."""
+    if not (folder / COMMON_FILE).exists():
+        torch.save(common, folder / COMMON_FILE)
 
 
 def _torch_adams(megatron_optimizer: Any) -> list[torch.optim.Optimizer]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_tropd.data.packing import PackPlan, pack
 from megatron_tropd.models.build import HiddenStateGPT, forward_hidden
 from megatron_tropd.ops.vocab_parallel import VocabShard, gather_hidden, nan_problem, unchecked_teacher_scores
-from megatron_tropd.parallel import platform
+from megatron_tropd.parallel import host_copies, platform
 from megatron_tropd.parallel.fail_together import on_all_ranks
 from megatron_tropd.parallel.groups import ModelGroups
 from megatron_tropd.types import Microbatch, Rollout, ScoreRequest, TeacherScores
@@ -51,9 +51,9 @@ def score_rollouts(
 
     def forward_step(batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
         """Return output and loss function as Megatron's schedule requires; the loss function only collects."""
-        batch: Microbatch = platform.pinned(next(batches)).to(platform.device())
+        batch: Microbatch = host_copies.pinned(next(batches)).to(platform.device())
         return forward_hidden(model, batch), lambda hidden, non_loss_data=True: _map(
-            head(hidden, batch), platform.begin_copy_to_host
+            head(hidden, batch), host_copies.begin_copy_to_host
         )
 
     collection = groups.pg_collection
@@ -69,7 +69,7 @@ def score_rollouts(
         p2p_communicator=P2PCommunicator(pp_group=collection.pp, config=model.config),
         pg_collection=collection,
     )
-    platform.synchronize()  # the copies have arrived
+    host_copies.synchronize()  # the copies have arrived
     if refuse_nan:
         on_all_ranks(lambda: _refuse_nan(rollouts, mine, outputs), ValueError)
     scored = {}

@@ -19,7 +19,7 @@ from megatron_tropd.models.build import forward_hidden
 from megatron_tropd.objectives.base import Objective, Regions, mean_over
 from megatron_tropd.objectives.checks import check_streams
 from megatron_tropd.ops.vocab_parallel import head_loss
-from megatron_tropd.parallel import platform
+from megatron_tropd.parallel import determinism, host_copies, platform
 from megatron_tropd.parallel.exchange import gather_objects
 from megatron_tropd.parallel.fail_together import on_all_ranks
 from megatron_tropd.training.student import Student
@@ -155,7 +155,7 @@ def forward_backward(student: Student, objective: Objective, batch: Batch, updat
     Returns sums over the rollouts of all ranks' ``update``, the same on every rank.
     """
     student.zero_grad()
-    with platform.deterministic_kernels(student.model.config.deterministic_mode):
+    with determinism.deterministic_kernels(student.model.config.deterministic_mode):
         pending: list[_PendingSums] = get_forward_backward_func(student.groups.layout.pp, None)(
             forward_step_func=partial(_forward_step, student=student, objective=objective, of=batch),
             data_iterator=iter(update.microbatches),
@@ -174,7 +174,7 @@ def _forward_step(
 ) -> tuple[Tensor, Any]:
     packed = next(microbatches)
     # Pinned only now: the micro-batches of a whole batch are too much for memory that cannot be swapped.
-    microbatch = platform.pinned(packed.microbatch).to(platform.device())
+    microbatch = host_copies.pinned(packed.microbatch).to(platform.device())
     hidden = forward_hidden(model, microbatch)
     return hidden, partial(_loss, packed=packed, microbatch=microbatch, student=student, objective=objective, of=of)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -195,24 +194,13 @@ class Student:
         """Continue from a loaded :meth:`sharded_state_dict`.  Settings that have flags (learning rate, betas, length
         of the decay) are those of this launch, not those of the checkpoint."""
         load_model_state(self.model, state["model"])
-        # Before the load: megatron-core 0.19 knows a parameter group again by some of these settings.
-        _set_in_groups(state["optimizer"], {name: self.optimizer.param_groups[0][name] for name in _SET_BY_FLAGS})
+        platform.set_in_param_groups(
+            state["optimizer"], {name: self.optimizer.param_groups[0][name] for name in _SET_BY_FLAGS}
+        )
         self.optimizer.load_state_dict(state["optimizer"])
         platform.separate_adam_steps(self.optimizer)
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
         self.version = version
-
-
-def _set_in_groups(state: Any, settings: Mapping[str, Any]) -> None:
-    """Set ``settings`` in every parameter group of an optimizer's state, wherever in it the groups are."""
-    if not isinstance(state, dict | list):
-        return
-    for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-        if key == "param_groups":
-            for group in value:
-                group.update({name: setting for name, setting in settings.items() if name in group})
-        else:
-            _set_in_groups(value, settings)
 
 
 def break_cycles(model: HiddenStateGPT) -> None:

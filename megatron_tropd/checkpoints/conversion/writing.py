@@ -12,10 +12,10 @@ from torch import Tensor
 
 from megatron_tropd.checkpoints.conversion.workers import Workers
 from megatron_tropd.checkpoints.metadata import CheckpointError, FileRecord
-from megatron_tropd.checkpoints.safety import COMMON_FILE
 from megatron_tropd.checkpoints.state import COMMON_KEY
 from megatron_tropd.parallel.exchange import gather_objects
 from megatron_tropd.parallel.fail_together import on_all_ranks, on_rank_zero
+from megatron_tropd.parallel.platform import COMMON_FILE
 from megatron_tropd.weights.coordinates.checkpoint_boxes import StoredParam
 from megatron_tropd.weights.coordinates.hf_shapes import Index
 from megatron_tropd.weights.files.byte_ranges import Scratch
