@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 
-from megatron_tropd.parallel import platform, torch_without_cuda
+from megatron_tropd.parallel import determinism, platform, torch_without_cuda
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced where CUDA is present")
 OURS = {platform.__name__, torch_without_cuda.__name__}
@@ -130,6 +130,16 @@ def test_deterministic_mode_asks_every_library_and_keeps_what_is_set():
     )
     environment = {**os.environ, "NCCL_ALGO": "Tree"}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
+
+
+def test_a_training_step_is_strict_about_determinism_only_where_it_is_asked_for():
+    before = torch.get_deterministic_debug_mode()
+    with determinism.deterministic_kernels(False):
+        assert torch.get_deterministic_debug_mode() == before
+    with pytest.raises(KeyError), determinism.deterministic_kernels(True):
+        assert torch.get_deterministic_debug_mode() == 2  # raises; 1 only warns
+        raise KeyError
+    assert torch.get_deterministic_debug_mode() == before
 
 
 def test_a_pickled_tensor_names_no_function_of_megatron():

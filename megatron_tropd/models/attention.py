@@ -66,13 +66,19 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, sequences: Any, 
     if "enable_gqa" in known:
         words["enable_gqa"] = query.size(1) != key.size(1)
     else:
-        key, value = (x.repeat_interleave(query.size(1) // x.size(1), 1) for x in (key, value))
+        key, value = _for_every_query_head(query, key, value)
     if "scale" in known:
         words["scale"] = scale
     elif scale is not None:
         query = query * (scale * query.size(2) ** 0.5)
     bounds, longest = sequences.cu_seqlens_q, sequences.max_seqlen_q
     return attend(query, key, value, bounds, bounds, longest, longest, **words)  # type: ignore[no-any-return]
+
+
+def _for_every_query_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """``key`` and ``value`` with as many heads (axis 1) as ``query``."""
+    times = query.size(1) // key.size(1)
+    return key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
 
 
 def table_index(bounds: Tensor, num_tokens: int, longest: int) -> tuple[Tensor, Tensor]:
@@ -115,7 +121,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> T
     grouped = query.size(1) != key.size(1)
     if grouped and query.is_cuda and query.dtype not in ATTENTION_DTYPES:
         # torch's fp32 kernel that keeps no [S, S] scores takes no groups, and the one that does keeps them.
-        key, value = (x.repeat_interleave(query.size(1) // x.size(1), 1) for x in (key, value))
+        key, value = _for_every_query_head(query, key, value)
         grouped = False
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
 
