@@ -70,3 +70,28 @@ def test_another_seed_gives_another_curve(ranks, world, reference, tmp_path):
     """Negative control: the comparisons above can fail."""
     curve = _curve(ranks, world, tmp_path / "run", LAYOUTS["TP1 PP1 DP1"], seed=8)
     assert curve[0] != pytest.approx(reference[0], rel=1e-3)
+
+
+def _modes(argv):
+    """What torch is told about determinism while losses are computed, and afterwards."""
+    from unittest.mock import patch
+
+    import torch
+
+    from megatron_tropd.training import step
+
+    seen, head_loss = set(), step.head_loss
+
+    def observed(*args, **kwargs):
+        seen.add(torch.get_deterministic_debug_mode())
+        return head_loss(*args, **kwargs)
+
+    with patch.object(step, "head_loss", observed):
+        train_here(argv)
+    return sorted(seen), torch.get_deterministic_debug_mode()
+
+
+@pytest.mark.parametrize(("wanted", "mode"), [(True, 2), (False, 0)])
+def test_the_flag_makes_training_steps_strictly_deterministic(ranks, world, tmp_path, wanted, mode):
+    argv = flags(world, tmp_path / "run", train_iters=1, deterministic_mode=wanted)
+    assert ranks(1).run(_modes, argv) == [([mode], 0)]
