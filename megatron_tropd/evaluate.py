@@ -18,12 +18,12 @@ import torch
 from megatron_tropd.config import EvaluationConfig
 from megatron_tropd.data.prompts import PromptFormat, load_prompts
 from megatron_tropd.data.tokenizer import eos_token_ids, load_tokenizer
+from megatron_tropd.errors import EngineError
 from megatron_tropd.evaluation import DECODINGS, evaluate
 from megatron_tropd.grading.grader import Grader, make_grader
 from megatron_tropd.grading.math_process import GradingError
 from megatron_tropd.hub import MODEL_CONFIG_FILES, MODEL_FILES, resolve
 from megatron_tropd.rollout.embedded.engine import EmbeddedEngine
-from megatron_tropd.rollout.engine import EngineError
 from megatron_tropd.types import EvalReport
 from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 

@@ -11,7 +11,7 @@ from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.models.hf_config import load_architecture
 from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.rollout.sglang.pool import SGLangPool
-from megatron_tropd.rollout.sglang.settings import Keys, SGLangSettings
+from megatron_tropd.sglang.settings import Keys, SGLangSettings
 from megatron_tropd.types import GenerationRequest, Rollout
 from megatron_tropd.weights.engine_loader import LOADER
 from tests.hf_models import VOCAB_SIZE, make_hf_model, save_hf_checkpoint

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from megatron_tropd.models.hf_config import architecture_from_hf_config
 from megatron_tropd.rollout.sglang.api.generation import TokenRules, group_requests
 from megatron_tropd.rollout.sglang.engine import Engine
-from megatron_tropd.rollout.sglang.settings import SGLangSettings
+from megatron_tropd.sglang.settings import SGLangSettings
 from tests.hf_models import SIZES, VARIANTS
 from tests.sglang_helpers import params, requests_of
 

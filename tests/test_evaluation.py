@@ -11,13 +11,13 @@ import pytest
 import torch.distributed as dist
 
 from megatron_tropd.data.tokenizer import load_tokenizer
+from megatron_tropd.errors import EngineError
 from megatron_tropd.evaluate import main
 from megatron_tropd.evaluation import DECODINGS, GREEDY, TEMPERATURE_1, evaluate
 from megatron_tropd.grading.grader import make_grader
 from megatron_tropd.rng import Stream
 from megatron_tropd.rollout.embedded.engine import EmbeddedEngine
 from megatron_tropd.rollout.embedded.pool import EmbeddedPool
-from megatron_tropd.rollout.engine import EngineError
 from megatron_tropd.types import Prompt
 from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 from tests.rollout_helpers import params, requests_of, tiny_engine, tiny_model, word_tokenizer

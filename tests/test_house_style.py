@@ -67,14 +67,14 @@ ROWS = [  # a room may import from its own row and from the rows below
     {"training"},
     {"evaluation", "reporting", "rewards", "checkpoints"},
     {"rollout", "teacher", "grading"},
-    {"weights.engine_loader"},
+    {"weights.engine_loader", "sglang"},
     {"weights.transport"},
     {"weights.plan", "weights.files"},
     {"weights.coordinates", "data", "cli", "config"},
     {"models"},
     {"ops"},
     {"objectives", "parallel"},
-    {"types", "rng", "hub", "plain_yaml", "flag_values", "json_files"},
+    {"types", "rng", "hub", "plain_yaml", "flag_values", "json_files", "errors"},
 ]
 
 

@@ -9,10 +9,10 @@ import pytest
 
 from megatron_tropd.cli import ConfigError, parse
 from megatron_tropd.config import CheckpointConfig, LoggingConfig, TrainConfig
-from megatron_tropd.rollout.sglang.settings import load_keys
 from megatron_tropd.setup.path_checks import check_directories
 from megatron_tropd.setup.problems import Problems
 from megatron_tropd.setup.run_spec import make_run_spec
+from megatron_tropd.sglang.settings import load_keys
 from tests.tiny_run import flags, make_world
 
 pytestmark = pytest.mark.slow

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from megatron_tropd.errors import EngineError
 from megatron_tropd.rollout.embedded.engine import EmbeddedEngine
-from megatron_tropd.rollout.engine import EngineError, RolloutEngine, SamplingParams
+from megatron_tropd.rollout.engine import RolloutEngine, SamplingParams
 from tests.rollout_helpers import VOCAB, params, push, requests_of, tiny_engine, tiny_model
 
 LENGTHS = [5, 3, 9, 1, 9, 7, 2, 14]

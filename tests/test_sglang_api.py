@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd.rollout.sglang.api.client import Client
 from megatron_tropd.rollout.sglang.api.generation import (
     TokenRules,
     generate_body,
@@ -19,9 +18,10 @@ from megatron_tropd.rollout.sglang.api.generation import (
     read_samples,
     read_scores,
 )
-from megatron_tropd.rollout.sglang.errors import BadResponse, EngineDown, EngineTimeout, RequestRefused, StaleWeights
-from megatron_tropd.rollout.sglang.server.command import server_arguments, server_environment
-from megatron_tropd.rollout.sglang.settings import Keys, SGLangSettings, load_keys
+from megatron_tropd.sglang.api.client import Client
+from megatron_tropd.sglang.errors import BadResponse, EngineDown, EngineTimeout, RequestRefused, StaleWeights
+from megatron_tropd.sglang.server.command import server_arguments, server_environment
+from megatron_tropd.sglang.settings import Keys, SGLangSettings, load_keys
 from tests.sglang_helpers import params, requests_of
 
 KEYS = Keys(api="a" * 16 + "pi", admin="a" * 16 + "dmin")

@@ -81,8 +81,8 @@ def test_a_server_that_is_killed_before_a_probe_is_given_its_weights_again_and_a
 _TRAINER = """
 import sys, time
 from pathlib import Path
-from megatron_tropd.rollout.sglang.server.process import ServerProcess
-from megatron_tropd.rollout.sglang.settings import SGLangSettings
+from megatron_tropd.sglang.server.process import ServerProcess
+from megatron_tropd.sglang.settings import SGLangSettings
 settings = SGLangSettings(hf_dir=Path(sys.argv[1]), log_dir=Path(sys.argv[1]), dtype="float32", python=Path(sys.argv[2]))
 server = ServerProcess(settings, 0, 128)
 server.start()

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from megatron_tropd.errors import EngineError
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.rollout.engine import EngineError
 from megatron_tropd.rollout.sglang.api.checksums import SentChecksums
 from megatron_tropd.rollout.sglang.planned.control import PlannedEngines
 from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout

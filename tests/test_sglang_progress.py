@@ -17,9 +17,9 @@ import torch
 
 from megatron_tropd.rollout.sglang.api.generation import group_requests
 from megatron_tropd.rollout.sglang.engine import Engine
-from megatron_tropd.rollout.sglang.errors import EngineTimeout
 from megatron_tropd.rollout.sglang.fleet import GenerationJob
-from megatron_tropd.rollout.sglang.settings import SGLangSettings
+from megatron_tropd.sglang.errors import EngineTimeout
+from megatron_tropd.sglang.settings import SGLangSettings
 from tests.hf_models import make_hf_model
 from tests.sglang_helpers import Student, check_rollouts, make_pool, params, requests_of
 from tests.sglang_replies import (

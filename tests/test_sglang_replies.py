@@ -11,18 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tropd.rollout.engine import EngineError
+from megatron_tropd.errors import EngineError
 from megatron_tropd.rollout.sglang import engine as engine_module
 from megatron_tropd.rollout.sglang.api import client
-from megatron_tropd.rollout.sglang.api.control import (
+from megatron_tropd.rollout.sglang.api.generation import read_samples, read_scores
+from megatron_tropd.sglang.api.control import (
     check_done,
     read_checksums,
     read_load,
     read_server_info,
     read_weight_version,
 )
-from megatron_tropd.rollout.sglang.api.generation import read_samples, read_scores
-from megatron_tropd.rollout.sglang.errors import BadResponse, EngineDown, RequestRefused, StaleWeights
+from megatron_tropd.sglang.errors import BadResponse, EngineDown, RequestRefused, StaleWeights
 from tests.sglang_replies import (
     GOOD,
     GROUP,

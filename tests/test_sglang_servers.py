@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tropd.rollout.engine import EngineError
+from megatron_tropd.errors import EngineError
 from megatron_tropd.rollout.sglang.api.checksums import SentChecksums
-from megatron_tropd.rollout.sglang.api.client import Client
 from megatron_tropd.rollout.sglang.api.weight_buckets import BucketBuilder
-from megatron_tropd.rollout.sglang.errors import RequestRefused, StaleWeights
 from megatron_tropd.rollout.sglang.fleet import GenerationJob
+from megatron_tropd.sglang.api.client import Client
+from megatron_tropd.sglang.errors import RequestRefused, StaleWeights
 from tests.hf_models import VOCAB_SIZE
 from tests.sglang_helpers import (
     KEYS,

@@ -14,12 +14,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from megatron_tropd.errors import EngineError
 from megatron_tropd.rng import Stream
 from megatron_tropd.types import GenerationRequest, Rollout
-
-
-class EngineError(RuntimeError):
-    """The engine cannot generate, or refuses its input."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NoReturn
 
-from megatron_tropd.rollout.engine import EngineError
+from megatron_tropd.errors import EngineError
 
 _SHOWN = 5
 

@@ -7,10 +7,10 @@ from urllib.parse import urlsplit
 
 from megatron_tropd.config import EngineConfig, TrainConfig
 from megatron_tropd.parallel import platform
-from megatron_tropd.rollout.sglang.settings import is_loopback
 from megatron_tropd.setup.engine_settings import is_planned
 from megatron_tropd.setup.model_specs import Models
 from megatron_tropd.setup.problems import Problems
+from megatron_tropd.sglang.settings import is_loopback
 from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
 from megatron_tropd.weights.engine_loader import LOADER
 from megatron_tropd.weights.plan.spec import PlanSpec

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.parallel import platform
-from megatron_tropd.rollout.sglang.settings import SGLangSettings, load_keys
 from megatron_tropd.setup.model_specs import ModelSpec
+from megatron_tropd.sglang.settings import SGLangSettings, load_keys
 from megatron_tropd.weights.engine_loader import LOADER
 
 

@@ -17,7 +17,7 @@ from megatron_tropd.models.build import build_gpt_model
 from megatron_tropd.parallel.groups import ModelGroups
 from megatron_tropd.rollout.sglang.planned.push import PlannedPush, TrainerWeights
 from megatron_tropd.rollout.sglang.pool import SGLangPool
-from megatron_tropd.rollout.sglang.settings import SGLangSettings
+from megatron_tropd.sglang.settings import SGLangSettings
 from megatron_tropd.teacher.megatron import MegatronTeacher
 from megatron_tropd.weights.coordinates.parameters import local_parameters
 from megatron_tropd.weights.engine_loader import LOADER

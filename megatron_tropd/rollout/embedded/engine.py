@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from megatron_tropd.errors import EngineError
 from megatron_tropd.models.hf_config import load_architecture
 from megatron_tropd.rollout.embedded.decoding import Continuation, decode
-from megatron_tropd.rollout.engine import EngineError, SamplingParams, check_requests
+from megatron_tropd.rollout.engine import SamplingParams, check_requests
 from megatron_tropd.rollout.update_tracker import UpdateTracker
 from megatron_tropd.types import GenerationRequest, Rollout
 

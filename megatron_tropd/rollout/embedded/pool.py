@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
+from megatron_tropd.errors import EngineError
 from megatron_tropd.parallel.fail_together import from_all_ranks
-from megatron_tropd.rollout.engine import EngineError, RolloutEngine, SamplingParams
+from megatron_tropd.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tropd.rollout.engine_pool import Export, PushReport
 from megatron_tropd.types import GenerationRequest, Rollout
 

@@ -8,18 +8,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from megatron_tropd.errors import EngineError
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.rollout.engine import EngineError, SamplingParams
-from megatron_tropd.rollout.sglang.api.client import Client
-from megatron_tropd.rollout.sglang.api.control import (
-    Load,
-    check_done,
-    read_checksums,
-    read_load,
-    read_server_info,
-    read_weight_version,
-)
-from megatron_tropd.rollout.sglang.api.fields import shown
+from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.rollout.sglang.api.generation import (
     PromptGroup,
     TokenRules,
@@ -28,11 +19,21 @@ from megatron_tropd.rollout.sglang.api.generation import (
     read_scores,
     score_body,
 )
-from megatron_tropd.rollout.sglang.api.progress import ProgressWatch
 from megatron_tropd.rollout.sglang.api.weight_buckets import WeightBucket, bytes_message, shared_message, update_body
-from megatron_tropd.rollout.sglang.errors import BadResponse, EngineDown, RequestRefused, StaleWeights
-from megatron_tropd.rollout.sglang.server.process import ServerProcess
-from megatron_tropd.rollout.sglang.settings import START_TIMEOUT_FLAG, SGLangSettings
+from megatron_tropd.sglang.api.client import Client
+from megatron_tropd.sglang.api.control import (
+    Load,
+    check_done,
+    read_checksums,
+    read_load,
+    read_server_info,
+    read_weight_version,
+)
+from megatron_tropd.sglang.api.fields import shown
+from megatron_tropd.sglang.api.progress import ProgressWatch
+from megatron_tropd.sglang.errors import BadResponse, EngineDown, RequestRefused, StaleWeights
+from megatron_tropd.sglang.server.process import ServerProcess
+from megatron_tropd.sglang.settings import START_TIMEOUT_FLAG, SGLangSettings
 from megatron_tropd.types import GenerationRequest, Rollout
 from megatron_tropd.weights.coordinates.engine_boxes import parameter_names
 

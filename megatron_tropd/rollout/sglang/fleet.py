@@ -8,14 +8,15 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from megatron_tropd.errors import EngineError
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.rollout.engine import EngineError, SamplingParams
+from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.rollout.sglang.api.generation import PromptGroup, TokenRules, group_requests
 from megatron_tropd.rollout.sglang.api.weight_buckets import WeightBucket
 from megatron_tropd.rollout.sglang.engine import Engine
-from megatron_tropd.rollout.sglang.errors import BadResponse, EngineDown, StaleWeights
-from megatron_tropd.rollout.sglang.server.process import ServerProcess
-from megatron_tropd.rollout.sglang.settings import SGLangSettings
+from megatron_tropd.sglang.errors import BadResponse, EngineDown, StaleWeights
+from megatron_tropd.sglang.server.process import ServerProcess
+from megatron_tropd.sglang.settings import SGLangSettings
 from megatron_tropd.types import GenerationRequest, Rollout
 
 log = logging.getLogger(__name__)

@@ -13,17 +13,18 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_tropd.errors import EngineError
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel.fail_together import is_rank_zero, on_rank_zero, reason_of
-from megatron_tropd.rollout.engine import EngineError, SamplingParams, check_requests
+from megatron_tropd.rollout.engine import SamplingParams, check_requests
 from megatron_tropd.rollout.engine_pool import Export, PushReport
 from megatron_tropd.rollout.sglang.api.checksums import SentChecksums
 from megatron_tropd.rollout.sglang.api.generation import TokenRules
 from megatron_tropd.rollout.sglang.api.weight_buckets import BucketBuilder
 from megatron_tropd.rollout.sglang.fleet import Fleet, GenerationJob
 from megatron_tropd.rollout.sglang.planned.push import PlannedPush
-from megatron_tropd.rollout.sglang.settings import SGLangSettings
 from megatron_tropd.rollout.update_tracker import UpdateTracker
+from megatron_tropd.sglang.settings import SGLangSettings
 from megatron_tropd.types import GenerationRequest, Rollout
 from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
 

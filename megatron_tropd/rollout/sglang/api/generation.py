@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_tropd.rollout.engine import SamplingParams
-from megatron_tropd.rollout.sglang.api.fields import field, items, number, shown, text
-from megatron_tropd.rollout.sglang.errors import BadResponse, StaleWeights
+from megatron_tropd.sglang.api.fields import field, items, number, shown, text
+from megatron_tropd.sglang.errors import BadResponse, StaleWeights
 from megatron_tropd.types import Finish, GenerationRequest, Rollout
 
 _NEVER = -1e9

@@ -19,7 +19,7 @@ from itertools import count
 
 import torch.distributed as dist
 
-from megatron_tropd.rollout.engine import EngineError
+from megatron_tropd.errors import EngineError
 from megatron_tropd.rollout.sglang.engine import Engine
 from megatron_tropd.weights.engine_loader import LOADER, LoaderRequest, Outcome, Request, read_outcomes
 from megatron_tropd.weights.plan.placement import Location

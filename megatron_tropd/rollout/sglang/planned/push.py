@@ -18,14 +18,14 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tropd.errors import EngineError
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel.fail_together import from_all_ranks, on_all_ranks, on_rank_zero
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.rollout.engine import EngineError
 from megatron_tropd.rollout.sglang.engine import Engine
 from megatron_tropd.rollout.sglang.fleet import Fleet
 from megatron_tropd.rollout.sglang.planned.control import PlannedEngines
-from megatron_tropd.rollout.sglang.settings import SGLangSettings
+from megatron_tropd.sglang.settings import SGLangSettings
 from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
 from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
 from megatron_tropd.weights.plan.placement import Location, location, number_placements, ranks_on_one_gpu

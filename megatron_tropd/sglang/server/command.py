@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_tropd.rollout.sglang.settings import SGLangSettings
+from megatron_tropd.sglang.settings import SGLangSettings
 
 LAUNCHER = Path(__file__).with_name("launch.py")
 _SPARE_POSITIONS = 8

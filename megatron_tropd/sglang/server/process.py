@@ -10,8 +10,8 @@ import socket
 import subprocess
 from pathlib import Path
 
-from megatron_tropd.rollout.sglang.server.command import server_command, server_environment
-from megatron_tropd.rollout.sglang.settings import SGLangSettings
+from megatron_tropd.sglang.server.command import server_command, server_environment
+from megatron_tropd.sglang.settings import SGLangSettings
 
 _TAIL_BYTES = 4000
 _STOP_TIMEOUT_S = 30.0

@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx2
 
-from megatron_tropd.rollout.sglang.api.fields import shown
-from megatron_tropd.rollout.sglang.errors import BadResponse, EngineDown, EngineTimeout, RequestRefused
-from megatron_tropd.rollout.sglang.settings import REQUEST_TIMEOUT_FLAG, Keys
+from megatron_tropd.sglang.api.fields import shown
+from megatron_tropd.sglang.errors import BadResponse, EngineDown, EngineTimeout, RequestRefused
+from megatron_tropd.sglang.settings import REQUEST_TIMEOUT_FLAG, Keys
 
 _ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.2

@@ -9,7 +9,7 @@ import math
 import reprlib
 from typing import Any
 
-from megatron_tropd.rollout.sglang.errors import BadResponse
+from megatron_tropd.sglang.errors import BadResponse
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 3, 8, 8

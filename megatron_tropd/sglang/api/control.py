@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_tropd.rollout.sglang.api.fields import field, integer, items, number, shown, text
-from megatron_tropd.rollout.sglang.errors import BadResponse
+from megatron_tropd.sglang.api.fields import field, integer, items, number, shown, text
+from megatron_tropd.sglang.errors import BadResponse
 
 _MAX_RANKS = 4096
 _MAX_TOKENS = 1 << 40

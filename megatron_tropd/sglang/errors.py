@@ -1,6 +1,6 @@
 """Errors of a server, one class for each way of handling it."""
 
-from megatron_tropd.rollout.engine import EngineError
+from megatron_tropd.errors import EngineError
 
 
 class EngineDown(EngineError):

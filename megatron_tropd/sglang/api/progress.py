@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from megatron_tropd.rollout.engine import EngineError
-from megatron_tropd.rollout.sglang.api.control import Load
-from megatron_tropd.rollout.sglang.errors import EngineTimeout
-from megatron_tropd.rollout.sglang.settings import REQUEST_TIMEOUT_FLAG
+from megatron_tropd.errors import EngineError
+from megatron_tropd.sglang.api.control import Load
+from megatron_tropd.sglang.errors import EngineTimeout
+from megatron_tropd.sglang.settings import REQUEST_TIMEOUT_FLAG
 
 _ASKS_PER_SILENCE = 20
 _LONGEST_PAUSE_S = 5.0

@@ -52,7 +52,7 @@ def _first_line() -> bytes:
 
 def main(argv: list[str]) -> None:
     """Serve until the parent goes."""
-    sys.path.append(str(Path(__file__).resolve().parents[4]))
+    sys.path.append(str(Path(__file__).resolve().parents[3]))
     keys: dict[str, str] = json.loads(_first_line())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if keys:
