@@ -129,6 +129,9 @@ class RolloutConfig:
 
     rollout_batch_size: int = setting(128, "prompts per step")
     n_samples_per_prompt: int = setting(4, "responses per prompt")
+    rollout_lag: int = setting(
+        0, "1: the engines write the next batch while this one trains, so it is from weights one step older"
+    )
     rollout_max_batch_size: int = setting(
         256, "sequences the embedded engine writes at one time; lower it when a GPU runs out of memory"
     )
@@ -307,6 +310,7 @@ class TrainConfig:
             self.method,
             guidance_beta=self.method.guidance_beta if self.guidance.mode != "none" else 0.0,
             num_minibatches=self.training.num_minibatches,
+            rollout_lag=self.rollout.rollout_lag,
         )
 
     @property

@@ -57,7 +57,7 @@ class Servers:
 
     def run(self, coroutine):
         """Await something of an engine, on the pool's loop."""
-        return self.pool._runner.run(coroutine)
+        return self.pool._loop.run(coroutine)
 
     def other_pool(self, **changes) -> SGLangPool:
         """Another pool on the same servers, which it did not start: weights travel as bytes."""

@@ -229,7 +229,7 @@ def test_a_server_that_is_slow_but_decodes_is_not_given_up(sglang):
     try:
         pool.push(sglang.student.export, version)
         job = GenerationJob(requests=REQUESTS, params=params(), version=version)
-        pool._runner.run(write(job))
+        pool._loop.run(write(job))
         counts = pool.counts
     finally:
         pool.close()

@@ -38,7 +38,8 @@ def _score(directory, student, teacher, max_tokens):
     from megatron_tropd.models.build import build_gpt_model
     from megatron_tropd.models.hf_config import load_architecture
     from megatron_tropd.parallel.groups import student_groups, teacher_groups
-    from megatron_tropd.teacher.megatron import Destination, MegatronTeacher
+    from megatron_tropd.teacher.megatron import MegatronTeacher
+    from megatron_tropd.teacher.scorer import Destination
     from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
     from megatron_tropd.weights.files.load import load_hf_into
 

@@ -86,7 +86,7 @@ def reports_here(argv: list[str], stop_after: int | None = None) -> list[StepRep
     from megatron_tropd.cli import parse
     from megatron_tropd.setup.assemble import assemble, close
     from megatron_tropd.setup.run_spec import make_run_spec
-    from megatron_tropd.training.loop import push_weights, train_step
+    from megatron_tropd.training.loop import push_weights, save_if_due, train_step
 
     assembled = assemble(make_run_spec(parse(argv), dist.get_world_size()))
     run, reports = assembled.run, []
@@ -95,7 +95,7 @@ def reports_here(argv: list[str], stop_after: int | None = None) -> list[StepRep
         for step in range(assembled.start_step, run.config.training.train_iters):
             report, _ = train_step(run, step)
             reports.append(report)
-            run.checkpoints.save_if_due(report.step, run.student, run.source)
+            save_if_due(run, report.step)
             if report.step == stop_after:
                 break
     finally:

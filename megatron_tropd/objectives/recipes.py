@@ -32,10 +32,12 @@ def rule(
     """The maker of a rule's objective; the keywords are the values that ``auto`` stands for."""
 
     def objective(s: ObjectiveSettings) -> Objective:
+        # Older weights wrote what is trained on: without a weight the policy gradient would be theirs.
+        own: Correction = "tis" if s.rollout_lag and correction == "off" else correction
         return Distillation(
             rule=make(s),
             importance=Importance(
-                correction=pick(s.importance_correction, correction),
+                correction=pick(s.importance_correction, own),
                 tis_cap=s.tis_cap,
                 icepop_low=s.icepop_low,
                 icepop_high=s.icepop_high,

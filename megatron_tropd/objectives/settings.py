@@ -75,6 +75,8 @@ class ObjectiveSettings:
     grpo_kl_coef: float = _number(0.0, "grpo: weight of a KL to the reference model")
     num_minibatches: int = 1
     """Updates per rollout batch, the flag --num-minibatches of the training section."""
+    rollout_lag: int = 0
+    """Batches by which the rollouts' weights may be older than the trainer's, the flag --rollout-lag."""
 
     def __post_init__(self) -> None:
         for name in (f.name for f in fields(self)):

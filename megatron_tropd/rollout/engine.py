@@ -8,7 +8,7 @@ another shape.  Anything else raises :class:`EngineError`, so no token is writte
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +17,14 @@ from torch import Tensor
 from megatron_tropd.errors import EngineError
 from megatron_tropd.rng import Stream
 from megatron_tropd.types import GenerationRequest, Rollout
+
+Arrived = Callable[[Mapping[int, Rollout]], None]
+"""Is told of finished rollouts, by the index of their request, on the rank where they arrive.  It may be called from
+any thread, must return soon, and is called once for every request."""
+
+
+def ignore(_: Mapping[int, Rollout]) -> None:
+    """An :data:`Arrived` for rollouts that nobody waits for one by one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +62,12 @@ class RolloutEngine(Protocol):
     def weight_version(self) -> int | None:
         """Version of the loaded weights; None while they are incomplete."""
 
-    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Rollout]:
+    def generate(
+        self, requests: Sequence[GenerationRequest], params: SamplingParams, arrived: Arrived = ignore
+    ) -> list[Rollout]:
         """Return one rollout for each request, in the same order.  Equal requests give equal rollouts.
+
+        ``arrived`` is told of rollouts as they finish, by the index of their request.
 
         Raises:
             EngineError: no whole set of weights is loaded, a request is malformed, or the engine failed.

@@ -1,7 +1,8 @@
 """The interface between the training loop and the rollout engines.
 
-Through it the loop gets rollouts and pushes new weights.  Whether the engines run in the trainer's processes or as
-servers, and how weights reach them, is up to the implementation.  Every method is collective over the trainer's ranks.
+Through it the loop hands out requests, gets rollouts as they finish, and pushes new weights.  Whether the engines run
+in the trainer's processes or as servers, and how weights reach them, is up to the implementation.  Every method is
+collective over the trainer's ranks.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_tropd.rollout.engine import SamplingParams
+from megatron_tropd.rollout.engine import Arrived, SamplingParams, ignore
 from megatron_tropd.types import GenerationRequest, Rollout
 
 Export = Callable[[], Iterable[tuple[str, Tensor]]]
@@ -29,7 +30,7 @@ class PushReport:
 
 
 class EnginePool(Protocol):
-    """All engines of a run together."""
+    """All engines of a run together.  One batch of requests is written at a time."""
 
     @property
     def weight_version(self) -> int | None:
@@ -39,15 +40,32 @@ class EnginePool(Protocol):
     def counts(self) -> dict[str, int]:
         """Counts of failures that were recovered so far, by the names of ``engine/...`` in docs/metrics.md."""
 
-    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int) -> list[Rollout]:
-        """Return the rollouts of all requests, in their order, on every rank; all are written with weight ``version``.
+    def submit(
+        self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int, arrived: Arrived = ignore
+    ) -> None:
+        """Begin to write all requests with weight ``version``; engines that can go on while the trainer trains.
+
+        Raises:
+            EngineError: on every rank alike: other weights are loaded, a request is malformed, an engine failed.
+        """
+
+    def finished(self, version: int) -> list[Rollout]:
+        """Wait for what was submitted; return all rollouts in the order of the requests, on every rank.
+
+        Each rollout records the weight version that wrote it.  ``version`` is the one that the trainer holds now; it
+        is given to engines that lost theirs, for the requests that are left.
 
         Raises:
             EngineError: on every rank alike.
         """
 
+    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int) -> list[Rollout]:
+        """:meth:`submit` and :meth:`finished` in one: all rollouts are written with weight ``version``."""
+        self.submit(requests, params, version)
+        return self.finished(version)
+
     def push(self, export: Export, version: int) -> PushReport:
-        """Send complete new weights to every engine and verify that they arrived.
+        """Send complete new weights to every engine and verify that they arrived.  Nothing may be in writing.
 
         Args:
             export: begins this rank's part of the same collective export; engines that take weights another way do

@@ -30,6 +30,7 @@ from megatron_tropd.training.parity import ParityAlarm, Probes, probe_sequences
 from megatron_tropd.training.rewarding import Rewarder
 from megatron_tropd.training.run import Run
 from megatron_tropd.training.run_logger import RolloutReader, RunLogger
+from megatron_tropd.training.stream import Pending, Stream
 from megatron_tropd.training.student import Student, params_dtype
 from megatron_tropd.weights.coordinates.parameters import local_parameters
 from megatron_tropd.weights.transport.hf_export import HfExporter
@@ -128,8 +129,9 @@ def _make_run(spec: RunSpec, checkpoints: Checkpoints, files: RunFiles, origin: 
     config, objective, models = spec.config, spec.objective, spec.models
     student = make_student(spec)
     source = PromptSource(spec.data.prompts, config.training.seed)
+    pending = None
     if origin.start_step is not None:
-        checkpoints.resume(student, source, new_prompts=origin.new_prompts)
+        pending = checkpoints.resume(student, source, new_prompts=origin.new_prompts)
     export = make_export(student, models.student.arch, config)
     probes = Probes(sequences=probe_sequences(spec.data.prompts), vocab_size=models.student.arch.vocab_size)
     engines = None
@@ -141,18 +143,24 @@ def _make_run(spec: RunSpec, checkpoints: Checkpoints, files: RunFiles, origin: 
     table_rows = student.model.vocab_size
     decode: Decode = partial(spec.tokenizer.decode, skip_special_tokens=True)
     progress = _progress(config, origin.start_step or 0)
-    health = check_scorers(spec, {"teacher": teacher, "reference": reference}, origin)
+    scorers = {name: scoring.scorer for name, scoring in (("teacher", teacher), ("reference", reference)) if scoring}
+    health = check_scorers(spec, scorers, origin)
     checkpoints.record = health.record
     for note in (*origin.notes, *health.warnings):
         progress.message(note)
     logger = make_run_logger(spec, decode, files, progress)
     held_out = spec.data.eval_prompts or ()
+    rollouts_from = engines if objective.needs.rollouts else None
+    stream = Stream(config, source, rollouts_from, [scoring for scoring in (teacher, reference) if scoring])
+    if pending is not None:
+        _go_on_with(pending, stream, student, source, config)
     return Run(
         config=config,
         source=source,
         student=student,
+        stream=stream,
         teacher=teacher,
-        teacher_weight=teacher.output_rows(student.groups, table_rows) if teacher and whole_vocabulary else None,
+        teacher_weight=teacher.scorer.output_rows(student.groups, table_rows) if teacher and whole_vocabulary else None,
         reference=reference,
         rewarder=make_rewarder(spec, decode),
         objective=objective,
@@ -166,6 +174,16 @@ def _make_run(spec: RunSpec, checkpoints: Checkpoints, files: RunFiles, origin: 
         logger=logger,
         progress=progress,
     )
+
+
+def _go_on_with(pending: Pending, stream: Stream, student: Student, source: PromptSource, config: TrainConfig) -> None:
+    """Train next on the batch that the checkpoint holds.  One that older weights wrote is of use to --rollout-lag only:
+    without it, its prompts are taken again."""
+    fresh = all(rollout.weight_version[0] == student.version for rollout in pending.rollouts)
+    if fresh or config.rollout.rollout_lag:
+        stream.resume(pending)
+    else:
+        source.consumed -= config.rollout.rollout_batch_size
 
 
 def _progress(config: TrainConfig, start_step: int) -> NullProgress:

@@ -22,7 +22,7 @@ from megatron_tropd.parallel.fail_together import on_rank_zero
 from megatron_tropd.setup.model_specs import ModelSpec
 from megatron_tropd.setup.run_spec import RunSpec
 from megatron_tropd.setup.same_run import Origin
-from megatron_tropd.teacher.megatron import MegatronTeacher
+from megatron_tropd.teacher.scorer import Scorer
 from megatron_tropd.training.parity import probe_sequences
 
 NUM_TEXTS = 8
@@ -43,7 +43,7 @@ class Health:
     warnings: tuple[str, ...]
 
 
-def check_scorers(spec: RunSpec, scorers: Mapping[str, MegatronTeacher | None], origin: Origin) -> Health:
+def check_scorers(spec: RunSpec, scorers: Mapping[str, Scorer], origin: Origin) -> Health:
     """Check the models that score, by role.  Collective over the world.
 
     Raises:
@@ -139,9 +139,7 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else -math.inf
 
 
-def _score(
-    role: str, source: ModelSpec, scorer: MegatronTeacher, spec: RunSpec, before: KnownLogprobs | None
-) -> _Scored:
+def _score(role: str, source: ModelSpec, scorer: Scorer, spec: RunSpec, before: KnownLogprobs | None) -> _Scored:
     """Score the known sequences and text of the run's prompts, or the text recorded ``before``, in one pass."""
     prefix = "" if role == "student" else f"{role}-"
     who = f"the {role} (--{prefix}hf-checkpoint {source.hf_dir})"

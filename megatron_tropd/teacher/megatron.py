@@ -1,8 +1,5 @@
-"""A frozen Megatron model on the student's ranks, in a layout of its own: the teacher, or a reference.
-
-Scores are made where the model's last stage is and sent to the student's last stages that train on the
-rollout; no other rank sees them.
-"""
+"""A frozen Megatron model in a layout of its own: the teacher, or a reference.  Scores are made where its last stage
+is."""
 
 from __future__ import annotations
 
@@ -11,35 +8,33 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.data.packing import plan_packs
 from megatron_tropd.models.build import HiddenStateGPT
 from megatron_tropd.ops.vocab_parallel import VocabShard
 from megatron_tropd.parallel import platform
-from megatron_tropd.parallel.exchange import TensorSpec, broadcast_tensors, exchange, gather_objects
+from megatron_tropd.parallel.exchange import gather_objects
 from megatron_tropd.parallel.groups import ModelGroups
 from megatron_tropd.teacher.output_table import reshard_output_table
+from megatron_tropd.teacher.routing import route
+from megatron_tropd.teacher.scorer import Destination
 from megatron_tropd.teacher.scoring import FrozenHead, score_rollouts
 from megatron_tropd.types import Rollout, ScoreRequest, TeacherScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Destination:
-    """Where the scores are needed: the student's layout, and the data-parallel rank that trains on each rollout."""
+class Located:
+    """Scores where they were made, before they are sent to the student's ranks."""
 
-    groups: ModelGroups
-    owners: Mapping[int, int]
-
-    def rank(self, index: int) -> int:
-        """First tensor-parallel rank of the last stage of the replica that owns rollout ``index``."""
-        layout = self.groups.layout
-        return layout.rank(tp=0, pp=layout.pp - 1, dp=self.owners[index])
+    scores: dict[int, TeacherScores]
+    """By rollout index, of this rank's replica, on every rank of its last stage; {} elsewhere."""
+    sources: Mapping[int, int]
+    """For every rollout, the rank that sends its scores: the first tensor-parallel rank of the last stage."""
 
 
 class MegatronTeacher:
-    """Scores every response token of every rollout; collective over the world."""
+    """A frozen model on all ranks of a world, the student's or its own."""
 
     def __init__(
         self,
@@ -92,34 +87,19 @@ class MegatronTeacher:
             self._model.to(device)
             torch.cuda.empty_cache()
 
-    def _payload(self, rollout: Rollout, want: ScoreRequest) -> dict[str, TensorSpec]:
-        """Fields of TeacherScores that are sent for ``rollout``, in order."""
-        length = len(rollout.logprobs)
-        specs = {"logprob": TensorSpec(shape=(rollout.response_len,), dtype=torch.float32)}
-        if want.top_k:
-            specs["topk_ids"] = TensorSpec(shape=(length, want.top_k), dtype=torch.int32)
-            specs["topk_logprobs"] = TensorSpec(shape=(length, want.top_k), dtype=torch.float32)
-        if want.entropy:
-            specs["entropy"] = TensorSpec(shape=(length,), dtype=torch.float32)
-        if want.hidden:
-            like = self.hidden_like
-            specs["hidden"] = TensorSpec(shape=(length, like.shape[1]), dtype=like.dtype)
-        return specs
-
-    def score(
-        self, rollouts: Sequence[Rollout], want: ScoreRequest, destination: Destination
-    ) -> dict[int, TeacherScores]:
-        """Return the scores of the rollouts that this rank trains on, by rollout index.
+    def score_here(self, rollouts: Sequence[Rollout], want: ScoreRequest) -> Located:
+        """Score every response token; the scores stay where they were made.  Collective over the model's ranks.
 
         Raises:
-            ValueError: a rollout is longer than --max-tokens-per-microbatch, or the top-k exceeds the
+            ValueError: on every rank: a rollout is longer than --max-tokens-per-microbatch, or the top-k exceeds the
                 vocabulary, or logits are NaN or +inf.
         """
         if want.top_k > self._shard.vocab_size:
             raise ValueError(f"--top-k {want.top_k} is larger than the vocabulary of {self._shard.vocab_size}")
+        layout = self._groups.layout
         plan = plan_packs(
             [len(rollout.token_ids) for rollout in rollouts],
-            data_parallel_size=self._groups.layout.dp,
+            data_parallel_size=layout.dp,
             max_tokens=self._max_tokens,
             prompt_uids=[rollout.prompt_uid for rollout in rollouts],
         )
@@ -131,7 +111,16 @@ class MegatronTeacher:
             flags = f"--{self._role}-hf-checkpoint / --{self._role}-load"
             raise ValueError(f"{self._role}: {error}; check {flags}") from error
         self._move("cpu")
-        return self._route(rollouts, want, plan.owners, destination, scored)
+        sources = {index: layout.rank(tp=0, pp=layout.pp - 1, dp=owner) for index, owner in plan.owners.items()}
+        return Located(scores=scored, sources=sources)
+
+    def score(
+        self, rollouts: Sequence[Rollout], want: ScoreRequest, destination: Destination
+    ) -> dict[int, TeacherScores]:
+        """:meth:`score_here`, and send the scores to the ranks that train on the rollouts: a model on the student's own
+        ranks."""
+        located = self.score_here(rollouts, want)
+        return route(located.scores, located.sources, rollouts, want, destination, self.hidden_like)
 
     def logprobs_of(self, sequences: Sequence[Sequence[int]], *, vocab_size: int) -> list[list[float]]:
         """Return the log-probability [nats] of every token but the first, over ``vocab_size`` ids, on every rank.
@@ -160,48 +149,3 @@ class MegatronTeacher:
         mine = {index: scores.logprob.tolist() for index, scores in scored.items() if self._groups.reports}
         found = {index: values for part in gather_objects(mine) for index, values in part.items()}
         return [found[index] for index in range(len(rollouts))]
-
-    def _route(
-        self,
-        rollouts: Sequence[Rollout],
-        want: ScoreRequest,
-        owners: Mapping[int, int],
-        destination: Destination,
-        scored: dict[int, TeacherScores],
-    ) -> dict[int, TeacherScores]:
-        layout, rank = self._groups.layout, dist.get_rank()
-        send: dict[int, list[Tensor]] = {}
-        receive: dict[int, list[tuple[int, str, TensorSpec]]] = {}
-        for index, rollout in enumerate(rollouts):
-            source, target = layout.rank(tp=0, pp=layout.pp - 1, dp=owners[index]), destination.rank(index)
-            specs = self._payload(rollout, want)
-            if source == rank:
-                send.setdefault(target, []).extend(getattr(scored[index], name) for name in specs)
-            if target == rank:
-                receive.setdefault(source, []).extend((index, name, spec) for name, spec in specs.items())
-        arrived = exchange(send, {peer: [spec for _, _, spec in wanted] for peer, wanted in receive.items()})
-        values: dict[int, dict[str, Tensor]] = {}
-        for peer, wanted in receive.items():
-            for (index, name, _), tensor in zip(wanted, arrived[peer], strict=True):
-                values.setdefault(index, {})[name] = tensor
-        return self._share(rollouts, want, destination, values)
-
-    def _share(
-        self,
-        rollouts: Sequence[Rollout],
-        want: ScoreRequest,
-        destination: Destination,
-        values: dict[int, dict[str, Tensor]],
-    ) -> dict[int, TeacherScores]:
-        """Broadcast from the first tensor-parallel rank of each owner to its others; {} before the last stage."""
-        groups = destination.groups
-        if not groups.is_last_stage:
-            return {}
-        owned = [i for i in range(len(rollouts)) if destination.owners[i] == groups.coords.dp]
-        if groups.layout.tp > 1:
-            specs = {i: self._payload(rollouts[i], want) for i in owned}
-            flat = [values[i][name] for i in owned for name in specs[i]] if groups.coords.tp == 0 else None
-            everything = [spec for i in owned for spec in specs[i].values()]
-            tensors = iter(broadcast_tensors(flat, everything, group=groups.pg_collection.tp))
-            values = {i: {name: next(tensors) for name in specs[i]} for i in owned}
-        return {index: TeacherScores(**values[index]) for index in owned}

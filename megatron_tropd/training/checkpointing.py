@@ -12,8 +12,10 @@ from megatron_tropd.checkpoints.run_record import RunRecord, read_run_record
 from megatron_tropd.checkpoints.save import save_checkpoint
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.prompt_source import PromptSource
+from megatron_tropd.data.rollout_codec import decode_rollouts, encode_rollouts
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel.fail_together import on_rank_zero
+from megatron_tropd.training.stream import Pending
 from megatron_tropd.training.student import Student
 
 
@@ -44,21 +46,27 @@ class Checkpoints:
         self.record: RunRecord | None = None
         """What the run is made of, stored with every checkpoint; known when all models are loaded."""
 
-    def save_if_due(self, step: int, student: Student, source: PromptSource) -> None:
-        """Save after every --save-interval steps and after the last step.  Collective."""
+    def due(self, step: int) -> bool:
+        """Return whether to save after ``step``: every --save-interval steps, and after the last step."""
         interval = self._config.checkpoint.save_interval
-        if step == self._config.training.train_iters or (interval and step % interval == 0):
-            save_checkpoint(
-                self._config.save_dir,
-                step,
-                student.sharded_state_dict(),
-                {"weight_version": student.version, "cursor": dict(source.state_dict())},
-                arch=self._arch,
-                hf_sidecar=self._hf_dir,
-                make_vocab_size_divisible_by=student.groups.layout.make_vocab_size_divisible_by,
-                source=self._source,
-                record=self.record,
-            )
+        return step == self._config.training.train_iters or bool(interval and step % interval == 0)
+
+    def save(self, step: int, student: Student, source: PromptSource, pending: Pending | None) -> None:
+        """Save the state after ``step`` steps, with the batch that is written but not trained on.  Collective."""
+        common: dict[str, Any] = {"weight_version": student.version, "cursor": dict(source.state_dict())}
+        if pending is not None:
+            common["pending"] = {"step": pending.step, "rollouts": encode_rollouts(pending.rollouts)}
+        save_checkpoint(
+            self._config.save_dir,
+            step,
+            student.sharded_state_dict(),
+            common,
+            arch=self._arch,
+            hf_sidecar=self._hf_dir,
+            make_vocab_size_divisible_by=student.groups.layout.make_vocab_size_divisible_by,
+            source=self._source,
+            record=self.record,
+        )
 
     def resume_origin(self) -> tuple[str, int] | None:
         """Return the (directory, step) to resume from; None when there is no checkpoint to load.  Collective.
@@ -82,8 +90,9 @@ class Checkpoints:
         assert origin is not None, "called only where there is a checkpoint"
         return origin
 
-    def resume(self, student: Student, source: PromptSource, *, new_prompts: bool) -> None:
-        """Load the saved state of the student and of the prompt cursor.  Collective.
+    def resume(self, student: Student, source: PromptSource, *, new_prompts: bool) -> Pending | None:
+        """Load the saved state of the student and of the prompt cursor; return the batch that was written but not
+        trained on, if there is one.  Collective.
 
         If --allow-changed-run permits other prompts than those of the checkpoint, ``new_prompts`` start at their
         beginning, and changed ones go on after as many as were taken.
@@ -96,3 +105,7 @@ class Checkpoints:
         if cursor["digest"] != digest and self._config.checkpoint.allow_changed_run:
             cursor = {"consumed": 0 if new_prompts else cursor["consumed"], "digest": digest}
         source.load_state_dict(cursor)
+        pending: Any = common.get("pending")
+        if pending is None or new_prompts:
+            return None
+        return Pending(step=int(pending["step"]), rollouts=decode_rollouts(pending["rollouts"]))

@@ -9,7 +9,7 @@ from typing import Literal
 
 from megatron_tropd.data import guidance
 from megatron_tropd.data.packing import BatchPlan, count_regions
-from megatron_tropd.training.batch import collect, plan_updates, score_batch
+from megatron_tropd.training.batch import plan_updates, score_batch
 from megatron_tropd.training.diagnostics import diagnostics_due, gradient_diagnostics
 from megatron_tropd.training.guard import Update
 from megatron_tropd.training.parity import probe_differences
@@ -29,8 +29,7 @@ def train(run: Run, start_step: int) -> None:
         report, trained = train_step(run, step)
         run.logger.step(report, trained.rollouts, trained.trust)
         _evaluate(run, report.step)  # before the save: a resumed run does not evaluate its start
-        with run.progress.phase("save"):
-            run.checkpoints.save_if_due(report.step, run.student, run.source)
+        save_if_due(run, report.step)
     _evaluate(run, run.config.training.train_iters, whole=True)
 
 
@@ -47,7 +46,9 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
     """Collect and score one batch of rollouts and make its updates; return the report and the rollouts."""
     progress = run.progress
     with progress.phase("generate"):
-        rollouts = collect(run, step)
+        rollouts = run.stream.take(step, run.student.version)
+    arrived = _begin_next(run, step) if run.config.rollout.rollout_lag else {}
+    version = run.student.version
     plan = plan_updates(run, rollouts)
     with progress.phase("score"):
         scored = score_batch(run, rollouts, plan, step)
@@ -56,7 +57,9 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
         gradients = _diagnostics(run, scored.batch, plan, step)
         outcome = _update(run, scored.batch, updates, step, scored.metrics.get("reward/abs_max", 0.0))
     del updates  # as large as the scores
-    arrived = push_weights(run) if run.objective.needs.rollouts else {}
+    run.stream.trained()
+    if run.objective.needs.rollouts and not run.config.rollout.rollout_lag:
+        arrived = push_weights(run)
     return StepReport(
         step=step + 1,
         weight_version=run.student.version,
@@ -69,11 +72,21 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
             **scored.metrics,
             **gradients,
             **arrived,
-            **_batch_metrics(run, step, rollouts),
+            **_batch_metrics(run, step, rollouts, version),
         },
         seconds=progress.take_seconds(),
         verdict=outcome.verdict,
     ), TrainedRollouts(rollouts=rollouts, trust=outcome.sums.trust)
+
+
+def _begin_next(run: Run, step: int) -> dict[str, float]:
+    """Have the engines write the next batch with the weights that this one is about to change; see push_weights."""
+    if step + 1 >= run.config.training.train_iters or not run.objective.needs.rollouts:
+        return {}
+    arrived = push_weights(run)
+    with run.progress.phase("generate"):
+        run.stream.begin(step + 1, run.student.version)
+    return arrived
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +117,7 @@ def _update(run: Run, batch: Batch, updates: Sequence[PackedUpdate], step: int, 
             reward=largest_reward, stepped_before=student.version - first_version,
         )  # fmt: skip
         if run.guard.judge(update) == "stepped":
-            if PARITY in sums[-1].metrics:
+            if PARITY in sums[-1].metrics and first_version == min(r.weight_version[0] for r in batch.rollouts):
                 _judge_parity(run, sums[-1].metrics[PARITY], f"rollouts of step {step + 1}")
             student.step()
         else:
@@ -120,6 +133,16 @@ def _diagnostics(run: Run, batch: Batch, plan: BatchPlan, step: int) -> dict[str
     if not diagnostics_due(run.config, step):
         return {}
     return gradient_diagnostics(run.student, run.objective, batch, plan.minibatches[0])
+
+
+def save_if_due(run: Run, step: int) -> None:
+    """Save a checkpoint if it is due after ``step``, with the batch that was begun before the step's update."""
+    if not run.checkpoints.due(step):
+        return
+    with run.progress.phase("generate"):
+        run.stream.settle(run.student.version)
+    with run.progress.phase("save"):
+        run.checkpoints.save(step, run.student, run.source, run.stream.pending)
 
 
 def push_weights(run: Run) -> dict[str, float]:
@@ -151,12 +174,14 @@ def _evaluate(run: Run, step: int, *, whole: bool = False) -> None:
     """Evaluate on all held-out prompts (``whole``), or on --eval-prompts of them if that is due after ``step``."""
     if run.engines is None or not (whole or run.evaluations.due(step)):
         return
+    with run.progress.phase("generate"):
+        run.stream.settle(run.student.version)  # weights can be pushed only when nothing is in writing
     push_weights(run)
     generate = partial(run.engines.generate, version=run.student.version)
     run.evaluations.run(generate, step=step, whole=whole)
 
 
-def _batch_metrics(run: Run, step: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
+def _batch_metrics(run: Run, step: int, rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
     """Return the metrics of the rollouts themselves: lengths, guidance, truncation, engine counters.  The responses of
     the data, in supervised finetuning, are no rollouts."""
     if run.engines is None or not run.objective.needs.rollouts:
@@ -171,5 +196,6 @@ def _batch_metrics(run: Run, step: int, rollouts: Sequence[Rollout]) -> dict[str
         "guidance/len_mean": sum(r.guidance_len for r in rollouts) / count,
         "rollout/len_mean": sum(r.response_len for r in rollouts) / count,
         "rollout/truncated_frac": sum(r.finish == "length" for r in rollouts) / count,
+        "rollout/lag_mean": sum(version - r.weight_version[0] for r in rollouts) / count,
         **{f"engine/{name}": float(count) for name, count in run.engines.counts.items()},
     }

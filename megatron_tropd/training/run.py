@@ -11,13 +11,13 @@ from megatron_tropd.data.prompt_source import PromptSource
 from megatron_tropd.objectives.base import Objective
 from megatron_tropd.reporting.progress.progress import NullProgress
 from megatron_tropd.rollout.engine_pool import EnginePool, Export
-from megatron_tropd.teacher.megatron import MegatronTeacher
 from megatron_tropd.training.checkpointing import Checkpoints
 from megatron_tropd.training.evaluations import Evaluations
 from megatron_tropd.training.guard import Guard
 from megatron_tropd.training.parity import ParityAlarm, Probes
 from megatron_tropd.training.rewarding import Rewarder
 from megatron_tropd.training.run_logger import RunLogger
+from megatron_tropd.training.stream import Scoring, Stream
 from megatron_tropd.training.student import Student
 
 
@@ -28,11 +28,12 @@ class Run:
     config: TrainConfig
     source: PromptSource
     student: Student
-    teacher: MegatronTeacher | None
+    stream: Stream
+    teacher: Scoring | None
     teacher_weight: Tensor | None
     """Rows of the teacher's output table for this rank's shard of the student's vocabulary.  None before the
     student's last stage, and where no full distributions are compared."""
-    reference: MegatronTeacher | None
+    reference: Scoring | None
     rewarder: Rewarder | None
     objective: Objective
     engines: EnginePool | None

@@ -8,7 +8,8 @@ import torch
 
 from megatron_tropd.parallel.groups import teacher_groups
 from megatron_tropd.parallel.layout import ParallelLayout
-from megatron_tropd.teacher.megatron import Destination, MegatronTeacher
+from megatron_tropd.teacher.megatron import MegatronTeacher
+from megatron_tropd.teacher.scorer import Destination
 from megatron_tropd.types import TeacherScores
 
 from .device import GB, clocked, one_rank, peak_gb

@@ -20,7 +20,8 @@ from megatron_tropd.objectives.base import Objective
 from megatron_tropd.objectives.methods import make_objective
 from megatron_tropd.objectives.settings import ObjectiveSettings
 from megatron_tropd.parallel.groups import ModelGroups
-from megatron_tropd.teacher.megatron import Destination, MegatronTeacher
+from megatron_tropd.teacher.megatron import MegatronTeacher
+from megatron_tropd.teacher.scorer import Destination
 from megatron_tropd.training.step import Batch, PackedUpdate, StepSums, forward_backward, pack_batch
 from megatron_tropd.training.student import Student, build_student, params_dtype
 from megatron_tropd.types import Rollout, StepContext, TeacherScores

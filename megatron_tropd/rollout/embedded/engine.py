@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from megatron_tropd.errors import EngineError
 from megatron_tropd.models.hf_config import load_architecture
 from megatron_tropd.rollout.embedded.decoding import Continuation, decode
-from megatron_tropd.rollout.engine import SamplingParams, check_requests
+from megatron_tropd.rollout.engine import Arrived, SamplingParams, check_requests, ignore
 from megatron_tropd.rollout.update_tracker import UpdateTracker
 from megatron_tropd.types import GenerationRequest, Rollout
 
@@ -144,16 +144,20 @@ class EmbeddedEngine:
         self._require_open()
         self._tracker.end(version)
 
-    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Rollout]:
+    def generate(
+        self, requests: Sequence[GenerationRequest], params: SamplingParams, arrived: Arrived = ignore
+    ) -> list[Rollout]:
         """One rollout for each request, in order.  A request without room (``max_new_tokens`` 0) comes
-        back with nothing written, finished by length.
+        back with nothing written, finished by length.  ``arrived`` is told of every batch that was decoded.
 
         Raises:
             EngineError: no whole set of weights, a malformed request, or NaN/infinite logits.
         """
         model, version = self._require_open(), self._tracker.require_ready()
         check_requests(requests, vocab_size=self._vocab_size, max_positions=self._max_positions)
-        written = [Continuation(token_ids=(), logprobs=(), finish="length")] * len(requests)
+        nothing = Continuation(token_ids=(), logprobs=(), finish="length")
+        rollouts = {i: _rollout(r, nothing, version) for i, r in enumerate(requests) if r.max_new_tokens == 0}
+        arrived(dict(rollouts))
         # Neighbours in length share a batch: less padding, fewer steps on half-empty batches.
         order = sorted(
             (i for i, request in enumerate(requests) if request.max_new_tokens > 0),
@@ -161,9 +165,11 @@ class EmbeddedEngine:
         )
         for start in range(0, len(order), self._max_batch_size):
             chosen = order[start : start + self._max_batch_size]
-            for i, continuation in zip(chosen, self._decode(model, [requests[i] for i in chosen], params), strict=True):
-                written[i] = continuation
-        return [_rollout(request, done, version) for request, done in zip(requests, written, strict=True)]
+            written = self._decode(model, [requests[i] for i in chosen], params)
+            finished = {i: _rollout(requests[i], done, version) for i, done in zip(chosen, written, strict=True)}
+            arrived(finished)
+            rollouts |= finished
+        return [rollouts[i] for i in range(len(requests))]
 
     def _decode(
         self, model: PreTrainedModel, requests: list[GenerationRequest], params: SamplingParams

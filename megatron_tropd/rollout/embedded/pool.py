@@ -8,16 +8,20 @@ import torch.distributed as dist
 
 from megatron_tropd.errors import EngineError
 from megatron_tropd.parallel.fail_together import from_all_ranks
-from megatron_tropd.rollout.engine import RolloutEngine, SamplingParams
-from megatron_tropd.rollout.engine_pool import Export, PushReport
+from megatron_tropd.rollout.engine import Arrived, RolloutEngine, SamplingParams, ignore
+from megatron_tropd.rollout.engine_pool import EnginePool, Export, PushReport
 from megatron_tropd.types import GenerationRequest, Rollout
 
 
-class EmbeddedPool:
-    """Implements EnginePool with one engine in each of the trainer's processes."""
+class EmbeddedPool(EnginePool):
+    """Implements EnginePool with one engine in each of the trainer's processes.
+
+    They share the trainer's device, so a batch is written when it is submitted, not while the trainer trains.
+    """
 
     def __init__(self, engine: RolloutEngine) -> None:
         self.engine = engine
+        self._written: list[Rollout] | None = None
 
     @property
     def weight_version(self) -> int | None:
@@ -29,26 +33,37 @@ class EmbeddedPool:
         """Empty: these engines have no failure from which they can recover."""
         return {}
 
-    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int) -> list[Rollout]:
-        """Rollouts of all requests, on every rank.
+    def submit(
+        self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int, arrived: Arrived = ignore
+    ) -> None:
+        """Write all requests; every rank hands on the rollouts of its share.
 
         Raises:
-            EngineError: on every rank alike, when any engine failed or wrote with other weights than
-                ``version``.
+            EngineError: on every rank alike, when any engine failed or wrote with other weights than ``version``.
         """
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        mine = range(rank, len(requests), world_size)
 
         def write() -> list[Rollout]:
             try:
-                return self.engine.generate(requests[rank::world_size], params)
+                return self.engine.generate(
+                    [requests[i] for i in mine], params, lambda found: arrived({mine[i]: r for i, r in found.items()})
+                )
             except Exception as error:
                 raise EngineError(f"engine of rank {rank}: {error}") from error
 
-        written = from_all_ranks(write, EngineError)
-        stale = {rollout.weight_version for part in written for rollout in part} - {(version, version)}
+        parts = from_all_ranks(write, EngineError)
+        stale = {rollout.weight_version for part in parts for rollout in part} - {(version, version)}
         if stale:
             raise EngineError(f"rollouts were written by weight versions {sorted(stale)}, the trainer is at {version}")
-        return [written[i % world_size][i // world_size] for i in range(len(requests))]
+        self._written = [parts[i % world_size][i // world_size] for i in range(len(requests))]
+
+    def finished(self, version: int) -> list[Rollout]:
+        """Rollouts of all requests, on every rank."""
+        written, self._written = self._written, None
+        if written is None:
+            raise EngineError("no requests were submitted")
+        return written
 
     def push(self, export: Export, version: int) -> PushReport:
         """Give every engine the tensors of the collective export that ``export`` begins."""

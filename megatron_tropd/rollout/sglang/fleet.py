@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from megatron_tropd.errors import EngineError
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.rollout.engine import SamplingParams
+from megatron_tropd.rollout.engine import Arrived, SamplingParams, ignore
 from megatron_tropd.rollout.sglang.api.generation import PromptGroup, TokenRules, group_requests
 from megatron_tropd.rollout.sglang.api.weight_buckets import WeightBucket
 from megatron_tropd.rollout.sglang.engine import Engine
@@ -38,15 +38,21 @@ class GenerationJob:
     requests: Sequence[GenerationRequest]
     params: SamplingParams
     version: int
+    """Weight version that writes the groups that are pending."""
+    arrived: Arrived = ignore
     pending: deque[PromptGroup] = field(default_factory=deque)
     done: dict[int, Rollout] = field(default_factory=dict)
     attempts: Counter[PromptGroup] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.pending.extend(group_requests(self.requests))
-        for index, request in enumerate(self.requests):
-            if request.max_new_tokens == 0:
-                self.done[index] = _nothing_written(request, self.version)
+        nothing = {i: r for i, r in enumerate(self.requests) if r.max_new_tokens == 0}
+        self.take({index: _nothing_written(request, self.version) for index, request in nothing.items()})
+
+    def take(self, rollouts: Mapping[int, Rollout]) -> None:
+        """Record finished rollouts, and hand them on."""
+        self.done |= rollouts
+        self.arrived(rollouts)
 
     def put_back(self, group: PromptGroup, error: EngineError) -> None:
         """Queue ``group`` to be written again; raises EngineError after too many tries."""
@@ -85,7 +91,7 @@ class Fleet:
         self._checksums: dict[int, set[str]] = {}
         """Checksums of the weights being served, reported by the servers of each tensor-parallel size."""
         self._writing: asyncio.Task[None] | None = None
-        """The work on a job that :meth:`generate_for` has not seen the end of."""
+        """The work on a job that :meth:`has_ended` has not seen the end of."""
 
     # ---- life ----
 
@@ -147,13 +153,13 @@ class Fleet:
 
     # ---- generation ----
 
-    async def generate_for(self, job: GenerationJob, seconds: float) -> bool:
-        """Begin or continue :meth:`generate` of ``job``; return whether it ended within so many seconds.
+    async def begin(self, job: GenerationJob) -> None:
+        """Begin, or go on with, :meth:`generate` of ``job``, and return at once."""
+        self._writing = asyncio.create_task(self.generate(job))
 
-        Between two calls the servers go on, and their answers wait in the sockets.
-        """
-        if self._writing is None:
-            self._writing = asyncio.create_task(self.generate(job))
+    async def has_ended(self, seconds: float) -> bool:
+        """Return whether what was begun ended within so many seconds; raises what it raised."""
+        assert self._writing is not None, "nothing was begun"
         try:
             done, _ = await asyncio.wait({self._writing}, timeout=seconds)
         except BaseException:  # interrupted: nobody will come back for the rest
@@ -232,10 +238,12 @@ class Fleet:
         engine.prompts_in_flight -= 1
         engine.tokens_in_flight -= group.tokens
         try:
-            job.done |= task.result()
-            return
+            found = task.result()
         except (EngineDown, BadResponse, StaleWeights) as error:
             failure: EngineError = error
+        else:
+            job.take(found)
+            return
         self.counts["reissued"] += 1
         job.put_back(group, failure)
         if isinstance(failure, BadResponse):

@@ -7,7 +7,6 @@ weights once more for it.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -16,14 +15,15 @@ from torch import Tensor
 from megatron_tropd.errors import EngineError
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel.fail_together import is_rank_zero, on_rank_zero, reason_of
-from megatron_tropd.rollout.engine import SamplingParams, check_requests
-from megatron_tropd.rollout.engine_pool import Export, PushReport
+from megatron_tropd.rollout.engine import Arrived, SamplingParams, check_requests, ignore
+from megatron_tropd.rollout.engine_pool import EnginePool, Export, PushReport
 from megatron_tropd.rollout.sglang.api.checksums import SentChecksums
 from megatron_tropd.rollout.sglang.api.generation import TokenRules
 from megatron_tropd.rollout.sglang.api.weight_buckets import BucketBuilder
 from megatron_tropd.rollout.sglang.fleet import Fleet, GenerationJob
 from megatron_tropd.rollout.sglang.planned.push import PlannedPush
 from megatron_tropd.rollout.update_tracker import UpdateTracker
+from megatron_tropd.sglang.loop_thread import LoopThread
 from megatron_tropd.sglang.settings import SGLangSettings
 from megatron_tropd.types import GenerationRequest, Rollout
 from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
@@ -35,7 +35,7 @@ would otherwise be the longest time that a batch may take."""
 _WRITING, _WEIGHTS_WANTED = "writing", "weights wanted"
 
 
-class SGLangPool:
+class SGLangPool(EnginePool):
     """Servers of this run, started when it is made (they are ready at the first push at the latest).
 
     Args:
@@ -66,13 +66,14 @@ class SGLangPool:
         self._run: Callable[[Any], Any] = _no_loop
         self._tracker = UpdateTracker(hf_shapes(arch))
         self._version: int | None = None
+        self._job: GenerationJob | None = None
         self._fleet: Fleet | None = None
         if is_rank_zero():
             rules = TokenRules(
                 stop_token_ids=frozenset(stop_token_ids), vocab_size=vocab_size, model_vocab_size=arch.vocab_size
             )
-            self._runner = asyncio.Runner()
-            self._run = self._runner.run
+            self._loop = LoopThread("sglang-engines")
+            self._run = self._loop.run
             self._fleet = Fleet(settings, rules, arch)
         on_rank_zero(lambda: self._run(self._servers.start()), EngineError)
 
@@ -95,20 +96,49 @@ class SGLangPool:
 
     # ---- generation ----
 
-    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int) -> list[Rollout]:
-        """Return the rollouts of all requests, in order, on every rank; all are written with weight ``version``.
+    def submit(
+        self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int, arrived: Arrived = ignore
+    ) -> None:
+        """Hand out all requests; the servers write while the trainer's ranks do other work.
+
+        Rollouts arrive on rank 0, in a thread of its own.
 
         Raises:
-            EngineError: on every rank alike: other weights are loaded, a request is malformed or too long, a
-                prompt failed too often, or no server is left.
+            EngineError: on every rank alike: other weights are loaded, a request is malformed or too long.
         """
         if self._version != version:
             raise EngineError(f"the engines hold weight version {self._version}, the trainer is at {version}")
+        if self._job is not None:
+            raise EngineError("a batch is in writing already")
         check_requests(requests, vocab_size=self._vocab_size, max_positions=self._arch.max_position_embeddings)
-        job = GenerationJob(requests=requests, params=params, version=version)
-        while isinstance(outcome := on_rank_zero(lambda: self._write(job), EngineError), str):
+        job = GenerationJob(requests=requests, params=params, version=version, arrived=arrived)
+        on_rank_zero(lambda: self._begin(job), EngineError)
+        self._job = job
+
+    def _begin(self, job: GenerationJob) -> None:
+        fleet = self._servers
+        longest = max((len(r.token_ids) + r.max_new_tokens for r in job.requests), default=0)
+        if longest > fleet.max_tokens:
+            raise EngineError(
+                f"a request of {longest} tokens (prompt and response) exceeds the {fleet.max_tokens} that the engines "
+                "hold; raise --sglang-max-total-tokens or lower --max-response-length"
+            )
+        self._run(fleet.begin(job))
+
+    def finished(self, version: int) -> list[Rollout]:
+        """Wait for the rollouts of the batch; return them in order, on every rank.
+
+        Raises:
+            EngineError: on every rank alike: a prompt failed too often, or no server is left.
+        """
+        job, self._job = self._job, None
+        if job is None:
+            raise EngineError("no requests were submitted")
+        while isinstance(outcome := on_rank_zero(lambda: self._wait(job), EngineError), str):
             if outcome == _WEIGHTS_WANTED:
                 self._deliver_again(version)
+                job.version = self._version = version
+                on_rank_zero(lambda: self._run(self._servers.begin(job)), EngineError)
         return list(outcome)
 
     def _deliver_again(self, version: int) -> None:
@@ -117,16 +147,9 @@ class SGLangPool:
             raise EngineError("engines lost their weights, and this pool was given no way to export them again")
         self._deliver(self._export, version, only_missing=True)
 
-    def _write(self, job: GenerationJob) -> list[Rollout] | str:
-        """Work on the job for one round; return its rollouts, or what is to be done before the next round."""
-        fleet = self._servers
-        longest = max((len(r.token_ids) + r.max_new_tokens for r in job.requests), default=0)
-        if longest > fleet.max_tokens:
-            raise EngineError(
-                f"a request of {longest} tokens (prompt and response) exceeds the {fleet.max_tokens} that the engines "
-                "hold; raise --sglang-max-total-tokens or lower --max-response-length"
-            )
-        if not self._run(fleet.generate_for(job, min(_LONGEST_ROUND_S, self._settings.request_timeout_s))):
+    def _wait(self, job: GenerationJob) -> list[Rollout] | str:
+        """Wait for the job for one round; return its rollouts, or what is to be done before the next round."""
+        if not self._run(self._servers.has_ended(min(_LONGEST_ROUND_S, self._settings.request_timeout_s))):
             return _WRITING
         return _WEIGHTS_WANTED if job.pending else job.rollouts()
 
@@ -170,6 +193,8 @@ class SGLangPool:
                 repeated or of another shape or dtype, or no server took the update.  Nothing is written until a
                 whole push succeeds.
         """
+        if self._job is not None:
+            raise EngineError("a batch is still in writing: its tokens would come from two weight versions")
         self._version = None
         # All ranks alike: the collective export is not begun, or begun anew below.
         if self._planned is not None and not self._planned.given_up:
@@ -232,8 +257,8 @@ class SGLangPool:
         """Stop the servers that were started here.  May be called twice."""
         fleet, self._fleet, self._version = self._fleet, None, None
         if fleet is not None:
-            self._runner.run(fleet.close())
-            self._runner.close()
+            self._loop.run(fleet.close())
+            self._loop.close()
 
 
 def _no_loop(_: Any) -> Any:

@@ -1,0 +1,106 @@
+"""Sends scores from the ranks where they were made to the student's ranks that train on the rollouts.
+
+Scores go to the first tensor-parallel rank of the last stage of the replica that owns a rollout, and from there to the
+other tensor-parallel ranks of that stage.  No other rank sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tropd.parallel.exchange import TensorSpec, broadcast_tensors, exchange
+from megatron_tropd.teacher.scorer import Destination
+from megatron_tropd.types import Rollout, ScoreRequest, TeacherScores
+
+
+def payload(rollout: Rollout, want: ScoreRequest, hidden_like: Tensor | None) -> dict[str, TensorSpec]:
+    """Fields of TeacherScores that are sent for ``rollout``, in order."""
+    length = len(rollout.logprobs)
+    specs = {"logprob": TensorSpec(shape=(rollout.response_len,), dtype=torch.float32)}
+    if want.top_k:
+        specs["topk_ids"] = TensorSpec(shape=(length, want.top_k), dtype=torch.int32)
+        specs["topk_logprobs"] = TensorSpec(shape=(length, want.top_k), dtype=torch.float32)
+    if want.entropy:
+        specs["entropy"] = TensorSpec(shape=(length,), dtype=torch.float32)
+    if want.hidden:
+        assert hidden_like is not None, "asked for hidden states of a scorer that sends none"
+        specs["hidden"] = TensorSpec(shape=(length, hidden_like.shape[1]), dtype=hidden_like.dtype)
+    return specs
+
+
+def flatten(
+    scored: Mapping[int, TeacherScores], indices: Sequence[int], specs: Mapping[int, Mapping[str, TensorSpec]]
+) -> list[Tensor]:
+    """Return the tensors of the rollouts ``indices``, in the order in which :func:`unflatten` reads them."""
+    return [getattr(scored[index], name) for index in indices for name in specs[index]]
+
+
+def unflatten(
+    tensors: Sequence[Tensor], indices: Sequence[int], specs: Mapping[int, Mapping[str, TensorSpec]]
+) -> dict[int, TeacherScores]:
+    """Return the scores of the rollouts ``indices`` from the tensors of :func:`flatten`."""
+    rest = iter(tensors)
+    return {index: TeacherScores(**{name: next(rest) for name in specs[index]}) for index in indices}
+
+
+def route(
+    scored: Mapping[int, TeacherScores],
+    sources: Mapping[int, int],
+    rollouts: Sequence[Rollout],
+    want: ScoreRequest,
+    destination: Destination,
+    hidden_like: Tensor | None,
+) -> dict[int, TeacherScores]:
+    """Return the scores of the rollouts that this rank trains on.  Collective over the student's ranks.
+
+    Args:
+        scored: what this rank holds, by rollout index.
+        sources: for every rollout, the rank that holds its scores.
+        rollouts: of the whole batch.
+        want: what was asked for.
+        destination: who trains on what.
+        hidden_like: see :class:`Scorer`.
+    """
+    rank = dist.get_rank()
+    specs = {index: payload(rollout, want, hidden_like) for index, rollout in enumerate(rollouts)}
+    send: dict[int, list[int]] = {}
+    receive: dict[int, list[int]] = {}
+    for index in range(len(rollouts)):
+        source, target = sources[index], destination.rank(index)
+        if source == rank:
+            send.setdefault(target, []).append(index)
+        if target == rank:
+            receive.setdefault(source, []).append(index)
+    arrived = exchange(
+        {peer: flatten(scored, indices, specs) for peer, indices in send.items()},
+        {peer: [s for i in indices for s in specs[i].values()] for peer, indices in receive.items()},
+    )
+    mine: dict[int, TeacherScores] = {}
+    for peer, indices in receive.items():
+        mine |= unflatten(arrived[peer], indices, specs)
+    return share(mine, rollouts, specs, destination)
+
+
+def share(
+    mine: Mapping[int, TeacherScores],
+    rollouts: Sequence[Rollout],
+    specs: Mapping[int, Mapping[str, TensorSpec]],
+    destination: Destination,
+) -> dict[int, TeacherScores]:
+    """Broadcast what arrived at the first tensor-parallel rank of each owner to its others; {} before the last stage.
+
+    Collective over the student's ranks.
+    """
+    groups = destination.groups
+    if not groups.is_last_stage:
+        return {}
+    owned = [i for i in range(len(rollouts)) if destination.owners[i] == groups.coords.dp]
+    if groups.layout.tp == 1:
+        return {index: mine[index] for index in owned}
+    flat = flatten(mine, owned, specs) if groups.coords.tp == 0 else None
+    everything = [spec for i in owned for spec in specs[i].values()]
+    return unflatten(broadcast_tensors(flat, everything, group=groups.pg_collection.tp), owned, specs)

@@ -1,0 +1,132 @@
+"""Connects prompts, engines and scorers: the way of a rollout until all of its batch are written.
+
+    source -> guidance -> engines -> (as each finishes) scorers
+                             |
+                             v
+                      the whole batch, for the trainer
+
+A scorer elsewhere works on finished rollouts while others are still written.  With --rollout-lag 1 the engines write
+the next batch, and such scorers score it, while the trainer trains on this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_tropd import rng
+from megatron_tropd.config import TrainConfig
+from megatron_tropd.data import guidance
+from megatron_tropd.data.prompt_source import PromptSource
+from megatron_tropd.parallel.fail_together import is_rank_zero
+from megatron_tropd.rollout.engine import SamplingParams
+from megatron_tropd.rollout.engine_pool import EnginePool
+from megatron_tropd.teacher.scorer import Scorer
+from megatron_tropd.types import GenerationRequest, Prompt, Rollout, ScoreRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoring:
+    """A scorer of the run's rollouts, and what it is asked for."""
+
+    scorer: Scorer
+    want: Callable[[int], ScoreRequest]
+    """By step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """A whole batch that was written and not yet trained on."""
+
+    step: int
+    rollouts: Sequence[Rollout]
+
+
+class Stream:
+    """The batches of a run, in order.  Every method is collective over the trainer's ranks.
+
+    Args:
+        config: of the run.
+        source: of the prompts; its cursor is behind the batch that was begun last.
+        engines: None where responses are those of the data (supervised finetuning).
+        scorers: all that score the rollouts of a batch.
+    """
+
+    def __init__(
+        self, config: TrainConfig, source: PromptSource, engines: EnginePool | None, scorers: Sequence[Scoring]
+    ) -> None:
+        self._config, self._source, self._engines, self._scorers = config, source, engines, scorers
+        self._in_writing: int | None = None
+        self._pending: Pending | None = None
+
+    @property
+    def pending(self) -> Pending | None:
+        """The batch that waits for its training; a checkpoint holds it, because its prompts are taken."""
+        return self._pending
+
+    def resume(self, pending: Pending) -> None:
+        """Go on with a batch that an earlier launch wrote; it is scored anew."""
+        self._pending = pending
+        self._hand_on(pending.step, dict(enumerate(pending.rollouts)) if is_rank_zero() else {})
+
+    def begin(self, step: int, version: int) -> None:
+        """Take the prompts of ``step`` and have its rollouts written with weight ``version``, unless that was begun.
+
+        Raises:
+            EngineError: on every rank alike.
+        """
+        if self._in_writing == step or (self._pending and self._pending.step == step):
+            return
+        prompts = self._source.take(self._config.rollout.rollout_batch_size)
+        if self._engines is None:
+            self.resume(Pending(step=step, rollouts=guidance.whole_responses(prompts, version)))
+            return
+        sampling = SamplingParams(seed=self._config.training.seed, stream=rng.Stream.SAMPLING, step=step)
+        self._engines.submit(self._requests(prompts, step), sampling, version, lambda found: self._hand_on(step, found))
+        self._in_writing = step
+
+    def _requests(self, prompts: Sequence[Prompt], step: int) -> list[GenerationRequest]:
+        config = self._config
+        return guidance.attach(
+            prompts,
+            step,
+            config.guidance,
+            seed=config.training.seed,
+            n_samples_per_prompt=config.rollout.n_samples_per_prompt,
+            max_response_length=config.data.max_response_length,
+        )
+
+    def _hand_on(self, step: int, found: Mapping[int, Rollout]) -> None:
+        """Give finished rollouts to the scorers, on the rank and in the thread where they arrived."""
+        if found:
+            for scoring in self._scorers:
+                scoring.scorer.submit(step, found, scoring.want(step))
+
+    def settle(self, version: int) -> None:
+        """Wait until nothing is in writing; the batch that was is kept.  The engines can then be given new weights.
+
+        Raises:
+            EngineError: on every rank alike.
+        """
+        if self._in_writing is None:
+            return
+        assert self._engines is not None, "only engines write"
+        step, self._in_writing = self._in_writing, None
+        self._pending = Pending(step=step, rollouts=self._engines.finished(version))
+
+    def take(self, step: int, version: int) -> Sequence[Rollout]:
+        """Return the rollouts of ``step`` on every rank, begun now unless they were begun before.
+
+        The batch stays :attr:`pending` until :meth:`trained`.
+
+        Raises:
+            EngineError: on every rank alike.
+        """
+        self.begin(step, version)
+        self.settle(version)
+        assert self._pending is not None and self._pending.step == step, "batches are taken in order"
+        return self._pending.rollouts
+
+    def trained(self) -> None:
+        """The batch that was taken is trained on."""
+        self._pending = None
