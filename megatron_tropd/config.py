@@ -59,8 +59,11 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherConfig:
-    """The frozen model that scores tokens; it runs on the student's ranks, in its own layout."""
+    """The frozen model that scores tokens."""
 
+    teacher_placement: Literal["colocated"] = setting(
+        "colocated", "where the teacher is: colocated on the student's ranks, in its own layout"
+    )
     teacher_hf_checkpoint: str = setting("", "HF directory of the teacher, or its name on the Hub")
     teacher_load: str = setting("", "Megatron checkpoint of the teacher instead of the HF weights")
     teacher_tensor_model_parallel_size: int = setting(1, "tensor-parallel ranks of the teacher")

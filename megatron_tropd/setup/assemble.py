@@ -19,10 +19,11 @@ from megatron_tropd.reporting.redaction import redact_mapping
 from megatron_tropd.rollout.engine_pool import Export
 from megatron_tropd.setup.engines import make_engines
 from megatron_tropd.setup.model_health import check_scorers
-from megatron_tropd.setup.models import make_scorers, make_student
+from megatron_tropd.setup.models import make_student
 from megatron_tropd.setup.run_files import RunFiles, open_files
 from megatron_tropd.setup.run_spec import RunSpec
 from megatron_tropd.setup.same_run import Origin, find_origin
+from megatron_tropd.setup.scorers import make_scorers
 from megatron_tropd.training.checkpointing import Checkpoints
 from megatron_tropd.training.evaluations import Evaluations
 from megatron_tropd.training.guard import Guard
@@ -139,6 +140,9 @@ def _make_run(spec: RunSpec, checkpoints: Checkpoints, files: RunFiles, origin: 
         engines = make_engines(spec, student, export, probes.sequences)
         on_failure.callback(engines.close)
     teacher, reference = make_scorers(spec, student.groups)
+    for scoring in (teacher, reference):
+        if scoring:
+            on_failure.callback(scoring.scorer.close)
     whole_vocabulary = objective.needs.divergence or config.logging.gradient_diagnostics_interval
     table_rows = student.model.vocab_size
     decode: Decode = partial(spec.tokenizer.decode, skip_special_tokens=True)
@@ -198,5 +202,8 @@ def close(assembled: Assembled) -> None:
     try:
         assembled.files.close()
     finally:
+        for scoring in (assembled.run.teacher, assembled.run.reference):
+            if scoring is not None:
+                scoring.scorer.close()
         if assembled.run.engines is not None:
             assembled.run.engines.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch.distributed as dist
@@ -11,16 +10,11 @@ from megatron_tropd.checkpoints.load import load_checkpoint
 from megatron_tropd.checkpoints.state import load_model_state
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.models.build import HiddenStateGPT, build_gpt_model
-from megatron_tropd.parallel.groups import ModelGroups, student_groups, teacher_groups
-from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.parallel.groups import ModelGroups, student_groups
 from megatron_tropd.setup.model_specs import ModelSpec
 from megatron_tropd.setup.run_spec import RunSpec
-from megatron_tropd.teacher.colocated import ColocatedScorer
 from megatron_tropd.teacher.megatron import MegatronTeacher
-from megatron_tropd.training.diagnostics import diagnostics_due
-from megatron_tropd.training.stream import Scoring
 from megatron_tropd.training.student import Student, build_student, chunk_tokens, params_dtype
-from megatron_tropd.types import ScoreRequest
 from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 from megatron_tropd.weights.files.load import load_hf_into
 
@@ -72,27 +66,3 @@ def make_frozen(
         offload=config.teacher.teacher_offload,
         role=role,
     )
-
-
-def make_scorers(spec: RunSpec, student: ModelGroups) -> tuple[Scoring | None, Scoring | None]:
-    """Build (teacher, reference), each only if the objective needs it, else None; collective over the world."""
-    models, needs, frozen = spec.models, spec.objective.needs, {}
-
-    def groups_of(layout: ParallelLayout) -> ModelGroups:
-        if layout not in frozen:
-            frozen[layout] = teacher_groups(layout, timeout_s=spec.config.parallel.distributed_timeout_s)
-        return frozen[layout]
-
-    def teacher_wants(step: int) -> ScoreRequest:
-        return replace(needs.score, hidden=needs.score.hidden or diagnostics_due(spec.config, step))
-
-    teacher = reference = None
-    if models.teacher and models.teacher_layout:
-        model = make_frozen(spec, models.teacher, groups_of(models.teacher_layout), "teacher")
-        teacher = Scoring(scorer=ColocatedScorer(model), want=teacher_wants)
-    if models.reference and models.reference_layout:
-        is_student = models.reference is models.student
-        groups = student if is_student else groups_of(models.reference_layout)
-        model = make_frozen(spec, models.reference, groups, "reference")
-        reference = Scoring(scorer=ColocatedScorer(model), want=lambda _: ScoreRequest())
-    return teacher, reference

@@ -1,0 +1,65 @@
+"""Make what scores the rollouts of a run: the teacher, where --teacher-placement puts it, and the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from megatron_tropd.parallel.groups import ModelGroups, teacher_groups
+from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.setup.models import make_frozen
+from megatron_tropd.setup.run_spec import RunSpec
+from megatron_tropd.teacher.colocated import ColocatedScorer
+from megatron_tropd.teacher.scorer import Scorer
+from megatron_tropd.training.diagnostics import diagnostics_due
+from megatron_tropd.training.stream import Scoring
+from megatron_tropd.types import ScoreRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """What a teacher is made from."""
+
+    spec: RunSpec
+    student: ModelGroups
+    made: dict[ParallelLayout, ModelGroups] = field(default_factory=dict)
+    """Groups on the student's ranks, by layout: models of one layout share them."""
+
+    def groups_of(self, layout: ParallelLayout) -> ModelGroups:
+        """Groups of a frozen model on the student's ranks.  Collective over the world."""
+        if layout not in self.made:
+            self.made[layout] = teacher_groups(layout, timeout_s=self.spec.config.parallel.distributed_timeout_s)
+        return self.made[layout]
+
+
+def _colocated(place: Place) -> Scorer:
+    models = place.spec.models
+    assert models.teacher and models.teacher_layout
+    groups = place.groups_of(models.teacher_layout)
+    return ColocatedScorer(make_frozen(place.spec, models.teacher, groups, "teacher"))
+
+
+PLACEMENTS: dict[str, Callable[[Place], Scorer]] = {"colocated": _colocated}
+"""Maker of the teacher by --teacher-placement.  Collective over the student's ranks."""
+
+
+def make_scorers(spec: RunSpec, student: ModelGroups) -> tuple[Scoring | None, Scoring | None]:
+    """Make (teacher, reference), each only if the objective needs it, else None; collective over the world.
+
+    The reference is on the student's ranks: it is as small as the student.
+    """
+    models, config, needs = spec.models, spec.config, spec.objective.needs
+    place = Place(spec=spec, student=student)
+
+    def teacher_wants(step: int) -> ScoreRequest:
+        return replace(needs.score, hidden=needs.score.hidden or diagnostics_due(config, step))
+
+    teacher = reference = None
+    if models.teacher:
+        teacher = Scoring(scorer=PLACEMENTS[config.teacher.teacher_placement](place), want=teacher_wants)
+    if models.reference and models.reference_layout:
+        is_student = models.reference is models.student
+        groups = student if is_student else place.groups_of(models.reference_layout)
+        model = make_frozen(spec, models.reference, groups, "reference")
+        reference = Scoring(scorer=ColocatedScorer(model), want=lambda _: ScoreRequest())
+    return teacher, reference
