@@ -61,9 +61,12 @@ class ParallelConfig:
 class TeacherConfig:
     """The frozen model that scores tokens."""
 
-    teacher_placement: Literal["colocated"] = setting(
-        "colocated", "where the teacher is: colocated on the student's ranks, in its own layout"
+    teacher_placement: Literal["colocated", "dedicated"] = setting(
+        "colocated",
+        "where the teacher is: on the student's ranks (colocated) or on the last ranks of the job (dedicated), in its "
+        "own layout either way",
     )
+    teacher_world_size: int = setting(0, "ranks of a dedicated teacher; the student has the others")
     teacher_hf_checkpoint: str = setting("", "HF directory of the teacher, or its name on the Hub")
     teacher_load: str = setting("", "Megatron checkpoint of the teacher instead of the HF weights")
     teacher_tensor_model_parallel_size: int = setting(1, "tensor-parallel ranks of the teacher")

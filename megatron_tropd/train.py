@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from megatron_tropd.parallel.job_end import (
     EXIT_FAILED,
@@ -24,8 +24,9 @@ from megatron_tropd.parallel.job_end import (
 
 if TYPE_CHECKING:
     from megatron_tropd.config import TrainConfig
-    from megatron_tropd.setup.assemble import Assembled
     from megatron_tropd.setup.run_spec import RunSpec
+
+Built = TypeVar("Built")
 
 
 class Launch:
@@ -70,15 +71,12 @@ def _how_to_continue(config: TrainConfig) -> str:
     )
 
 
-def _assemble(spec: RunSpec) -> Assembled:
-    """Build the run.  What refuses its input here, such as a checkpoint of other prompts, is a configuration error."""
+def _refusing(build: Callable[[], Built]) -> Built:
+    """Call ``build``.  What refuses its input there, as a checkpoint of other prompts is, is a configuration error."""
     from megatron_tropd.cli import ConfigError
-    from megatron_tropd.parallel.groups import init_distributed
-    from megatron_tropd.setup.assemble import assemble
 
     try:
-        init_distributed(timeout_s=spec.config.parallel.distributed_timeout_s)
-        return assemble(spec)
+        return build()
     except ValueError as error:
         if isinstance(error, ConfigError) or not explains_itself(error):
             raise
@@ -102,10 +100,20 @@ def _train(argv: Sequence[str], launch: Launch, job_end: JobEnd) -> int:
 
     import torch.distributed as dist
 
-    from megatron_tropd.parallel.groups import shutdown
+    from megatron_tropd.parallel.groups import init_distributed, shutdown
+    from megatron_tropd.parallel.roles import TRAINER, job_of_environment
     from megatron_tropd.setup.run_spec import make_run_spec
+    from megatron_tropd.setup.teacher_world import make_worker
 
-    _run(make_run_spec(config, int(os.environ.get("WORLD_SIZE", "1"))), launch, job_end)
+    spec = make_run_spec(config, int(os.environ.get("WORLD_SIZE", "1")))
+    job = job_of_environment(spec.roles)
+    _refusing(lambda: init_distributed(spec.config.parallel.distributed_timeout_s, job))
+    if job.role.name == TRAINER:
+        _run(spec, launch, job_end)
+    else:
+        worker = _refusing(lambda: make_worker(spec, job))
+        launch.trains = spec.config
+        worker.serve()
     dist.barrier()
     shutdown()
     return 0
@@ -113,11 +121,11 @@ def _train(argv: Sequence[str], launch: Launch, job_end: JobEnd) -> int:
 
 def _run(spec: RunSpec, launch: Launch, job_end: JobEnd) -> None:
     """Build the run, train, write the results and close the run's parts; nothing holds a process group afterwards."""
-    from megatron_tropd.setup.assemble import close
+    from megatron_tropd.setup.assemble import assemble, close
     from megatron_tropd.training.finish import write_results
     from megatron_tropd.training.loop import train
 
-    assembled = _assemble(spec)
+    assembled = _refusing(lambda: assemble(spec))
     launch.trains = spec.config
     try:
         for note in spec.data.notes:

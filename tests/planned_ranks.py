@@ -77,12 +77,12 @@ class Member:
         self, case: Case, port: int, name: str, *, dtype: str, bucket_bytes: int, timeout_s: float, wrap=None,
         shared: bool = False,
     ) -> None:  # fmt: skip
+        from megatron_tropd.parallel.side_group import join_store, side_group
         from megatron_tropd.weights.coordinates.engine_boxes import engine_boxes
         from megatron_tropd.weights.coordinates.megatron_boxes import rank_boxes
         from megatron_tropd.weights.plan.planner import build_plan
         from megatron_tropd.weights.transport.receiver import PlannedReceiver
         from megatron_tropd.weights.transport.sender import PlannedSender
-        from megatron_tropd.weights.transport.side_group import join_store, side_group
 
         self.case, self.dtype, self.rank = case, dtype, int(os.environ["RANK"])
         self.plan = build_plan(case.arch, case.layout, case.engines, dtype=dtype, bucket_bytes=bucket_bytes)

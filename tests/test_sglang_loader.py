@@ -10,9 +10,9 @@ import pickle
 import pytest
 import torch
 
+from megatron_tropd.parallel.side_group import LOOPBACK, host_store
 from megatron_tropd.weights.engine_loader import LOADER, REQUEST, LoaderRequest, outcome_key, read_outcomes
 from megatron_tropd.weights.transport.message import TransportError
-from megatron_tropd.weights.transport.side_group import LOOPBACK, host_store
 from tests.test_sglang_planned import Link
 
 GOOD = {"do": "close", "group": "g", "engine": 0, "ticket": "0"}

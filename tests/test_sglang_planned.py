@@ -9,12 +9,12 @@ import pytest
 
 from megatron_tropd.errors import EngineError
 from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.parallel.side_group import host_store
 from megatron_tropd.rollout.sglang.api.checksums import SentChecksums
 from megatron_tropd.rollout.sglang.planned.control import PlannedEngines
 from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
 from megatron_tropd.weights.plan.placement import location
 from megatron_tropd.weights.plan.spec import PlanSpec
-from megatron_tropd.weights.transport.side_group import host_store
 from tests.planned_ranks import as_torch, fill, serve
 from tests.ranks import RankPool
 from tests.sglang_helpers import check_rollouts, params, requests_of
@@ -28,9 +28,9 @@ def _join(spec_json, port, group, shared):
     """Body: a trainer rank with poisoned parameters joins the group."""
     import os
 
+    from megatron_tropd.parallel.side_group import join_store
     from megatron_tropd.weights.coordinates.megatron_boxes import rank_boxes
     from megatron_tropd.weights.transport.connect import connect_sender
-    from megatron_tropd.weights.transport.side_group import join_store
 
     spec, rank = PlanSpec.from_json(spec_json), int(os.environ["RANK"])
     boxes = rank_boxes(spec.arch, spec.layout, rank)

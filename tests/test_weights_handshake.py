@@ -8,11 +8,11 @@ import os
 import pytest
 import torch
 
+from megatron_tropd.parallel.side_group import host_store, join_store, side_group
 from megatron_tropd.weights.transport.message import TransportError
 from megatron_tropd.weights.transport.p2p import P2PGroup
 from megatron_tropd.weights.transport.shared_memory import SharedSegment, open_segment
 from megatron_tropd.weights.transport.shared_memory_handshake import OFFER_TAG, OPENED_TAG, _pack, accept, offer
-from megatron_tropd.weights.transport.side_group import host_store, join_store, side_group
 
 CPU = torch.device("cpu")
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.parallel.side_group import host_store
 from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
 from megatron_tropd.weights.transport.channel import DATA_TAG
-from megatron_tropd.weights.transport.side_group import host_store
 from tests.planned_ranks import Member, deliver, serve, shared_mappings
 from tests.ranks import RankPool
 from tests.weight_cases import CASES, Case, arch

@@ -25,11 +25,11 @@ def command(argv: list[str], *, module: str = "megatron_tropd.train") -> list[st
 
 def start(
     argv: list[str], cwd: Path, env: dict[str, str] | None = None, module: str = "megatron_tropd.train", *,
-    launcher: Sequence[str] = ("--standalone",),
+    launcher: Sequence[str] = ("--standalone",), ranks: int = 2,
 ) -> WarmJob:  # fmt: skip
-    """A job of two ranks, which are forked from a process that has imported everything."""
+    """A job whose ranks are forked from a process that has imported everything."""
     file = ROOT.joinpath(*module.split(".")).with_suffix(".py")
-    words = ["--start-method", "fork", "--nproc-per-node", "2", *launcher, "--run-path", str(file), *argv]
+    words = ["--start-method", "fork", "--nproc-per-node", str(ranks), *launcher, "--run-path", str(file), *argv]
     return WarmJob(words, cwd=cwd, env=env or environment())
 
 
@@ -43,10 +43,11 @@ def delaying(rank: int) -> dict[str, str]:
 
 
 def output_of(
-    argv: list[str], cwd: Path, env: dict[str, str] | None = None, module: str = "megatron_tropd.train"
-) -> str:
-    """Everything that a job of two ranks prints, and a last line with torchrun's exit code."""
-    with start(argv, cwd, env, module) as job:
+    argv: list[str], cwd: Path, env: dict[str, str] | None = None, module: str = "megatron_tropd.train", *,
+    ranks: int = 2,
+) -> str:  # fmt: skip
+    """Everything that a job prints, and a last line with torchrun's exit code."""
+    with start(argv, cwd, env, module, ranks=ranks) as job:
         status = job.wait(timeout=400)
     return f"{job.output}\ntorchrun exited with {status}"
 

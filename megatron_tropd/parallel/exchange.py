@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -40,14 +40,46 @@ def _from_bytes(message: Tensor, specs: Sequence[TensorSpec]) -> list[Tensor]:
     return out
 
 
+class Link(Protocol):
+    """Point-to-point messages in host memory between numbered processes."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+
+    def isend(self, tensor: Tensor, peer: int) -> Any:
+        """Begin to send; the result has ``wait``."""
+
+    def irecv(self, tensor: Tensor, peer: int) -> Any:
+        """Begin to receive; the result has ``wait``."""
+
+
+class _World:
+    """The default process group, whose CPU back end is gloo."""
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    def isend(self, tensor: Tensor, peer: int) -> Any:
+        return dist.isend(tensor, dst=peer)
+
+    def irecv(self, tensor: Tensor, peer: int) -> Any:
+        return dist.irecv(tensor, src=peer)
+
+
+WORLD: Link = _World()
+
+
 def exchange(
-    send: Mapping[int, Sequence[Tensor]], receive: Mapping[int, Sequence[TensorSpec]]
+    send: Mapping[int, Sequence[Tensor]], receive: Mapping[int, Sequence[TensorSpec]], link: Link = WORLD
 ) -> dict[int, list[Tensor]]:
     """Send tensors to ranks and receive CPU tensors from ranks, over gloo, one message per pair of ranks.
 
-    Collective over exactly the pairs that appear; both sides must agree on order and sizes.
+    Collective over exactly the pairs that appear; both sides must agree on order and sizes.  Ranks are those of
+    ``link``.
     """
-    rank = dist.get_rank()
+    rank = link.rank
     arrived: dict[int, list[Tensor]] = {}
     work: list[Any] = []
     messages = {peer: _as_bytes(tensors) for peer, tensors in send.items()}
@@ -58,12 +90,12 @@ def exchange(
     }
     for peer, buffer in sorted(buffers.items()):
         if buffer.numel():
-            work.append(dist.irecv(buffer, src=peer))
+            work.append(link.irecv(buffer, peer))
     for peer, message in sorted(messages.items()):
         if peer == rank:
             arrived[rank] = _from_bytes(message, receive[rank])
         elif message.numel():
-            work.append(dist.isend(message, dst=peer))
+            work.append(link.isend(message, peer))
     for request in work:
         request.wait()
     for peer, buffer in buffers.items():

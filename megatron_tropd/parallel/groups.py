@@ -23,6 +23,7 @@ from torch.distributed import distributed_c10d
 
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.layout import ParallelLayout, RankCoords
+from megatron_tropd.parallel.roles import Job, job_store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ class ModelGroups:
 
     @property
     def world(self) -> dist.ProcessGroup:
-        """All ranks of the layout (today: all ranks of the job)."""
+        """All ranks of the layout: those of this process's role (roles.py)."""
         return dist.group.WORLD  # type: ignore[return-value]  # None where there is no process group
 
     @property
@@ -59,8 +60,10 @@ class ModelGroups:
 DEFAULT_TIMEOUT_S = 600.0
 
 
-def init_distributed(timeout_s: float = DEFAULT_TIMEOUT_S) -> tuple[int, int]:
+def init_distributed(timeout_s: float = DEFAULT_TIMEOUT_S, job: Job | None = None) -> tuple[int, int]:
     """Join the job that torchrun started, or make a job of one rank.  Returns (rank, world size).
+
+    With a ``job`` of several roles the world is that of this process's role.
 
     A collective of all ranks fails after ``timeout_s`` seconds, so that a lost rank cannot hang the others.
     Groups made later need a timeout of their own, because torch does not pass this one on to them.
@@ -80,7 +83,12 @@ def init_distributed(timeout_s: float = DEFAULT_TIMEOUT_S) -> tuple[int, int]:
                 )
             torch.cuda.set_device(local_rank)
         timeout = timedelta(seconds=timeout_s)
-        if "MASTER_ADDR" in os.environ:
+        if job is not None and len(job.roles) > 1:
+            dist.init_process_group(
+                platform.backend(), store=dist.PrefixStore(job.role.name, job_store(timeout_s)),
+                rank=job.rank - job.role.first, world_size=job.role.size, timeout=timeout,
+            )  # fmt: skip
+        elif "MASTER_ADDR" in os.environ:
             dist.init_process_group(platform.backend(), timeout=timeout)
         else:
             dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

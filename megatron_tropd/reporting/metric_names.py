@@ -60,6 +60,9 @@ METRICS: dict[str, MetricInfo] = {
     "guidance/len_mean": _info("tokens", "Mean guidance length of a rollout."),
     "rollout/len_mean": _info("tokens", "Mean response length of a rollout, guidance included."),
     "rollout/truncated_frac": _info("share", "Rollouts that ended at the length limit."),
+    "rollout/lag_mean": _info(
+        "updates", "Mean number of updates since the weights that wrote a rollout; 0 is strictly on-policy."
+    ),
     "rollout/accuracy": _info(
         "share",
         "Share right among those of the first 64 rollouts whose answer is known and was not in the teacher's prefix.",
@@ -74,6 +77,10 @@ METRICS: dict[str, MetricInfo] = {
     "reference/logprob_mean": _info("nats", "Mean log-probability of the response tokens by the reference."),
     "teacher/excluded_frac": _info("share", "Response tokens with q = 0."),
     "teacher/entropy": _info("nats", "Mean full-vocabulary entropy of the teacher over on-policy tokens."),
+    "teacher/wait_s": _info("s", "Seconds that the trainer waited for the scores of a teacher elsewhere."),
+    "teacher/busy_frac": _info(
+        "share", "Time since the last batch that a dedicated teacher spent in scoring; the rest it waited."
+    ),
     "reward/mean": _info("reward", "Mean of `--reward-function` over the rollout batch."),
     "reward/abs_max": _info("reward", "Largest absolute value of it in the rollout batch."),
     "reward/flat_groups_frac": _info("share", "Prompts whose samples all have one reward: their advantage is 0."),

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable, Sequence
 
-import torch.distributed as dist
-
 from megatron_tropd.parallel import platform
+from megatron_tropd.parallel.roles import meeting_host, own_address
 from megatron_tropd.rollout.embedded.engine import EmbeddedEngine
 from megatron_tropd.rollout.embedded.pool import EmbeddedPool
 from megatron_tropd.rollout.engine_pool import EnginePool, Export
@@ -19,7 +16,6 @@ from megatron_tropd.setup.run_spec import RunSpec
 from megatron_tropd.training.student import Student, params_dtype
 from megatron_tropd.types import Rollout
 from megatron_tropd.weights.coordinates.parameters import local_parameters
-from megatron_tropd.weights.transport.side_group import LOOPBACK
 
 
 def _embedded(spec: RunSpec, student: Student, export: Export, probes: Sequence[Rollout]) -> EnginePool:
@@ -63,22 +59,11 @@ def make_engines(spec: RunSpec, student: Student, export: Export, probes: Sequen
 
 
 def _trainer_weights(student: Student) -> TrainerWeights:
-    """Describe the trainer's weights and where its ranks meet the engines': on one machine at the loopback address, on
-    several at torchrun's master address."""
-    world_size = dist.get_world_size()
-    alone = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size
-    host = LOOPBACK if alone else os.environ["MASTER_ADDR"]
+    """Describe the trainer's weights and where its ranks meet the engines'."""
+    host = meeting_host()
     return TrainerWeights(
         layout=student.groups.layout,
         params=lambda: local_parameters(student.model),
         store_host=host,
-        address=_own_address(host),
+        address=own_address(host),
     )
-
-
-def _own_address(peer: str) -> str:
-    """Return the address of this machine on its route to ``peer``.  Its host name would not do: that may resolve to a
-    loopback address."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((peer, 9))  # sends nothing
-        return str(probe.getsockname()[0])

@@ -88,8 +88,12 @@ TEACHER = _Flags(who="teacher", hf="--teacher-hf-checkpoint", megatron="--teache
 REFERENCE = _Flags(who="reference", hf="--reference-hf-checkpoint", megatron="--reference-load", prefix="teacher-")
 
 
-def find_models(config: TrainConfig, needs: Needs, world_size: int, problems: Problems) -> Models | None:
+def find_models(
+    config: TrainConfig, needs: Needs, world_size: int, problems: Problems, *, teacher_world_size: int = 0
+) -> Models | None:
     """Find the models that the objective needs; None if ``problems`` has errors, with those found here added to it.
+
+    ``world_size`` is the number of the student's ranks; ``teacher_world_size`` that of a teacher's own, or 0.
 
     A reference given by flags has the teacher's layout.  By default the reference is the student's starting weights,
     in the student's layout.  Nothing is downloaded for a configuration that has errors already.
@@ -116,7 +120,12 @@ def find_models(config: TrainConfig, needs: Needs, world_size: int, problems: Pr
     teacher = teacher_layout = None
     if needs.teacher:
         teacher, teacher_layout = _find(
-            TEACHER, frozen.teacher_hf_checkpoint, frozen.teacher_load, sizes, world_size, problems
+            TEACHER,
+            frozen.teacher_hf_checkpoint,
+            frozen.teacher_load,
+            sizes,
+            teacher_world_size or world_size,
+            problems,
         )
     reference, reference_layout = (student, student_layout) if needs.reference_logprob else (None, None)
     hf, megatron = config.reference.reference_hf_checkpoint, config.reference.reference_load

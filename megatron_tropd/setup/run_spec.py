@@ -13,6 +13,7 @@ from megatron_tropd.grading.grader import Grader, make_grader
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.objectives.base import Objective
 from megatron_tropd.objectives.methods import make_objective
+from megatron_tropd.parallel.roles import Role, split
 from megatron_tropd.rewards import RewardFunction, load_reward_function
 from megatron_tropd.setup.checks import check_attention, check_lengths, check_method, check_numbers
 from megatron_tropd.setup.engine_checks import check_engine_flags, check_engine_layout
@@ -38,6 +39,8 @@ class RunSpec:
     objective: Objective
     reward_function: RewardFunction | None
     grader: Grader
+    roles: tuple[Role, ...]
+    """Which ranks of the job do what; the first are the trainer's."""
     warnings: tuple[str, ...]
 
 
@@ -58,7 +61,8 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     reward_path = config.reward.reward_function if needs.rewards else ""
     reward_function = problems.attempt(lambda: load_reward_function(reward_path)) if reward_path else None
     grader = problems.attempt(lambda: make_grader(config.evaluation.grader, config.evaluation.answer_pattern))
-    models = find_models(config, needs, world_size, problems)
+    roles = problems.attempt(lambda: _roles(config, needs, world_size)) or split(world_size, ())
+    models = find_models(config, needs, roles[0].size, problems, teacher_world_size=sum(r.size for r in roles[1:]))
     problems.stop_if_any()
     assert models and objective and grader
     check_lengths(config, models, objective, problems)
@@ -81,8 +85,37 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     assert tokens and data
     return RunSpec(
         config=pin_models(config, models), models=models, tokens=tokens, tokenizer=tokenizer, data=data,
-        objective=objective, reward_function=reward_function, grader=grader, warnings=tuple(problems.warnings),
+        objective=objective, reward_function=reward_function, grader=grader, roles=roles,
+        warnings=tuple(problems.warnings),
     )  # fmt: skip
+
+
+TEACHER_ROLE = "teacher"
+
+
+def _roles(config: TrainConfig, needs: Needs, world_size: int) -> tuple[Role, ...]:
+    """Split the job's ranks between the student and a dedicated teacher.
+
+    Raises:
+        ValueError: the placement does not fit --teacher-world-size, or that the job.
+    """
+    placement, size = config.teacher.teacher_placement, config.teacher.teacher_world_size
+    if placement != "dedicated":
+        if size:
+            raise ValueError(
+                f"--teacher-world-size {size} is for --teacher-placement dedicated; it is {placement}: change one"
+            )
+        return split(world_size, ())
+    if not needs.teacher:
+        raise ValueError(
+            f"--objective {config.objective.objective} has no teacher: leave out --teacher-placement dedicated"
+        )
+    if size < 1:
+        raise ValueError(
+            "--teacher-placement dedicated needs --teacher-world-size: how many of the "
+            f"{world_size} ranks that torchrun started are the teacher's"
+        )
+    return split(world_size, [(TEACHER_ROLE, size)])
 
 
 def _tokens(models: Models) -> TokenizerReport:

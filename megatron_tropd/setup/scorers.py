@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from megatron_tropd.parallel.groups import ModelGroups, teacher_groups
 from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.parallel.roles import job_of_environment
 from megatron_tropd.setup.models import make_frozen
-from megatron_tropd.setup.run_spec import RunSpec
+from megatron_tropd.setup.run_spec import TEACHER_ROLE, RunSpec
 from megatron_tropd.teacher.colocated import ColocatedScorer
+from megatron_tropd.teacher.dedicated.scorer import DedicatedScorer
 from megatron_tropd.teacher.scorer import Scorer
 from megatron_tropd.training.diagnostics import diagnostics_due
 from megatron_tropd.training.stream import Scoring
+from megatron_tropd.training.student import params_dtype
 from megatron_tropd.types import ScoreRequest
 
 
@@ -39,7 +44,22 @@ def _colocated(place: Place) -> Scorer:
     return ColocatedScorer(make_frozen(place.spec, models.teacher, groups, "teacher"))
 
 
-PLACEMENTS: dict[str, Callable[[Place], Scorer]] = {"colocated": _colocated}
+def _dedicated(place: Place) -> Scorer:
+    spec, models = place.spec, place.spec.models
+    assert models.teacher and models.teacher_layout
+    arch, layout = models.teacher.arch, models.teacher_layout
+    return DedicatedScorer(
+        job_of_environment(spec.roles),
+        TEACHER_ROLE,
+        layout,
+        hidden_like=torch.empty(0, arch.hidden_size, dtype=params_dtype(spec.config)),
+        padded_vocab_size=layout.padded_vocab_size(arch.vocab_size),
+        vocab_size=spec.tokens.common_vocab_size,
+        timeout_s=spec.config.parallel.distributed_timeout_s,
+    )
+
+
+PLACEMENTS: dict[str, Callable[[Place], Scorer]] = {"colocated": _colocated, "dedicated": _dedicated}
 """Maker of the teacher by --teacher-placement.  Collective over the student's ranks."""
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_tropd.parallel.groups import ModelGroups
 from megatron_tropd.teacher.megatron import MegatronTeacher
+from megatron_tropd.teacher.output_table import Grid
 from megatron_tropd.teacher.scorer import Destination
 from megatron_tropd.types import Rollout, ScoreRequest, TeacherScores
 
@@ -38,7 +39,7 @@ class ColocatedScorer:
 
     def output_rows(self, student: ModelGroups, padded_vocab_size: int) -> Tensor | None:
         """See Scorer."""
-        return self._model.output_rows(student, padded_vocab_size)
+        return self._model.output_rows(Grid(layout=student.layout), padded_vocab_size)
 
     def metrics(self) -> dict[str, float]:
         """Empty: its time is the phase ``score``."""

@@ -14,9 +14,10 @@ from megatron_tropd.data.packing import plan_packs
 from megatron_tropd.models.build import HiddenStateGPT
 from megatron_tropd.ops.vocab_parallel import VocabShard
 from megatron_tropd.parallel import platform
-from megatron_tropd.parallel.exchange import gather_objects
+from megatron_tropd.parallel.exchange import WORLD, Link, gather_objects
 from megatron_tropd.parallel.groups import ModelGroups
-from megatron_tropd.teacher.output_table import reshard_output_table
+from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.teacher.output_table import Grid, reshard_output_table
 from megatron_tropd.teacher.routing import route
 from megatron_tropd.teacher.scorer import Destination
 from megatron_tropd.teacher.scoring import FrozenHead, score_rollouts
@@ -63,23 +64,37 @@ class MegatronTeacher:
         self._move("cpu" if self._offload else platform.device())
 
     @property
+    def layout(self) -> ParallelLayout:
+        """Layout of the model."""
+        return self._groups.layout
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of one micro-batch."""
+        return self._max_tokens
+
+    @property
     def hidden_like(self) -> Tensor:
         """Return an empty tensor [0, H] with the width and dtype of the hidden states that are sent."""
         config = self._model.config
         return torch.empty(0, config.hidden_size, dtype=config.params_dtype)
 
-    def output_rows(self, student: ModelGroups, padded_vocab_size: int) -> Tensor | None:
+    def output_rows(
+        self, student: Grid, padded_vocab_size: int, *, first: int = 0, link: Link = WORLD
+    ) -> Tensor | None:
         """Rows of the output table for this rank's part of the student's, which has ``padded_vocab_size`` rows in all;
-        see :func:`reshard_output_table`.  Collective over the world."""
+        see :func:`reshard_output_table`.  Collective over this model's ranks, numbered from ``first`` on ``link``, and
+        the student's."""
         like = self.hidden_like
         return reshard_output_table(
             self._model.lm_head_weight() if self._groups.is_last_stage else None,
-            self._groups,
+            Grid(layout=self._groups.layout, first=first),
             student,
             width=like.shape[1],
             dtype=like.dtype,
             padded=(self._model.vocab_size, padded_vocab_size),
             vocab_size=self._shard.vocab_size,
+            link=link,
         )
 
     def _move(self, device: Any) -> None:

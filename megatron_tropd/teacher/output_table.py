@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.parallel import platform
-from megatron_tropd.parallel.exchange import TensorSpec, exchange
-from megatron_tropd.parallel.groups import ModelGroups
+from megatron_tropd.parallel.exchange import WORLD, Link, TensorSpec, exchange
+from megatron_tropd.parallel.layout import ParallelLayout
 
 
 def _rows(layout_tp: int, padded: int, vocab_size: int, tp: int) -> range:
@@ -17,35 +19,28 @@ def _rows(layout_tp: int, padded: int, vocab_size: int, tp: int) -> range:
     return range(min(tp * per_rank, vocab_size), min((tp + 1) * per_rank, vocab_size))
 
 
-def reshard_output_table(
-    table: Tensor | None,
-    source: ModelGroups,
-    target: ModelGroups,
-    *,
-    width: int,
-    dtype: torch.dtype,
-    padded: tuple[int, int],
-    vocab_size: int,
-) -> Tensor | None:
-    """Rows of a frozen model's output table for the ids of each of the student's ranks; collective over the world.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """The ranks of a model, as the link between two models numbers them."""
 
-    Any layout to any layout, once at start: a row travels only to the ranks that need it, and each replica of the
-    student is served by another replica of the teacher as far as there are enough.
+    layout: ParallelLayout
+    first: int = 0
+    """Number of the layout's rank 0."""
 
-    Args:
-        table: this rank's rows in the teacher's layout, [V_padded / tp, H]; None before its last stage.
-        source: the teacher's place in the world.
-        target: the student's.
-        width: H of the teacher.
-        dtype: of the table.
-        padded: rows of the whole table, padding included, in the teacher's and in the student's layout.
-        vocab_size: number of ids that both models share.
 
-    Returns:
-        [v, H] on this rank's device for the shared ids of its shard, on every rank of the student's
-        last stage; None elsewhere.
-    """
-    rank, send, receive = dist.get_rank(), {}, {}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Move:
+    """Ids whose rows go from one rank to another, by their numbers on the link."""
+
+    owner: int
+    peer: int
+    ids: range
+    start: int
+    """First id of the owner's rows."""
+
+
+def _moves(source: Grid, target: Grid, padded: tuple[int, int], vocab_size: int) -> Iterator[_Move]:
+    """Yield who sends which rows to whom, for every receiver by ascending id."""
     for peer in range(target.layout.world_size):
         place = target.layout.coords(peer)
         if place.pp != target.layout.pp - 1:
@@ -54,17 +49,54 @@ def reshard_output_table(
         for tp in range(source.layout.tp):
             held = _rows(source.layout.tp, padded[0], vocab_size, tp)
             common = range(max(wanted.start, held.start), min(wanted.stop, held.stop))
-            if not common:
-                continue
-            owner = source.layout.rank(tp=tp, pp=source.layout.pp - 1, dp=place.dp % source.layout.dp)
-            if owner == rank:
-                assert table is not None, "the teacher's last stage holds its output table"
-                send[peer] = [table[common.start - held.start : common.stop - held.start]]
-            if peer == rank:
-                receive[owner] = [TensorSpec(shape=(len(common), width), dtype=dtype)]
-    arrived = exchange(send, receive)
-    if not target.is_last_stage:
+            if common:
+                owner = source.layout.rank(tp=tp, pp=source.layout.pp - 1, dp=place.dp % source.layout.dp)
+                yield _Move(owner=source.first + owner, peer=target.first + peer, ids=common, start=held.start)
+
+
+def reshard_output_table(
+    table: Tensor | None,
+    source: Grid,
+    target: Grid,
+    *,
+    width: int,
+    dtype: torch.dtype,
+    padded: tuple[int, int],
+    vocab_size: int,
+    link: Link = WORLD,
+) -> Tensor | None:
+    """Rows of a frozen model's output table for the ids of each of the student's ranks; collective over both models.
+
+    Any layout to any layout, once at start: a row travels only to the ranks that need it, and each replica of the
+    student is served by another replica of the teacher as far as there are enough.
+
+    Args:
+        table: this rank's rows in the teacher's layout, [V_padded / tp, H]; None before its last stage.
+        source: the teacher's ranks.
+        target: the student's.
+        width: H of the teacher.
+        dtype: of the table.
+        padded: rows of the whole table, padding included, in the teacher's and in the student's layout.
+        vocab_size: number of ids that both models share.
+        link: between all these ranks.
+
+    Returns:
+        [v, H] on this rank's device for the shared ids of its shard, on every rank of the student's
+        last stage; None elsewhere.
+    """
+    rank = link.rank
+    send: dict[int, list[Tensor]] = {}
+    receive: dict[int, list[TensorSpec]] = {}
+    for move in _moves(source, target, padded, vocab_size):
+        if move.owner == rank:
+            assert table is not None, "the teacher's last stage holds its output table"
+            send[move.peer] = [table[move.ids.start - move.start : move.ids.stop - move.start]]
+        if move.peer == rank:
+            receive[move.owner] = [TensorSpec(shape=(len(move.ids), width), dtype=dtype)]
+    arrived = exchange(send, receive, link)
+    place = rank - target.first
+    if place not in range(target.layout.world_size) or target.layout.coords(place).pp != target.layout.pp - 1:
         return None
-    parts = [arrived[owner][0] for owner in receive]  # by ascending id: owners were met in the order of their rows
+    parts = [arrived[owner][0] for owner in receive]  # by ascending id, as moves are
     rows = torch.cat(parts) if parts else torch.empty(0, width, dtype=dtype)
     return rows.to(platform.device())

@@ -72,6 +72,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
             **scored.metrics,
             **gradients,
             **arrived,
+            **({f"teacher/{name}": v for name, v in run.teacher.scorer.metrics().items()} if run.teacher else {}),
             **_batch_metrics(run, step, rollouts, version),
         },
         seconds=progress.take_seconds(),

@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_tropd.parallel.side_group import LOOPBACK, Backend, join_store
 from megatron_tropd.weights.plan.placement import Location, location
 from megatron_tropd.weights.plan.spec import PlanSpec
 from megatron_tropd.weights.transport.connect import connect_receiver
 from megatron_tropd.weights.transport.message import TransportError
 from megatron_tropd.weights.transport.receiver import PlannedReceiver
-from megatron_tropd.weights.transport.side_group import LOOPBACK, Backend, join_store
 
 log = logging.getLogger(__name__)
 

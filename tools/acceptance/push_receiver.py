@@ -11,10 +11,10 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from megatron_tropd.parallel.side_group import Backend, join_store
 from megatron_tropd.weights.coordinates.engine_boxes import engine_boxes
 from megatron_tropd.weights.plan.spec import PlanSpec
 from megatron_tropd.weights.transport.connect import connect_receiver
-from megatron_tropd.weights.transport.side_group import Backend, join_store
 
 from .weights import differing
 

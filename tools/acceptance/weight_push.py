@@ -16,11 +16,11 @@ import torch
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.parallel.side_group import Backend, host_store
 from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
 from megatron_tropd.weights.coordinates.megatron_boxes import rank_boxes
 from megatron_tropd.weights.plan.spec import PlanSpec
 from megatron_tropd.weights.transport.connect import connect_sender
-from megatron_tropd.weights.transport.side_group import Backend, host_store
 
 from .device import GB, wait
 from .push_receiver import Invitation, Received, main

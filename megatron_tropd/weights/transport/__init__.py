@@ -12,7 +12,6 @@ A planned update goes through these modules, from the top:
     shared_memory_handshake.py  which receivers can open a sender's memory (shared_memory.py)
     staging.py                  the memory that messages are packed into
     message.py, p2p.py          headers and checksums; sends and receives with a timeout
-    side_group.py               a process group between processes that share no other group
 
 To add a transport, write a class beside those of ``channel.py``.
 """
@@ -23,5 +22,4 @@ FRONT = {
     "message": ("TransportError",),
     "receiver": ("PlannedReceiver",),
     "sender": ("PlannedSender",),
-    "side_group": ("LOOPBACK", "Backend", "host_store", "join_store"),
 }

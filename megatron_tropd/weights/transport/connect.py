@@ -8,13 +8,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tropd.parallel.side_group import JOIN_TIMEOUT_S, LOOPBACK, Backend, side_group
 from megatron_tropd.weights.coordinates.engine_boxes import engine_boxes
 from megatron_tropd.weights.coordinates.megatron_boxes import rank_boxes
 from megatron_tropd.weights.coordinates.parameters import match_parameters
 from megatron_tropd.weights.plan.spec import PlanSpec
 from megatron_tropd.weights.transport.receiver import PlannedReceiver
 from megatron_tropd.weights.transport.sender import PlannedSender
-from megatron_tropd.weights.transport.side_group import JOIN_TIMEOUT_S, LOOPBACK, Backend, side_group
 
 
 def connect_sender(

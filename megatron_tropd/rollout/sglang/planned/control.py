@@ -20,12 +20,12 @@ from itertools import count
 import torch.distributed as dist
 
 from megatron_tropd.errors import EngineError
+from megatron_tropd.parallel.side_group import LOOPBACK, Backend
 from megatron_tropd.rollout.sglang.engine import Engine
 from megatron_tropd.weights.engine_loader import LOADER, LoaderRequest, Outcome, Request, read_outcomes
 from megatron_tropd.weights.plan.placement import Location
 from megatron_tropd.weights.plan.spec import PlanSpec
 from megatron_tropd.weights.transport.message import TransportError
-from megatron_tropd.weights.transport.side_group import LOOPBACK, Backend
 
 _ANSWER_TIMEOUT_S = 30.0
 """Of an outcome that should be there already: the server answers after its workers are done."""

@@ -22,6 +22,7 @@ from megatron_tropd.errors import EngineError
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel.fail_together import from_all_ranks, on_all_ranks, on_rank_zero
 from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.parallel.side_group import LOOPBACK, host_store, join_store
 from megatron_tropd.rollout.sglang.engine import Engine
 from megatron_tropd.rollout.sglang.fleet import Fleet
 from megatron_tropd.rollout.sglang.planned.control import PlannedEngines
@@ -34,7 +35,6 @@ from megatron_tropd.weights.plan.spec import PlanSpec
 from megatron_tropd.weights.transport.connect import connect_sender
 from megatron_tropd.weights.transport.message import TransportError
 from megatron_tropd.weights.transport.sender import PlannedSender
-from megatron_tropd.weights.transport.side_group import LOOPBACK, host_store, join_store
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,35 @@
+"""Build what the ranks of a dedicated teacher run."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from megatron_tropd.parallel.bridge import Bridge
+from megatron_tropd.parallel.groups import student_groups
+from megatron_tropd.parallel.mailbox import Mailbox
+from megatron_tropd.parallel.roles import TRAINER, Job, another_connection
+from megatron_tropd.setup.models import make_frozen
+from megatron_tropd.setup.run_spec import RunSpec
+from megatron_tropd.teacher.dedicated.messages import inbox, outbox
+from megatron_tropd.teacher.dedicated.worker import Worker
+
+
+def make_worker(spec: RunSpec, job: Job) -> Worker:
+    """Build this rank's part of the teacher.  Collective over the teacher's ranks, which are the world here, and in the
+    end over the trainer's too.
+
+    Its layout is Megatron's global one in these processes, as the student's is in the trainer's.
+    """
+    config, models, name = spec.config, spec.models, job.role.name
+    assert models.teacher and models.teacher_layout, "a role of its own has a model"
+    timeout_s = config.parallel.distributed_timeout_s
+    groups = student_groups(models.teacher_layout, seed=config.training.seed, timeout_s=timeout_s)
+    model = make_frozen(spec, models.teacher, groups, "teacher")
+    leads = dist.get_rank() == 0
+    return Worker(
+        model,
+        Mailbox(inbox(name), lambda: another_connection(timeout_s)) if leads else None,
+        Mailbox(outbox(name), lambda: another_connection(timeout_s)) if leads else None,
+        Bridge(job, TRAINER, timeout_s=timeout_s),
+        first=job.role.first,
+    )
