@@ -150,7 +150,8 @@ class EngineConfig:
     rollout_engine: Literal["embedded", "sglang"] = setting(
         "embedded", "embedded: transformers inside every rank; sglang: SGLang servers"
     )
-    rollout_num_engines: int = setting(1, "SGLang servers to start")
+    rollout_num_engines: int = setting(1, "SGLang servers to start on the machine of rank 0")
+    rollout_num_engines_per_node: int = setting(0, "SGLang servers to start on every machine of the job instead")
     rollout_gpu_ids: list[str] = setting([], "GPUs of the servers started here, in order; default: from 0 on")
     rollout_engine_urls: list[str] = setting([], "SGLang servers that run already, instead of starting some")
     update_weight_transport: Literal["auto", "shared", "bytes", "planned", "planned-shared"] = setting(

@@ -102,19 +102,25 @@ def _train(argv: Sequence[str], launch: Launch, job_end: JobEnd) -> int:
 
     from megatron_tropd.parallel.groups import init_distributed, shutdown
     from megatron_tropd.parallel.roles import TRAINER, job_of_environment
+    from megatron_tropd.setup.engines import make_keeper
     from megatron_tropd.setup.run_spec import make_run_spec
     from megatron_tropd.setup.teacher_world import make_worker
 
     spec = make_run_spec(config, int(os.environ.get("WORLD_SIZE", "1")))
     job = job_of_environment(spec.roles)
     _refusing(lambda: init_distributed(spec.config.parallel.distributed_timeout_s, job))
-    if job.role.name == TRAINER:
-        _run(spec, launch, job_end)
-    else:
-        worker = _refusing(lambda: make_worker(spec, job))
-        launch.trains = spec.config
-        worker.serve()
-    dist.barrier()
+    keeper = make_keeper(spec)
+    try:
+        if job.role.name == TRAINER:
+            _run(spec, launch, job_end)
+        else:
+            worker = _refusing(lambda: make_worker(spec, job))
+            launch.trains = spec.config
+            worker.serve()
+        dist.barrier()
+    finally:
+        if keeper is not None:
+            keeper.close()
     shutdown()
     return 0
 

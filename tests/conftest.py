@@ -56,7 +56,7 @@ def pytest_collection_finish(session):
 
 
 def _needs_servers(item) -> bool:
-    return "sglang" in item.fixturenames
+    return "sglang" in item.fixturenames or item.get_closest_marker("servers") is not None
 
 
 @pytest.fixture(scope="session")

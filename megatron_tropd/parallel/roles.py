@@ -91,12 +91,31 @@ def job_store(timeout_s: float) -> dist.Store:
 _store: dist.Store | None = None
 
 
-def another_connection(timeout_s: float) -> dist.TCPStore:
-    """Return a connection of its own to the store of the job.  One connection serves one call at a time."""
-    return dist.TCPStore(
+def another_connection(timeout_s: float) -> dist.Store:
+    """Return a connection of its own to the store of the job.  One connection serves one call at a time.
+
+    After torchrun restarted the ranks nothing that the earlier ones left is seen.
+    """
+    store = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
         timeout=timedelta(seconds=timeout_s), wait_for_workers=False,
     )  # fmt: skip
+    return dist.PrefixStore(f"tropd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def num_nodes() -> int:
+    """Number of machines on which torchrun started ranks."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
+def node() -> int:
+    """Number of this machine in the job."""
+    return int(os.environ.get("GROUP_RANK", "0"))
+
+
+def leads_node() -> bool:
+    """Whether this process is the first on its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def is_on_one_machine() -> bool:

@@ -46,7 +46,7 @@ def join_store(*, host: str = LOOPBACK, port: int, timeout_s: float) -> dist.TCP
 
 
 def side_group(
-    store: dist.TCPStore, *, name: str, rank: int, world_size: int, backend: Backend, timeout_s: float,
+    store: dist.Store, *, name: str, rank: int, world_size: int, backend: Backend, timeout_s: float,
     address: str = LOOPBACK,
 ) -> Any:  # fmt: skip
     """Join the group ``name`` (new for every group of a store).  Blocks until all ``world_size`` ranks have joined.

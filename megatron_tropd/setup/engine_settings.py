@@ -8,8 +8,9 @@ from pathlib import Path
 
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.parallel import platform
+from megatron_tropd.parallel.roles import meeting_host, num_nodes, own_address
 from megatron_tropd.setup.model_specs import ModelSpec
-from megatron_tropd.sglang.settings import SGLangSettings, load_keys
+from megatron_tropd.sglang.settings import SGLangSettings, is_loopback, load_keys
 from megatron_tropd.weights.engine_loader import LOADER
 
 
@@ -26,14 +27,16 @@ def sglang_settings(config: TrainConfig, student: ModelSpec) -> SGLangSettings:
         OSError: the key file cannot be read.
     """
     engine = config.engine
+    nodes = num_nodes() if engine.rollout_num_engines_per_node else 1
     return SGLangSettings(
         hf_dir=student.hf_dir.absolute(),
         log_dir=Path(config.logging.run_dir).absolute() / "engines",
         dtype="bfloat16" if config.model.bf16 else "float32",
         python=Path(engine.sglang_python or sys.executable).absolute(),
-        num_engines=engine.rollout_num_engines,
+        num_engines=nodes * engine.rollout_num_engines_per_node or engine.rollout_num_engines,
+        num_nodes=nodes,
         urls=tuple(engine.rollout_engine_urls),
-        host=engine.sglang_host,
+        host=_host(engine.sglang_host, nodes),
         keys=load_keys(file=Path(engine.sglang_key_file) if engine.sglang_key_file else None),
         tp_size=engine.sglang_tp_size,
         gpu_ids=_gpu_ids(engine.rollout_gpu_ids),
@@ -45,6 +48,11 @@ def sglang_settings(config: TrainConfig, student: ModelSpec) -> SGLangSettings:
         start_timeout_s=engine.sglang_start_timeout,
         request_timeout_s=engine.sglang_request_timeout,
     )
+
+
+def _host(given: str, nodes: int) -> str:
+    """Return the address of this machine's servers: on several machines one that the others reach."""
+    return own_address(meeting_host()) if nodes > 1 and is_loopback(given) else given
 
 
 def _gpu_ids(given: Sequence[str]) -> tuple[int, ...]:

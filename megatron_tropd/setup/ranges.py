@@ -54,7 +54,7 @@ RANGES = {
     "distributed-timeout-minutes": Range(0, _MINUTES_OF_A_YEAR, open_low=True),
     "max-prompt-length": _COUNT, "max-response-length": _COUNT, "min-response-share": _SHARE,
     "rollout-batch-size": _COUNT, "n-samples-per-prompt": Range(1, 1 << 20), "rollout-max-batch-size": _COUNT,
-    "rollout-lag": _SHARE, "teacher-world-size": _RANKS_OR_DEFAULT,
+    "rollout-lag": _SHARE, "teacher-world-size": _RANKS_OR_DEFAULT, "rollout-num-engines-per-node": Range(0, 10**3),
     "rollout-num-engines": Range(1, 10**4), "sglang-tp-size": Range(1, 10**4),
     "update-weight-buffer-size": Range(1, 1 << 40),
     "sglang-start-timeout": Range(0, 60 * _MINUTES_OF_A_YEAR, open_low=True),

@@ -121,6 +121,8 @@ class SGLangSettings:
     python: Path | None = None
     """Interpreter of SGLang's environment (``make sglang-env``); needed unless ``urls`` are given."""
     num_engines: int = 1
+    num_nodes: int = 1
+    """Machines that the engines are spread over, equally many on each."""
     urls: tuple[str, ...] = ()
     """Servers that are started and restarted elsewhere; ``num_engines`` is then ignored."""
     host: str = "127.0.0.1"
@@ -165,8 +167,8 @@ class SGLangSettings:
                 f"SGLang at {', '.join(public)} can be reached from other machines, where anyone could replace "
                 f"weights and run code: set {API_KEY_VARIABLE} and {ADMIN_KEY_VARIABLE}, or keep to 127.0.0.1"
             )
-        if self.gpu_ids and len(self.gpu_ids) != self.num_engines * self.tp_size:
-            raise ValueError(f"{len(self.gpu_ids)} GPU ids for {self.num_engines} engines of {self.tp_size} GPUs each")
+        if self.gpu_ids and len(self.gpu_ids) != self.per_node * self.tp_size:
+            raise ValueError(f"{len(self.gpu_ids)} GPU ids for {self.per_node} engines of {self.tp_size} GPUs each")
         if self.transport == "shared" and self.cuda and any(self.hides_gpus(i) for i in range(self.num_engines)):
             raise ValueError(
                 f"--rollout-gpu-ids {' '.join(map(str, self.gpu_ids))}: an engine's GPUs do not follow one another, "
@@ -176,10 +178,20 @@ class SGLangSettings:
             if reason := _OWN_FLAGS.get(flag.partition("=")[0]):
                 raise ValueError(f"{flag.partition('=')[0]} cannot be passed through to SGLang: {reason}")
 
+    @property
+    def per_node(self) -> int:
+        """Engines of one machine."""
+        return self.num_engines // self.num_nodes
+
+    def node_of(self, index: int) -> int:
+        """Machine of server number ``index``; 0 is that of rank 0."""
+        return index // self.per_node
+
     def gpus_of(self, index: int) -> tuple[int, ...]:
-        """GPUs of server number ``index``, numbered as this process sees them."""
-        gpus = self.gpu_ids or tuple(range(self.num_engines * self.tp_size))
-        return gpus[index * self.tp_size : (index + 1) * self.tp_size]
+        """GPUs of server number ``index``, numbered as processes on its machine see them."""
+        gpus = self.gpu_ids or tuple(range(self.per_node * self.tp_size))
+        first = index % self.per_node * self.tp_size
+        return gpus[first : first + self.tp_size]
 
     def hides_gpus(self, index: int) -> bool:
         """Whether server ``index`` sees its own GPUs only, which --base-gpu-id cannot name because they do not follow

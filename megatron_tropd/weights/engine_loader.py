@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_tropd.parallel.side_group import LOOPBACK, Backend, join_store
+from megatron_tropd.parallel.roles import own_address
+from megatron_tropd.parallel.side_group import Backend, join_store
 from megatron_tropd.weights.plan.placement import Location, location
 from megatron_tropd.weights.plan.spec import PlanSpec
 from megatron_tropd.weights.transport.connect import connect_receiver
@@ -55,8 +56,6 @@ class LoaderRequest:
     host: str = ""
     port: int = 0
     backend: Backend = "gloo"
-    address: str = LOOPBACK
-    """Address of the engine, at which the trainer's ranks reach it (gloo)."""
     timeout_s: float = 600.0
     run_name: str = ""
     """Name of the trainer's run.  Versions are compared within a run: another run may begin with an earlier one."""
@@ -209,7 +208,7 @@ def _serve(model: nn.Module, request: LoaderRequest, rank: int, store: dist.TCPS
             PlanSpec.from_json(request.spec), request.digest, engine=request.engine, engine_rank=rank,
             params=dict(model.named_parameters()), store=store, group=request.group, backend=request.backend,
             timeout_s=request.timeout_s, version=_versions.get((request.run_name, request.engine), -1),
-            address=request.address, shared=request.shared,
+            address=own_address(request.host), shared=request.shared,
         )  # fmt: skip
         _connections[request.group] = _Connection(store=store, receiver=receiver)
         return Outcome(version=receiver.version)

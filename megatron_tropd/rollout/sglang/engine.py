@@ -32,7 +32,7 @@ from megatron_tropd.sglang.api.control import (
 from megatron_tropd.sglang.api.fields import shown
 from megatron_tropd.sglang.api.progress import ProgressWatch
 from megatron_tropd.sglang.errors import BadResponse, EngineDown, RequestRefused, StaleWeights
-from megatron_tropd.sglang.server.process import ServerProcess
+from megatron_tropd.sglang.server.handle import ServerHandle
 from megatron_tropd.sglang.settings import START_TIMEOUT_FLAG, SGLangSettings
 from megatron_tropd.types import GenerationRequest, Rollout
 from megatron_tropd.weights.coordinates.engine_boxes import parameter_names
@@ -55,7 +55,7 @@ class Engine:
     """
 
     def __init__(
-        self, index: int, settings: SGLangSettings, arch: Architecture, server: ServerProcess | None, url: str = ""
+        self, index: int, settings: SGLangSettings, arch: Architecture, server: ServerHandle | None, url: str = ""
     ) -> None:
         self.index, self._settings, self._arch, self.server, self._url = index, settings, arch, server, url
         self._client: Client | None = None
@@ -94,7 +94,7 @@ class Engine:
         if self.server is None:
             self._client = Client(self.name, self._url, self._settings.keys)
         else:
-            self.server.start()
+            await asyncio.to_thread(self.server.start)  # one of another machine is waited for
             self._client = Client(self.name, self.server.url, self._settings.keys, self.server.is_running)
         self._watch = ProgressWatch(self.name, self._load, self._settings.request_timeout_s)
 
@@ -164,7 +164,7 @@ class Engine:
         self.version, self.is_up = None, False
         await self._disconnect()
         if self.server is not None:
-            self.server.stop()
+            await asyncio.to_thread(self.server.stop)
 
     async def _disconnect(self) -> None:
         client, self._client = self._client, None
@@ -264,7 +264,7 @@ class Engine:
     @property
     def _shares_memory(self) -> bool:
         transport = self._settings.transport
-        if transport == "auto" and self.server is not None:
+        if transport == "auto" and self.server is not None and self.server.is_local:
             return not (self._settings.cuda and self._settings.hides_gpus(self.index))
         return transport == "shared"
 

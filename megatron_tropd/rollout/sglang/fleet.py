@@ -15,6 +15,7 @@ from megatron_tropd.rollout.sglang.api.generation import PromptGroup, TokenRules
 from megatron_tropd.rollout.sglang.api.weight_buckets import WeightBucket
 from megatron_tropd.rollout.sglang.engine import Engine
 from megatron_tropd.sglang.errors import BadResponse, EngineDown, StaleWeights
+from megatron_tropd.sglang.server.handle import MakeServer
 from megatron_tropd.sglang.server.process import ServerProcess
 from megatron_tropd.sglang.settings import SGLangSettings
 from megatron_tropd.types import GenerationRequest, Rollout
@@ -80,12 +81,14 @@ class Fleet:
     ``counts`` are the failures so far, by the names of ``COUNTS``.
     """
 
-    def __init__(self, settings: SGLangSettings, rules: TokenRules, arch: Architecture) -> None:
+    def __init__(
+        self, settings: SGLangSettings, rules: TokenRules, arch: Architecture, make_server: MakeServer = ServerProcess
+    ) -> None:
         self._settings, self._rules = settings, rules
         if settings.urls:
             self.engines = [Engine(i, settings, arch, None, url.rstrip("/")) for i, url in enumerate(settings.urls)]
         else:
-            servers = [ServerProcess(settings, i, arch.max_position_embeddings) for i in range(settings.num_engines)]
+            servers = [make_server(settings, i, arch.max_position_embeddings) for i in range(settings.num_engines)]
             self.engines = [Engine(i, settings, arch, server) for i, server in enumerate(servers)]
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
         self._checksums: dict[int, set[str]] = {}

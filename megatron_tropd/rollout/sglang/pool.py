@@ -24,6 +24,8 @@ from megatron_tropd.rollout.sglang.fleet import Fleet, GenerationJob
 from megatron_tropd.rollout.sglang.planned.push import PlannedPush
 from megatron_tropd.rollout.update_tracker import UpdateTracker
 from megatron_tropd.sglang.loop_thread import LoopThread
+from megatron_tropd.sglang.server.handle import MakeServer
+from megatron_tropd.sglang.server.process import ServerProcess
 from megatron_tropd.sglang.settings import SGLangSettings
 from megatron_tropd.types import GenerationRequest, Rollout
 from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
@@ -47,6 +49,7 @@ class SGLangPool(EnginePool):
             a server waits for the next push, and a batch that needs it fails.
         planned: sends updates rank to rank; ``export`` then serves what it could not deliver.
         probes: token ids of sequences that every engine scores after each push, before it writes anything.
+        make_server: makes a server that is started here or on another machine of the job.
 
     Raises:
         ValueError: no stop token, one outside the vocabulary, or a vocabulary larger than the model's.
@@ -56,6 +59,7 @@ class SGLangPool(EnginePool):
     def __init__(
         self, settings: SGLangSettings, *, arch: Architecture, stop_token_ids: Collection[int], vocab_size: int,
         export: Export | None = None, planned: PlannedPush | None = None, probes: Sequence[Sequence[int]] = (),
+        make_server: MakeServer = ServerProcess,
     ) -> None:  # fmt: skip
         if not 1 <= vocab_size <= arch.vocab_size:
             raise ValueError(f"vocab_size is {vocab_size}; the model has {arch.vocab_size} rows")
@@ -74,7 +78,7 @@ class SGLangPool(EnginePool):
             )
             self._loop = LoopThread("sglang-engines")
             self._run = self._loop.run
-            self._fleet = Fleet(settings, rules, arch)
+            self._fleet = Fleet(settings, rules, arch, make_server)
         on_rank_zero(lambda: self._run(self._servers.start()), EngineError)
 
     @property

@@ -38,6 +38,7 @@ class ServerProcess:
         self._starts = 0
         self.url = ""
         self.log = Path()
+        self.is_local = True
 
     def start(self) -> None:
         """Start on a new port; returns at once, long before the server answers.

@@ -50,11 +50,11 @@ class PlannedEngines:
 
     def __init__(
         self, engines: Sequence[Engine], store: dist.TCPStore, *, host: str = LOOPBACK,
-        backend: Backend = "gloo", timeout_s: float, shared: bool = False, run_name: str = "", address: str = LOOPBACK,
+        backend: Backend = "gloo", timeout_s: float, shared: bool = False, run_name: str = "",
     ) -> None:  # fmt: skip
         self._engines, self._store = engines, store
         self._host, self._backend, self._timeout_s, self._shared = host, backend, timeout_s, shared
-        self._run_name, self._address = run_name, address
+        self._run_name = run_name
         self._tickets = count()
         self.group = f"weights-{uuid.uuid4().hex}"
         """Name of the side group; tell the trainer's ranks."""
@@ -103,7 +103,7 @@ class PlannedEngines:
             LoaderRequest(
                 do=do, group=self.group, engine=number, ticket=ticket, version=version, spec=text, digest=digest,
                 host=self._host, port=self._store.port, backend=self._backend, timeout_s=self._timeout_s,
-                shared=self._shared, run_name=self._run_name, address=self._address,
+                shared=self._shared, run_name=self._run_name,
             )
             for number in range(len(self._engines))
         ]  # fmt: skip

@@ -128,7 +128,6 @@ class PlannedPush:
         self._engines = PlannedEngines(
             engines, self._store, host=self._weights.store_host, backend=self._backend,
             timeout_s=self._settings.request_timeout_s, shared=self._shared, run_name=self._run_name,
-            address=self._weights.address,
         )  # fmt: skip
         self._connected_to = _identities(engines)
         spec = self._proved_spec(engines, run(self._engines.locate()))
