@@ -27,6 +27,9 @@ METRICS = {
     "student/entropy": 0.7,
     "rollout/len_mean": 30.0,
     "parity/logprob_abs_diff_mean": 1e-6,
+    "teacher/busy_frac": 0.5,
+    "teacher/wait_s": 0.2,
+    "engine/idle_frac": 0.25,
     "parity/logprob_abs_diff_max": 1e-4,
 }
 

@@ -100,6 +100,7 @@ METRICS: dict[str, MetricInfo] = {
     "parity/probe_abs_diff_mean": _info(
         "nats", "Mean |log p| difference on fixed sequences after a push, the worst engine's; SGLang only."
     ),
+    "engine/idle_frac": _info("share", "Time since the last step in which the engines had nothing to write."),
     "engine/restarts": _info("count", "SGLang servers started anew since the run was launched."),
     "engine/reissued": _info("count", "Prompts written again, because a server died or answered wrongly."),
     "engine/bad_responses": _info("count", "Answers of servers that no rollout can have."),

@@ -40,6 +40,9 @@ class EnginePool(Protocol):
     def counts(self) -> dict[str, int]:
         """Counts of failures that were recovered so far, by the names of ``engine/...`` in docs/metrics.md."""
 
+    def idle_share(self) -> float:
+        """Share of the time since the last call in which nothing was in writing, as rank 0 sees it; not collective."""
+
     def submit(
         self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int, arrived: Arrived = ignore
     ) -> None:

@@ -198,5 +198,6 @@ def _batch_metrics(run: Run, step: int, rollouts: Sequence[Rollout], version: in
         "rollout/len_mean": sum(r.response_len for r in rollouts) / count,
         "rollout/truncated_frac": sum(r.finish == "length" for r in rollouts) / count,
         "rollout/lag_mean": sum(version - r.weight_version[0] for r in rollouts) / count,
+        "engine/idle_frac": run.engines.idle_share(),
         **{f"engine/{name}": float(count) for name, count in run.engines.counts.items()},
     }

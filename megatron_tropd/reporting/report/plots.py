@@ -128,6 +128,17 @@ def step_time(records: Records) -> Figure | None:
     return figure
 
 
+def overlap(records: Records) -> Figure | None:
+    """How much of the time a dedicated teacher scores and the engines have nothing to write."""
+    names = {"teacher/busy_frac": "teacher busy", "engine/idle_frac": "engines idle"}
+    return _lines(records, names, "Teacher and engines", "share of the time", percent=True)
+
+
+def teacher_wait(records: Records) -> Figure | None:
+    """Seconds of a step that the trainer waited for the scores of a teacher elsewhere."""
+    return _lines(records, {"teacher/wait_s": "wait"}, "Wait for the teacher's scores", "seconds")
+
+
 def ordered_phases(steps: Iterable[Record]) -> list[str]:
     """The phases that occur, in the order of a step, unknown ones last."""
     seen = dict.fromkeys(phase for record in steps for phase in record["seconds"])
@@ -143,6 +154,8 @@ FIGURES: dict[str, Callable[[Records], Figure | None]] = {
     "response_length": response_length,
     "parity": parity,
     "step_time": step_time,
+    "overlap": overlap,
+    "teacher_wait": teacher_wait,
 }
 
 

@@ -10,6 +10,7 @@ from megatron_tropd.errors import EngineError
 from megatron_tropd.parallel.fail_together import from_all_ranks
 from megatron_tropd.rollout.engine import Arrived, RolloutEngine, SamplingParams, ignore
 from megatron_tropd.rollout.engine_pool import EnginePool, Export, PushReport
+from megatron_tropd.rollout.idle_clock import IdleClock
 from megatron_tropd.types import GenerationRequest, Rollout
 
 
@@ -20,7 +21,7 @@ class EmbeddedPool(EnginePool):
     """
 
     def __init__(self, engine: RolloutEngine) -> None:
-        self.engine = engine
+        self.engine, self._clock = engine, IdleClock()
         self._written: list[Rollout] | None = None
 
     @property
@@ -32,6 +33,10 @@ class EmbeddedPool(EnginePool):
     def counts(self) -> dict[str, int]:
         """Empty: these engines have no failure from which they can recover."""
         return {}
+
+    def idle_share(self) -> float:
+        """See EnginePool."""
+        return self._clock.idle_share()
 
     def submit(
         self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int, arrived: Arrived = ignore
@@ -52,7 +57,11 @@ class EmbeddedPool(EnginePool):
             except Exception as error:
                 raise EngineError(f"engine of rank {rank}: {error}") from error
 
-        parts = from_all_ranks(write, EngineError)
+        self._clock.start()
+        try:
+            parts = from_all_ranks(write, EngineError)
+        finally:
+            self._clock.stop()
         stale = {rollout.weight_version for part in parts for rollout in part} - {(version, version)}
         if stale:
             raise EngineError(f"rollouts were written by weight versions {sorted(stale)}, the trainer is at {version}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from megatron_tropd.errors import EngineError
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.rollout.engine import Arrived, SamplingParams, ignore
+from megatron_tropd.rollout.idle_clock import IdleClock
 from megatron_tropd.rollout.sglang.api.generation import PromptGroup, TokenRules, group_requests
 from megatron_tropd.rollout.sglang.api.weight_buckets import WeightBucket
 from megatron_tropd.rollout.sglang.engine import Engine
@@ -90,6 +91,7 @@ class Fleet:
         else:
             servers = [make_server(settings, i, arch.max_position_embeddings) for i in range(settings.num_engines)]
             self.engines = [Engine(i, settings, arch, server) for i, server in enumerate(servers)]
+        self.clock = IdleClock()
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
         self._checksums: dict[int, set[str]] = {}
         """Checksums of the weights being served, reported by the servers of each tensor-parallel size."""
@@ -158,7 +160,9 @@ class Fleet:
 
     async def begin(self, job: GenerationJob) -> None:
         """Begin, or go on with, :meth:`generate` of ``job``, and return at once."""
+        self.clock.start()
         self._writing = asyncio.create_task(self.generate(job))
+        self._writing.add_done_callback(lambda _: self.clock.stop())
 
     async def has_ended(self, seconds: float) -> bool:
         """Return whether what was begun ended within so many seconds; raises what it raised."""

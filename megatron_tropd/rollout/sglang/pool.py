@@ -98,6 +98,10 @@ class SGLangPool(EnginePool):
         """Counts of failures so far, by the names of ``fleet.COUNTS``; on rank 0, {} elsewhere."""
         return {} if self._fleet is None else dict(self._fleet.counts)
 
+    def idle_share(self) -> float:
+        """See EnginePool; 0 on other ranks than 0."""
+        return 0.0 if self._fleet is None else self._fleet.clock.idle_share()
+
     # ---- generation ----
 
     def submit(
