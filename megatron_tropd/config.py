@@ -152,6 +152,12 @@ class EngineConfig:
     )
     rollout_num_engines: int = setting(1, "SGLang servers to start on the machine of rank 0")
     rollout_num_engines_per_node: int = setting(0, "SGLang servers to start on every machine of the job instead")
+    rollout_num_gpus_per_node: int = setting(
+        0, "GPUs of every machine that only SGLang servers use, its last ones; 0: servers share the trainer's"
+    )
+    rollout_release_memory: bool = setting(
+        False, "SGLang servers free their GPU memory while the trainer scores and trains"
+    )
     rollout_gpu_ids: list[str] = setting([], "GPUs of the servers started here, in order; default: from 0 on")
     rollout_engine_urls: list[str] = setting([], "SGLang servers that run already, instead of starting some")
     update_weight_transport: Literal["auto", "shared", "bytes", "planned", "planned-shared"] = setting(

@@ -67,6 +67,15 @@ class EnginePool(Protocol):
         self.submit(requests, params, version)
         return self.finished(version)
 
+    def sleep(self) -> None:
+        """Nothing is written until the next push: engines that can, and were told to, free their memory.
+
+        They may hold no weights afterwards (:attr:`weight_version` tells).
+        """
+
+    def wake(self) -> None:
+        """Take the memory again, before a push."""
+
     def push(self, export: Export, version: int) -> PushReport:
         """Send complete new weights to every engine and verify that they arrived.  Nothing may be in writing.
 

@@ -24,6 +24,15 @@ def check_engine_flags(config: TrainConfig, problems: Problems) -> None:
     engine = config.engine
     start, request = engine.sglang_start_timeout, engine.sglang_request_timeout
     if engine.rollout_engine == "sglang":
+        problems.require(
+            not (engine.rollout_release_memory and config.rollout.rollout_lag),
+            "--rollout-release-memory frees the engines' memory while the trainer trains, and with --rollout-lag 1 "
+            "they write then: leave out one",
+        )
+        problems.require(
+            not (engine.rollout_gpu_ids and engine.rollout_num_gpus_per_node),
+            "--rollout-gpu-ids and --rollout-num-gpus-per-node both choose the servers' GPUs: leave out one",
+        )
         minutes = config.parallel.distributed_timeout_minutes
         problems.require(
             minutes * 60 > start + request,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.parallel import platform
@@ -39,7 +42,8 @@ def sglang_settings(config: TrainConfig, student: ModelSpec) -> SGLangSettings:
         host=_host(engine.sglang_host, nodes),
         keys=load_keys(file=Path(engine.sglang_key_file) if engine.sglang_key_file else None),
         tp_size=engine.sglang_tp_size,
-        gpu_ids=_gpu_ids(engine.rollout_gpu_ids),
+        gpu_ids=_gpu_ids(engine.rollout_gpu_ids) or _last_gpus(engine.rollout_num_gpus_per_node),
+        release_memory=engine.rollout_release_memory,
         flags=tuple(word for name, words in config.sglang_flags.items() for word in (f"--{name}", *words)),
         weight_loader=LOADER if is_planned(config) else "",
         cuda=platform.is_cuda(),
@@ -53,6 +57,23 @@ def sglang_settings(config: TrainConfig, student: ModelSpec) -> SGLangSettings:
 def _host(given: str, nodes: int) -> str:
     """Return the address of this machine's servers: on several machines one that the others reach."""
     return own_address(meeting_host()) if nodes > 1 and is_loopback(given) else given
+
+
+def _last_gpus(count: int) -> tuple[int, ...]:
+    """Return the numbers of this machine's last GPUs.
+
+    Raises:
+        ValueError: torchrun started ranks on some of them, or there are fewer.
+    """
+    if not count or not platform.is_cuda():
+        return ()
+    there, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if ranks + count > there:
+        raise ValueError(
+            f"--rollout-num-gpus-per-node {count} and the {ranks} ranks of this machine (--nproc-per-node) need "
+            f"{ranks + count} GPUs; it has {there}: lower one of them"
+        )
+    return tuple(range(there - count, there))
 
 
 def _gpu_ids(given: Sequence[str]) -> tuple[int, ...]:

@@ -135,6 +135,8 @@ class SGLangSettings:
     """Further arguments of ``sglang.launch_server``, as on its command line."""
     weight_loader: str = ""
     """Module path of the function that a planned transport has the servers' workers call; empty: none."""
+    release_memory: bool = False
+    """Whether the servers free their memory while the trainer trains."""
     cuda: bool = False
     """Whether the servers run on GPUs."""
     transport: Literal["auto", "shared", "bytes"] = "auto"

@@ -47,7 +47,11 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
     progress = run.progress
     with progress.phase("generate"):
         rollouts = run.stream.take(step, run.student.version)
-    arrived = _begin_next(run, step) if run.config.rollout.rollout_lag else {}
+    arrived = {}
+    if run.config.rollout.rollout_lag:
+        arrived = _begin_next(run, step)
+    elif run.engines is not None:
+        run.engines.sleep()
     version = run.student.version
     plan = plan_updates(run, rollouts)
     with progress.phase("score"):
@@ -156,6 +160,7 @@ def push_weights(run: Run) -> dict[str, float]:
     if engines is None or engines.weight_version == student.version:
         return {}
     with run.progress.phase("push"):
+        engines.wake()
         report = engines.push(run.export, student.version)
         if not report.probe_logprobs:
             return {}

@@ -74,6 +74,12 @@ class EmbeddedPool(EnginePool):
             raise EngineError("no requests were submitted")
         return written
 
+    def sleep(self) -> None:
+        """Nothing: the engines keep their memory."""
+
+    def wake(self) -> None:
+        """Nothing."""
+
     def push(self, export: Export, version: int) -> PushReport:
         """Give every engine the tensors of the collective export that ``export`` begins."""
         self.engine.begin_update(version)

@@ -64,7 +64,7 @@ class Engine:
         self.checksum: str | None = None
         """Hash over all its weights, of the last update; None where the server has no weights checker."""
         self.is_cpu = False
-        self.is_up = False
+        self.is_up = self.is_asleep = False
         self.updating = False
         self.verified = False
         """Whether the server hashed the last update's weights, and names (and checksums, if known) were as sent."""
@@ -88,7 +88,7 @@ class Engine:
 
     async def start(self) -> None:
         """Start (again) what was started here, and forget what the old server held; does not wait."""
-        self.version, self.is_up, self.updating = None, False, False
+        self.version, self.is_up, self.updating, self.is_asleep = None, False, False, False
         self.starts += 1
         await self._disconnect()
         if self.server is None:
@@ -225,6 +225,21 @@ class Engine:
     async def abort_all(self) -> None:
         """End every request; each returns what it has, finished by ``abort``."""
         await self._post("/abort_request", {"abort_all": True}, what="abort")
+
+    # ---- its memory ----
+
+    async def sleep(self) -> None:
+        """Write nothing and free the memory of weights and cache, until :meth:`wake` and a new update."""
+        self.version = None
+        await self.pause("retract")  # a scheduler that is not paused might not be idle yet, and would refuse
+        await self._post("/release_memory_occupation", {}, what="release of its memory")
+        self.is_asleep = True
+
+    async def wake(self) -> None:
+        """Take the memory again.  What it holds is arbitrary until an update."""
+        if self.is_asleep:
+            await self._post("/resume_memory_occupation", {}, what="taking its memory again")
+            self.is_asleep = False
 
     # ---- its weights ----
 

@@ -298,6 +298,16 @@ class Fleet:
                 raise result
         return found if all(engine.version == version for engine in self._usable()) else None
 
+    # ---- memory ----
+
+    async def sleep(self) -> None:
+        """Have every server that is up free its memory; they write again after :meth:`wake` and an update."""
+        await self._each([engine for engine in self._usable() if engine.is_up], Engine.sleep)
+
+    async def wake(self) -> None:
+        """Have every server take its memory again; one that was started anew in between has it."""
+        await self._each([engine for engine in self._usable() if engine.is_asleep], Engine.wake)
+
     # ---- weights ----
 
     async def begin_update(self, *, but_not_with: int | None = None) -> None:

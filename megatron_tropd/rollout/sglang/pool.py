@@ -187,6 +187,26 @@ class SGLangPool(EnginePool):
     def _score(self, sequences: Sequence[Sequence[int]], version: int) -> dict[str, list[tuple[float, ...]]] | None:
         return self._run(self._servers.score(sequences, version))  # type: ignore[no-any-return]
 
+    # ---- memory ----
+
+    def sleep(self) -> None:
+        """Have the servers free their memory; nothing happens unless the settings say so.
+
+        Raises:
+            EngineError: on every rank alike: a batch is in writing, or no server is left.
+        """
+        if not self._settings.release_memory:
+            return
+        if self._job is not None:
+            raise EngineError("a batch is in writing: the servers need their memory")
+        self._version = None
+        on_rank_zero(lambda: self._run(self._servers.sleep()), EngineError)
+
+    def wake(self) -> None:
+        """Have the servers take their memory again; the next push fills it."""
+        if self._settings.release_memory:
+            on_rank_zero(lambda: self._run(self._servers.wake()), EngineError)
+
     # ---- weights ----
 
     def push(self, export: Export, version: int) -> PushReport:

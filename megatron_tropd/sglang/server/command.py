@@ -51,6 +51,8 @@ def server_arguments(settings: SGLangSettings, index: int, port: int, max_positi
     }
     if settings.cuda and not settings.hides_gpus(index):
         wanted["--base-gpu-id"] = str(settings.gpus_of(index)[0])
+    if settings.cuda and settings.release_memory:
+        wanted["--enable-memory-saver"] = None
     if settings.weight_loader:
         wanted["--custom-weight-loader"] = settings.weight_loader
     arguments = []
