@@ -1,0 +1,377 @@
+"""The planning command: seconds against simulations, what fits, what is said about mistakes, and the table of the docs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_tropd.cli import ConfigError
+from tools import plan_run
+from tools.acceptance.flops import head_flops, layer_parameters, layers_flops
+from tools.model_sizes import find_architecture
+from tools.planning import scenario, table
+from tools.planning.generation import Decoder, Moment, plan_generation, written
+from tools.planning.hardware import GPUS, Efficiency
+from tools.planning.lengths import Lengths
+from tools.planning.memory import PHASES, kv_room, over, plan_memory
+from tools.planning.report import RunPlan
+from tools.planning.scenario import make_scenario
+from tools.planning.seconds import last_score
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--num-gpus", "8", "--hf-checkpoint", "qwen3-1.7b", "--teacher-hf-checkpoint", "qwen3-8b", "--bf16"]
+SGLANG = [*SMALL, *["--rollout-engine", "sglang", "--rollout-num-engines", "8", "--sglang-mem-fraction-static", "0.3"]]
+LENGTHS = Lengths(mean_prompt=40.0, mean_response=100.0, max_prompt=64, max_response=400)
+URLS = ["--rollout-engine-urls", "http://a:1", "http://b:1", "http://c:1", "http://d:1"]
+APART = [*SMALL, "--rollout-engine", "sglang", *URLS, "--recompute-granularity", "full", "--use-distributed-optimizer"]
+
+
+def responses(lengths, count):
+    """``count`` lengths whose shares are those of the distribution: its quantiles."""
+    return [
+        lengths.max_response * (1 - ((number + 0.5) / count) ** (1 / lengths.exponent)) for number in range(count)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("mean", [20.0, 100.0, 200.0, 350.0])
+def test_lengths_have_the_moments_of_their_quantiles(mean):
+    lengths = replace(LENGTHS, mean_response=mean)
+    many = responses(lengths, 100_000)
+    assert sum(many) / len(many) == pytest.approx(mean, rel=1e-3)
+    assert sum(x * x for x in many) / len(many) == pytest.approx(lengths.mean_square_response, rel=1e-3)
+    whole = [lengths.mean_prompt + x for x in many]
+    assert sum(x * (x + 1) / 2 for x in whole) / len(whole) == pytest.approx(lengths.mean_pairs, rel=1e-3)
+    assert sum(x > 150 for x in many) / len(many) == pytest.approx(lengths.longer_than(150), abs=1e-3)
+
+
+def _decoder(model="qwen3-0.6b"):
+    return Decoder(arch=find_architecture(model), itemsize=2, bandwidth=2e12, flops=4e14, step_s=1e-3)
+
+
+def _simulated(decoder, lengths, count, batch, refills):
+    """(seconds, when each response was finished): every step of every sequence, one after the other."""
+    waiting, alive, clock, finished = [], {}, 0.0, []
+    many = [max(1, round(x)) for x in responses(lengths, count)]
+    order = [many[(number * 37) % count] for number in range(count)]  # short and long ones mixed
+    waiting = list(enumerate(order))
+    while waiting or alive:
+        if not alive or refills:
+            while waiting and len(alive) < batch:
+                index, length = waiting.pop(0)
+                alive[index] = [0, length]
+        context = sum(lengths.mean_prompt + at for at, _ in alive.values()) / len(alive)
+        clock += decoder.step(len(alive), context)
+        for index in list(alive):
+            alive[index][0] += 1
+            if alive[index][0] == alive[index][1]:
+                finished.append((clock, lengths.mean_prompt + alive.pop(index)[1]))
+    return clock, finished
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "refills"), [(101, 101, True), (101, 101, False), (303, 101, False), (303, 101, True)],
+    ids=["all at one time", "embedded, all at one time", "embedded, in turns", "as places become free"],
+)  # fmt: skip
+def test_seconds_of_writing_are_those_of_a_simulation(count, batch, refills):
+    decoder = _decoder()
+    simulated, finished = _simulated(decoder, LENGTHS, count, batch, refills)
+    moments = written(decoder, LENGTHS, count, batch, refills=refills)
+    assert moments[-1].seconds == pytest.approx(simulated, rel=0.1 if refills and count > batch else 0.04)
+    assert moments[-1].finished == pytest.approx(1)
+    # How much is finished at half of the time decides what is left for a teacher at the end.
+    half, tokens = simulated / 2, sum(size for _, size in finished)
+    real = sum(size for when, size in finished if when <= half) / tokens
+    planned = max(at.finished for at in moments if at.seconds <= half)
+    assert planned == pytest.approx(real, abs=0.06)
+
+
+@pytest.mark.parametrize("seconds", [0.1, 2.0, 10.0])
+def test_the_last_score_is_that_of_a_queue(seconds):
+    _, finished = _simulated(_decoder(), LENGTHS, 303, 101, True)
+    tokens, clock = sum(size for _, size in finished), 0.0
+    for when, size in finished:
+        clock = max(clock, when) + seconds * size / tokens
+    moments, done = [Moment(seconds=0.0, finished=0.0)], 0.0
+    for when, size in finished:
+        done += size / tokens
+        moments.append(Moment(seconds=when, finished=done))
+    assert last_score(moments, seconds) == pytest.approx(clock)
+
+
+def test_a_step_of_decoding_reads_weights_and_cache():
+    decoder = _decoder("qwen3-8b")
+    arch = decoder.arch
+    read = arch.num_layers * (layer_parameters(arch) + 2 * arch.hidden_size + 2 * arch.head_dim) + arch.hidden_size
+    read += arch.vocab_size * arch.hidden_size
+    cache = 2 * arch.num_layers * arch.num_query_groups * arch.head_dim * 2
+    assert decoder.step(3, 500) == pytest.approx((2 * read + 3 * 500 * cache) / 2e12 + 1e-3)
+    slow = replace(decoder, bandwidth=1e18, flops=1e12)
+    flops = 64 * (layers_flops(arch, 1, 500) + head_flops(arch, 1))
+    assert slow.step(64, 500) == pytest.approx(flops / 1e12 + 1e-3)
+
+
+def test_few_tokens_touch_few_experts():
+    decoder = _decoder("qwen3-30b-a3b")
+    one, many = decoder.weights_read(1), decoder.weights_read(4096)
+    assert one / 1e9 == pytest.approx(3.3 - 0.31, abs=0.1)  # active parameters without the input table
+    assert many / 1e9 == pytest.approx(30.53 - 0.31, abs=0.01)
+
+
+def _seconds(*words):
+    return plan_run.plan([*APART, *words]).step
+
+
+def test_phases_take_turns_where_they_share_gpus():
+    step = plan_run.plan(SGLANG).step
+    parts = (step.generate_s, step.score_s, step.train_s, step.push_s)
+    assert step.step_s == pytest.approx(sum(parts)) and min(parts) > 0
+    (pool,) = step.pools
+    assert pool.gpus == 8 and step.busy(pool) == pytest.approx(1)
+    lagged = plan_run.plan([*SGLANG, "--rollout-lag", "1"])
+    assert lagged.step.step_s == step.step_s and not lagged.step.overlaps
+    assert "--rollout-lag 1 saves nothing here" in plan_run.text(lagged)
+
+
+def test_lag_1_takes_the_longer_of_writing_and_training():
+    now, later = _seconds(), _seconds("--rollout-lag", "1")
+    assert now.step_s == pytest.approx(now.generate_s + now.score_s + now.train_s + now.push_s)
+    assert later.step_s == pytest.approx(max(later.generate_s, later.score_s + later.train_s) + later.push_s)
+    assert later.step_s < now.step_s
+    trainer, engines = later.pools
+    assert later.busy(engines) == pytest.approx((later.generate_s + later.push_s) / later.step_s)
+    assert later.busy(trainer) == pytest.approx((later.score_s + later.train_s + later.push_s) / later.step_s)
+
+
+def test_a_dedicated_teacher_scores_while_others_are_written():
+    words = ["--teacher-placement", "dedicated", "--teacher-world-size", "4"]
+    step = _seconds(*words)
+    assert 0 < step.waits_for_scores_s < 0.2 * step.score_s
+    assert step.step_s == pytest.approx(step.generate_s + step.waits_for_scores_s + step.train_s + step.push_s)
+    slow = _seconds(*words, "--score-efficiency", "0.01")
+    assert slow.waits_for_scores_s > 0.5 * slow.score_s  # it cannot keep up
+    pools = {pool.name: pool.gpus for pool in step.pools}
+    assert pools == {"trainer": 4, "teacher": 4, "engines": 4}
+
+
+def test_placements_need_their_gpus():
+    totals = {
+        "colocated": (8 + 4, ()), "dedicated": (8 + 4, ("--teacher-world-size", "2")),
+        "server": (8 + 4 + 2, ("--teacher-world-size", "2")), "file": (8 + 4, ()),
+    }  # fmt: skip
+    weights = {}
+    for placement, (total, more) in totals.items():
+        plan = plan_run.plan([*APART, "--teacher-placement", placement, *more])
+        assert plan.scenario.total_gpus == total, placement
+        weights[placement] = {
+            rank.who: sum(item.bytes for item in rank.items if item.name.endswith("weights") and "teacher" in item.name)
+            for rank in plan.memory
+        }
+        assert (plan.step.score_s == 0) == (placement == "file")
+    assert weights["colocated"]["student"] == weights["dedicated"]["teacher"] > 16e9
+    assert weights["server"]["teacher's server"] == pytest.approx(weights["colocated"]["student"], rel=1e-3)
+    assert weights["dedicated"]["student"] == weights["server"]["student"] == weights["file"]["student"] == 0
+
+
+def test_offload_keeps_the_teacher_for_its_phase_only():
+    plan = plan_run.plan([*SGLANG, "--teacher-offload"])
+    (rank,) = plan.memory
+    kept = plan_run.plan(SGLANG).memory[0]
+    assert rank.of("score") == kept.of("score") and kept.of("train") - rank.of("train") > 16e9
+    assert plan.step.score_s > plan_run.plan(SGLANG).step.score_s  # it moves
+
+
+@pytest.mark.parametrize(
+    ("flags", "item", "factor"),
+    [
+        ("--use-distributed-optimizer", "student: optimizer state", 8),
+        ("--tensor-model-parallel-size 2", "student: optimizer state", 2),
+        ("--teacher-tensor-model-parallel-size 4", "teacher: weights", 4),
+        ("--teacher-pipeline-model-parallel-size 2", "teacher: weights", 2),
+        ("--max-tokens-per-microbatch 32768", "student: activations", 1 / 2),
+        ("--logits-chunk-tokens 2048", "teacher: logits of a chunk", 4),
+    ],
+)
+def test_flags_divide_what_they_say(flags, item, factor):
+    before, after = (
+        {i.name: i.bytes for i in plan_run.plan(words).memory[0].items} for words in (SGLANG, [*SGLANG, *flags.split()])
+    )
+    assert before[item] / after[item] == pytest.approx(factor, rel=0.03)
+
+
+def test_a_server_has_the_fraction_that_it_is_given():
+    plan = plan_run.plan(SGLANG)
+    sizes = {item.name: item.bytes for item in plan.memory[0].items}
+    assert sizes["SGLang server: weights and KV cache"] == 0.3 * GPUS["h100"].memory
+    one = 28 * 2 * 8 * 128 * 2  # docs/scaling.md
+    assert kv_room(plan.scenario) == pytest.approx((0.3 * 80e9 - 2 * 1.7206e9) / one, rel=1e-3)
+    small = plan_run.plan([*SGLANG, "--sglang-mem-fraction-static", "0.05"])
+    assert "a server has room for" in plan_run.text(small) and "--sglang-mem-fraction-static" in plan_run.text(small)
+
+
+def test_more_sequences_than_room_are_said():
+    plan = plan_run.plan([*SGLANG, "--rollout-batch-size", "1024"])
+    generation = plan.step.generation
+    assert generation.batch < generation.sequences == 512
+    assert "sequences in a step and writes" in plan_run.text(plan)
+    assert plan_generation(plan.scenario).seconds == generation.seconds
+
+
+def test_what_does_not_fit_is_named_with_the_flags_that_change_it(capsys):
+    words = [*SMALL, "--gpu", "a100-40gb", "--max-response-length", "4096"]
+    assert plan_run.main(words) == 1
+    text = capsys.readouterr().out
+    assert "Does not fit: student" in text and "--rollout-max-batch-size" in text
+    together = next(line for line in text.splitlines() if "fits with" in line).split("fits with ")[1]
+    fixed = plan_run.plan([*words, *together.split()])
+    assert fixed.fits and over(plan_memory(fixed.scenario)) <= 0
+    without = together.split()[2:] if together.startswith("--rollout-max-batch-size") else []
+    assert not plan_run.plan([*words, *without]).fits
+
+
+def test_json_has_the_numbers_of_the_text(capsys):
+    words = [*SGLANG, "--use-distributed-optimizer", "--recompute-granularity", "full"]
+    assert plan_run.main([*words, "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    plan = plan_run.plan(words)
+    assert value["fits"] and value["seconds"]["step"] == plan.step.step_s and value["changes"] == []
+    (rank,) = value["memory"]
+    assert set(rank["phases"]) == set(PHASES)
+    for phase, total in rank["phases"].items():
+        assert total == pytest.approx(sum(item["bytes"] for item in rank["items"] if phase in item["phases"]))
+    assert f"Seconds of a step: {value['seconds']['step']:.1f}" in plan_run.text(plan)
+    assert value["flops"]["train"] == pytest.approx(3 * value["flops"]["score"] / 4.5, rel=0.2)  # 1.7B and 8B
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--hf-checkpoint", "qwen3-1.7b"], ["--num-gpus is missing"]),
+        (["--num-gpus", "8"], ["--hf-checkpoint is missing", "--teacher-hf-checkpoint is missing", "qwen3-1.7b"]),
+        ([*SMALL, "--hf-checkpoint", "nothing"], ["--hf-checkpoint nothing is no directory with a config.json"]),
+        ([*SMALL, "--gpu", "tpu"], ["invalid choice: 'tpu'", "h100"]),
+        ([*SMALL, "--num-gpu", "8"], ["unknown flag --num-gpu"]),
+        ([*SMALL, "--tensor-model-parallel-size", "3"], ["does not divide the 8 ranks"]),
+        (
+            [*SMALL, "--teacher-tensor-model-parallel-size", "16", "--tensor-model-parallel-size", "5"],
+            ["--teacher-tensor-model-parallel-size 16", "--tensor-model-parallel-size 5"],
+        ),
+        ([*SMALL, "--mean-response-length", "9000"], ["--mean-response-length 9000", "--max-response-length 8096"]),
+        ([*SMALL, "--max-response-length", "20000"], ["do not fit --max-tokens-per-microbatch 16384"]),
+        ([*SMALL, "--teacher-placement", "dedicated"], ["needs --teacher-world-size N"]),
+        (
+            [*SMALL, "--teacher-placement", "dedicated", "--teacher-world-size", "8"],
+            ["--teacher-world-size 8 leaves no rank of --num-gpus 8"],
+        ),
+        ([*SMALL, "--teacher-world-size", "2"], ["--teacher-world-size 2 has no meaning"]),
+        (
+            [*SMALL, *["--teacher-placement", "server", "--teacher-world-size", "6", "--teacher-tensor-model-parallel-size", "4"]],
+            ["does not divide --teacher-world-size 6"],
+        ),
+        ([*SGLANG, "--rollout-num-engines", "9"], ["--rollout-num-engines 9", "do not fit the 8 GPUs"]),
+        ([*SGLANG, "--sglang-mem-fraction-static", "much"], ["--sglang-mem-fraction-static much is not a number"]),
+        ([*SMALL, "--train-efficiency", "2"], ["--train-efficiency 2 must be above 0 and at most 1"]),
+        ([*SMALL, "--gpu-tflops", "0"], ["--gpu-tflops 0 must be above 0"]),
+        ([*SMALL, "--memory-reserve-gb", "90"], ["--memory-reserve-gb 90 must be from 0 to the GPU's 80"]),
+        ([*SMALL, "--top-k", "0", "--objective", "nothing"], ["--top-k 0", "--objective 'nothing' is not known"]),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(capsys, words, parts):
+    assert plan_run.main(words) == 2
+    said = capsys.readouterr()
+    assert not said.out and all(part in said.err for part in parts), said.err
+
+
+def test_peaks_of_a_gpu_can_be_given():
+    plain, other = (
+        plan_run.plan([*SGLANG, *words])
+        for words in ([], ["--gpu-tflops", "1978", "--gpu-memory-gb", "160", "--gpu-bandwidth-gbs", "6700"])
+    )
+    assert other.memory[0].room == 160e9 - 6e9
+    assert other.step.score_s == pytest.approx(plain.step.score_s / 2, rel=0.01)
+    assert plain.step.generate_s / 2 < other.step.generate_s < plain.step.generate_s
+
+
+def test_an_example_and_a_directory(tmp_path, capsys):
+    from tools.acceptance.shapes import TINY, TINY_TEACHER, write_hf_config
+
+    student, teacher = write_hf_config(TINY, tmp_path / "s"), write_hf_config(TINY_TEACHER, tmp_path / "t")
+    words = ["--config", str(ROOT / "examples" / "quickstart.yaml"), "--num-gpus", "2", "--gpu", "h100"]
+    assert plan_run.main([*words, "--hf-checkpoint", str(student), "--teacher-hf-checkpoint", str(teacher)]) == 0
+    text = capsys.readouterr().out
+    assert "student    0.00 B parameters in fp32, TP2" in text and "colocated TP1 PP2" in text
+    assert "64 rollouts" in text and "--bf16 is off" in text
+
+
+def test_a_megatron_checkpoint_has_its_config(tmp_path):
+    from tools.acceptance.shapes import TINY, write_hf_config
+
+    folder = tmp_path / "iter_0000005"
+    write_hf_config(TINY, folder / "hf")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    assert scenario.find_model("", "--hf-checkpoint", str(tmp_path)) == TINY
+    with pytest.raises(ValueError, match="nowhere"):
+        scenario.find_model("", "--hf-checkpoint", str(tmp_path / "nowhere"))
+
+
+def test_methods_without_a_teacher_or_without_rollouts():
+    alone = plan_run.plan([*SMALL, "--objective", "sft", "--num-gpus", "8"])
+    assert alone.step.generate_s == alone.step.score_s == alone.step.push_s == 0 < alone.step.train_s
+    three = plan_run.plan([*SGLANG, "--objective", "gopd"])
+    assert {item.name for item in three.memory[0].items} >= {"reference: weights", "teacher: weights"}
+    whole = plan_run.plan([*SGLANG, "--objective", "full_fkl"])
+    assert whole.step.score_payload > 10 * plan_run.plan(SGLANG).step.score_payload
+    assert "teacher's logits, rows and hidden states" in {item.name for item in whole.memory[0].items}
+
+
+def test_efficiencies_have_flags():
+    args = plan_run.parser().parse_args([])
+    for name in plan_run.EFFICIENCIES:
+        assert getattr(args, f"{name}_efficiency") == getattr(Efficiency(), name)
+    half = Efficiency().train / 2
+    plain, slow = plan_run.plan(SGLANG), plan_run.plan([*SGLANG, "--train-efficiency", str(half)])
+    assert 1.8 < slow.step.train_s / plain.step.train_s <= 2 and slow.step.score_s == plain.step.score_s
+
+
+def test_all_mistakes_come_together():
+    with pytest.raises(ConfigError) as caught:
+        plan_run.plan([*SMALL, "--mean-response-length", "0", "--lr", "-1", "--rollout-lag", "1", "--num-gpus", "0"])
+    assert len(caught.value.errors) == 3
+
+
+def test_the_documented_table_is_what_the_command_prints():
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    for line in table.lines(plan_run.plan):
+        assert line in text.splitlines(), line
+
+
+def test_rows_of_the_table_fit_and_make_sense():
+    for row in table.ROWS:
+        plan = plan_run.plan(table.words_of(row))
+        assert isinstance(plan, RunPlan) and plan.fits, row
+        assert math.isfinite(plan.step.step_s) and all(0 < plan.step.busy(pool) <= 1.0001 for pool in plan.step.pools)
+        assert make_scenario(plan.scenario.config, plan.scenario.machines) == plan.scenario
+
+
+@pytest.mark.parametrize("name", ["one_node.sh", "two_nodes.sh"])
+def test_the_launch_scripts_are_planned_to_fit(tmp_path, name):
+    from tests.test_examples import LAUNCHERS, _command
+
+    path = ROOT / "examples" / "h100" / name
+    _, words = _command(path, tmp_path, STUDENT="Qwen/Qwen3-1.7B", TEACHER="Qwen/Qwen3-8B")
+    plan = plan_run.plan([*words, "--num-gpus", str(LAUNCHERS[name])])
+    assert plan.fits and plan.scenario.total_gpus == LAUNCHERS[name]
+    assert [rank.ranks for rank in plan.memory] == ([8] if name == "one_node.sh" else [8, 8])
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/scaling.md"])
+def test_documented_commands_are_accepted(name, capsys):
+    text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^python tools/plan_run\.py (--num-gpus.*)$", text, re.MULTILINE)
+    assert commands
+    for command in commands:
+        assert plan_run.main(command.split()) in (0, 1), capsys.readouterr().err
