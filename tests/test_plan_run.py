@@ -49,6 +49,18 @@ def test_lengths_have_the_moments_of_their_quantiles(mean):
     assert sum(x > 150 for x in many) / len(many) == pytest.approx(lengths.longer_than(150), abs=1e-3)
 
 
+@pytest.mark.parametrize("mean", [20.0, 100.0, 350.0])
+def test_ages_are_those_of_responses_at_any_moment(mean):
+    """Each moment of each response counts once."""
+    lengths, beyond = replace(LENGTHS, mean_response=mean), 30.0
+    moments = [(length, (at + 0.5) * length / 40) for length in responses(lengths, 4000) for at in range(40)]
+    total = sum(length for length, _ in moments)
+    left = [(length, age) for length, age in moments if length - age > beyond]
+    share = sum(length for length, _ in left) / total
+    assert share == pytest.approx(lengths.longer_than(beyond, aged=True), abs=0.01)
+    assert sum(x * age for x, age in left) / (share * total) == pytest.approx(lengths.mean_age(beyond), rel=0.03)
+
+
 def _decoder(model="qwen3-0.6b"):
     return Decoder(arch=find_architecture(model), itemsize=2, bandwidth=2e12, flops=4e14, step_s=1e-3)
 

@@ -156,14 +156,13 @@ def _tail(
 ) -> list[Moment]:
     """Return the moments after ``start`` of a batch that is written to its end.
 
-    ``share``: of all tokens.  ``aged``: its sequences have ages as in the middle of a generation, not 0; one that goes
-    on for more than t tokens is (M - t) / (a + 2) old on average.
+    ``share``: of all tokens.  ``aged``: its sequences have ages as in the middle of a generation, not 0.
     """
-    width, last = lengths.max_response / SLICES, lengths.max_response
+    width = lengths.max_response / SLICES
     seconds, ended, passed = start.seconds, 0.0, []
     for number in range(SLICES):
         middle = (number + 0.5) * width
-        age = (last - middle) / (lengths.exponent + 2) if aged else 0.0
+        age = lengths.mean_age(middle) if aged else 0.0
         longer = lengths.longer_than(middle, aged=aged)
         happens = 1 - (1 - longer) ** batch
         if happens > 0:

@@ -69,3 +69,8 @@ class Lengths:
         if tokens >= self.max_response:
             return 0.0
         return float((1 - tokens / self.max_response) ** (self.exponent + aged)) if tokens > 0 else 1.0
+
+    def mean_age(self, tokens: float) -> float:
+        """Return the tokens that are written, on average, of a response that goes on for more than ``tokens`` at some
+        moment of its writing: (M - t) / (a + 2)."""
+        return (self.max_response - tokens) / (self.exponent + 2)
