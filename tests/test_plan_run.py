@@ -157,6 +157,9 @@ def test_lag_1_takes_the_longer_of_writing_and_training():
     trainer, engines = later.pools
     assert later.busy(engines) == pytest.approx((later.generate_s + later.push_s) / later.step_s)
     assert later.busy(trainer) == pytest.approx((later.score_s + later.train_s + later.push_s) / later.step_s)
+    slow = _seconds("--rollout-lag", "1", "--score-efficiency", "0.01")
+    assert slow.score_s > slow.generate_s
+    assert slow.step_s == pytest.approx(slow.score_s + slow.train_s + slow.push_s) and slow.busy(slow.pools[0]) > 0.999
 
 
 def test_a_dedicated_teacher_scores_while_others_are_written():
@@ -166,6 +169,8 @@ def test_a_dedicated_teacher_scores_while_others_are_written():
     assert step.step_s == pytest.approx(step.generate_s + step.waits_for_scores_s + step.train_s + step.push_s)
     slow = _seconds(*words, "--score-efficiency", "0.01")
     assert slow.waits_for_scores_s > 0.5 * slow.score_s  # it cannot keep up
+    lagged = _seconds(*words, "--rollout-lag", "1")
+    assert lagged.step_s == pytest.approx(lagged.generate_s + lagged.waits_for_scores_s + lagged.push_s)
     pools = {pool.name: pool.gpus for pool in step.pools}
     assert pools == {"trainer": 4, "teacher": 4, "engines": 4}
 

@@ -1,4 +1,4 @@
-"""Plan a run before it is started: memory of every GPU and phase, seconds of a step, what is idle, what does not fit.
+r"""Plan a run before it is started: memory of every GPU and phase, seconds of a step, what is idle, what does not fit.
 
     python tools/plan_run.py --num-gpus 8 --gpu h100 --config run.yaml --hf-checkpoint qwen3-1.7b \
         --teacher-hf-checkpoint qwen3-8b --bf16 --max-response-length 8096 --mean-response-length 3000
