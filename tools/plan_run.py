@@ -101,6 +101,7 @@ def machines_of(args: argparse.Namespace, config: TrainConfig) -> Machines:
     flags = to_flags(config)
     later: dict[str, Any] = {name: flags.get(name, getattr(args, name.replace("-", "_"), None)) for name in LATER}
     later = {name.replace("-", "_"): value for name, value in later.items()}
+    later["rollout_lag"] = int(later["rollout_lag"])
     return Machines(
         num_gpus=args.num_gpus, gpus_per_node=args.gpus_per_node, gpu=gpu, reserve=args.memory_reserve_gb * 1e9,
         efficiency=Efficiency(**{name: getattr(args, f"{name}_efficiency") for name in EFFICIENCIES}),

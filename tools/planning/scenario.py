@@ -15,6 +15,7 @@ from megatron_tropd.models.hf_config import load_architecture
 from megatron_tropd.objectives.methods import make_objective
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.setup.checks import check_lengths, check_method
+from megatron_tropd.setup.engine_checks import check_engine_flags
 from megatron_tropd.setup.model_specs import Models, ModelSpec
 from megatron_tropd.setup.problems import Problems
 from megatron_tropd.setup.ranges import check_ranges
@@ -205,6 +206,7 @@ def make_scenario(config: TrainConfig, machines: Machines) -> Scenario:
     problems = Problems()
     problems.errors.extend(machines.problems())
     check_ranges(config, problems)
+    check_engine_flags(config, problems)
     objective = problems.attempt(lambda: make_objective(config.objective.objective, config.objective_settings))
     if objective:
         check_method(config, objective, problems)
@@ -326,7 +328,11 @@ def _engines(config: TrainConfig, machines: Machines, student: Architecture, pro
     layout = EngineLayout(tp=engine.sglang_tp_size, ep=_flag_number(config, "ep-size", 1, problems))
     number = len(engine.rollout_engine_urls) or engine.rollout_num_engines
     problems.errors.extend(layout.cut_errors(student))
-    first = int(engine.rollout_gpu_ids[0]) if engine.rollout_gpu_ids and engine.rollout_gpu_ids[0].isdecimal() else 0
+    ids = engine.rollout_gpu_ids
+    if wrong := [gpu for gpu in ids if not gpu.isdecimal()]:
+        problems.errors.append(f"--rollout-gpu-ids {' '.join(wrong)}: expected numbers of GPUs, such as 4 5 6 7")
+        return None
+    first = min(map(int, ids), default=0)
     shared = not engine.rollout_engine_urls and first < min(ranks, machines.gpus_per_node)
     problems.require(
         not shared or first + number * layout.tp <= ranks,
