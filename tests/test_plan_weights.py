@@ -63,8 +63,9 @@ def test_mistakes_are_named(capsys, flags, parts):
 @pytest.mark.parametrize(
     ("name", "billions"),
     [("qwen3-0.6b", 0.596), ("qwen3-1.7b", 1.72), ("qwen3-4b", 4.02), ("qwen3-8b", 8.19), ("qwen3-14b", 14.77),
-     ("qwen3-32b", 32.76), ("qwen2.5-7b", 7.62), ("llama-3.1-8b", 8.03), ("qwen3-30b-a3b", 30.53),
-     ("qwen3-235b-a22b", 235.09)],
+     ("qwen3-32b", 32.76), ("qwen2.5-0.5b", 0.494), ("qwen2.5-1.5b", 1.544), ("qwen2.5-3b", 3.086), ("qwen2.5-7b", 7.62),
+     ("qwen2.5-14b", 14.77), ("qwen2.5-32b", 32.76), ("qwen2.5-72b", 72.71), ("llama-3.1-8b", 8.03),
+     ("qwen3-30b-a3b", 30.53), ("qwen3-235b-a22b", 235.09)],
 )  # fmt: skip
 def test_named_sizes_have_as_many_parameters_as_published(name, billions):
     assert name in NAMES

@@ -21,6 +21,7 @@ from tests.torchrun_jobs import ROOT, environment
         ("tools/benchmark_head.py --out FILE/out", "--out FILE/out cannot be made"),
         ("tools/gpu_acceptance.py --out FILE/out", "--out FILE/out cannot be made"),
         ("tools/plan_weights.py --model FILE", "--model FILE is no directory with a config.json"),
+        ("tools/plan_run.py --num-gpus 1 --hf-checkpoint FILE", "FILE/config.json does not exist"),
     ],
 )
 def test_a_mistake_has_a_message(tmp_path, command, message):

@@ -19,7 +19,13 @@ _DENSE: dict[str, tuple[Any, ...]] = {
     "qwen3-8b": ("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, False),
     "qwen3-14b": ("qwen3", 5120, 17408, 40, 40, 8, 128, 151936, False),
     "qwen3-32b": ("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, False),
+    "qwen2.5-0.5b": ("qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
+    "qwen2.5-1.5b": ("qwen2", 1536, 8960, 28, 12, 2, 128, 151936, True),
+    "qwen2.5-3b": ("qwen2", 2048, 11008, 36, 16, 2, 128, 151936, True),
     "qwen2.5-7b": ("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False),
+    "qwen2.5-14b": ("qwen2", 5120, 13824, 48, 40, 8, 128, 152064, False),
+    "qwen2.5-32b": ("qwen2", 5120, 27648, 64, 40, 8, 128, 152064, False),
+    "qwen2.5-72b": ("qwen2", 8192, 29568, 80, 64, 8, 128, 152064, False),
     "llama-3.1-8b": ("llama", 4096, 14336, 32, 32, 8, 128, 128256, False),
 }
 _SPARSE: dict[str, tuple[Any, ...]] = {  # with two more columns: experts, columns of an expert

@@ -1,4 +1,4 @@
-"""Floating-point operations of a model by counting, and what a GPU could do at most.  Dense models."""
+"""Floating-point operations of a model by counting, and what a GPU could do at most."""
 
 from __future__ import annotations
 
@@ -19,14 +19,27 @@ def peak_of(name: str) -> float | None:
 
 
 def layer_parameters(arch: Architecture) -> int:
-    """Return the parameters of one layer that are factors of matrix products."""
+    """Return the parameters of one layer that are factors of matrix products with a token."""
+    return attention_parameters(arch) + expert_parameters(arch)
+
+
+def attention_parameters(arch: Architecture) -> int:
+    """Return the parameters of one layer's four attention products."""
     heads = arch.num_attention_heads + 2 * arch.num_query_groups
-    attention = arch.hidden_size * heads * arch.head_dim + arch.num_attention_heads * arch.head_dim * arch.hidden_size
-    return attention + 3 * arch.hidden_size * arch.ffn_hidden_size
+    return arch.hidden_size * heads * arch.head_dim + arch.num_attention_heads * arch.head_dim * arch.hidden_size
+
+
+def expert_parameters(arch: Architecture) -> int:
+    """Return the parameters of one layer's feed-forward part that one token meets: all of them in a dense model, else
+    the router and ``num_experts_per_tok`` experts."""
+    if not arch.num_experts:
+        return 3 * arch.hidden_size * arch.ffn_hidden_size
+    experts = 3 * arch.hidden_size * arch.moe_intermediate_size * arch.num_experts_per_tok
+    return arch.hidden_size * arch.num_experts + experts
 
 
 def num_parameters(arch: Architecture) -> int:
-    """Return all parameters."""
+    """Return all parameters of a dense model."""
     norms = 2 * arch.hidden_size + (2 * arch.head_dim if arch.qk_norm else 0)
     tables = (1 if arch.tie_word_embeddings else 2) * arch.vocab_size * arch.hidden_size
     return arch.num_layers * (layer_parameters(arch) + norms) + tables + arch.hidden_size
@@ -39,7 +52,16 @@ def forward_flops(arch: Architecture, lengths: Sequence[int], labels: int) -> in
     with itself or one before it, 2 head_dim for the score and 2 head_dim for the value.  A backward pass has twice as
     many.  Padding, and a second forward pass to save memory, are no FLOPs of the model.
     """
-    layers = 2 * arch.num_layers * layer_parameters(arch) * sum(lengths)
-    head = 2 * arch.vocab_size * arch.hidden_size * labels
     pairs = sum(length * (length + 1) // 2 for length in lengths)
-    return layers + head + 4 * arch.num_layers * arch.num_attention_heads * arch.head_dim * pairs
+    return int(layers_flops(arch, sum(lengths), pairs)) + int(head_flops(arch, labels))
+
+
+def layers_flops(arch: Architecture, tokens: float, pairs: float) -> float:
+    """Return the FLOPs of a forward pass through all layers; ``pairs`` as in :func:`forward_flops`."""
+    attention = 4 * arch.num_layers * arch.num_attention_heads * arch.head_dim * pairs
+    return 2 * arch.num_layers * layer_parameters(arch) * tokens + attention
+
+
+def head_flops(arch: Architecture, labels: float) -> float:
+    """Return the FLOPs of the product with the output table."""
+    return 2 * arch.vocab_size * arch.hidden_size * labels

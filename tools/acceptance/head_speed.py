@@ -17,6 +17,7 @@ from tools.head_benchmark.inputs import Inputs, Sizes, make_inputs
 from tools.head_benchmark.measure import forward_backward, times, tried
 from tools.head_benchmark.memory import peak_bytes
 from tools.head_benchmark.peers import load_peers
+from tools.planning.caches import head_bytes
 
 from . import trace
 from .device import one_rank
@@ -146,8 +147,10 @@ def _measure(report: Report, setting: Setting, contenders: Sequence[Contender], 
 
 def counted_bytes(sizes: Sizes) -> int:
     """Return the count of docs/performance.md for one-pass: the chunk, the weight gradient, the hidden gradient."""
-    chunk = min(sizes.chunk, sizes.tokens) * sizes.vocab * sizes.dtype.itemsize
-    return chunk + 4 * sizes.vocab * sizes.hidden + sizes.tokens * sizes.hidden * sizes.dtype.itemsize
+    return head_bytes(
+        tokens=sizes.tokens, chunk=sizes.chunk, columns=sizes.vocab, hidden=sizes.hidden,
+        itemsize=sizes.dtype.itemsize, logits=sizes.dtype.itemsize, mode="one-pass",
+    )  # fmt: skip
 
 
 def _peak(contender: Contender, inputs: Inputs) -> int:
