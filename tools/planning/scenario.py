@@ -30,7 +30,7 @@ from tools.planning.lengths import Lengths
 Placement = Literal["colocated", "dedicated", "server", "file"]
 PLACEMENTS: tuple[Placement, ...] = ("colocated", "dedicated", "server", "file")
 _SGLANG_FRACTION = 0.5
-"""``--mem-fraction-static`` of servers that the trainer starts on GPUs (rollout/sglang/server/command.py)."""
+"""``--mem-fraction-static`` of servers that the trainer starts on GPUs (sglang/server/command.py)."""
 _ALONE_FRACTION = 0.85
 """Assumed of servers that have their GPUs to themselves."""
 _CHUNK_ON_GPU = 8192
