@@ -250,6 +250,10 @@ class LoggingConfig:
 
     run_dir: str = setting("", "where everything is written")
     log_interval: int = setting(1, "steps between log lines")
+    heartbeat_interval: float = setting(
+        60.0,
+        "seconds between two writings of RUN_DIR/heartbeat.json, and log lines of a phase that lasts longer; 0: none",
+    )
     log_topk_overlap: bool = setting(False, "log the share of the teacher's top-k in the student's (one more gather)")
     gradient_diagnostics_interval: int = setting(
         0, "steps between measurements of every region's gradient (five more passes each); 0 for none"

@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from megatron_tropd.rng import Stream
-from megatron_tropd.types import GenerationRequest, Rollout
+from megatron_tropd.types import Counts, GenerationRequest, Rollout
 
 
 class EngineError(RuntimeError):
@@ -56,6 +56,11 @@ class RolloutEngine(Protocol):
     @property
     def weight_version(self) -> int | None:
         """Version of the loaded weights; None while they are incomplete."""
+
+    @property
+    def written(self) -> Counts | None:
+        """Finished responses of the current or last call of :meth:`generate`; None before the first.  May be read by
+        another thread."""
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Rollout]:
         """Return one rollout for each request, in the same order.  Equal requests give equal rollouts.

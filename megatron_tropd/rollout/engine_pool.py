@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_tropd.rollout.engine import SamplingParams
-from megatron_tropd.types import GenerationRequest, Rollout
+from megatron_tropd.types import Counts, GenerationRequest, Rollout
 
 Export = Callable[[], Iterable[tuple[str, Tensor]]]
 """Begins a collective export of the student's weights: whole tensors by HF name, on every rank."""
@@ -38,6 +38,11 @@ class EnginePool(Protocol):
     @property
     def counts(self) -> dict[str, int]:
         """Counts of failures that were recovered so far, by the names of ``engine/...`` in docs/metrics.md."""
+
+    @property
+    def written(self) -> Counts | None:
+        """Finished responses of the generation that goes on, as far as this rank knows of them; None where there is
+        none.  May be read by another thread."""
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int) -> list[Rollout]:
         """Return the rollouts of all requests, in their order, on every rank; all are written with weight ``version``.

@@ -101,6 +101,8 @@ class Student:
         self.groups = groups
         self.version = 0
         """Number of updates made; identifies the weights that the engines sample from."""
+        self.microbatches = 0
+        """Number of training forward passes begun on this rank; shows a heartbeat that work goes on."""
         self.shard = VocabShard(
             vocab_size=vocab_size,
             rows_per_rank=model.vocab_size // groups.layout.tp,

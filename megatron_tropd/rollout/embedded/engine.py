@@ -18,7 +18,7 @@ from megatron_tropd.models.hf_config import load_architecture
 from megatron_tropd.rollout.embedded.decoding import Continuation, decode
 from megatron_tropd.rollout.engine import EngineError, SamplingParams, check_requests
 from megatron_tropd.rollout.update_tracker import UpdateTracker
-from megatron_tropd.types import GenerationRequest, Rollout
+from megatron_tropd.types import Counts, GenerationRequest, Rollout
 
 try:
     from transformers.initialization import no_init_weights
@@ -105,11 +105,17 @@ class EmbeddedEngine:
         self._tracker = UpdateTracker(shapes, optional=tied)
         self._tied_to = dict.fromkeys(tied, "model.embed_tokens.weight")
         self._tied_to |= {source: name for name, source in self._tied_to.items()}
+        self._written: Counts | None = None
 
     @property
     def weight_version(self) -> int | None:
         """Version of the loaded weights; None while they are incomplete."""
         return None if self._model is None else self._tracker.version
+
+    @property
+    def written(self) -> Counts | None:
+        """Finished responses of the current or last call of :meth:`generate`; None before the first."""
+        return self._written
 
     def begin_update(self, version: int) -> None:
         """Stop serving and expect the tensors of ``version``."""
@@ -158,17 +164,26 @@ class EmbeddedEngine:
             (i for i, request in enumerate(requests) if request.max_new_tokens > 0),
             key=lambda i: (requests[i].max_new_tokens, len(requests[i].token_ids)),
         )
+        self._count(0, len(order))
         for start in range(0, len(order), self._max_batch_size):
             chosen = order[start : start + self._max_batch_size]
-            for i, continuation in zip(chosen, self._decode(model, [requests[i] for i in chosen], params), strict=True):
+            done = self._decode(model, [requests[i] for i in chosen], params, before=start, of=len(order))
+            for i, continuation in zip(chosen, done, strict=True):
                 written[i] = continuation
         return [_rollout(request, done, version) for request, done in zip(requests, written, strict=True)]
 
+    def _count(self, done: int, total: int) -> None:
+        self._written = Counts(done=done, total=total, unit="responses on this rank")
+
     def _decode(
-        self, model: PreTrainedModel, requests: list[GenerationRequest], params: SamplingParams
+        self, model: PreTrainedModel, requests: list[GenerationRequest], params: SamplingParams, *, before: int, of: int
     ) -> list[Continuation]:
+        """Write a batch that has ``before`` of the ``of`` requests before it."""
         try:
-            return decode(model, requests, params, stop_token_ids=self._stop_token_ids, vocab_size=self._vocab_size)
+            return decode(
+                model, requests, params, stop_token_ids=self._stop_token_ids, vocab_size=self._vocab_size,
+                on_finished=lambda count: self._count(before + count, of),
+            )  # fmt: skip
         except ValueError as error:
             uids = sorted({request.prompt_uid for request in requests})
             raise EngineError(

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_tropd.parallel.fail_together import from_all_ranks
 from megatron_tropd.rollout.engine import EngineError, RolloutEngine, SamplingParams
 from megatron_tropd.rollout.engine_pool import Export, PushReport
-from megatron_tropd.types import GenerationRequest, Rollout
+from megatron_tropd.types import Counts, GenerationRequest, Rollout
 
 
 class EmbeddedPool:
@@ -27,6 +27,11 @@ class EmbeddedPool:
     def counts(self) -> dict[str, int]:
         """Empty: these engines have no failure from which they can recover."""
         return {}
+
+    @property
+    def written(self) -> Counts | None:
+        """Finished responses of this rank's share of the requests; None before the first."""
+        return self.engine.written
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int) -> list[Rollout]:
         """Rollouts of all requests, on every rank.

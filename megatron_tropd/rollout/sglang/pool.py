@@ -24,7 +24,7 @@ from megatron_tropd.rollout.sglang.fleet import Fleet, GenerationJob
 from megatron_tropd.rollout.sglang.planned.push import PlannedPush
 from megatron_tropd.rollout.sglang.settings import SGLangSettings
 from megatron_tropd.rollout.update_tracker import UpdateTracker
-from megatron_tropd.types import GenerationRequest, Rollout
+from megatron_tropd.types import Counts, GenerationRequest, Rollout
 from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
 
 _SCORE_ATTEMPTS = 3
@@ -66,6 +66,7 @@ class SGLangPool:
         self._tracker = UpdateTracker(hf_shapes(arch))
         self._version: int | None = None
         self._fleet: Fleet | None = None
+        self._job: GenerationJob | None = None
         if is_rank_zero():
             rules = TokenRules(
                 stop_token_ids=frozenset(stop_token_ids), vocab_size=vocab_size, model_vocab_size=arch.vocab_size
@@ -94,6 +95,14 @@ class SGLangPool:
 
     # ---- generation ----
 
+    @property
+    def written(self) -> Counts | None:
+        """Finished responses of the batch that is written now, on rank 0; None between two, and on other ranks."""
+        job = self._job
+        if job is None or self._fleet is None:
+            return None
+        return Counts(done=len(job.done), total=len(job.requests), unit="responses")
+
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int) -> list[Rollout]:
         """Return the rollouts of all requests, in order, on every rank; all are written with weight ``version``.
 
@@ -104,10 +113,13 @@ class SGLangPool:
         if self._version != version:
             raise EngineError(f"the engines hold weight version {self._version}, the trainer is at {version}")
         check_requests(requests, vocab_size=self._vocab_size, max_positions=self._arch.max_position_embeddings)
-        job = GenerationJob(requests=requests, params=params, version=version)
-        while isinstance(outcome := on_rank_zero(lambda: self._write(job), EngineError), str):
-            if outcome == _WEIGHTS_WANTED:
-                self._deliver_again(version)
+        job = self._job = GenerationJob(requests=requests, params=params, version=version)
+        try:
+            while isinstance(outcome := on_rank_zero(lambda: self._write(job), EngineError), str):
+                if outcome == _WEIGHTS_WANTED:
+                    self._deliver_again(version)
+        finally:
+            self._job = None
         return list(outcome)
 
     def _deliver_again(self, version: int) -> None:
