@@ -6,9 +6,10 @@ rollout; no other rank sees them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,9 @@ from torch import Tensor
 from megatron_tropd.data.packing import plan_packs
 from megatron_tropd.models.build import HiddenStateGPT
 from megatron_tropd.ops.vocab_parallel import VocabShard
-from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.exchange import TensorSpec, broadcast_tensors, exchange, gather_objects
 from megatron_tropd.parallel.groups import ModelGroups
+from megatron_tropd.parallel.host_offload import HostOffload
 from megatron_tropd.teacher.output_table import reshard_output_table
 from megatron_tropd.teacher.scoring import FrozenHead, score_rollouts
 from megatron_tropd.types import Rollout, ScoreRequest, TeacherScores
@@ -57,7 +58,7 @@ class MegatronTeacher:
         self._model = model.eval().requires_grad_(False)
         self._groups = groups
         self._max_tokens = max_tokens_per_microbatch
-        self._offload = offload and platform.is_cuda()
+        self._offload = HostOffload(self._model.parameters()) if offload else None
         self._role = role
         self._shard = VocabShard(
             vocab_size=vocab_size,
@@ -65,7 +66,6 @@ class MegatronTeacher:
             group=groups.pg_collection.tp,
             chunk_tokens=logits_chunk_tokens,
         )
-        self._move("cpu" if self._offload else platform.device())
 
     @property
     def hidden_like(self) -> Tensor:
@@ -77,20 +77,28 @@ class MegatronTeacher:
         """Rows of the output table for this rank's part of the student's, which has ``padded_vocab_size`` rows in all;
         see :func:`reshard_output_table`.  Collective over the world."""
         like = self.hidden_like
-        return reshard_output_table(
-            self._model.lm_head_weight() if self._groups.is_last_stage else None,
-            self._groups,
-            student,
-            width=like.shape[1],
-            dtype=like.dtype,
-            padded=(self._model.vocab_size, padded_vocab_size),
-            vocab_size=self._shard.vocab_size,
-        )
+        with self._on_device():
+            return reshard_output_table(
+                self._model.lm_head_weight() if self._groups.is_last_stage else None,
+                self._groups,
+                student,
+                width=like.shape[1],
+                dtype=like.dtype,
+                padded=(self._model.vocab_size, padded_vocab_size),
+                vocab_size=self._shard.vocab_size,
+            )
 
-    def _move(self, device: Any) -> None:
-        if self._offload:
-            self._model.to(device)
-            torch.cuda.empty_cache()
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Have the weights on this rank's device, also those that are in host memory between uses."""
+        if self._offload is None:
+            yield
+            return
+        self._offload.load()
+        try:
+            yield
+        finally:
+            self._offload.release()
 
     def _payload(self, rollout: Rollout, want: ScoreRequest) -> dict[str, TensorSpec]:
         """Fields of TeacherScores that are sent for ``rollout``, in order."""
@@ -123,14 +131,13 @@ class MegatronTeacher:
             max_tokens=self._max_tokens,
             prompt_uids=[rollout.prompt_uid for rollout in rollouts],
         )
-        self._move(platform.device())
-        head = FrozenHead(model=self._model, shard=self._shard, want=want)
         try:
-            scored = score_rollouts(self._model, self._groups, rollouts, plan, head, refuse_nan=True)
+            with self._on_device():
+                head = FrozenHead(model=self._model, shard=self._shard, want=want)
+                scored = score_rollouts(self._model, self._groups, rollouts, plan, head, refuse_nan=True)
         except ValueError as error:  # on every rank
             flags = f"--{self._role}-hf-checkpoint / --{self._role}-load"
             raise ValueError(f"{self._role}: {error}; check {flags}") from error
-        self._move("cpu")
         return self._route(rollouts, want, plan.owners, destination, scored)
 
     def logprobs_of(self, sequences: Sequence[Sequence[int]], *, vocab_size: int) -> list[list[float]]:
@@ -152,11 +159,10 @@ class MegatronTeacher:
         plan = plan_packs(
             lengths, data_parallel_size=self._groups.layout.dp, max_tokens=max(self._max_tokens, *lengths)
         )
-        self._move(platform.device())
         shard = replace(self._shard, vocab_size=vocab_size)
-        head = FrozenHead(model=self._model, shard=shard, want=ScoreRequest())
-        scored = score_rollouts(self._model, self._groups, rollouts, plan, head, refuse_nan=True)
-        self._move("cpu")
+        with self._on_device():
+            head = FrozenHead(model=self._model, shard=shard, want=ScoreRequest())
+            scored = score_rollouts(self._model, self._groups, rollouts, plan, head, refuse_nan=True)
         mine = {index: scores.logprob.tolist() for index, scores in scored.items() if self._groups.reports}
         found = {index: values for part in gather_objects(mine) for index, values in part.items()}
         return [found[index] for index in range(len(rollouts))]
