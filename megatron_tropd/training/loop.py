@@ -49,12 +49,15 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
     progress = run.progress
     progress.begin_step(step + 1)
     with progress.phase("generate", lambda: run.engines.written if run.engines else None):
+        if run.objective.needs.rollouts:
+            run.student.sleep()
         rollouts = collect(run, step)
     plan = plan_updates(run, rollouts)
     with progress.phase("score"):
         scored = score_batch(run, rollouts, plan, step)
         updates = pack_batch(run.student, run.objective, scored.batch, plan)
     with progress.phase("train"):
+        run.student.wake()
         gradients = _diagnostics(run, scored.batch, plan, step)
     with progress.phase("train", _microbatches_done(run.student, updates)):
         outcome = _update(run, scored.batch, updates, step, scored.metrics.get("reward/abs_max", 0.0))
@@ -163,7 +166,9 @@ def _evaluate(run: Run, step: int, *, whole: bool = False) -> None:
         return
     push_weights(run)
     generate = partial(engines.generate, version=run.student.version)
+    run.student.sleep()
     run.evaluations.run(generate, step=step, whole=whole, counts=lambda: engines.written)
+    run.student.wake()
 
 
 def _batch_metrics(run: Run, step: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
