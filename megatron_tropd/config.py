@@ -49,6 +49,9 @@ class ParallelConfig:
     )
     sequence_parallel: bool = setting(False, "split norms and dropout over the tensor-parallel ranks")
     use_distributed_optimizer: bool = setting(False, "split the optimizer state over the data-parallel ranks")
+    rl_offload_optimizer_during_inference: bool = setting(
+        False, "while rollouts are written and scored, keep optimizer state in host memory and free gradient buffers"
+    )
     distributed_timeout_minutes: float = setting(10.0, "a collective that takes longer ends the job")
 
     @property
@@ -75,7 +78,7 @@ class TeacherConfig:
     teacher_expert_tensor_parallel_size: int = setting(
         0, "ranks that share one expert of the teacher; 0 for --teacher-tensor-model-parallel-size"
     )
-    teacher_offload: bool = setting(False, "keep the teacher in host memory between uses (GPU only)")
+    teacher_offload: bool = setting(False, "keep teacher and reference in host memory between uses, to free a GPU's")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,6 +269,10 @@ class LoggingConfig:
 
     run_dir: str = setting("", "where everything is written")
     log_interval: int = setting(1, "steps between log lines")
+    heartbeat_interval: float = setting(
+        60.0,
+        "seconds between two writings of RUN_DIR/heartbeat.json, and log lines of a phase that lasts longer; 0: none",
+    )
     log_topk_overlap: bool = setting(False, "log the share of the teacher's top-k in the student's (one more gather)")
     gradient_diagnostics_interval: int = setting(
         0, "steps between measurements of every region's gradient (five more passes each); 0 for none"

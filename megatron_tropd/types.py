@@ -325,6 +325,16 @@ class LossOutput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """How far a phase of a step has come, on one rank."""
+
+    done: int
+    total: int
+    unit: str
+    """What is counted, in the plural: ``responses``, ``micro-batches``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
     """Results of one training step, as they are shown, logged and plotted."""
 

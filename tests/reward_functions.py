@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
+
 
 def third_of_length(sample):
     """Depends on the whole response, so that most groups differ."""
@@ -31,3 +35,12 @@ def last_word(sample):
     """The number in the last word (w50 is 50)."""
     digits = "".join(c for c in sample.response.split(" ")[-1] if c.isdigit())
     return float(digits or 0)
+
+
+def when_the_gate_opens(sample):
+    """1, as soon as the file that REWARD_GATE names exists."""
+    deadline = time.monotonic() + 120
+    while not Path(os.environ["REWARD_GATE"]).exists():
+        assert time.monotonic() < deadline, "nobody opened the gate"
+        time.sleep(0.02)
+    return 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -340,3 +341,24 @@ def test_two_ranks_get_the_same_rollouts_and_the_same_errors(sglang, ranks):
     first, second = ranks(2).run(_two_ranks, replace(sglang.settings, urls=urls), sglang.arch, version)
     assert first[0] == second[0] and len(first[0]) == 4
     assert first[1] == second[1] and len(first[1]) == 2 and "missing: lm_head.weight" in first[1][0]
+
+
+def test_the_pool_says_how_many_responses_are_finished(sglang):
+    """What the heartbeat's thread reads while a batch is written."""
+    version, seen, ended = sglang.push(), [], threading.Event()
+
+    def watch():
+        while not ended.wait(0.002):
+            seen.append(sglang.pool.written)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        sglang.pool.generate(requests_of(12, samples=2, max_new=24), params(), version)
+    finally:
+        ended.set()
+        watcher.join()
+    counts = [count for count in seen if count is not None]
+    assert {(count.total, count.unit) for count in counts} == {(24, "responses")}
+    done = [count.done for count in counts]
+    assert done == sorted(done) and done[0] < done[-1] <= 24 and sglang.pool.written is None

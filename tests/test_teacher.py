@@ -32,7 +32,7 @@ def _rollouts():
     ), *rollouts[5:]]  # fmt: skip
 
 
-def _score(directory, student, teacher, max_tokens):
+def _score(directory, student, teacher, max_tokens, offload=False):
     import torch.distributed as dist
 
     from megatron_tropd.models.build import build_gpt_model
@@ -49,13 +49,15 @@ def _score(directory, student, teacher, max_tokens):
     model = build_gpt_model(arch, theirs)
     load_hf_into(model, HfCheckpoint.open(directory, arch), arch, teacher, dist.get_rank())
     scorer = MegatronTeacher(
-        model, theirs, vocab_size=COMMON_VOCAB, max_tokens_per_microbatch=max_tokens, logits_chunk_tokens=5
-    )
+        model, theirs, vocab_size=COMMON_VOCAB, max_tokens_per_microbatch=max_tokens, logits_chunk_tokens=5,
+        offload=offload,
+    )  # fmt: skip
     rollouts = _rollouts()
     plan = plan_packs([len(r.token_ids) for r in rollouts], data_parallel_size=student.dp, max_tokens=40)
     scores = scorer.score(
         rollouts, ScoreRequest(top_k=TOP_K, entropy=True), Destination(groups=mine, owners=plan.owners)
     )
+    assert not offload or not any(weight.numel() for weight in model.parameters()), "it is not in host memory"
     owned = {i for pack in plan.microbatches[mine.coords.dp] for i in pack} if mine.is_last_stage else set()
     return owned, {i: (s.logprob, s.topk_ids, s.topk_logprobs, s.entropy) for i, s in scores.items()}
 
@@ -82,6 +84,17 @@ CASES = {
     "student TP2 PP2, teacher TP4": (ParallelLayout(tp=2, pp=2), ParallelLayout(tp=4), 300),
     "student DP4, teacher TP2 PP2": (ParallelLayout(dp=4), ParallelLayout(tp=2, pp=2), 30),
 }
+
+
+@pytest.mark.parametrize("name", ["one rank", "student TP2, teacher PP2"])
+def test_a_teacher_in_host_memory_gives_the_same_scores(ranks, tmp_path, name):
+    student, teacher, max_tokens = CASES[name]
+    directory = save_hf_checkpoint(tmp_path / "teacher", "llama_tied")
+    given = ranks(student.world_size).run(_score, directory, student, teacher, max_tokens)
+    offloaded = ranks(student.world_size).run(_score, directory, student, teacher, max_tokens, True)
+    for (_, expected), (_, found) in zip(given, offloaded, strict=True):
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(a, b) for i in expected for a, b in zip(expected[i], found[i], strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,6 +6,7 @@ Files::
     env.json                 code, versions, machine, command line; changed flags; earlier launches
     metrics.jsonl            one line for each step and each evaluation
     rollouts/step_*.jsonl    a few rollouts as text
+    heartbeat.json           what rank 0 is doing (``progress/heartbeat.py``)
     plots/  report.html      made from the files above (``python -m megatron_tropd.reporting.report RUN_DIR``)
     run.lock                 host and process of the job that writes here; empty when there is none
 """

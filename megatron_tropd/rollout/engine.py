@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_tropd.errors import EngineError
 from megatron_tropd.rng import Stream
-from megatron_tropd.types import GenerationRequest, Rollout
+from megatron_tropd.types import Counts, GenerationRequest, Rollout
 
 Arrived = Callable[[Mapping[int, Rollout]], None]
 """Is told of finished rollouts, by the index of their request, on the rank where they arrive.  It may be called from
@@ -61,6 +61,11 @@ class RolloutEngine(Protocol):
     @property
     def weight_version(self) -> int | None:
         """Version of the loaded weights; None while they are incomplete."""
+
+    @property
+    def written(self) -> Counts | None:
+        """Finished responses of the current or last call of :meth:`generate`; None before the first.  May be read by
+        another thread."""
 
     def generate(
         self, requests: Sequence[GenerationRequest], params: SamplingParams, arrived: Arrived = ignore

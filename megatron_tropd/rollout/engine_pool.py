@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_tropd.rollout.engine import Arrived, SamplingParams, ignore
-from megatron_tropd.types import GenerationRequest, Rollout
+from megatron_tropd.types import Counts, GenerationRequest, Rollout
 
 Export = Callable[[], Iterable[tuple[str, Tensor]]]
 """Begins a collective export of the student's weights: whole tensors by HF name, on every rank."""
@@ -39,6 +39,11 @@ class EnginePool(Protocol):
     @property
     def counts(self) -> dict[str, int]:
         """Counts of failures that were recovered so far, by the names of ``engine/...`` in docs/metrics.md."""
+
+    @property
+    def written(self) -> Counts | None:
+        """Finished responses of the batch that is in writing, as far as this rank knows of them; None where there is
+        none.  May be read by another thread."""
 
     def idle_share(self) -> float:
         """Share of the time since the last call in which nothing was in writing, as rank 0 sees it; not collective."""

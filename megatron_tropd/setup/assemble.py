@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -193,7 +194,11 @@ def _go_on_with(pending: Pending, stream: Stream, student: Student, source: Prom
 def _progress(config: TrainConfig, start_step: int) -> NullProgress:
     if dist.get_rank():
         return NullProgress()
-    return Progress(config.training.train_iters, start_step, config.logging.log_interval)
+    logging = config.logging
+    return Progress(
+        config.training.train_iters, start_step, logging.log_interval,
+        run_dir=Path(logging.run_dir), heartbeat_interval=logging.heartbeat_interval,
+    )  # fmt: skip
 
 
 def close(assembled: Assembled) -> None:

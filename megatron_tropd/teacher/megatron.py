@@ -3,9 +3,10 @@ is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,9 +14,9 @@ from torch import Tensor
 from megatron_tropd.data.packing import plan_packs
 from megatron_tropd.models.build import HiddenStateGPT
 from megatron_tropd.ops.vocab_parallel import VocabShard
-from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.exchange import WORLD, Link, gather_objects
 from megatron_tropd.parallel.groups import ModelGroups
+from megatron_tropd.parallel.host_offload import HostOffload
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.teacher.output_table import Grid, reshard_output_table
 from megatron_tropd.teacher.routing import route
@@ -53,7 +54,7 @@ class MegatronTeacher:
         self._model = model.eval().requires_grad_(False)
         self._groups = groups
         self._max_tokens = max_tokens_per_microbatch
-        self._offload = offload and platform.is_cuda()
+        self._offload = HostOffload(self._model.parameters()) if offload else None
         self._role = role
         self._shard = VocabShard(
             vocab_size=vocab_size,
@@ -61,7 +62,6 @@ class MegatronTeacher:
             group=groups.pg_collection.tp,
             chunk_tokens=logits_chunk_tokens,
         )
-        self._move("cpu" if self._offload else platform.device())
 
     @property
     def layout(self) -> ParallelLayout:
@@ -86,21 +86,29 @@ class MegatronTeacher:
         see :func:`reshard_output_table`.  Collective over this model's ranks, numbered from ``first`` on ``link``, and
         the student's."""
         like = self.hidden_like
-        return reshard_output_table(
-            self._model.lm_head_weight() if self._groups.is_last_stage else None,
-            Grid(layout=self._groups.layout, first=first),
-            student,
-            width=like.shape[1],
-            dtype=like.dtype,
-            padded=(self._model.vocab_size, padded_vocab_size),
-            vocab_size=self._shard.vocab_size,
-            link=link,
-        )
+        with self._on_device():
+            return reshard_output_table(
+                self._model.lm_head_weight() if self._groups.is_last_stage else None,
+                Grid(layout=self._groups.layout, first=first),
+                student,
+                width=like.shape[1],
+                dtype=like.dtype,
+                padded=(self._model.vocab_size, padded_vocab_size),
+                vocab_size=self._shard.vocab_size,
+                link=link,
+            )
 
-    def _move(self, device: Any) -> None:
-        if self._offload:
-            self._model.to(device)
-            torch.cuda.empty_cache()
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Have the weights on this rank's device, also those that are in host memory between uses."""
+        if self._offload is None:
+            yield
+            return
+        self._offload.load()
+        try:
+            yield
+        finally:
+            self._offload.release()
 
     def score_here(self, rollouts: Sequence[Rollout], want: ScoreRequest) -> Located:
         """Score every response token; the scores stay where they were made.  Collective over the model's ranks.
@@ -118,14 +126,13 @@ class MegatronTeacher:
             max_tokens=self._max_tokens,
             prompt_uids=[rollout.prompt_uid for rollout in rollouts],
         )
-        self._move(platform.device())
-        head = FrozenHead(model=self._model, shard=self._shard, want=want)
         try:
-            scored = score_rollouts(self._model, self._groups, rollouts, plan, head, refuse_nan=True)
+            with self._on_device():
+                head = FrozenHead(model=self._model, shard=self._shard, want=want)
+                scored = score_rollouts(self._model, self._groups, rollouts, plan, head, refuse_nan=True)
         except ValueError as error:  # on every rank
             flags = f"--{self._role}-hf-checkpoint / --{self._role}-load"
             raise ValueError(f"{self._role}: {error}; check {flags}") from error
-        self._move("cpu")
         sources = {index: layout.rank(tp=0, pp=layout.pp - 1, dp=owner) for index, owner in plan.owners.items()}
         return Located(scores=scored, sources=sources)
 
@@ -156,11 +163,10 @@ class MegatronTeacher:
         plan = plan_packs(
             lengths, data_parallel_size=self._groups.layout.dp, max_tokens=max(self._max_tokens, *lengths)
         )
-        self._move(platform.device())
         shard = replace(self._shard, vocab_size=vocab_size)
-        head = FrozenHead(model=self._model, shard=shard, want=ScoreRequest())
-        scored = score_rollouts(self._model, self._groups, rollouts, plan, head, refuse_nan=True)
-        self._move("cpu")
+        with self._on_device():
+            head = FrozenHead(model=self._model, shard=shard, want=ScoreRequest())
+            scored = score_rollouts(self._model, self._groups, rollouts, plan, head, refuse_nan=True)
         mine = {index: scores.logprob.tolist() for index, scores in scored.items() if self._groups.reports}
         found = {index: values for part in gather_objects(mine) for index, values in part.items()}
         return [found[index] for index in range(len(rollouts))]

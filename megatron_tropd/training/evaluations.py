@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_tropd.config import TrainConfig
@@ -10,7 +10,7 @@ from megatron_tropd.evaluation import DECODINGS, Generate, evaluate
 from megatron_tropd.grading.grader import Grader
 from megatron_tropd.reporting.progress.progress import NullProgress
 from megatron_tropd.training.run_logger import RunLogger
-from megatron_tropd.types import Prompt
+from megatron_tropd.types import Counts, Prompt
 
 
 class Evaluations:
@@ -29,12 +29,15 @@ class Evaluations:
         interval = self._config.evaluation.eval_interval
         return bool(self._prompts and interval and step % interval == 0 and step < self._config.training.train_iters)
 
-    def run(self, generate: Generate, *, step: int, whole: bool) -> None:
-        """Answer all prompts, or only the first --eval-prompts, and log a report per decoding.  Collective."""
+    def run(self, generate: Generate, *, step: int, whole: bool, counts: Callable[[], Counts | None]) -> None:
+        """Answer all prompts, or only the first --eval-prompts, and log a report per decoding.  Collective.
+
+        ``counts`` says how far ``generate`` is with the decoding that goes on.
+        """
         prompts = self._prompts if whole else self._prompts[: self._config.evaluation.eval_prompts or None]
         if not prompts:
             return
-        with self._progress.phase("eval"):
+        with self._progress.phase("eval", counts):
             reports = evaluate(
                 generate,
                 prompts,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -15,7 +15,8 @@ from megatron_tropd.training.guard import Update
 from megatron_tropd.training.parity import probe_differences
 from megatron_tropd.training.run import Run
 from megatron_tropd.training.step import Batch, PackedUpdate, StepSums, forward_backward, mean_logprobs, pack_batch
-from megatron_tropd.types import Rollout, StepReport
+from megatron_tropd.training.student import Student
+from megatron_tropd.types import Counts, Rollout, StepReport
 
 PARITY = "parity/logprob_abs_diff_mean"
 
@@ -45,10 +46,14 @@ class TrainedRollouts:
 def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
     """Collect and score one batch of rollouts and make its updates; return the report and the rollouts."""
     progress = run.progress
-    with progress.phase("generate"):
+    progress.begin_step(step + 1)
+    ahead = run.config.rollout.rollout_lag > 0
+    with progress.phase("generate", lambda: run.engines.written if run.engines else None):
+        if run.objective.needs.rollouts and not ahead:
+            run.student.sleep()
         rollouts = run.stream.take(step, run.student.version)
     arrived = {}
-    if run.config.rollout.rollout_lag:
+    if ahead:
         arrived = _begin_next(run, step)
     elif run.engines is not None:
         run.engines.sleep()
@@ -58,7 +63,9 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
         scored = score_batch(run, rollouts, plan, step)
         updates = pack_batch(run.student, run.objective, scored.batch, plan)
     with progress.phase("train"):
+        run.student.wake()
         gradients = _diagnostics(run, scored.batch, plan, step)
+    with progress.phase("train", _microbatches_done(run.student, updates)):
         outcome = _update(run, scored.batch, updates, step, scored.metrics.get("reward/abs_max", 0.0))
     del updates  # as large as the scores
     run.stream.trained()
@@ -92,6 +99,12 @@ def _begin_next(run: Run, step: int) -> dict[str, float]:
     with run.progress.phase("generate"):
         run.stream.begin(step + 1, run.student.version)
     return arrived
+
+
+def _microbatches_done(student: Student, updates: Sequence[PackedUpdate]) -> Callable[[], Counts]:
+    """Return what counts, from now on, the micro-batches of ``updates`` whose forward pass has begun on this rank."""
+    before, total = student.microbatches, sum(len(update.microbatches) for update in updates)
+    return lambda: Counts(done=student.microbatches - before, total=total, unit="micro-batches")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,13 +191,16 @@ def _judge_parity(run: Run, gap: float, what: str) -> None:
 
 def _evaluate(run: Run, step: int, *, whole: bool = False) -> None:
     """Evaluate on all held-out prompts (``whole``), or on --eval-prompts of them if that is due after ``step``."""
-    if run.engines is None or not (whole or run.evaluations.due(step)):
+    engines = run.engines
+    if engines is None or not (whole or run.evaluations.due(step)):
         return
     with run.progress.phase("generate"):
         run.stream.settle(run.student.version)  # weights can be pushed only when nothing is in writing
     push_weights(run)
-    generate = partial(run.engines.generate, version=run.student.version)
-    run.evaluations.run(generate, step=step, whole=whole)
+    generate = partial(engines.generate, version=run.student.version)
+    run.student.sleep()
+    run.evaluations.run(generate, step=step, whole=whole, counts=lambda: engines.written)
+    run.student.wake()
 
 
 def _batch_metrics(run: Run, step: int, rollouts: Sequence[Rollout], version: int) -> dict[str, float]:

@@ -173,6 +173,7 @@ def _forward_step(
     microbatches: Iterator[Packed], model: torch.nn.Module, *, student: Student, objective: Objective, of: Batch
 ) -> tuple[Tensor, Any]:
     packed = next(microbatches)
+    student.microbatches += 1
     # Pinned only now: the micro-batches of a whole batch are too much for memory that cannot be swapped.
     microbatch = host_copies.pinned(packed.microbatch).to(platform.device())
     hidden = forward_hidden(model, microbatch)

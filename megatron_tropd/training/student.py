@@ -16,8 +16,9 @@ from megatron_tropd.config import ParallelConfig, TrainConfig, TrainingConfig
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.models.build import HiddenStateGPT, build_gpt_model
 from megatron_tropd.ops.vocab_parallel import HeadSettings, VocabShard
-from megatron_tropd.parallel import platform
+from megatron_tropd.parallel import optimizer_memory, platform
 from megatron_tropd.parallel.groups import ModelGroups
+from megatron_tropd.parallel.host_offload import HostBlocks, HostOffload
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.types import Needs
 
@@ -101,6 +102,8 @@ class Student:
         self.groups = groups
         self.version = 0
         """Number of updates made; identifies the weights that the engines sample from."""
+        self.microbatches = 0
+        """Number of training forward passes begun on this rank; shows a heartbeat that work goes on."""
         self.shard = VocabShard(
             vocab_size=vocab_size,
             rows_per_rank=model.vocab_size // groups.layout.tp,
@@ -115,12 +118,33 @@ class Student:
         self.ddp = _wrap(model, config.parallel)
         self.optimizer = _optimizer(self.ddp, config.training, config.parallel, bf16=config.model.bf16)
         self.scheduler = _scheduler(self.optimizer, config.training, config.num_updates)
+        self._offloads = config.parallel.rl_offload_optimizer_during_inference
+        self._host_blocks = HostBlocks(pin=platform.is_cuda())
+        self._asleep: HostOffload | None = None
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
 
     def close(self) -> None:
         """End training, so that the memory of the weights can be freed."""
         break_cycles(self.model)
+
+    def sleep(self) -> None:
+        """Move optimizer state to host memory and free the gradients, until :meth:`wake`; the weights stay, so the
+        student can score and be exported.  Nothing happens without --rl-offload-optimizer-during-inference."""
+        if not self._offloads or self._asleep is not None:
+            return
+        self.optimizer.zero_grad()  # fp32 copies of gradients, which the optimizer makes anew
+        optimizer_memory.free_gradient_buffers(self.ddp)
+        # Not Megatron's offload_to_cpu: it goes through pageable memory, and in fp32 takes the weights away too.
+        self._asleep = HostOffload(optimizer_memory.state_tensors(self.optimizer), blocks=self._host_blocks)
+
+    def wake(self) -> None:
+        """Bring back what :meth:`sleep` moved; the gradients are zero.  Nothing happens where it moved nothing."""
+        if self._asleep is not None:
+            self._asleep.prefetch()
+            optimizer_memory.restore_gradient_buffers(self.ddp)  # beside the copies
+            self._asleep.wait()
+            self._asleep = None
 
     def head(self, needs: Needs) -> HeadSettings:
         """Return the settings of the vocabulary head for an objective's ``needs``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Protocol, TextIO
 
@@ -37,6 +38,9 @@ class Display(Protocol):
     def message(self, text: str) -> None:
         """Show a text that a person should read."""
 
+    def heartbeat(self, text: str) -> None:
+        """Show that a long phase goes on.  Called by another thread, so no lock may be taken."""
+
     def close(self) -> None:
         """Close the display, after the last event."""
 
@@ -70,6 +74,10 @@ class LineDisplay:
         """Write and flush a line at once, so that the log is complete after a crash."""
         self._stream.write(f"{text}\n")
         self._stream.flush()
+
+    def heartbeat(self, text: str) -> None:
+        """Write the line past the stream's buffer, whose lock a forked checkpoint writer could find held."""
+        os.write(self._stream.fileno(), f"{text}\n".encode())
 
     def close(self) -> None:
         """Do nothing: the stream belongs to the caller."""
@@ -121,6 +129,9 @@ class LiveDisplay:
         """Print above the panel, without reading markup: model text may look like markup."""
         self._live.console.print(Text(text), soft_wrap=True)
         self._draw(now=True)
+
+    def heartbeat(self, text: str) -> None:
+        """Do nothing: the panel names the phase, and it is not drawn by a thread."""
 
     def close(self) -> None:
         """Leave the last panel on the screen."""

@@ -2,7 +2,7 @@
 
 Rank 0 makes a :class:`Progress`: a live panel on a terminal, plain lines in Megatron's style everywhere
 else (a pipe, ``NO_COLOR``, ``TERM=dumb``).  All other ranks make a :class:`NullProgress`, which only
-measures seconds.
+measures seconds.  With a run directory rank 0 also writes a heartbeat (``heartbeat.py``).
 
 Example:
     with Progress(200, start_step, log_interval=10) as progress:
@@ -18,11 +18,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 
 from megatron_tropd.reporting.progress.displays import Display, LineDisplay, LiveDisplay
+from megatron_tropd.reporting.progress.heartbeat import Activity, GetCounts, Heartbeat
 from megatron_tropd.reporting.progress.phase_clock import PhaseClock
 from megatron_tropd.reporting.progress.text import Eta
 from megatron_tropd.types import EvalReport, StepReport
@@ -40,9 +42,12 @@ class NullProgress:
     def __exit__(self, *_exception: object) -> None:
         return None
 
+    def begin_step(self, step: int) -> None:
+        """Report that ``step`` is being made from now on."""
+
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measure the body as phase ``name``."""
+    def phase(self, name: str, counts: GetCounts | None = None) -> Iterator[None]:
+        """Measure the body as phase ``name``; ``counts`` says how far it is, to the heartbeat."""
         with self._clock.phase(name):
             yield
 
@@ -74,30 +79,49 @@ class Progress(NullProgress):
         stream: TextIO | None = None,
         *,
         console: Console | None = None,
+        run_dir: Path | None = None,
+        heartbeat_interval: float = 0.0,
     ) -> None:
+        """``run_dir``: where the heartbeat goes, every ``heartbeat_interval`` seconds; 0 or None for no heartbeat."""
         super().__init__()
         self._stream = stream or sys.stdout
         self._display = _choose_display(total_steps, start_step, log_interval, self._stream, console)
         self._eta = Eta(total_steps)
         self._first_accuracy: dict[str, float] = {}
+        self._heartbeat = Heartbeat(run_dir or Path(), heartbeat_interval if run_dir else 0.0, self._beat)
+        self.begin_step(start_step)
 
     def __enter__(self) -> Progress:
         self._show(lambda display: display.start())
+        self._heartbeat.start()
         self._eta.start(time.perf_counter())
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        self._heartbeat.stop()
         self._show(lambda display: display.close())
 
+    def begin_step(self, step: int) -> None:
+        """Report that ``step`` is being made from now on."""
+        self._heartbeat.activity = Activity(step=step, phase="", since=time.monotonic())
+
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, counts: GetCounts | None = None) -> Iterator[None]:
         """Measure the body as phase ``name`` and show that it is going on."""
+        around = self._heartbeat.activity
+        self._heartbeat.activity = Activity(step=around.step, phase=name, since=time.monotonic(), counts=counts)
         try:
             with self._clock.phase(name):
                 self.detail("")
                 yield
         finally:
+            self._heartbeat.activity = around
             self.detail("")
+
+    def _beat(self, text: str) -> None:
+        """Show a line of the heartbeat, from its thread."""
+        if (display := self._display) is not None:
+            display.heartbeat(text)
 
     def detail(self, text: str) -> None:
         """Show how far the open phase got; cheap enough to call for every rollout."""

@@ -6,7 +6,7 @@ new tokens, ``V`` vocabulary.  Requests are padded on the LEFT, so that all rows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +67,7 @@ class _Batch:
         self.ids, self.pads = _left_pad(requests, device)
         self.row_A = torch.arange(len(requests), device=device)
         self.alive_A = torch.ones_like(self.row_A, dtype=torch.bool)
+        self.num_alive = len(requests)
 
     def prefill(self) -> Tensor:
         """fp32 logits [B, V] after the last given token."""
@@ -88,7 +89,7 @@ class _Batch:
 
     def drop_finished(self) -> Tensor | None:
         """Remove finished rows once there are enough of them; returns the kept indices, or None."""
-        alive = int(self.alive_A.sum())
+        alive = self.num_alive = int(self.alive_A.sum())
         if len(self.alive_A) - alive <= _DROP_FINISHED_ABOVE * len(self.alive_A):
             return None
         kept = self.alive_A.nonzero().squeeze(-1)
@@ -106,8 +107,11 @@ def decode(
     *,
     stop_token_ids: frozenset[int],
     vocab_size: int,
+    on_finished: Callable[[int], None] = lambda _: None,
 ) -> list[Continuation]:
     """Write every request to its stop token or its ``max_new_tokens`` (at least 1 each).
+
+    ``on_finished`` is told after every token how many requests are finished.
 
     Raises:
         ValueError: the model gives NaN or infinite logits.
@@ -133,6 +137,7 @@ def decode(
         count_B[row[stopped]] = step + 1
         batch.alive_A &= ~stopped & (budget_B[row] > step + 1)
         kept = batch.drop_finished()
+        on_finished(len(requests) - batch.num_alive)
         if not batch.alive_A.any():
             break
         logits = batch.advance(tokens if kept is None else tokens[kept], batch.ids.shape[1] + step)

@@ -19,7 +19,7 @@ from megatron_tropd.models.hf_config import load_architecture
 from megatron_tropd.rollout.embedded.decoding import Continuation, decode
 from megatron_tropd.rollout.engine import Arrived, SamplingParams, check_requests, ignore
 from megatron_tropd.rollout.update_tracker import UpdateTracker
-from megatron_tropd.types import GenerationRequest, Rollout
+from megatron_tropd.types import Counts, GenerationRequest, Rollout
 
 try:
     from transformers.initialization import no_init_weights
@@ -106,11 +106,17 @@ class EmbeddedEngine:
         self._tracker = UpdateTracker(shapes, optional=tied)
         self._tied_to = dict.fromkeys(tied, "model.embed_tokens.weight")
         self._tied_to |= {source: name for name, source in self._tied_to.items()}
+        self._written: Counts | None = None
 
     @property
     def weight_version(self) -> int | None:
         """Version of the loaded weights; None while they are incomplete."""
         return None if self._model is None else self._tracker.version
+
+    @property
+    def written(self) -> Counts | None:
+        """Finished responses of the current or last call of :meth:`generate`; None before the first."""
+        return self._written
 
     def begin_update(self, version: int) -> None:
         """Stop serving and expect the tensors of ``version``."""
@@ -163,19 +169,27 @@ class EmbeddedEngine:
             (i for i, request in enumerate(requests) if request.max_new_tokens > 0),
             key=lambda i: (requests[i].max_new_tokens, len(requests[i].token_ids)),
         )
+        self._count(0, len(order))
         for start in range(0, len(order), self._max_batch_size):
             chosen = order[start : start + self._max_batch_size]
-            written = self._decode(model, [requests[i] for i in chosen], params)
+            written = self._decode(model, [requests[i] for i in chosen], params, before=start, of=len(order))
             finished = {i: _rollout(requests[i], done, version) for i, done in zip(chosen, written, strict=True)}
             arrived(finished)
             rollouts |= finished
         return [rollouts[i] for i in range(len(requests))]
 
+    def _count(self, done: int, total: int) -> None:
+        self._written = Counts(done=done, total=total, unit="responses on this rank")
+
     def _decode(
-        self, model: PreTrainedModel, requests: list[GenerationRequest], params: SamplingParams
+        self, model: PreTrainedModel, requests: list[GenerationRequest], params: SamplingParams, *, before: int, of: int
     ) -> list[Continuation]:
+        """Write a batch that has ``before`` of the ``of`` requests before it."""
         try:
-            return decode(model, requests, params, stop_token_ids=self._stop_token_ids, vocab_size=self._vocab_size)
+            return decode(
+                model, requests, params, stop_token_ids=self._stop_token_ids, vocab_size=self._vocab_size,
+                on_finished=lambda count: self._count(before + count, of),
+            )  # fmt: skip
         except ValueError as error:
             uids = sorted({request.prompt_uid for request in requests})
             raise EngineError(

@@ -11,7 +11,7 @@ from megatron_tropd.parallel.fail_together import from_all_ranks
 from megatron_tropd.rollout.engine import Arrived, RolloutEngine, SamplingParams, ignore
 from megatron_tropd.rollout.engine_pool import EnginePool, Export, PushReport
 from megatron_tropd.rollout.idle_clock import IdleClock
-from megatron_tropd.types import GenerationRequest, Rollout
+from megatron_tropd.types import Counts, GenerationRequest, Rollout
 
 
 class EmbeddedPool(EnginePool):
@@ -33,6 +33,11 @@ class EmbeddedPool(EnginePool):
     def counts(self) -> dict[str, int]:
         """Empty: these engines have no failure from which they can recover."""
         return {}
+
+    @property
+    def written(self) -> Counts | None:
+        """Finished responses of this rank's share of the requests; None before the first."""
+        return self.engine.written
 
     def idle_share(self) -> float:
         """See EnginePool."""

@@ -27,7 +27,7 @@ from megatron_tropd.sglang.loop_thread import LoopThread
 from megatron_tropd.sglang.server.handle import MakeServer
 from megatron_tropd.sglang.server.process import ServerProcess
 from megatron_tropd.sglang.settings import SGLangSettings
-from megatron_tropd.types import GenerationRequest, Rollout
+from megatron_tropd.types import Counts, GenerationRequest, Rollout
 from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
 
 _SCORE_ATTEMPTS = 3
@@ -104,6 +104,14 @@ class SGLangPool(EnginePool):
 
     # ---- generation ----
 
+    @property
+    def written(self) -> Counts | None:
+        """Finished responses of the batch that is written now, on rank 0; None between two, and on other ranks."""
+        job = self._job
+        if job is None or self._fleet is None:
+            return None
+        return Counts(done=len(job.done), total=len(job.requests), unit="responses")
+
     def submit(
         self, requests: Sequence[GenerationRequest], params: SamplingParams, version: int, arrived: Arrived = ignore
     ) -> None:
@@ -139,14 +147,17 @@ class SGLangPool(EnginePool):
         Raises:
             EngineError: on every rank alike: a prompt failed too often, or no server is left.
         """
-        job, self._job = self._job, None
+        job = self._job
         if job is None:
             raise EngineError("no requests were submitted")
-        while isinstance(outcome := on_rank_zero(lambda: self._wait(job), EngineError), str):
-            if outcome == _WEIGHTS_WANTED:
-                self._deliver_again(version)
-                job.version = self._version = version
-                on_rank_zero(lambda: self._run(self._servers.begin(job)), EngineError)
+        try:
+            while isinstance(outcome := on_rank_zero(lambda: self._wait(job), EngineError), str):
+                if outcome == _WEIGHTS_WANTED:
+                    self._deliver_again(version)
+                    job.version = self._version = version
+                    on_rank_zero(lambda: self._run(self._servers.begin(job)), EngineError)
+        finally:
+            self._job = None
         return list(outcome)
 
     def _deliver_again(self, version: int) -> None:

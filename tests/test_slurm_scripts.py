@@ -1,0 +1,243 @@
+"""examples/slurm: the job scripts really train, with stand-ins for srun and scontrol that run everything on this machine.
+
+Two nodes are two torchruns that meet at a port, over gloo.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.sglang_helpers import KEYS, PYTHON
+from tests.tiny_run import flags, make_world
+from tests.torchrun_jobs import wait_for, wait_for_steps
+
+ROOT = Path(__file__).resolve().parent.parent
+SLURM = ROOT / "examples" / "slurm"
+SCRIPTS = sorted(SLURM.iterdir())
+JOBS = [path for path in SCRIPTS if path.suffix == ".sbatch"]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_bash(path):
+    subprocess.run(["bash", "-n", str(path)], check=True, timeout=30)
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+def test_directives_come_before_the_first_command(path):
+    """Slurm stops to read them there, and says nothing."""
+    text = path.read_text()
+    commands = [number for number, line in enumerate(text.splitlines()) if line and not line.startswith("#")]
+    directives = [number for number, line in enumerate(text.splitlines()) if line.startswith("#SBATCH")]
+    assert len(directives) >= 8 and max(directives) < min(commands)
+    assert {"--nodes", "--ntasks-per-node", "--cpus-per-task"} <= set(re.findall(r"^#SBATCH (--[\w-]+)", text, re.M))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _environment(tmp_path, nodes, **more):
+    """What Slurm gives to a batch script, and what the user does; nothing else of this process's but its paths."""
+    return {
+        "PATH": f"{ROOT / 'tests' / 'slurm'}:{os.environ['PATH']}", "HOME": str(tmp_path), "PYTHONWARNINGS": "ignore",
+        "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": ",".join(nodes), "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_CPUS_PER_TASK": "2", "PYTHON": sys.executable, "MASTER_PORT": str(_free_port()),
+        "CONFIG": str(tmp_path / "run.yaml"), "RUN_DIR": str(tmp_path / "run"), **more,
+    }  # fmt: skip
+
+
+def _write_config(tmp_path, world, **changes):
+    argv = flags(world, tmp_path / "unused", **{"train_iters": 2, "run_dir": None, **changes})
+    pairs = dict(zip(argv[::2], argv[1::2], strict=True))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({name[2:]: yaml.safe_load(v) for name, v in pairs.items()}))
+
+
+class Job:
+    """A job script that runs as Slurm runs it: a copy, in a directory of its own."""
+
+    def __init__(self, name, tmp_path, environment, *argv):
+        spool = tmp_path / "spool"
+        spool.mkdir(exist_ok=True)
+        copy = spool / "slurm_script"
+        copy.write_bytes((SLURM / name).read_bytes())
+        self._log = (tmp_path / "job.log").open("w+")
+        self._process = subprocess.Popen(
+            ["bash", str(copy), *argv], cwd=spool, env=environment, stdout=self._log, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        self.pid, self.poll = self._process.pid, self._process.poll
+
+    def wait(self, timeout=240):
+        """(exit code, output)."""
+        code = self._process.wait(timeout)
+        self._log.seek(0)
+        return code, self._log.read()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._process.poll() is None:
+            family = psutil.Process(self.pid).children(recursive=True)
+            for process in [psutil.Process(self.pid), *family]:
+                _kill(process)
+            self._process.wait(30)
+        self._log.close()
+
+
+def _kill(process):
+    try:
+        process.kill()
+    except psutil.NoSuchProcess:
+        return
+
+
+def _steps(run_dir):
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [record["step"] for record in records if record["kind"] == "step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "nodes", "ranks_per_node"),
+    [("one_node.sbatch", ["localhost"], 2), ("several_nodes.sbatch", ["localhost", "127.0.0.1"], 1)],
+)
+def test_a_job_trains(world, tmp_path, name, nodes, ranks_per_node):
+    _write_config(tmp_path, world, tensor_model_parallel_size=2)
+    environment = _environment(tmp_path, nodes, GPUS_PER_NODE=str(ranks_per_node))
+    with Job(name, tmp_path, environment, "--train-iters", "3") as job:
+        code, output = job.wait()
+    run_dir = tmp_path / "run"
+    assert code == 0, output[-4000:]
+    assert _steps(run_dir) == [1, 2, 3], "flags after the script's name win"
+    assert (run_dir / "hf_export" / "model.safetensors").exists()
+    assert json.loads((run_dir / "heartbeat.json").read_text())["phase"] == "ended"
+    reports = sorted(path.name for path in (run_dir / "launch").glob("doctor-*"))
+    assert reports == sorted(f"doctor-4711-0-{node}.txt" for node in nodes)
+    assert not list((run_dir / "launch").glob("error-*"))
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_ends_the_job_and_the_same_command_resumes(world, tmp_path):
+    nodes, run_dir = ["localhost", "127.0.0.1"], tmp_path / "run"
+    _write_config(tmp_path, world, tensor_model_parallel_size=2, save_interval=2, train_iters=40)
+    with Job("several_nodes.sbatch", tmp_path, _environment(tmp_path, nodes, GPUS_PER_NODE="1")) as job:
+        wait_for_steps(run_dir / "metrics.jsonl", 3, job)
+        second = _torchrun_of(job, "1")
+        for process in [*second.children(recursive=True), second]:
+            process.kill()
+        code, output = job.wait(timeout=90)
+    assert code not in (0, 2, 17, 18), output[-4000:]
+    assert f"job 4711 ends with exit code {code}" in output
+    again = {**_environment(tmp_path, nodes, GPUS_PER_NODE="1"), "SLURM_RESTART_COUNT": "1"}
+    with Job("several_nodes.sbatch", tmp_path, again, "--train-iters", "10") as job:
+        code, output = job.wait()
+    assert code == 0, output[-4000:]
+    assert _steps(run_dir) == list(range(1, 11)), "steps are missing or twice"
+
+
+def _torchrun_of(job, node_rank):
+    for process in psutil.Process(job.pid).children(recursive=True):
+        words = process.cmdline()
+        if "torch.distributed.run" in words and words[words.index("--node-rank") + 1] == node_rank:
+            return process
+    raise AssertionError(f"no torchrun of node {node_rank}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "nodes", "changes", "expected", "message"),
+    [
+        ("one_node.sbatch", ["localhost"], {"lr": -1.0}, 2, "--lr -1.0 must be positive"),
+        ("several_nodes.sbatch", ["localhost", "127.0.0.1"], {"spike_grad_norm": 1e-30}, 18, "gradient norm"),
+    ],
+)
+def test_the_exit_code_is_that_of_the_rank(world, tmp_path, name, nodes, changes, expected, message):
+    _write_config(tmp_path, world, **changes)
+    with Job(name, tmp_path, _environment(tmp_path, nodes, GPUS_PER_NODE="1")) as job:
+        code, output = job.wait()
+    assert code == expected and message in output, output[-4000:]
+
+
+def test_a_job_that_lacks_a_setting_says_which(tmp_path):
+    for missing in ("CONFIG", "RUN_DIR"):
+        environment = _environment(tmp_path, ["localhost"])
+        del environment[missing]
+        with Job("one_node.sbatch", tmp_path, environment) as job:
+            code, output = job.wait(30)
+        assert code == 1 and f"{missing}: set it to" in output
+
+
+@pytest.mark.slow
+def test_a_node_on_which_no_run_can_work_ends_the_job(tmp_path):
+    """The interpreter is one without torch."""
+    bad = tmp_path / "python"
+    bad.write_text("#!/bin/sh\nexit 1\n")
+    bad.chmod(0o755)
+    more = {"PYTHON": str(bad), "SRUN_FLAGS": "--container-image=a", "SRUN_LOG": str(tmp_path / "srun.log")}
+    with Job("one_node.sbatch", tmp_path, _environment(tmp_path, ["localhost"], **more)) as job:
+        code, output = job.wait(60)
+    assert code == 2 and "the doctor found" in output
+    assert "--container-image=a bash" in (tmp_path / "srun.log").read_text(), "SRUN_FLAGS went nowhere"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine_nodes", ["0", "2"])
+def test_some_nodes_must_train_and_some_must_write(tmp_path, engine_nodes):
+    more = {"KEY_FILE": "k", "STUDENT": "s", "ENGINE_NODES": engine_nodes}
+    with Job("engines_on_own_nodes.sbatch", tmp_path, _environment(tmp_path, ["a", "b"], **more)) as job:
+        code, output = job.wait(30)
+    assert code == 2 and f"ENGINE_NODES is {engine_nodes}; the job has 2 nodes" in output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} does not exist; `make sglang-env` makes it")
+def test_engines_on_a_node_of_their_own(world, tmp_path):
+    """A real server on the second node, with keys, which ends with the job; no log shows a key."""
+    _write_config(tmp_path, world)
+    keys = tmp_path / "keys.yaml"
+    keys.touch(0o600)
+    keys.write_text(f"api-key: {KEYS.api}\nadmin-api-key: {KEYS.admin}\n")
+    port = _free_port()
+    environment = _environment(
+        tmp_path, ["localhost", "127.0.0.1"], GPUS_PER_NODE="1", KEY_FILE=str(keys), STUDENT=str(world / "student"),
+        SGLANG_PYTHON=str(PYTHON), ENGINE_PORT=str(port), SGLANG_USE_CPU_ENGINE="1",
+        ENGINE_FLAGS="--dtype float32 --device cpu --attention-backend torch_native --sampling-backend pytorch "
+        "--grammar-backend none --cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disabled "
+        "--disable-overlap-schedule --sleep-on-idle --mem-fraction-static 0.2 --max-total-tokens 2048 "
+        "--max-running-requests 16",
+    )  # fmt: skip
+    with Job("engines_on_own_nodes.sbatch", tmp_path, environment) as job:
+        wait_for(lambda: list((tmp_path / "run" / "engines").glob("4711-0-127.0.0.1-0.log")), job, timeout=60)
+        server = next(
+            p for p in psutil.Process(job.pid).children(recursive=True) if "server/launch.py" in str(p.cmdline())
+        )
+        assert KEYS.admin not in str(server.cmdline())
+        code, output = job.wait(400)
+    assert code == 0, output[-4000:]
+    assert _steps(tmp_path / "run") == [1, 2]
+    _, alive = psutil.wait_procs([server], timeout=30)
+    for process in alive:
+        _kill(process)
+    assert not alive, "the server outlives the job"
+    (log,) = (tmp_path / "run" / "engines").iterdir()
+    assert not log.stat().st_mode & 0o077 and "fired up" in log.read_text()
+    everything = output + "".join(path.read_text() for path in (log, *(tmp_path / "run" / "launch").iterdir()))
+    assert KEYS.api not in everything and KEYS.admin not in everything
