@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from megatron_tropd.checkpoints.load import load_checkpoint
 from megatron_tropd.checkpoints.state import load_model_state
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.models.build import HiddenStateGPT, build_gpt_model
+from megatron_tropd.models.chunks import ModelChunks
 from megatron_tropd.parallel.groups import ModelGroups, student_groups, teacher_groups
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.setup.model_specs import ModelSpec
@@ -20,7 +22,9 @@ from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 from megatron_tropd.weights.files.load import load_hf_into
 
 
-def load_weights(model: HiddenStateGPT, source: ModelSpec, groups: ModelGroups, config: TrainConfig) -> None:
+def load_weights(
+    model: HiddenStateGPT | ModelChunks, source: ModelSpec, groups: ModelGroups, config: TrainConfig
+) -> None:
     """Fill ``model`` from its Megatron checkpoint or its HF files; collective over the world."""
     if source.megatron_dir is not None:
         wanted = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.pg_collection.dp_cp})}
@@ -83,6 +87,7 @@ def make_scorers(spec: RunSpec, student: ModelGroups) -> tuple[MegatronTeacher |
         teacher = make_frozen(spec, models.teacher, groups_of(models.teacher_layout), "teacher")
     if models.reference and models.reference_layout:
         is_student = models.reference is models.student
-        groups = student if is_student else groups_of(models.reference_layout)
+        same_ranks = replace(student, layout=models.reference_layout)
+        groups = same_ranks if is_student else groups_of(models.reference_layout)
         reference = make_frozen(spec, models.reference, groups, "reference")
     return teacher, reference
