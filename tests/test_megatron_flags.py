@@ -133,9 +133,12 @@ def _trained(argv):
     from megatron_tropd.training.loop import push_weights, train_step
 
     assembled = assemble(make_run_spec(parse(argv), torch.distributed.get_world_size()))
-    run, losses, gradients = assembled.run, [], []
+    run, losses, gradients, counts = assembled.run, [], [], []
     student = run.student
     step = student.step
+    student.model.chunks[0].register_forward_hook(
+        lambda *_: counts.append(student.version) if torch.is_grad_enabled() else None
+    )
 
     def observed():
         if not run.config.parallel.use_distributed_optimizer:  # a rank of that has a part, by buckets
@@ -150,7 +153,8 @@ def _trained(argv):
             losses.append((report.loss, report.grad_norm))
         weights = {name: tensor.clone() for name, tensor in run.export()}
         groups = sum(len(chunk.bucket_groups) for chunk in student.ddp)
-        return losses, gradients, weights, groups, student.model.config.init_method_std
+        passes = [counts.count(version) for version in range(student.version)]
+        return losses, gradients, weights, groups, student.model.config.init_method_std, passes
     finally:
         close(assembled)
 
@@ -164,12 +168,16 @@ def _trained(argv):
 )  # fmt: skip
 def test_overlap_changes_no_bit(ranks, world, tmp_path, changes, overlap):
     """DP 2, several micro-batches, several updates of a batch.  Without clipping: the norm is a sum by buckets."""
-    common = {"train_iters": 3, "num_minibatches": 2, "max_tokens_per_microbatch": 24, "clip_grad": 0, **changes}
+    common = {
+        "train_iters": 3, "num_minibatches": 2, "max_tokens_per_microbatch": 30, "rollout_batch_size": 8, "clip_grad": 0,
+        **changes,
+    }  # fmt: skip
     plain = ranks(2).run(_trained, flags(world, tmp_path / "plain", **common))
     other = ranks(2).run(_trained, flags(world, tmp_path / "other", **common, **overlap, init_method_std=0.5))
-    for (losses, gradients, weights, groups, _), (losses_o, gradients_o, weights_o, groups_o, std) in zip(
+    for (losses, gradients, weights, groups, *_), (losses_o, gradients_o, weights_o, groups_o, std, passes) in zip(
         plain, other, strict=True
     ):
+        assert min(passes) < max(passes), "every update has as many micro-batches"
         assert groups == 1 and groups_o > 3 and std == 0.5, "the flags reached Megatron"
         assert [loss for loss, _ in losses_o] == [loss for loss, _ in losses]
         assert [norm for _, norm in losses_o] == pytest.approx([norm for _, norm in losses], rel=1e-6)
