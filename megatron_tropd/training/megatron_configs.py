@@ -99,8 +99,8 @@ def combination_errors(config: TrainConfig, layout: ParallelLayout) -> list[str]
         ("tp-comm-overlap", "--tensor-model-parallel-size above 1", layout.tp > 1),
         ("tp-comm-overlap", "Transformer Engine, which is not installed or has no GPU",
          platform.has_transformer_engine()),
-        ("gradient-accumulation-fusion", "apex's extension fused_weight_gradient_mlp_cuda or Transformer Engine, which "
-         "are not installed", layers._grad_accum_fusion_available),
+        ("gradient-accumulation-fusion", "apex's extension fused_weight_gradient_mlp_cuda, which "
+         "is not installed", getattr(layers, "_grad_accum_fusion_available", True)),
     ]  # fmt: skip
     errors = [f"--{flag} needs {what}" for flag, what, there in needs if given.get(flag) and not there]
     if layout.chunks > 1 and layout.pp == 2 and given.get("overlap-p2p-comm") is False:
