@@ -13,11 +13,12 @@ import math
 import re
 import sys
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.flag_values import check_text, choices_of, from_flag, from_yaml, shortened, show, words_of_yaml
+from megatron_tropd.parallel.megatron_flags import find_field, megatron_fields, refusal
 from megatron_tropd.parallel.print_once import Importance, print_once
 from megatron_tropd.plain_yaml import PlainYamlError, Value, read_plain_yaml
 
@@ -133,15 +134,20 @@ def _unknown(name: str, where: str, known: Sequence[str]) -> str:
     return f"unknown {where} {'--' if where == 'flag' else ''}{name}{hint}"
 
 
-def _split_sglang(argv: Sequence[str], own: Collection[str]) -> tuple[dict[str, tuple[str, ...] | None], list[str]]:
-    """Return (flags for SGLang with the words after each, all other words), so that argparse sees only the latter."""
-    passed: dict[str, tuple[str, ...] | None] = {}
+Passed = dict[str, tuple[str, ...] | None]
+"""Flags that are passed on: name -> the words after it; None for a flag that YAML switches off."""
+
+
+def _split(argv: Sequence[str], passes: Callable[[str], bool]) -> tuple[Passed, list[str]]:
+    """Return (flags whose name ``passes``, with the words after each; all other words), so that argparse sees only the
+    latter."""
+    passed: Passed = {}
     others: list[str] = []
     current: str | None = None
     for word in argv:
         name, given, value = word.removeprefix("--").partition("=")
-        if word.startswith("--" + SGLANG_PREFIX) and name not in own:
-            current = name.removeprefix(SGLANG_PREFIX)
+        if word.startswith("--") and passes(name):
+            current = name
             passed[current] = (value,) if given else ()
         elif word.startswith("--") or current is None:
             current = None
@@ -151,7 +157,47 @@ def _split_sglang(argv: Sequence[str], own: Collection[str]) -> tuple[dict[str, 
     return passed, others
 
 
-def _sglang_errors(passed: Mapping[str, tuple[str, ...] | None], own: Collection[str]) -> list[str]:
+def _is_own(name: str) -> bool:
+    """Whether ``--name`` is a flag of config.py or of argparse itself."""
+    return {name, name.removeprefix("no-")} & _flags().keys() != set() or name in ("config", "help", "")
+
+
+def _megatron_values(passed: Passed, errors: list[str]) -> dict[str, Any]:
+    """Return the values of Megatron's own flags by name; what is wrong with them goes to ``errors``."""
+    values: dict[str, Any] = {}
+    for given, words in passed.items():
+        found = find_field(given)
+        assert found is not None and words is not None, "only flags of Megatron are passed here"
+        name = found.name.replace("_", "-")
+        if reason := refusal(found.name):
+            errors.append(f"--{given} cannot be set: {reason}")
+        elif found.kind is bool and words:
+            errors.append(f"--{given} takes no value: give --{name} or --no-{name} alone")
+        elif found.kind is bool:
+            values[name] = given == name
+        elif len(words) != 1:
+            errors.append(f"--{given} is followed by {len(words)} values; expected one")
+        else:
+            try:
+                values[name] = from_flag(words[0], found.kind)
+            except ValueError as error:
+                errors.append(f"--{given}: {error}")
+    return values
+
+
+def _megatron_of_yaml(name: str, given: Value) -> Any:
+    """Return the value of a YAML key that names a field of Megatron.
+
+    Raises:
+        ValueError: it cannot be set, or not to this value.
+    """
+    field = megatron_fields()[name]
+    if reason := refusal(field.name):
+        raise ValueError(f"cannot be set: {reason}")
+    return from_yaml(given, field.kind, None)
+
+
+def _sglang_errors(passed: Passed, own: Collection[str]) -> list[str]:
     """Return errors for what cannot be flags of SGLang, and for names that look like a misspelled flag of ours."""
     ours = [name.removeprefix(SGLANG_PREFIX) for name in own if name.startswith(SGLANG_PREFIX)]
     errors = []
@@ -170,9 +216,9 @@ def _sglang_errors(passed: Mapping[str, tuple[str, ...] | None], own: Collection
     return errors
 
 
-def _values_of_yaml(path: str, sglang: dict[str, tuple[str, ...] | None]) -> tuple[dict[str, Any], list[str]]:
-    """Return (values by flag name, errors) of a YAML file.  Its flags for SGLang are added to ``sglang``, which holds
-    those of the command line already."""
+def _values_of_yaml(path: str, sglang: Passed, megatron: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return (values by flag name, errors) of a YAML file.  Its flags for SGLang and for Megatron are added to
+    ``sglang`` and ``megatron``, which hold those of the command line already."""
     flags, values = _flags(), {}
     settings, errors = _read_yaml(path)
     for name, given in settings.items():
@@ -183,8 +229,11 @@ def _values_of_yaml(path: str, sglang: dict[str, tuple[str, ...] | None]) -> tup
             elif name.startswith(SGLANG_PREFIX):
                 words = words_of_yaml(given)
                 sglang.setdefault(name.removeprefix(SGLANG_PREFIX), words)
+            elif name in megatron_fields():
+                value = _megatron_of_yaml(name, given)
+                megatron.setdefault(name, value)
             else:
-                errors.append(_unknown(name, f"key in {path}:", list(flags)))
+                errors.append(_unknown(name, f"key in {path}:", [*flags, *megatron_fields()]))
         except ValueError as error:
             errors.append(f"{path}: {name}: {error}")
     return values, errors
@@ -226,20 +275,23 @@ def parse(argv: Sequence[str]) -> TrainConfig:
         ConfigError: there are unknown flags or keys, or values of a wrong type; one message lists them.
     """
     flags = _flags()
-    sglang, argv = _split_sglang(argv, flags)
+    with_prefix, argv = _split(argv, lambda name: name.startswith(SGLANG_PREFIX) and name not in flags)
+    sglang: Passed = {name.removeprefix(SGLANG_PREFIX): words for name, words in with_prefix.items()}
     if quoted := _quoted_flags(argv):
         raise ConfigError(quoted)
+    of_megatron, argv = _split(argv, lambda name: not _is_own(name) and find_field(name) is not None)
     namespace, rest = make_parser().parse_known_args(argv)
     errors = [
-        _unknown(word.removeprefix("--").split("=")[0], "flag", list(flags)) if word.startswith("--")
+        _unknown(word.removeprefix("--").split("=")[0], "flag", [*flags, *megatron_fields()]) if word.startswith("--")
         else _stray(word, argv)
         for word in rest
     ]  # fmt: skip
     if rest and rest[0].startswith("--"):  # the words after an unknown flag are its values
         errors = [error for error in errors if not error.startswith("unexpected argument")]
+    megatron = _megatron_values(of_megatron, errors)
     values: dict[str, Any] = {}
     if namespace.config is not None:
-        values, faults = _values_of_yaml(namespace.config, sglang)
+        values, faults = _values_of_yaml(namespace.config, sglang, megatron)
         errors.extend(faults)
     for name, (_, f, kind) in flags.items():
         if (given := getattr(namespace, f.name)) is None:
@@ -252,7 +304,8 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     made = _make_sections(values, errors)
     if errors:
         raise ConfigError(errors)
-    return TrainConfig(**made, sglang_flags={name: words for name, words in sglang.items() if words is not None})
+    passed = {name: words for name, words in sglang.items() if words is not None}
+    return TrainConfig(**made, sglang_flags=passed, megatron_flags=megatron)
 
 
 def _make_sections(values: Mapping[str, Any], errors: list[str]) -> dict[str, Any]:
@@ -278,7 +331,7 @@ def to_flags(config: TrainConfig) -> dict[str, Any]:
         SGLANG_PREFIX + name: list(words) if len(words) > 1 else words[0] if words else True
         for name, words in config.sglang_flags.items()
     }
-    return {**own, **passed}
+    return {**own, **config.megatron_flags, **passed}
 
 
 def changed_flags(config: TrainConfig) -> dict[str, Any]:

@@ -39,10 +39,16 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """How the student is split over ranks; the ranks that are left are data parallel."""
+    """How the student is split over ranks; the ranks that are left are data parallel.  Other fields of Megatron's
+    TransformerConfig, DistributedDataParallelConfig and OptimizerConfig are flags of the same name."""
 
     tensor_model_parallel_size: int = setting(1, "tensor-parallel ranks of the student")
     pipeline_model_parallel_size: int = setting(1, "pipeline stages of the student")
+    num_virtual_stages_per_pipeline_rank: int = setting(
+        1, "model chunks of each of the student's pipeline stages; above 1, Megatron's interleaved schedule"
+    )
+    decoder_first_pipeline_num_layers: int = setting(0, "layers of the student's first stage; 0 for an even split")
+    decoder_last_pipeline_num_layers: int = setting(0, "layers of the student's last stage; 0 for an even split")
     expert_model_parallel_size: int = setting(1, "ranks over which the student's experts are spread")
     expert_tensor_parallel_size: int = setting(
         0, "ranks that share one expert of the student; 0 for --tensor-model-parallel-size"
@@ -74,6 +80,12 @@ class TeacherConfig:
     teacher_load: str = setting("", "Megatron checkpoint of the teacher instead of the HF weights")
     teacher_tensor_model_parallel_size: int = setting(1, "tensor-parallel ranks of the teacher")
     teacher_pipeline_model_parallel_size: int = setting(1, "pipeline stages of the teacher")
+    teacher_decoder_first_pipeline_num_layers: int = setting(
+        0, "layers of the teacher's first stage; 0 for an even split"
+    )
+    teacher_decoder_last_pipeline_num_layers: int = setting(
+        0, "layers of the teacher's last stage; 0 for an even split"
+    )
     teacher_expert_model_parallel_size: int = setting(1, "ranks over which the teacher's experts are spread")
     teacher_expert_tensor_parallel_size: int = setting(
         0, "ranks that share one expert of the teacher; 0 for --teacher-tensor-model-parallel-size"
@@ -304,6 +316,8 @@ class TrainConfig:
 
     sglang_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Flags for ``sglang.launch_server``: name without its dashes -> the words after it."""
+    megatron_flags: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    """The student's settings of Megatron's own (parallel/megatron_flags.py): name without its dashes -> value."""
 
     @property
     def parity_limit(self) -> float:

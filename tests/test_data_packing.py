@@ -332,3 +332,12 @@ def test_minibatches_are_even_and_keep_the_samples_of_a_prompt_together(num_prom
     assert sum(map(len, prompts)) == num_prompts, "a prompt is in two minibatches"
     assert max(map(len, prompts)) - min(map(len, prompts)) <= 1
     assert plan.owners == {i: r for part in plan.minibatches for i, r in part.owners.items()}
+
+
+def test_the_number_of_microbatches_is_rounded_up():
+    """Megatron's interleaved schedule takes them in groups."""
+    lengths = [5, 5, 5, 4]
+    plan = plan_packs(lengths, data_parallel_size=1, max_tokens=8, num_microbatches_multiple_of=3)
+    assert plan.num_microbatches == 6 and plan.num_tokens == 5
+    assert sorted(index for packs in plan.microbatches[0] for index in packs) == [0, 1, 2, 3]
+    assert plan_packs([3], data_parallel_size=2, max_tokens=8, num_microbatches_multiple_of=2).num_microbatches == 2

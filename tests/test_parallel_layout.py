@@ -7,7 +7,7 @@ import torch
 
 from megatron_tropd.models.architecture import UnsupportedArchitecture
 from megatron_tropd.models.hf_config import architecture_from_hf_config
-from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.parallel.layout import ParallelLayout, stage_sizes
 
 LAYOUTS = [
     ParallelLayout(tp=2, pp=2, dp=2),
@@ -54,24 +54,49 @@ def test_rank_is_the_inverse_of_coords(layout):
         assert layout.rank(tp=c.tp, pp=c.pp, dp=c.dp, cp=c.cp) == rank
 
 
-@pytest.mark.parametrize(("pp", "vpp"), [(2, 2), (2, 4), (4, 2), (4, None)])
-def test_layers_of_a_chunk_are_megatrons(pp, vpp):
+@pytest.mark.parametrize(
+    ("pp", "vpp", "first", "last"),
+    [
+        (2, 2, None, None), (2, 4, None, None), (4, 2, None, None), (4, None, None, None), (2, None, 1, None),
+        (2, None, None, 3), (2, None, 5, 3), (4, None, 1, 3), (4, None, 2, None), (2, 2, 6, None), (3, 2, 2, 2),
+    ],
+)  # fmt: skip
+def test_layers_of_a_chunk_are_megatrons(pp, vpp, first, last):
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     config = TransformerConfig(
         num_layers=8, hidden_size=8, num_attention_heads=2, pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp, pipeline_dtype=torch.float32,
+        num_layers_in_first_pipeline_stage=first, num_layers_in_last_pipeline_stage=last,
     )  # fmt: skip
-    layout = ParallelLayout(pp=pp, vpp=vpp)
+    layout = ParallelLayout(pp=pp, vpp=vpp, first_layers=first, last_layers=last)
     seen: list[int] = []
     for stage in range(pp):
         for chunk in range(layout.chunks):
             layers = layout.stage_layers(8, stage, chunk)
             offset = get_transformer_layer_offset(config, vp_stage=chunk if vpp else None, pp_rank=stage)
             assert layers.start == offset
+            assert len(layers) == get_num_layers_to_build(config, vp_stage=chunk if vpp else None, pp_rank=stage)
             seen += layers
     assert sorted(seen) == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"first": 4}, "--teacher-decoder-first-pipeline-num-layers 4: needs --teacher-pipeline-model-parallel-size"),
+        ({"pp": 3, "first": 1}, "first-pipeline-num-layers 1: 7 of the model's 8 layers are left, .* over the 2 other"),
+        ({"pp": 2, "first": 2, "last": 2}, "first-.* 2 and --teacher-decoder-last-.* 2: 4 of the .* the 0 other"),
+        ({"pp": 2, "first": 8}, "0 of the model's 8 layers are left"),
+        ({"pp": 2, "first": 3, "vpp": 2}, "--teacher-num-virtual-stages-per-pipeline-rank 2 does not divide the 3 layers"),
+        ({"pp": 3}, "--teacher-pipeline-model-parallel-size 3 does not divide the model's 8 layers"),
+    ],
+)  # fmt: skip
+def test_layers_that_do_not_split_name_the_flags(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        stage_sizes(8, **{"pp": 1, "owner": "teacher-", **sizes})
 
 
 @pytest.mark.parametrize(

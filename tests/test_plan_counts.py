@@ -76,7 +76,7 @@ def _real_state(model, layout, bf16, distributed):
     student = _student(model, layout, model=ModelConfig(bf16=bf16), parallel=parallel)
     platform.prime_adam_state(student.optimizer)
     weights = list(student.model.parameters())
-    buffers = [*student.ddp.buffers, *student.ddp.expert_parallel_buffers]
+    buffers = [b for chunk in student.ddp for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     inner = [part.optimizer for part in student._optimizers if part.optimizer is not None]
     held = [p for o in inner for group in o.param_groups for p in group["params"]]
     held += [

@@ -55,19 +55,19 @@ def _sleep_and_wake(argv):
 
     assembled = assemble(make_run_spec(parse(argv), dist.get_world_size()))
     student, engines = assembled.run.student, assembled.run.engines
-    generate, while_writing = engines.generate, []
+    submit, while_writing = engines.submit, []
 
     def held():
         tensors = optimizer_memory.state_tensors(student.optimizer)
-        buffers = [buffer.grad_data.untyped_storage().nbytes() for buffer in student.ddp.buffers]
+        buffers = [buffer.grad_data.untyped_storage().nbytes() for buffer in student.ddp[0].buffers]
         weights = [parameter.detach().clone() for parameter in student.model.parameters()]
         return [tensor.detach().clone() for tensor in tensors], buffers, weights
 
     def observed(*args, **more):
         while_writing.append(sum(held()[1]))
-        return generate(*args, **more)
+        return submit(*args, **more)
 
-    engines.generate = observed
+    engines.submit = observed
     try:
         push_weights(assembled.run)
         train_step(assembled.run, 0)
@@ -78,7 +78,7 @@ def _sleep_and_wake(argv):
         student.wake()
         after = held()
         student.wake()
-        gradients = max(float(buffer.grad_data.abs().max()) for buffer in student.ddp.buffers)
+        gradients = max(float(buffer.grad_data.abs().max()) for buffer in student.ddp[0].buffers)
     finally:
         close(assembled)
     return before, asleep, after, gradients, while_writing

@@ -10,9 +10,13 @@ from megatron_tropd.types import StepReport
 from tests.hf_models import read_tensors, save_hf_checkpoint, write_tensors
 
 
-def make_world(root: Path, *, student: str = "qwen3", teacher: str = "llama", kv_heads: int = 2) -> Path:
+def make_world(
+    root: Path, *, student: str = "qwen3", teacher: str = "llama", kv_heads: int = 2, student_layers: int = 2
+) -> Path:
     """``student/``, ``teacher/`` (two families, one tokenizer), ``train.jsonl`` and ``eval.jsonl``."""
-    save_hf_checkpoint(root / "student", student, seed=1, num_hidden_layers=2, num_key_value_heads=kv_heads)
+    save_hf_checkpoint(
+        root / "student", student, seed=1, num_hidden_layers=student_layers, num_key_value_heads=kv_heads
+    )
     save_hf_checkpoint(root / "teacher", teacher, seed=2, num_hidden_layers=4)
     for name in ("student", "teacher"):
         _sharpen(root / name)

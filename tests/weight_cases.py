@@ -48,6 +48,8 @@ CASES = {
     "context shards are replicas": _case(arch("llama"), {"tp": 2, "cp": 2}, (2,), (2,)),
     "virtual pipeline": _case(arch(tied=True, layers=4), {"pp": 2, "vpp": 2}, (2,), (1,)),
     "virtual pipeline, tensor": _case(arch(layers=8), {"tp": 2, "pp": 2, "vpp": 4}, (4,)),
+    "uneven stages": _case(arch(tied=True, layers=4), {"pp": 2, "first_layers": 1}, (2,)),
+    "uneven stages of chunks": _case(arch(layers=6), {"pp": 2, "vpp": 2, "first_layers": 4, "last_layers": 2}, (1,)),
     "replicas share the work": _case(arch(), {"dp": 4}, (1,), (1,), (1,), (1,)),
     "engines of several widths": _case(arch("qwen2"), {"tp": 2}, (1,), (2,), (3 - 2,)),
     "experts on every rank": _case(arch("qwen3_moe"), {"tp": 2, "dp": 2, "ep": 4, "etp": 1}, (2, 2), (2, 1)),

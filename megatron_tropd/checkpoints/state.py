@@ -24,11 +24,16 @@ def without_extra_state(state: Any) -> Any:
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Load a model state into the model; every parameter must get a value.
+    """Load a model state into the model, or the states of model chunks into a list of them; every parameter must get a
+    value.
 
     Raises:
         CheckpointError: names the missing and the unexpected parameters.
     """
+    if isinstance(model, nn.ModuleList):
+        for number, chunk in enumerate(model):
+            load_model_state(chunk, state[str(number)])
+        return
     missing, unexpected = model.load_state_dict(state, strict=False)
     missing = [name for name in missing if not name.endswith("_extra_state")]
     if missing or unexpected:

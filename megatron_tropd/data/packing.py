@@ -53,6 +53,7 @@ def plan_packs(
     data_parallel_size: int,
     max_tokens: int,
     multiple_of: int = 1,
+    num_microbatches_multiple_of: int = 1,
     prompt_uids: Sequence[int] | None = None,
     chosen: Sequence[int] | None = None,
 ) -> PackPlan:
@@ -68,6 +69,7 @@ def plan_packs(
         data_parallel_size: number of ranks.
         max_tokens: --max-tokens-per-microbatch, the most rollout tokens in a micro-batch.
         multiple_of: T is rounded up to a multiple of it, so T may exceed ``max_tokens`` by less than this.
+        num_microbatches_multiple_of: as ``multiple_of``, of the number of micro-batches.
         prompt_uids: prompt of each rollout, to name it in an error.
         chosen: indices of the rollouts to plan; by default all of them.
 
@@ -81,8 +83,7 @@ def plan_packs(
         )
     indices = range(len(lengths)) if chosen is None else chosen
     for index in indices:
-        length = lengths[index]
-        if not 1 <= length <= max_tokens:
+        if not 1 <= (length := lengths[index]) <= max_tokens:
             prompt = f" of prompt {prompt_uids[index]}" if prompt_uids is not None else ""
             raise ValueError(
                 f"rollout {index}{prompt} has {length} tokens; expected 1 to --max-tokens-per-microbatch {max_tokens}: "
@@ -91,7 +92,8 @@ def plan_packs(
     longest_first = sorted(indices, key=lambda index: (-lengths[index], index))
     ranks = _spread(longest_first, lengths, data_parallel_size)
     first_fit = [_first_fit(rank, lengths, max_tokens) for rank in ranks]
-    count = max(1, *(len(packs) for packs in first_fit))
+    needed = max(1, *(len(packs) for packs in first_fit))
+    count = -(-needed // num_microbatches_multiple_of) * num_microbatches_multiple_of
     microbatches = []
     for rank, packs in zip(ranks, first_fit, strict=True):
         even = _spread(rank, lengths, count)
@@ -126,6 +128,7 @@ def plan_batch(
     data_parallel_size: int,
     max_tokens: int,
     multiple_of: int = 1,
+    num_microbatches_multiple_of: int = 1,
 ) -> BatchPlan:
     """Split the prompts evenly into minibatches, in batch order, and plan each; samples of a prompt stay together.
 
@@ -143,7 +146,7 @@ def plan_batch(
     plans = (
         plan_packs(
             lengths, data_parallel_size=data_parallel_size, max_tokens=max_tokens, multiple_of=multiple_of,
-            prompt_uids=uids, chosen=part,
+            num_microbatches_multiple_of=num_microbatches_multiple_of, prompt_uids=uids, chosen=part,
         )
         for part in parts
     )  # fmt: skip

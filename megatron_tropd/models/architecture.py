@@ -21,6 +21,7 @@ from megatron_tropd.models.weight_table import (
     ROUTER_RULES,
     WeightRule,
 )
+from megatron_tropd.parallel.layout import stage_sizes
 
 
 class UnsupportedArchitecture(ValueError):
@@ -140,9 +141,11 @@ class Architecture:
         return EXPERT_RULES if self.num_experts else ()
 
     def cut_errors(
-        self, tp: int, pp: int, *, ep: int = 1, etp: int | None = None, vpp: int | None = None, owner: str = ""
-    ) -> list[str]:
-        """Return the reasons why the weights cannot be cut this way; empty when they can.  ``etp`` None is ``tp``."""
+        self, tp: int, pp: int, *, ep: int = 1, etp: int | None = None, vpp: int | None = None,
+        first_layers: int | None = None, last_layers: int | None = None, owner: str = "",
+    ) -> list[str]:  # fmt: skip
+        """Return the reasons why the weights cannot be cut this way; empty when they can.  Sizes are those of
+        :class:`ParallelLayout`."""
 
         def flag(axis: str, size: int | None) -> str:
             return f"--{owner}{axis}-parallel-size {size}"
@@ -154,29 +157,32 @@ class Architecture:
             cuts.append((flag("expert-model", ep), ep, self.num_experts, "experts"))
         else:
             cuts.append((tensor, tp, self.ffn_hidden_size, "feed-forward columns"))
-        cuts.append((flag("pipeline-model", pp), pp, self.num_layers, "layers"))
         errors = [f"{name} does not divide the model's {size} {what}" for name, by, size, what in cuts if size % by]
+        try:
+            stage_sizes(self.num_layers, pp, vpp=vpp, first=first_layers, last=last_layers, owner=owner)
+        except ValueError as error:
+            errors.append(str(error))
         groups = self.num_query_groups
         if groups % tp and tp % groups:
             errors.append(f"{tensor} and the model's {groups} key/value heads: neither divides the other")
         elif not self.num_attention_heads % tp and (rows := 2 * groups * self.head_dim) % tp:
             errors.append(f"{tensor} does not divide the {rows} rows of the model's key/value heads")
-        if vpp and not self.num_layers % pp and (layers := self.num_layers // pp) % vpp:
-            virtual = f"--{owner}num-virtual-stages-per-pipeline-rank {vpp}"
-            errors.append(f"{virtual} does not divide the {layers} layers of a pipeline stage")
         if not self.num_experts and (ep > 1 or etp not in (None, 1, tp)):
             errors.append(f"{flag('expert-model', ep)} and {flag('expert-tensor', etp)}: {self.family} has no experts")
         return errors
 
     def check_layout(
-        self, tp: int, pp: int, *, ep: int = 1, etp: int | None = None, vpp: int | None = None, owner: str = ""
-    ) -> list[str]:
+        self, tp: int, pp: int, *, ep: int = 1, etp: int | None = None, vpp: int | None = None,
+        first_layers: int | None = None, last_layers: int | None = None, owner: str = "",
+    ) -> list[str]:  # fmt: skip
         """Return the reasons why the model cannot be built and run this way; empty when it can.
 
         Stricter than :meth:`cut_errors` by one rule: Megatron gathers shared key/value heads over its global
         tensor-parallel group, which is the wrong one for a teacher with a layout of its own.
         """
-        errors = self.cut_errors(tp, pp, ep=ep, etp=etp, vpp=vpp, owner=owner)
+        errors = self.cut_errors(
+            tp, pp, ep=ep, etp=etp, vpp=vpp, first_layers=first_layers, last_layers=last_layers, owner=owner
+        )
         if tp > (groups := self.num_query_groups) and not tp % groups:
             errors.append(
                 f"--{owner}tensor-model-parallel-size {tp} does not divide the model's {groups} key/value heads"

@@ -21,6 +21,7 @@ from megatron_tropd.models.attention import ATTENTION_DTYPES, PackedAttention
 from megatron_tropd.models.rope import inverse_frequencies
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.groups import ModelGroups
+from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.types import Microbatch
 
 
@@ -46,9 +47,9 @@ class HiddenStateGPT(GPTModel):
 
 
 def transformer_config(
-    arch: Architecture, groups: ModelGroups, params_dtype: torch.dtype, overrides: Mapping[str, Any]
+    arch: Architecture, layout: ParallelLayout, params_dtype: torch.dtype, overrides: Mapping[str, Any]
 ) -> TransformerConfig:
-    """Return Megatron's config for ``arch``, cut over the parallel sizes of ``groups``."""
+    """Return Megatron's config for ``arch``, cut by ``layout``."""
     cuda, te = platform.is_cuda(), platform.has_transformer_engine()
     te_attention = te and params_dtype in ATTENTION_DTYPES
     values: dict[str, Any] = {
@@ -69,8 +70,12 @@ def transformer_config(
         "attention_dropout": 0.0,
         "attention_softmax_in_fp32": True,
         "softmax_scale": _softmax_scale(arch),
-        "tensor_model_parallel_size": groups.layout.tp,
-        "pipeline_model_parallel_size": groups.layout.pp,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        "num_layers_in_first_pipeline_stage": layout.first_layers,
+        # Of two stages the second holds the rest; given both numbers, Megatron divides by the stages between: none.
+        "num_layers_in_last_pipeline_stage": None if layout.first_layers and layout.pp == 2 else layout.last_layers,
         "params_dtype": params_dtype,
         "pipeline_dtype": params_dtype,
         "bf16": params_dtype == torch.bfloat16,
@@ -86,7 +91,7 @@ def transformer_config(
         "persist_layer_norm": False,
     }
     if arch.num_experts:
-        values.update(_experts(arch, groups, te))
+        values.update(_experts(arch, layout, te))
     return TransformerConfig(**{**values, **overrides})
 
 
@@ -99,7 +104,7 @@ def _softmax_scale(arch: Architecture) -> float | None:
     return arch.rope_yarn.attention_factor**2 / arch.head_dim**0.5 if arch.rope_yarn else None
 
 
-def _experts(arch: Architecture, groups: ModelGroups, te: bool) -> dict[str, Any]:
+def _experts(arch: Architecture, layout: ParallelLayout, te: bool) -> dict[str, Any]:
     """Config of the router and its experts.
 
     No auxiliary loss: the student is to have the teacher's distribution, not a balanced load.
@@ -115,8 +120,8 @@ def _experts(arch: Architecture, groups: ModelGroups, te: bool) -> dict[str, Any
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": te,
-        "expert_model_parallel_size": groups.layout.ep,
-        "expert_tensor_parallel_size": groups.layout.expert_tp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.expert_tp,
     }
 
 
@@ -143,8 +148,10 @@ def build_gpt_model(
     *,
     params_dtype: torch.dtype = torch.float32,
     config_overrides: Mapping[str, Any] | None = None,
+    chunk: int = 0,
 ) -> HiddenStateGPT:
-    """This rank's part of the model, on this rank's device, with arbitrary weights.
+    """This rank's part of the model, on this rank's device, with arbitrary weights.  With virtual pipeline stages it is
+    one chunk of that part (:func:`megatron_tropd.models.chunks.build_chunks` makes all).
 
     ``config_overrides`` are TransformerConfig fields (``sequence_parallel``, ``recompute_granularity``).
 
@@ -152,16 +159,17 @@ def build_gpt_model(
         ValueError: the layout does not divide the architecture; the message names the flag.
     """
     layout = groups.layout
-    if errors := arch.check_layout(layout.tp, layout.pp, ep=layout.ep, etp=layout.etp):
+    if errors := arch.check_layout(**layout.cut):
         raise ValueError("; ".join(errors))
-    config = transformer_config(arch, groups, params_dtype, config_overrides or {})
+    config = transformer_config(arch, layout, params_dtype, config_overrides or {})
     model = HiddenStateGPT(
         config=config,
         transformer_layer_spec=_layer_spec(config),
+        vp_stage=chunk if layout.vpp else None,
         vocab_size=layout.padded_vocab_size(arch.vocab_size),
         max_sequence_length=arch.max_position_embeddings,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
+        pre_process=groups.is_first_stage and chunk == 0,
+        post_process=groups.is_last_stage and chunk == layout.chunks - 1,
         share_embeddings_and_output_weights=arch.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=arch.rope_theta,  # type: ignore[arg-type]  # Megatron annotates int and divides

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 DEFAULT_VOCAB_DIVISOR = 128
 
@@ -34,6 +34,8 @@ class ParallelLayout:
 
     Experts use the tp x cp x dp ranks of a pipeline stage in another way: ``ep`` groups of experts, with ``etp``
     shards per expert (None: as many as ``tp``).  ``vpp`` is the number of model chunks per rank (None: one).
+    ``first_layers`` and ``last_layers`` are the layers of the first and of the last pipeline stage, with all their
+    chunks (None: as many as a stage in the middle).
 
     Example:
         >>> ParallelLayout(tp=2, pp=2).coords(3)
@@ -50,6 +52,8 @@ class ParallelLayout:
     ep: int = 1
     etp: int | None = None
     vpp: int | None = None
+    first_layers: int | None = None
+    last_layers: int | None = None
     make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR
     """The vocabulary tables are padded to a multiple of this number of rows, and of ``tp``."""
 
@@ -73,7 +77,8 @@ class ParallelLayout:
     @classmethod
     def for_world(
         cls, world_size: int, tp: int, pp: int, *, cp: int = 1, ep: int = 1, etp: int | None = None,
-        vpp: int | None = None, make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR,
+        vpp: int | None = None, first_layers: int | None = None, last_layers: int | None = None,
+        make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR,
         owner: Literal["", "teacher-"] = "",
     ) -> ParallelLayout:  # fmt: skip
         """Return the layout that fills ``world_size`` ranks; ranks left by tp, pp and cp become data parallel.
@@ -98,6 +103,7 @@ class ParallelLayout:
             )
         return cls(
             tp=tp, pp=pp, dp=world_size // (tp * pp * cp), cp=cp, ep=ep, etp=etp, vpp=vpp,
+            first_layers=first_layers, last_layers=last_layers,
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
         )  # fmt: skip
 
@@ -121,6 +127,12 @@ class ParallelLayout:
         """Model chunks (GPTModels) of a rank."""
         return 1 if self.vpp is None else self.vpp
 
+    @property
+    def cut(self) -> dict[str, Any]:
+        """Sizes that say how a model is cut: the arguments of ``Architecture.cut_errors`` and ``check_layout``."""
+        names = ("tp", "pp", "ep", "etp", "vpp", "first_layers", "last_layers")
+        return {name: getattr(self, name) for name in names}
+
     def coords(self, rank: int) -> RankCoords:
         """Return the coordinates of ``rank``."""
         if not 0 <= rank < self.world_size:
@@ -137,24 +149,18 @@ class ParallelLayout:
         return tp + self.tp * (cp + self.cp * (dp + self.dp * pp))
 
     def stage_layers(self, num_layers: int, pp_rank: int, chunk: int = 0) -> range:
-        """Return the global layer numbers of one model chunk of a pipeline stage (an even split).
+        """Return the global layer numbers of one model chunk of a pipeline stage.
 
-        Chunk c of stage s holds slice ``c * pp + s`` of the pp x chunks slices, as Megatron's interleaved
-        schedule has it.
+        The layers go through the first chunk of every stage, then through the second of every stage, and so on, as in
+        Megatron's interleaved schedule.
 
         Raises:
-            ValueError: the layers do not split evenly.
+            ValueError: the layers do not split this way.
         """
-        slices = self.pp * self.chunks
-        if num_layers % slices:
-            virtual = f" x --num-virtual-stages-per-pipeline-rank {self.vpp}" if self.vpp else ""
-            raise ValueError(
-                f"{num_layers} layers do not split evenly over --pipeline-model-parallel-size {self.pp}{virtual}; "
-                "choose a size that divides the number of layers"
-            )
-        per_slice = num_layers // slices
-        first = (chunk * self.pp + pp_rank) * per_slice
-        return range(first, first + per_slice)
+        stages = stage_sizes(num_layers, self.pp, vpp=self.vpp, first=self.first_layers, last=self.last_layers)
+        sizes = [layers // self.chunks for layers in stages]
+        first = chunk * sum(sizes) + sum(sizes[:pp_rank])
+        return range(first, first + sizes[pp_rank])
 
     def padded_vocab_size(self, vocab_size: int) -> int:
         """Return the rows of the embedding and output tables, padding included.
@@ -164,3 +170,40 @@ class ParallelLayout:
         """
         multiple = math.lcm(self.make_vocab_size_divisible_by, self.tp)
         return -(-vocab_size // multiple) * multiple
+
+
+def stage_sizes(
+    num_layers: int, pp: int, *, vpp: int | None = None, first: int | None = None, last: int | None = None,
+    owner: str = "",
+) -> tuple[int, ...]:  # fmt: skip
+    """Return the layers of every pipeline stage; arguments are those of :class:`ParallelLayout`.
+
+    Raises:
+        ValueError: the layers do not split this way; the message names the flags.
+    """
+    pipeline = f"--{owner}pipeline-model-parallel-size {pp}"
+    ends = {
+        f"--{owner}decoder-{end}-pipeline-num-layers {layers}": layers
+        for end, layers in (("first", first), ("last", last))
+        if layers is not None
+    }
+    if not ends and num_layers % pp:
+        raise ValueError(f"{pipeline} does not divide the model's {num_layers} layers")
+    rest, stages = num_layers - sum(ends.values()), pp - len(ends)
+    given = " and ".join(ends)
+    if ends and pp == 1:
+        raise ValueError(f"{given}: needs --{owner}pipeline-model-parallel-size above 1")
+    if ends and (min(ends.values()) < 1 or rest < stages or stages < 0 or (rest % stages if stages else rest)):
+        raise ValueError(
+            f"{given}: {rest} of the model's {num_layers} layers are left, which do not split evenly over the {stages} "
+            f"other stages of {pipeline}"
+        )
+    middle = rest // stages if stages else 0
+    sizes = [middle] * pp
+    sizes[0] = middle if first is None else first
+    sizes[-1] = middle if last is None else last
+    for layers in sizes:
+        if layers % (vpp or 1):
+            virtual = f"--{owner}num-virtual-stages-per-pipeline-rank {vpp}"
+            raise ValueError(f"{virtual} does not divide the {layers} layers of a pipeline stage")
+    return tuple(sizes)

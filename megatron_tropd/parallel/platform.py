@@ -29,7 +29,9 @@ from megatron_tropd.parallel import torch_without_cuda
 REPLACED: dict[str, tuple[str, ...]] = {
     **torch_without_cuda.REPLACED,
     "megatron.core.tensor_parallel.random": ("_get_cuda_rng_state", "_set_cuda_rng_state"),
-    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer": ("_set_main_param_and_optimizer_states",),
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer": (
+        "_set_main_param_and_optimizer_states", "sharded_param_state_fully_reshardable",
+    ),
     "megatron.core.transformer.torch_norm.WrappedTorchNorm": ("__new__",),
     "megatron.core.dist_checkpointing.strategies.filesystem_async": ("mp",),
     "megatron.core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync": ("write_preloaded_data",),
@@ -96,6 +98,7 @@ def install() -> None:
     _installed = True
     _leave_out_log_lines()
     if is_cuda():
+        _patch_padding_of_buckets()
         _patch_checkpoint_errors()
         _keep_the_name_in_pickles()
         if not has_transformer_engine():
@@ -134,6 +137,7 @@ def _leave_out_log_lines() -> None:
 
 def _patch_megatron() -> None:
     _patch_rng()
+    _patch_padding_of_buckets()
     _patch_distributed_optimizer_load()
     _patch_norm_sequence_parallel()
     _patch_checkpoint_writers()
@@ -166,6 +170,46 @@ def _patch_distributed_optimizer_load() -> None:
                     target.copy_(tensors[name])
 
     distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def _patch_padding_of_buckets() -> None:
+    """Save the optimizer's state of every parameter, and not its neighbours'.
+
+    The distributed optimizer joins the state of all buckets without their padding, and then cuts the parameters out by
+    positions that count the padding.  With --overlap-grad-reduce there are several buckets, and the checkpoint would
+    hold wrong weights and moments, without an error.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer.sharded_param_state_fully_reshardable
+
+    @functools.wraps(original)
+    def state(self: Any, *args: Any, **kwargs: Any) -> Any:
+        gather = self.get_parameter_state_dp_zero
+        self.get_parameter_state_dp_zero = lambda *a, **k: _with_padding(self.buffers, gather(*a, **k))
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            del self.get_parameter_state_dp_zero
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable = state
+
+
+def _with_padding(buffers: Any, state: Any) -> Any:
+    """Return what ``get_parameter_state_dp_zero`` gave, with the padding behind every bucket of ``buffers``."""
+    if state is None:
+        return None
+    for number, buffer in enumerate(buffers):
+        for tensors in state[number].values():
+            for name, joined in tensors.items():
+                if not isinstance(joined, Tensor) or len(joined) != buffer.numel_unpadded:
+                    continue
+                padded = joined.new_zeros(buffer.numel)
+                parts = joined.split([bucket.numel_unpadded for bucket in buffer.buckets])
+                for bucket, part in zip(buffer.buckets, parts, strict=True):
+                    padded[bucket.offset : bucket.offset + len(part)] = part
+                tensors[name] = padded
+    return state
 
 
 def _patch_norm_sequence_parallel() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_tropd.checkpoints.directory import find_checkpoint, hf_directory, read_metadata
 from megatron_tropd.checkpoints.metadata import check_architecture
@@ -14,6 +14,7 @@ from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.models.hf_config import load_architecture
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.setup.problems import Problems
+from megatron_tropd.training.megatron_configs import megatron_errors
 from megatron_tropd.training.student import training_errors
 from megatron_tropd.types import Needs
 from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
@@ -63,6 +64,9 @@ class _ParallelSizes:
     pp: int
     ep: int
     etp: int
+    chunks: int
+    first_layers: int
+    last_layers: int
     make_vocab_size_divisible_by: int
 
     def layout(self, world_size: int, owner: Literal["", "teacher-"]) -> ParallelLayout:
@@ -72,15 +76,23 @@ class _ParallelSizes:
             ValueError: the sizes do not fit the world; the message names the flags.
         """
         return ParallelLayout.for_world(
-            world_size, self.tp, self.pp, ep=self.ep, etp=self.etp or None, owner=owner,
+            world_size, self.tp, self.pp, ep=self.ep, **self._optional, owner=owner,
             make_vocab_size_divisible_by=self.make_vocab_size_divisible_by,
         )  # fmt: skip
 
+    @property
+    def _optional(self) -> dict[str, Any]:
+        """Sizes whose default a layout calls None."""
+        return {
+            "etp": self.etp or None, "vpp": self.chunks if self.chunks > 1 else None,
+            "first_layers": self.first_layers or None, "last_layers": self.last_layers or None,
+        }  # fmt: skip
+
     def errors(self, arch: Architecture, owner: str) -> list[str]:
         """Return why ``arch`` cannot be split with these sizes; empty when it can."""
-        if min(self.tp, self.pp, self.ep) < 1:
-            return []  # :meth:`layout` reports it
-        return arch.check_layout(self.tp, self.pp, ep=self.ep, etp=self.etp or None, owner=owner)
+        if min(self.tp, self.pp, self.ep, self.chunks) < 1 or min(self.first_layers, self.last_layers) < 0:
+            return []  # :meth:`layout` or ``check_ranges`` reports it
+        return arch.check_layout(self.tp, self.pp, ep=self.ep, **self._optional, owner=owner)
 
 
 STUDENT = _Flags(who="student", hf="--hf-checkpoint", megatron="--pretrained-checkpoint", prefix="")
@@ -96,7 +108,7 @@ def find_models(
     ``world_size`` is the number of the student's ranks; ``teacher_world_size`` that of a teacher's own, or 0.
 
     A reference given by flags has the teacher's layout.  By default the reference is the student's starting weights,
-    in the student's layout.  Nothing is downloaded for a configuration that has errors already.
+    in the student's layout, without virtual stages.  Nothing is downloaded for a configuration that has errors already.
     """
     if problems.errors and any(is_hub_name(name) for name in _hf_names(config)):
         return None
@@ -104,6 +116,8 @@ def find_models(
     sizes = _ParallelSizes(
         tp=parallel.tensor_model_parallel_size, pp=parallel.pipeline_model_parallel_size,
         ep=parallel.expert_model_parallel_size, etp=parallel.expert_tensor_parallel_size,
+        chunks=parallel.num_virtual_stages_per_pipeline_rank,
+        first_layers=parallel.decoder_first_pipeline_num_layers, last_layers=parallel.decoder_last_pipeline_num_layers,
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
     )  # fmt: skip
     student, student_layout = _find(
@@ -111,10 +125,13 @@ def find_models(
     )
     if student and student_layout:
         errors = training_errors(student.arch, student_layout, sequence_parallel=parallel.sequence_parallel)
+        errors += [] if problems.errors else megatron_errors(config, student.arch, student_layout)
         problems.errors.extend(f"student: {error}" for error in errors)
     sizes = _ParallelSizes(
         tp=frozen.teacher_tensor_model_parallel_size, pp=frozen.teacher_pipeline_model_parallel_size,
-        ep=frozen.teacher_expert_model_parallel_size, etp=frozen.teacher_expert_tensor_parallel_size,
+        ep=frozen.teacher_expert_model_parallel_size, etp=frozen.teacher_expert_tensor_parallel_size, chunks=1,
+        first_layers=frozen.teacher_decoder_first_pipeline_num_layers,
+        last_layers=frozen.teacher_decoder_last_pipeline_num_layers,
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
     )  # fmt: skip
     teacher = teacher_layout = None
@@ -127,7 +144,9 @@ def find_models(
             teacher_world_size or world_size,
             problems,
         )
-    reference, reference_layout = (student, student_layout) if needs.reference_logprob else (None, None)
+    reference = reference_layout = None
+    if needs.reference_logprob and student_layout:
+        reference, reference_layout = student, replace(student_layout, vpp=None)
     hf, megatron = config.reference.reference_hf_checkpoint, config.reference.reference_load
     if needs.reference_logprob and (hf or megatron):
         reference, reference_layout = _find(REFERENCE, hf, megatron, sizes, world_size, problems)

@@ -10,6 +10,7 @@ from megatron_tropd.checkpoints.load import load_checkpoint
 from megatron_tropd.checkpoints.state import load_model_state
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.models.build import HiddenStateGPT, build_gpt_model
+from megatron_tropd.models.chunks import ModelChunks
 from megatron_tropd.parallel.groups import ModelGroups, student_groups
 from megatron_tropd.setup.model_specs import ModelSpec
 from megatron_tropd.setup.run_spec import RunSpec
@@ -19,7 +20,9 @@ from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 from megatron_tropd.weights.files.load import load_hf_into
 
 
-def load_weights(model: HiddenStateGPT, source: ModelSpec, groups: ModelGroups, config: TrainConfig) -> None:
+def load_weights(
+    model: HiddenStateGPT | ModelChunks, source: ModelSpec, groups: ModelGroups, config: TrainConfig
+) -> None:
     """Fill ``model`` from its Megatron checkpoint or its HF files; collective over the world."""
     if source.megatron_dir is not None:
         wanted = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.pg_collection.dp_cp})}

@@ -79,7 +79,8 @@ def make_scorers(spec: RunSpec, student: ModelGroups) -> tuple[Scoring | None, S
         teacher = Scoring(scorer=PLACEMENTS[config.teacher.teacher_placement](place), want=teacher_wants)
     if models.reference and models.reference_layout:
         is_student = models.reference is models.student
-        groups = student if is_student else place.groups_of(models.reference_layout)
+        same_ranks = replace(student, layout=models.reference_layout)
+        groups = same_ranks if is_student else place.groups_of(models.reference_layout)
         model = make_frozen(spec, models.reference, groups, "reference")
         reference = Scoring(scorer=ColocatedScorer(model), want=lambda _: ScoreRequest())
     return teacher, reference

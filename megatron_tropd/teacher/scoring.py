@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_tropd.data.packing import PackPlan, pack
 from megatron_tropd.models.build import HiddenStateGPT, forward_hidden
+from megatron_tropd.models.chunks import ModelChunks
 from megatron_tropd.ops.vocab_parallel import VocabShard, gather_hidden, nan_problem, unchecked_teacher_scores
 from megatron_tropd.parallel import host_copies, platform
 from megatron_tropd.parallel.fail_together import on_all_ranks
@@ -29,7 +30,7 @@ nor raise: other stages would wait."""
 
 @torch.no_grad()
 def score_rollouts(
-    model: HiddenStateGPT,
+    model: HiddenStateGPT | ModelChunks,
     groups: ModelGroups,
     rollouts: Sequence[Rollout],
     plan: PackPlan,
@@ -57,10 +58,11 @@ def score_rollouts(
         )
 
     collection = groups.pg_collection
-    outputs = get_forward_backward_func(groups.layout.pp, None)(
+    chunks = list(model.chunks) if isinstance(model, ModelChunks) else [model]
+    outputs = get_forward_backward_func(groups.layout.pp, groups.layout.vpp)(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=[model],
+        data_iterator=[iter(batches) for _ in chunks],
+        model=chunks,
         num_microbatches=plan.num_microbatches,
         seq_length=plan.num_tokens,
         micro_batch_size=1,

@@ -24,7 +24,8 @@ def plan_updates(run: Run, rollouts: Sequence[Rollout]) -> BatchPlan:
         num_minibatches=training.num_minibatches,
         data_parallel_size=layout.dp,
         max_tokens=training.max_tokens_per_microbatch,
-        multiple_of=layout.tp,  # sequence parallelism splits the packed tokens over TP
+        multiple_of=run.student.token_multiple,
+        num_microbatches_multiple_of=run.student.microbatch_multiple,
     )
 
 

@@ -141,6 +141,7 @@ def _update(run: Run, batch: Batch, updates: Sequence[PackedUpdate], step: int, 
         else:
             student.skip()
             verdict = "skipped"
+    student.gather_weights()
     return _Outcome(
         sums=StepSums.of(sums), grad_norm=sum(norms) / len(norms), learning_rate=learning_rate, verdict=verdict
     )

@@ -32,7 +32,7 @@ def old_policy_scores(
     def head(hidden: Tensor, batch: Microbatch) -> TeacherScores:
         stats = student_token_stats(
             hidden,
-            student.model.lm_head_weight(),
+            student.head_weight(),
             batch.streams,
             shard,
             sequence_parallel=student.model.config.sequence_parallel,

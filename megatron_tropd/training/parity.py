@@ -88,8 +88,9 @@ def probe_differences(
     """
     layout = student.groups.layout
     plan = plan_batch(
-        probes.sequences, num_minibatches=1, data_parallel_size=layout.dp, max_tokens=max_tokens, multiple_of=layout.tp
-    )
+        probes.sequences, num_minibatches=1, data_parallel_size=layout.dp, max_tokens=max_tokens,
+        multiple_of=student.token_multiple, num_microbatches_multiple_of=student.microbatch_multiple,
+    )  # fmt: skip
     scored_here = old_policy_scores(student, probes.sequences, plan, vocab_size=probes.vocab_size)
     mine = {index: scores.logprob.tolist() for index, scores in scored_here.items() if student.groups.reports}
     trainer = {index: values for part in gather_objects(mine) for index, values in part.items()}

@@ -156,10 +156,11 @@ def forward_backward(student: Student, objective: Objective, batch: Batch, updat
     """
     student.zero_grad()
     with determinism.deterministic_kernels(student.model.config.deterministic_mode):
-        pending: list[_PendingSums] = get_forward_backward_func(student.groups.layout.pp, None)(
+        layout = student.groups.layout
+        pending: list[_PendingSums] = get_forward_backward_func(layout.pp, layout.vpp)(
             forward_step_func=partial(_forward_step, student=student, objective=objective, of=batch),
-            data_iterator=iter(update.microbatches),
-            model=[student.ddp],
+            data_iterator=[iter(update.microbatches) for _ in student.ddp],
+            model=student.ddp,
             num_microbatches=update.plan.num_microbatches,
             seq_length=update.plan.num_tokens,
             micro_batch_size=1,
@@ -187,7 +188,7 @@ def _loss(
     tokens = microbatch.streams
     out = head_loss(
         hidden,
-        student.model.lm_head_weight(),
+        student.head_weight(),
         tokens,
         student.shard,
         objective,

@@ -6,20 +6,23 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_tropd.checkpoints.state import load_model_state
-from megatron_tropd.config import ParallelConfig, TrainConfig, TrainingConfig
+from megatron_tropd.config import TrainConfig, TrainingConfig
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.models.build import HiddenStateGPT, build_gpt_model
+from megatron_tropd.models.build import HiddenStateGPT
+from megatron_tropd.models.chunks import ModelChunks, build_chunks
 from megatron_tropd.ops.vocab_parallel import HeadSettings, VocabShard
-from megatron_tropd.parallel import optimizer_memory, platform
+from megatron_tropd.parallel import optimizer_memory, platform, user_buffers
 from megatron_tropd.parallel.groups import ModelGroups
 from megatron_tropd.parallel.host_offload import HostBlocks, HostOffload
 from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.training.data_parallel import wrap
+from megatron_tropd.training.megatron_configs import ddp_config, model_overrides, optimizer_config, params_dtype
 from megatron_tropd.types import Needs
 
 SHARDED_STATE_METADATA = {
@@ -37,11 +40,6 @@ _SET_BY_FLAGS = ("max_lr", "min_lr", "betas", "eps")
 the schedule, from its own flags."""
 
 
-def params_dtype(config: TrainConfig) -> torch.dtype:
-    """Return the dtype of the weights; the optimizer's master weights are fp32 either way."""
-    return torch.bfloat16 if config.model.bf16 else torch.float32
-
-
 def chunk_tokens(config: TrainConfig) -> int:
     """Return the number of tokens whose logits exist at one time.
 
@@ -49,6 +47,17 @@ def chunk_tokens(config: TrainConfig) -> int:
     than their products (docs/performance.md).
     """
     return config.training.logits_chunk_tokens or (8192 if platform.is_cuda() else 1024)
+
+
+def token_multiple(config: TrainConfig, layout: ParallelLayout) -> int:
+    """Return the number of which the packed tokens of a micro-batch are a multiple.
+
+    Sequence parallelism splits them over TP.  The buffers of --tp-comm-overlap have one size, so with it every
+    micro-batch has as many tokens as the longest may have.
+    """
+    if not config.megatron_flags.get("tp-comm-overlap"):
+        return layout.tp
+    return -(-config.training.max_tokens_per_microbatch // layout.tp) * layout.tp
 
 
 def training_errors(arch: Architecture, layout: ParallelLayout, *, sequence_parallel: bool) -> list[str]:
@@ -68,7 +77,7 @@ def training_errors(arch: Architecture, layout: ParallelLayout, *, sequence_para
     return errors
 
 
-def build_student(config: TrainConfig, arch: Architecture, groups: ModelGroups) -> HiddenStateGPT:
+def build_student(config: TrainConfig, arch: Architecture, groups: ModelGroups) -> ModelChunks:
     """Build this rank's part of the student, without loading its weights.
 
     Raises:
@@ -76,30 +85,22 @@ def build_student(config: TrainConfig, arch: Architecture, groups: ModelGroups) 
     """
     if errors := training_errors(arch, groups.layout, sequence_parallel=config.parallel.sequence_parallel):
         raise ValueError("; ".join(errors))
-    overrides: dict[str, Any] = {
-        "sequence_parallel": config.parallel.sequence_parallel and groups.layout.tp > 1,
-        # Read by DDP when it is built: without it, gradients are divided by DP a second time.
-        "calculate_per_token_loss": True,
-        "deterministic_mode": config.model.deterministic_mode,
-    }
-    if config.model.recompute_granularity != "none":
-        overrides["recompute_granularity"] = config.model.recompute_granularity
-    if config.model.recompute_granularity == "full":
-        overrides.update(recompute_method="uniform", recompute_num_layers=1)
-    return build_gpt_model(
-        arch,
-        groups,
-        params_dtype=params_dtype(config),
-        config_overrides=overrides,
-    )
+    overrides = model_overrides(config, groups.layout)
+    if overrides.get("tp_comm_overlap"):
+        user_buffers.initialize(
+            tokens=token_multiple(config, groups.layout), hidden_size=arch.hidden_size, tp=groups.layout.tp,
+            backend=overrides.get("tp_comm_bootstrap_backend", "nccl"),
+        )  # fmt: skip
+    return build_chunks(arch, groups, params_dtype=params_dtype(config), config_overrides=overrides)
 
 
 class Student:
     """The student model with its optimizer and schedule."""
 
-    def __init__(self, model: HiddenStateGPT, groups: ModelGroups, config: TrainConfig, *, vocab_size: int) -> None:
+    def __init__(self, model: ModelChunks, groups: ModelGroups, config: TrainConfig, *, vocab_size: int) -> None:
         self.model = model
         self.groups = groups
+        self._stale = False
         self.version = 0
         """Number of updates made; identifies the weights that the engines sample from."""
         self.microbatches = 0
@@ -115,8 +116,13 @@ class Student:
             logits_dtype=torch.float32 if config.training.logits_dtype == "fp32" else None,
             topk_overlap=config.logging.log_topk_overlap,
         )
-        self.ddp = _wrap(model, config.parallel)
-        self.optimizer = _optimizer(self.ddp, config.training, config.parallel, bf16=config.model.bf16)
+        self.token_multiple = token_multiple(config, groups.layout)
+        """Packed tokens of a micro-batch are a multiple of it."""
+        self.microbatch_multiple = (model.config.microbatch_group_size_per_vp_stage or 1) if groups.layout.vpp else 1
+        """Megatron's interleaved schedule takes micro-batches in groups of this many."""
+        self.ddp = wrap(model, ddp_config(config))
+        """Megatron's DDP around each model chunk."""
+        self.optimizer = get_megatron_optimizer(optimizer_config(config), self.ddp)
         self.scheduler = _scheduler(self.optimizer, config.training, config.num_updates)
         self._offloads = config.parallel.rl_offload_optimizer_during_inference
         self._host_blocks = HostBlocks(pin=platform.is_cuda())
@@ -134,7 +140,8 @@ class Student:
         if not self._offloads or self._asleep is not None:
             return
         self.optimizer.zero_grad()  # fp32 copies of gradients, which the optimizer makes anew
-        optimizer_memory.free_gradient_buffers(self.ddp)
+        for chunk in self.ddp:
+            optimizer_memory.free_gradient_buffers(chunk)
         # Not Megatron's offload_to_cpu: it goes through pageable memory, and in fp32 takes the weights away too.
         self._asleep = HostOffload(optimizer_memory.state_tensors(self.optimizer), blocks=self._host_blocks)
 
@@ -142,7 +149,8 @@ class Student:
         """Bring back what :meth:`sleep` moved; the gradients are zero.  Nothing happens where it moved nothing."""
         if self._asleep is not None:
             self._asleep.prefetch()
-            optimizer_memory.restore_gradient_buffers(self.ddp)  # beside the copies
+            for chunk in self.ddp:  # beside the copies
+                optimizer_memory.restore_gradient_buffers(chunk)
             self._asleep.wait()
             self._asleep = None
 
@@ -152,8 +160,27 @@ class Student:
 
     def zero_grad(self) -> None:
         """Set all gradients to zero."""
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+
+    def head_weight(self) -> Tensor:
+        """Return this rank's rows of the output table, for a pass that runs now: no module reads it whose hook would
+        wait for its gather under --overlap-param-gather."""
+        weight = self.model.lm_head_weight()
+        if self._gathers_late:
+            self.ddp[-1].param_to_bucket_group[weight].finish_param_sync(
+                skip_next_bucket_dispatch=self.ddp[-1].ddp_config.align_param_gather
+            )
+        return weight
+
+    def gather_weights(self) -> None:
+        """Gather the weights that --overlap-param-gather leaves to the next pass, before anything else reads them.
+        Collective over the ranks of a replica group; does nothing where the weights are whole."""
+        if self._gathers_late and self._stale:
+            for chunk in self.ddp:
+                chunk.start_param_sync(force_sync=True)
+        self._stale = False
 
     def grad_norm(self) -> float:
         """Return the global norm of the finished gradients, before clipping; the same number on every rank."""
@@ -183,6 +210,10 @@ class Student:
         return total
 
     @property
+    def _gathers_late(self) -> bool:
+        return bool(self.ddp[0].use_forward_hook)
+
+    @property
     def _optimizers(self) -> list[Any]:
         """The optimizers inside Megatron's: one per set of parameters with its own ranks, so experts have their own."""
         return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
@@ -195,6 +226,7 @@ class Student:
     def step(self) -> None:
         """Clip the gradient, update the weights, and advance the schedule and the version."""
         self.optimizer.step()
+        self._stale = True
         self.scheduler.step(increment=1)
         self.version += 1
 
@@ -204,6 +236,7 @@ class Student:
 
     def sharded_state_dict(self, *, is_loading: bool = False, with_optimizer: bool = True) -> dict[str, Any]:
         """Return the sharded state of model, optimizer and schedule for ``dist_checkpointing``."""
+        self.gather_weights()
         if is_loading and with_optimizer:
             platform.prime_adam_state(self.optimizer)
         metadata = {**SHARDED_STATE_METADATA, "dp_cp_group": self.groups.pg_collection.dp_cp}
@@ -227,46 +260,17 @@ class Student:
         self.version = version
 
 
-def break_cycles(model: HiddenStateGPT) -> None:
+def break_cycles(model: ModelChunks | HiddenStateGPT) -> None:
     """Break the reference cycles that would keep a trained model and its process groups until the process ends.
 
     Two cycles lead through autograd's nodes to DDP's gradient hooks, where Python's garbage collector cannot see them:
     from the config through the optimizer's fp32 shards, and from the probabilities that an expert dispatcher keeps.
     """
-    model.config.grad_scale_func = None
+    config = model.config
+    config.grad_scale_func = config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
     for module in model.modules():
         if dispatcher := getattr(module, "token_dispatcher", None):
             dispatcher.probs = None
-
-
-def _wrap(model: HiddenStateGPT, parallel: ParallelConfig) -> DistributedDataParallel:
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_grad_reduce=False,
-    )
-    # Not inside a Float16Module: the model is bf16 already, and that wrapper would turn the last stage's
-    # hidden states, which still meet bf16 weights in the vocabulary head, into fp32.
-    return DistributedDataParallel(model.config, ddp_config, model)
-
-
-def _optimizer(ddp: DistributedDataParallel, training: TrainingConfig, parallel: ParallelConfig, *, bf16: bool) -> Any:
-    return get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=training.lr,
-            min_lr=training.min_lr,
-            weight_decay=training.weight_decay,
-            adam_beta1=training.adam_beta1,
-            adam_beta2=training.adam_beta2,
-            adam_eps=training.adam_eps,
-            clip_grad=training.clip_grad,
-            bf16=bf16,
-            params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=parallel.use_distributed_optimizer,
-        ),
-        [ddp],
-    )
 
 
 def _scheduler(optimizer: Any, training: TrainingConfig, num_updates: int) -> OptimizerParamScheduler:

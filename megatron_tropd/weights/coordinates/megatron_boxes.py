@@ -127,7 +127,7 @@ def rank_boxes(arch: Architecture, layout: ParallelLayout, rank: int) -> tuple[P
     Raises:
         ValueError: the weights cannot be cut by this layout; the message names the flags.
     """
-    if errors := arch.cut_errors(layout.tp, layout.pp, ep=layout.ep, etp=layout.etp, vpp=layout.vpp):
+    if errors := arch.cut_errors(**layout.cut):
         raise ValueError("; ".join(errors))
     coords = layout.coords(rank)
     params = []

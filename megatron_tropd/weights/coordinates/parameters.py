@@ -18,6 +18,8 @@ def local_parameters(model: nn.Module | Sequence[nn.Module]) -> dict[str, Tensor
 
     Several model chunks (a virtual pipeline) are a sequence; the names then begin with ``model0.``, ``model1.`` ...
     """
+    if isinstance(model, nn.ModuleList):
+        model = list(model)
     if not isinstance(model, nn.Module):
         if len(model) == 1:
             return local_parameters(model[0])
