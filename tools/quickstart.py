@@ -23,6 +23,12 @@ from megatron_tropd.reporting.records import of_kind, read_records  # noqa: E402
 
 JUDGED = ("greedy", "top_p_0.7")
 BAR_WIDTH = 40
+PLACEMENTS: dict[str, tuple[int, list[str]]] = {
+    "colocated": (2, []),
+    "dedicated": (4, ["--teacher-placement", "dedicated", "--teacher-world-size", "2"]),
+}
+"""By --teacher-placement: ranks of the job, and flags of the training command.  The student is TP 2, a Megatron teacher
+PP 2."""
 
 
 def run(title: str, *command: str | Path) -> None:
@@ -74,6 +80,9 @@ def main() -> int:
     flags.add_argument("--min-points", type=float, default=15.0, help="rise in accuracy that must be reached")
     flags.add_argument("--engine", choices=("embedded", "sglang"), default="embedded", help="rollout engine")
     flags.add_argument("--sglang-python", default=".venv-sglang/bin/python", help="interpreter of SGLang's environment")
+    flags.add_argument(
+        "--teacher-placement", choices=tuple(PLACEMENTS), default="colocated", help="where the teacher is"
+    )
     flags.add_argument("train_flags", nargs="*", help="after --: flags of megatron_tropd.train")
     args = flags.parse_args()
     started = time.monotonic()
@@ -90,12 +99,14 @@ def main() -> int:
             "--hf-checkpoint", world / model, "--save", job / "megatron" / model,
             "--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp),
         )  # fmt: skip
+    ranks, placement = PLACEMENTS[args.teacher_placement]
     run(
-        "Train with TrOPD on two ranks", python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        f"Train with TrOPD on {ranks} ranks", python, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(ranks),
         "-m", "megatron_tropd.train", "--config", "examples/quickstart.yaml", "--run-dir", job,
         "--pretrained-checkpoint", job / "megatron/student", "--teacher-load", job / "megatron/teacher",
         "--prompt-data", world / "train.jsonl", "--eval-data", world / "eval.jsonl",
-        "--seed", str(args.seed), *engine, *args.train_flags,
+        "--seed", str(args.seed), *engine, *placement, *args.train_flags,
     )  # fmt: skip
     good = judge(ROOT / job, args.min_points)
     print(f"  time:     {time.monotonic() - started:.0f} s")
