@@ -36,7 +36,7 @@ def sglang_settings(config: TrainConfig, student: ModelSpec) -> SGLangSettings:
         num_servers=nodes * engine.rollout_num_engines_per_node or engine.rollout_num_engines,
         num_nodes=nodes,
         urls=tuple(engine.rollout_engine_urls),
-        host=_host(engine.sglang_host, nodes),
+        host=reachable_host(engine.sglang_host, nodes),
         keys=load_keys(file=Path(engine.sglang_key_file) if engine.sglang_key_file else None),
         tp_size=engine.sglang_tp_size,
         gpu_ids=gpu_numbers(engine.rollout_gpu_ids, "--rollout-gpu-ids"),
@@ -50,7 +50,7 @@ def sglang_settings(config: TrainConfig, student: ModelSpec) -> SGLangSettings:
     )
 
 
-def _host(given: str, nodes: int) -> str:
+def reachable_host(given: str, nodes: int) -> str:
     """Return the address of this machine's servers: on several machines one that the others reach."""
     return own_address(meeting_host()) if nodes > 1 and is_loopback(given) else given
 

@@ -23,6 +23,14 @@ def is_loopback(host: str) -> bool:
     return host in _LOOPBACK
 
 
+def host_of(url: str) -> str:
+    """Return the host of ``url``; "" where it is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keys:
     """Secrets of the servers.  They are sent by pipe and by HTTP header; no repr, argv or log shows them."""
@@ -125,7 +133,7 @@ class ServerSettings:
             )
         for url in self.urls:
             self._check_url(url)
-        addresses = [urlsplit(url).hostname or "" for url in self.urls] or [self.host]
+        addresses = [host_of(url) for url in self.urls] or [self.host]
         if self.keys is None and (public := [a for a in addresses if not is_loopback(a)]):
             raise ValueError(
                 f"SGLang at {', '.join(public)} can be reached from other machines, where anyone could replace "
