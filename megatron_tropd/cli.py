@@ -22,8 +22,8 @@ from megatron_tropd.parallel.megatron_flags import find_field, megatron_fields, 
 from megatron_tropd.parallel.print_once import Importance, print_once
 from megatron_tropd.plain_yaml import PlainYamlError, Value, read_plain_yaml
 
-SGLANG_PREFIX = "sglang-"
-"""Prefix of the flags that are passed to SGLang, unless config.py defines them."""
+SGLANG_PREFIXES = {"sglang-": "sglang_flags", "teacher-sglang-": "teacher_sglang_flags"}
+"""Prefix of the flags that are passed to SGLang, unless config.py defines them -> their field of TrainConfig."""
 _MISSPELLED = 0.9
 """Similarity from which a name counts as a misspelled flag of ours; SGLang's ep-size and our tp-size have 0.86."""
 _SGLANG_NAME = re.compile(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
@@ -138,6 +138,11 @@ Passed = dict[str, tuple[str, ...] | None]
 """Flags that are passed on: name -> the words after it; None for a flag that YAML switches off."""
 
 
+def _sglang_prefix(name: str) -> str:
+    """Return the prefix by which flag ``name`` is passed to SGLang; "" where it is not."""
+    return next((prefix for prefix in SGLANG_PREFIXES if name.startswith(prefix)), "")
+
+
 def _split(argv: Sequence[str], passes: Callable[[str], bool]) -> tuple[Passed, list[str]]:
     """Return (flags whose name ``passes``, with the words after each; all other words), so that argparse sees only the
     latter."""
@@ -199,20 +204,20 @@ def _megatron_of_yaml(name: str, given: Value) -> Any:
 
 def _sglang_errors(passed: Passed, own: Collection[str]) -> list[str]:
     """Return errors for what cannot be flags of SGLang, and for names that look like a misspelled flag of ours."""
-    ours = [name.removeprefix(SGLANG_PREFIX) for name in own if name.startswith(SGLANG_PREFIX)]
     errors = []
-    for name, words in passed.items():
+    for flag, words in passed.items():
+        prefix = _sglang_prefix(flag)
+        name = flag.removeprefix(prefix)
+        ours = [name.removeprefix(prefix) for name in own if name.startswith(prefix)]
         for word in words or ():
             try:
                 check_text(word)
             except ValueError as error:
-                errors.append(f"--{SGLANG_PREFIX}{shortened(name)}: {error}")
+                errors.append(f"--{prefix}{shortened(name)}: {error}")
         if not _SGLANG_NAME.fullmatch(name):
-            errors.append(
-                f"--{SGLANG_PREFIX}{shortened(name)}: expected the name of an SGLang flag, words joined by '-'"
-            )
+            errors.append(f"--{prefix}{shortened(name)}: expected the name of an SGLang flag, words joined by '-'")
         elif close := difflib.get_close_matches(name, ours, n=1, cutoff=_MISSPELLED):
-            errors.append(f"unknown flag --{SGLANG_PREFIX}{name}; did you mean --{SGLANG_PREFIX}{close[0]}?")
+            errors.append(f"unknown flag --{flag}; did you mean --{prefix}{close[0]}?")
     return errors
 
 
@@ -226,9 +231,8 @@ def _values_of_yaml(path: str, sglang: Passed, megatron: dict[str, Any]) -> tupl
             if name in flags:
                 _, f, kind = flags[name]
                 values[name] = from_yaml(given, kind, _default(f))
-            elif name.startswith(SGLANG_PREFIX):
-                words = words_of_yaml(given)
-                sglang.setdefault(name.removeprefix(SGLANG_PREFIX), words)
+            elif _sglang_prefix(name):
+                sglang.setdefault(name, words_of_yaml(given))
             elif name in megatron_fields():
                 value = _megatron_of_yaml(name, given)
                 megatron.setdefault(name, value)
@@ -275,8 +279,7 @@ def parse(argv: Sequence[str]) -> TrainConfig:
         ConfigError: there are unknown flags or keys, or values of a wrong type; one message lists them.
     """
     flags = _flags()
-    with_prefix, argv = _split(argv, lambda name: name.startswith(SGLANG_PREFIX) and name not in flags)
-    sglang: Passed = {name.removeprefix(SGLANG_PREFIX): words for name, words in with_prefix.items()}
+    sglang, argv = _split(argv, lambda name: _sglang_prefix(name) != "" and name not in flags)
     if quoted := _quoted_flags(argv):
         raise ConfigError(quoted)
     of_megatron, argv = _split(argv, lambda name: not _is_own(name) and find_field(name) is not None)
@@ -304,8 +307,13 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     made = _make_sections(values, errors)
     if errors:
         raise ConfigError(errors)
-    passed = {name: words for name, words in sglang.items() if words is not None}
-    return TrainConfig(**made, sglang_flags=passed, megatron_flags=megatron)
+    for prefix, target in SGLANG_PREFIXES.items():
+        made[target] = {
+            name.removeprefix(prefix): words
+            for name, words in sglang.items()
+            if words is not None and _sglang_prefix(name) == prefix
+        }
+    return TrainConfig(**made, megatron_flags=megatron)
 
 
 def _make_sections(values: Mapping[str, Any], errors: list[str]) -> dict[str, Any]:
@@ -328,8 +336,9 @@ def to_flags(config: TrainConfig) -> dict[str, Any]:
     """Return the whole configuration as YAML keys and values."""
     own = {name: getattr(getattr(config, section), f.name) for name, (section, f, _) in _flags().items()}
     passed = {
-        SGLANG_PREFIX + name: list(words) if len(words) > 1 else words[0] if words else True
-        for name, words in config.sglang_flags.items()
+        prefix + name: list(words) if len(words) > 1 else words[0] if words else True
+        for prefix, target in SGLANG_PREFIXES.items()
+        for name, words in getattr(config, target).items()
     }
     return {**own, **config.megatron_flags, **passed}
 

@@ -68,12 +68,12 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherConfig:
-    """The frozen model that scores tokens."""
+    """The frozen model that scores tokens.  Any other --teacher-sglang-X is passed to its SGLang servers as --X."""
 
-    teacher_placement: Literal["colocated", "dedicated"] = setting(
+    teacher_placement: Literal["colocated", "dedicated", "server"] = setting(
         "colocated",
         "where the teacher is: on the student's ranks (colocated) or on the last ranks of the job (dedicated), in its "
-        "own layout either way",
+        "own layout either way, or on SGLang servers (server); docs/teachers.md",
     )
     teacher_world_size: int = setting(0, "ranks of a dedicated teacher; the student has the others")
     teacher_hf_checkpoint: str = setting("", "HF directory of the teacher, or its name on the Hub")
@@ -91,6 +91,10 @@ class TeacherConfig:
         0, "ranks that share one expert of the teacher; 0 for --teacher-tensor-model-parallel-size"
     )
     teacher_offload: bool = setting(False, "keep teacher and reference in host memory between uses, to free a GPU's")
+    teacher_num_servers: int = setting(1, "SGLang servers of the teacher to start on the machine of rank 0")
+    teacher_gpu_ids: list[str] = setting([], "GPUs of the teacher's servers, in order; default: from 0 on")
+    teacher_urls: list[str] = setting([], "SGLang servers of the teacher that run already, instead of starting some")
+    teacher_sglang_tp_size: int = setting(1, "tensor-parallel ranks of each of the teacher's servers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,6 +322,8 @@ class TrainConfig:
     """Flags for ``sglang.launch_server``: name without its dashes -> the words after it."""
     megatron_flags: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     """The student's settings of Megatron's own (parallel/megatron_flags.py): name without its dashes -> value."""
+    teacher_sglang_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The same for the teacher's servers."""
 
     @property
     def parity_limit(self) -> float:

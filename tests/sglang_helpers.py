@@ -76,7 +76,7 @@ def start_servers(directory: Path) -> Servers:
     hf_dir = save_hf_checkpoint(directory / "hf", "qwen3")
     arch = load_architecture(hf_dir)
     settings = SGLangSettings(
-        hf_dir=hf_dir, log_dir=directory / "logs", dtype="float32", python=PYTHON, num_engines=2, keys=KEYS,
+        hf_dir=hf_dir, log_dir=directory / "logs", dtype="float32", python=PYTHON, num_servers=2, keys=KEYS,
         bucket_bytes=100_000, max_concurrent_prompts=4, start_timeout_s=300, request_timeout_s=120,
         weight_loader=LOADER,
     )  # fmt: skip

@@ -75,7 +75,7 @@ def _misspell(name):
 
 names = st.one_of(
     st.sampled_from(list(KINDS)), st.sampled_from(NUMBERS), st.sampled_from(FILES + SWITCHES),
-    st.sampled_from(["sglang-mem-fraction-static", "sglang-attention-backend", "sglang-x"]),
+    st.sampled_from(["sglang-mem-fraction-static", "sglang-attention-backend", "sglang-x", "teacher-sglang-x"]),
     st.sampled_from(list(KINDS)).flatmap(_misspell),
 )  # fmt: skip
 many = settings(
@@ -182,9 +182,16 @@ def test_any_command_line(case):
         elif name in KINDS:
             assert _holds(config, name, words), (name, words, flags[name])
         else:
-            assert name.startswith("sglang-"), f"{name} is not a flag, and was taken"
-            assert config.sglang_flags[name.removeprefix("sglang-")] == tuple(words)
+            assert _passed_to_sglang(config, name) == tuple(words)
     _check_config(config, {n.removeprefix("no-") if n.removeprefix("no-") in SWITCHES else n for n in last})
+
+
+def _passed_to_sglang(config, name):
+    """The words after a flag that is passed to SGLang; None where it is not."""
+    prefix = "teacher-sglang-" if name.startswith("teacher-") else "sglang-"
+    assert name.startswith(prefix), f"{name} is not a flag, and was taken"
+    passed = config.teacher_sglang_flags if name.startswith("teacher-") else config.sglang_flags
+    return passed.get(name.removeprefix(prefix))
 
 
 def _plain(text):
@@ -240,8 +247,7 @@ def test_any_yaml_file(items):
         if name in KINDS:
             assert words is not None and _holds(config, name, words), (name, words, to_flags(config)[name])
         else:
-            assert name.startswith("sglang-"), f"{name} is not a flag, and was taken"
-            flag = config.sglang_flags.get(name.removeprefix("sglang-"))
+            flag = _passed_to_sglang(config, name)
             if words is None or (not quoted and words[0].lower() == "false"):
                 assert flag is None
             else:

@@ -238,4 +238,6 @@ def test_docs_name_only_flags_that_exist():
         for block in re.findall(r"megatron_tropd\.train[^`]*", path.read_text(encoding="utf-8")):
             for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*)", block):
                 ours = flag.removeprefix("no-") in known | {"config", "help"}
-                assert ours or flag.startswith("sglang-"), f"{path.name}: --{flag}"  # those go to SGLang
+                assert ours or flag.startswith(("sglang-", "teacher-sglang-")), (
+                    f"{path.name}: --{flag}"
+                )  # those go to SGLang

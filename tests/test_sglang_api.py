@@ -275,8 +275,8 @@ def settings(tmp_path):
         ({"urls": ("127.0.0.1:30000",)}, r"127.0.0.1:30000: expected http://host:port"),
         ({"urls": ("http://127.0.0.1:x",)}, r"expected http://host:port"),
         ({"urls": ("http://127.0.0.1",)}, r"expected http://host:port"),
-        ({"num_engines": 0}, "at least 1"),
-        ({"num_engines": 2, "tp_size": 2, "gpu_ids": (0, 1, 2)}, "3 GPU ids for 2 engines of 2"),
+        ({"num_servers": 0}, "at least 1"),
+        ({"num_servers": 2, "tp_size": 2, "gpu_ids": (0, 1, 2)}, "3 GPU ids .*for 2 engines .*of 2"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, changes, message):
@@ -329,7 +329,7 @@ def test_the_trainers_environment_stays_with_the_trainer(settings):
 def test_a_server_sees_the_trainers_gpus_unless_its_own_are_scattered(settings):
     """A handle of shared memory names the trainer's GPU.  (Not run on a GPU.)"""
     environ = {"CUDA_VISIBLE_DEVICES": "8,9,10,11,12,13,14,15"}
-    in_order = replace(settings, cuda=True, tp_size=2, num_engines=2)
+    in_order = replace(settings, cuda=True, tp_size=2, num_servers=2)
     picked = replace(in_order, gpu_ids=(4, 5, 6, 7))
     for changed, index, base in ((in_order, 1, "2"), (picked, 0, "4")):
         ours = server_arguments(changed, index, 4000, 128)

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tropd.errors import EngineError
-from megatron_tropd.rollout.sglang import engine as engine_module
-from megatron_tropd.rollout.sglang.api import client
 from megatron_tropd.rollout.sglang.api.generation import read_samples, read_scores
+from megatron_tropd.sglang.api import client
 from megatron_tropd.sglang.api.control import (
     check_done,
     read_checksums,
@@ -23,6 +22,7 @@ from megatron_tropd.sglang.api.control import (
     read_weight_version,
 )
 from megatron_tropd.sglang.errors import BadResponse, EngineDown, RequestRefused, StaleWeights
+from megatron_tropd.sglang.server import server as server_module
 from tests.sglang_replies import (
     GOOD,
     GROUP,
@@ -300,7 +300,7 @@ def _check_believed(path: str, reply: Reply, engine) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_damaged_control_answers_over_http_are_believed_only_if_they_are_good(monkeypatch):
-    monkeypatch.setattr(engine_module, "_POLL_S", 0.01)
+    monkeypatch.setattr(server_module, "_POLL_S", 0.01)
     believed = set()
 
     @examples(300)

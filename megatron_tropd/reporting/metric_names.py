@@ -81,6 +81,12 @@ METRICS: dict[str, MetricInfo] = {
     "teacher/busy_frac": _info(
         "share", "Time since the last batch that a dedicated teacher spent in scoring; the rest it waited."
     ),
+    "teacher/scored_tokens": _info("tokens", "Response tokens of the step that the teacher's servers scored."),
+    "teacher/bytes_per_token": _info(
+        "bytes", "Bytes that the teacher's servers answered for each scored token, since the run was launched."
+    ),
+    "teacher/retries": _info("count", "Requests to the teacher's servers that were repeated, since the launch."),
+    "teacher/restarts": _info("count", "Servers of the teacher started anew since the run was launched."),
     "reward/mean": _info("reward", "Mean of `--reward-function` over the rollout batch."),
     "reward/abs_max": _info("reward", "Largest absolute value of it in the rollout batch."),
     "reward/flat_groups_frac": _info("share", "Prompts whose samples all have one reward: their advantage is 0."),

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from urllib.parse import urlsplit
 
 from megatron_tropd.config import EngineConfig, TrainConfig
 from megatron_tropd.parallel import platform
 from megatron_tropd.setup.engine_settings import is_planned
 from megatron_tropd.setup.model_specs import Models
 from megatron_tropd.setup.problems import Problems
-from megatron_tropd.sglang.settings import is_loopback
+from megatron_tropd.sglang.settings import host_of, is_loopback
 from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
 from megatron_tropd.weights.engine_loader import LOADER
 from megatron_tropd.weights.plan.spec import PlanSpec
 
 _EP_FLAGS = ("ep-size", "ep", "expert-parallel-size")
 _OF_BOTH_ENGINES = frozenset({"rollout_engine", "parity_limit", "on_parity"})
+_OF_TEACHER_SERVERS = frozenset(
+    {"sglang_python", "sglang_host", "sglang_key_file", "sglang_start_timeout", "sglang_request_timeout"}
+)
 
 
 def check_engine_flags(config: TrainConfig, problems: Problems) -> None:
-    """Check the engines' timeouts together; settings that the chosen engine does not use give a warning."""
-    engine = config.engine
+    """Check the servers' timeouts together; settings that the chosen engine does not use give a warning."""
+    engine, teacher_on_servers = config.engine, config.teacher.teacher_placement == "server"
     start, request = engine.sglang_start_timeout, engine.sglang_request_timeout
     if engine.rollout_engine == "sglang":
         problems.require(
@@ -33,6 +35,7 @@ def check_engine_flags(config: TrainConfig, problems: Problems) -> None:
             not (engine.rollout_gpu_ids and engine.rollout_num_gpus_per_node),
             "--rollout-gpu-ids and --rollout-num-gpus-per-node both choose the servers' GPUs: leave out one",
         )
+    if engine.rollout_engine == "sglang" or teacher_on_servers:
         minutes = config.parallel.distributed_timeout_minutes
         problems.require(
             minutes * 60 > start + request,
@@ -40,11 +43,13 @@ def check_engine_flags(config: TrainConfig, problems: Problems) -> None:
             f"{start:g} s + --sglang-request-timeout {request:g} s = {start + request:g} s: the other ranks wait in a "
             "collective while a server is started anew",
         )
+    if engine.rollout_engine == "sglang":
         return
+    used = _OF_BOTH_ENGINES | (_OF_TEACHER_SERVERS if teacher_on_servers else frozenset())
     changed = [
         "--" + f.name.replace("_", "-")
         for f in dataclasses.fields(EngineConfig)
-        if f.name not in _OF_BOTH_ENGINES and getattr(engine, f.name) != getattr(EngineConfig(), f.name)
+        if f.name not in used and getattr(engine, f.name) != getattr(EngineConfig(), f.name)
     ]
     unused = [*changed, *(f"--sglang-{name}" for name in config.sglang_flags)]
     problems.warnings.extend(f"--rollout-engine {engine.rollout_engine} does not use {flag}" for flag in unused)
@@ -61,18 +66,11 @@ def check_engine_layout(config: TrainConfig, models: Models, problems: Problems)
         _check_planned(config, models, problems)
 
 
-def _host(url: str) -> str:
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:  # no URL at all, which the settings of the servers report
-        return "localhost"
-
-
 def _check_planned(config: TrainConfig, models: Models, problems: Problems) -> None:
     engine = config.engine
     flag = f"--update-weight-transport {engine.update_weight_transport}"
     if urls := engine.rollout_engine_urls:
-        far = [url for url in urls if not is_loopback(_host(url))]
+        far = [url for url in urls if not is_loopback(host_of(url))]
         problems.require(
             not far,
             f"{flag} reaches servers of this host only, not {', '.join(far)} of --rollout-engine-urls: choose bytes",

@@ -36,13 +36,14 @@ def sglang_settings(config: TrainConfig, student: ModelSpec) -> SGLangSettings:
         log_dir=Path(config.logging.run_dir).absolute() / "engines",
         dtype="bfloat16" if config.model.bf16 else "float32",
         python=Path(engine.sglang_python or sys.executable).absolute(),
-        num_engines=nodes * engine.rollout_num_engines_per_node or engine.rollout_num_engines,
+        num_servers=nodes * engine.rollout_num_engines_per_node or engine.rollout_num_engines,
         num_nodes=nodes,
         urls=tuple(engine.rollout_engine_urls),
-        host=_host(engine.sglang_host, nodes),
+        host=reachable_host(engine.sglang_host, nodes),
         keys=load_keys(file=Path(engine.sglang_key_file) if engine.sglang_key_file else None),
         tp_size=engine.sglang_tp_size,
-        gpu_ids=_gpu_ids(engine.rollout_gpu_ids) or _last_gpus(engine.rollout_num_gpus_per_node),
+        gpu_ids=gpu_numbers(engine.rollout_gpu_ids, "--rollout-gpu-ids")
+        or _last_gpus(engine.rollout_num_gpus_per_node),
         release_memory=engine.rollout_release_memory,
         flags=tuple(word for name, words in config.sglang_flags.items() for word in (f"--{name}", *words)),
         weight_loader=LOADER if is_planned(config) else "",
@@ -54,7 +55,7 @@ def sglang_settings(config: TrainConfig, student: ModelSpec) -> SGLangSettings:
     )
 
 
-def _host(given: str, nodes: int) -> str:
+def reachable_host(given: str, nodes: int) -> str:
     """Return the address of this machine's servers: on several machines one that the others reach."""
     return own_address(meeting_host()) if nodes > 1 and is_loopback(given) else given
 
@@ -76,7 +77,12 @@ def _last_gpus(count: int) -> tuple[int, ...]:
     return tuple(range(there - count, there))
 
 
-def _gpu_ids(given: Sequence[str]) -> tuple[int, ...]:
+def gpu_numbers(given: Sequence[str], flag: str) -> tuple[int, ...]:
+    """Return the numbers of GPUs that ``flag`` names.
+
+    Raises:
+        ValueError: a word is no number.
+    """
     if wrong := [gpu for gpu in given if not gpu.isdecimal()]:
-        raise ValueError(f"--rollout-gpu-ids {' '.join(wrong)}: expected numbers of GPUs, such as 4 5 6 7")
+        raise ValueError(f"{flag} {' '.join(wrong)}: expected numbers of GPUs, such as 4 5 6 7")
     return tuple(map(int, given))

@@ -17,7 +17,7 @@ from megatron_tropd.setup.run_spec import RunSpec
 from megatron_tropd.sglang.server.handle import ServerHandle
 from megatron_tropd.sglang.server.keeper import Keeper, RemoteServer
 from megatron_tropd.sglang.server.process import ServerProcess
-from megatron_tropd.sglang.settings import SGLangSettings
+from megatron_tropd.sglang.settings import ServerSettings
 from megatron_tropd.training.student import Student, params_dtype
 from megatron_tropd.types import Rollout
 from megatron_tropd.weights.coordinates.parameters import local_parameters
@@ -49,7 +49,7 @@ def _sglang(spec: RunSpec, student: Student, export: Export, probes: Sequence[Ro
     )  # fmt: skip
 
 
-def _server(timeout_s: float, settings: SGLangSettings, index: int, max_positions: int) -> ServerHandle:
+def _server(timeout_s: float, settings: ServerSettings, index: int, max_positions: int) -> ServerHandle:
     """Server number ``index``: on this machine, which is rank 0's, or on the one that its number falls to."""
     machine = settings.node_of(index)
     if machine == 0:

@@ -22,6 +22,7 @@ from megatron_tropd.setup.model_specs import Models, find_models, pin_models
 from megatron_tropd.setup.path_checks import check_directories
 from megatron_tropd.setup.problems import Problems
 from megatron_tropd.setup.run_data import RunData, load_run_data
+from megatron_tropd.setup.teacher_servers import check_teacher_placement, teacher_server_settings
 from megatron_tropd.teacher.preflight import TokenizerReport, check_same_tokens, student_tokens
 from megatron_tropd.types import Needs
 
@@ -57,6 +58,7 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     objective = problems.attempt(lambda: make_objective(config.objective.objective, config.objective_settings))
     if objective:
         check_method(config, objective, problems)
+        check_teacher_placement(config, objective.needs, problems)
     needs = objective.needs if objective else Needs()
     reward_path = config.reward.reward_function if needs.rewards else ""
     reward_function = problems.attempt(lambda: load_reward_function(reward_path)) if reward_path else None
@@ -68,6 +70,9 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     check_lengths(config, models, objective, problems)
     if config.engine.rollout_engine == "sglang":
         problems.attempt(lambda: sglang_settings(config, models.student))
+    if models.teacher and config.teacher.teacher_placement == "server":
+        teacher = models.teacher
+        problems.attempt(lambda: teacher_server_settings(config, teacher))
     check_engine_layout(config, models, problems)
     check_attention(config, models, problems)
     problems.attempt(lambda: _check_resume(config, models.student.arch))

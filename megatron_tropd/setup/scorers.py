@@ -12,9 +12,11 @@ from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.parallel.roles import job_of_environment
 from megatron_tropd.setup.models import make_frozen
 from megatron_tropd.setup.run_spec import TEACHER_ROLE, RunSpec
+from megatron_tropd.setup.teacher_servers import teacher_server_model, teacher_server_settings
 from megatron_tropd.teacher.colocated import ColocatedScorer
 from megatron_tropd.teacher.dedicated.scorer import DedicatedScorer
 from megatron_tropd.teacher.scorer import Scorer
+from megatron_tropd.teacher.server.scorer import ServerScorer
 from megatron_tropd.training.diagnostics import diagnostics_due
 from megatron_tropd.training.stream import Scoring
 from megatron_tropd.training.student import params_dtype
@@ -59,7 +61,21 @@ def _dedicated(place: Place) -> Scorer:
     )
 
 
-PLACEMENTS: dict[str, Callable[[Place], Scorer]] = {"colocated": _colocated, "dedicated": _dedicated}
+def _server(place: Place) -> Scorer:
+    spec, config = place.spec, place.spec.config
+    assert spec.models.teacher
+    return ServerScorer(
+        teacher_server_settings(config, spec.models.teacher),
+        teacher_server_model(config, spec.models.teacher, spec.tokens.common_vocab_size),
+        agreement=config.parity_limit,
+    )
+
+
+PLACEMENTS: dict[str, Callable[[Place], Scorer]] = {
+    "colocated": _colocated,
+    "dedicated": _dedicated,
+    "server": _server,
+}
 """Maker of the teacher by --teacher-placement.  Collective over the student's ranks."""
 
 

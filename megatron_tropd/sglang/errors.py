@@ -26,3 +26,7 @@ class BadResponse(EngineError):
 
 class StaleWeights(EngineError):
     """The server wrote with, or holds, other weights than those that were pushed."""
+
+
+class UnfitServer(EngineError):
+    """The server runs with settings that do not fit this run; started anew it would do so again."""

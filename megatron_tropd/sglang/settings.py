@@ -1,4 +1,4 @@
-"""All settings of the SGLang engines, checked before anything starts."""
+"""All settings of SGLang servers, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from megatron_tropd.plain_yaml import PlainYamlError, Word, read_plain_yaml
+from megatron_tropd.sglang.server_flags import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, ENGINE_FLAGS, ServerFlags
 
-API_KEY_VARIABLE = "TROPD_SGLANG_API_KEY"
-ADMIN_KEY_VARIABLE = "TROPD_SGLANG_ADMIN_API_KEY"
 REQUEST_TIMEOUT_FLAG, START_TIMEOUT_FLAG = "--sglang-request-timeout", "--sglang-start-timeout"
 """The flags of ``request_timeout_s`` and ``start_timeout_s``, for messages."""
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -24,32 +23,12 @@ def is_loopback(host: str) -> bool:
     return host in _LOOPBACK
 
 
-_OWN_FLAGS: dict[str, str] = {
-    "--api-key": f"set {API_KEY_VARIABLE} or the key file",
-    "--admin-api-key": f"set {ADMIN_KEY_VARIABLE} or the key file",
-    "--config": "give the flags themselves",
-    "--host": "use --sglang-host",
-    "--port": "free ports are chosen",
-    "--model-path": "it is the student's",
-    "--model": "it is the student's",
-    "--tp-size": "use --sglang-tp-size",
-    "--tensor-parallel-size": "use --sglang-tp-size",
-    "--tp": "use --sglang-tp-size",
-    "--pp-size": "pipeline stages are not supported: weights are pushed to tensor-parallel ranks",
-    "--pipeline-parallel-size": "pipeline stages are not supported: weights are pushed to tensor-parallel ranks",
-    "--dp-size": "use --rollout-num-engines: every replica needs a weight version of its own",
-    "--data-parallel-size": "use --rollout-num-engines: every replica needs a weight version of its own",
-    "--dtype": "it is the trainer's: --bf16 or fp32",
-    "--device": "it is the trainer's",
-    "--base-gpu-id": "use --rollout-gpu-ids",
-    "--quantization": "the trainer's weights are pushed as they are, and every value is verified",
-    "--load-format": "weights come from the trainer",
-    "--custom-weight-loader": "--update-weight-transport planned sets it",
-    "--skip-tokenizer-init": "it is always set: only token ids travel",
-    "--trust-remote-code": "code of a checkpoint is never run",
-    "--enable-deterministic-inference": "it gives all samples of one prompt the same random numbers",
-}
-"""Server flags that may not be passed through, and what to do instead."""
+def host_of(url: str) -> str:
+    """Return the host of ``url``; "" where it is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,26 +84,28 @@ def _keys_of_file(file: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SGLangSettings:
-    """Settings of the engines, constant during a run.
+class ServerSettings:
+    """Settings of the servers of one use, constant during a run.
 
     Raises:
         ValueError: naming the setting and what to change.
     """
 
+    names: ServerFlags
+    """The flags that these settings come from."""
     hf_dir: Path
-    """Checkpoint directory of the student; the servers read its config.json only."""
+    """Checkpoint directory of the model."""
     log_dir: Path
     """Receives one log file per start of a server."""
     dtype: Literal["float32", "bfloat16"]
-    """Of the servers' weights and of every tensor that is pushed."""
+    """Of the servers' weights."""
     python: Path | None = None
     """Interpreter of SGLang's environment (``make sglang-env``); needed unless ``urls`` are given."""
-    num_engines: int = 1
+    num_servers: int = 1
     num_nodes: int = 1
-    """Machines that the engines are spread over, equally many on each."""
+    """Machines that the servers are spread over, equally many on each."""
     urls: tuple[str, ...] = ()
-    """Servers that are started and restarted elsewhere; ``num_engines`` is then ignored."""
+    """Servers that are started and restarted elsewhere; ``num_servers`` is then ignored."""
     host: str = "127.0.0.1"
     keys: Keys | None = None
     tp_size: int = 1
@@ -133,57 +114,66 @@ class SGLangSettings:
     """The servers' GPUs, ``tp_size`` for each in order; empty: 0, 1, 2, ..."""
     flags: tuple[str, ...] = ()
     """Further arguments of ``sglang.launch_server``, as on its command line."""
-    weight_loader: str = ""
-    """Module path of the function that a planned transport has the servers' workers call; empty: none."""
-    release_memory: bool = False
-    """Whether the servers free their memory while the trainer trains."""
     cuda: bool = False
     """Whether the servers run on GPUs."""
-    transport: Literal["auto", "shared", "bytes"] = "auto"
-    """How buckets of weights travel: shared memory (CUDA: IPC handles) to servers of this host, bytes
-    over HTTP to any other.  ``auto`` shares with servers started here that see the trainer's GPU."""
-    bucket_bytes: int = 512 << 20
-    max_concurrent_prompts: int = 64
-    """Prompts in flight at one server; the others wait here, for whichever server is free first."""
     start_timeout_s: float = 240.0
     request_timeout_s: float = 300.0
     """Silence (no work of its scheduler) after which a server that writes or scores counts as down, and the deadline of
     one control call and of one message of weights, whose work is bounded."""
     max_failures: int = 5
-    """A server that failed more often than this is given up; a row of good pushes forgets its failures (fleet.py)."""
+    """A server that failed more often than this is given up; a row of successes forgets its failures
+    (server/fleet.py)."""
 
     def __post_init__(self) -> None:
-        for name in ("num_engines", "tp_size", "bucket_bytes", "max_concurrent_prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"SGLang {name.replace('_', ' ')} is {getattr(self, name)}; expected at least 1")
+        self._check_counts("num_servers", "tp_size")
         if not self.urls and (self.python is None or not os.path.exists(self.python)):
             raise ValueError(
                 f"--sglang-python {self.python} does not exist; make the environment with `make sglang-env` "
-                "or give the URLs of running servers with --rollout-engine-urls"
+                f"or give the URLs of running servers with {self.names.urls}"
             )
         for url in self.urls:
-            _check_url(url)
-        addresses = [urlsplit(url).hostname or "" for url in self.urls] or [self.host]
+            self._check_url(url)
+        addresses = [host_of(url) for url in self.urls] or [self.host]
         if self.keys is None and (public := [a for a in addresses if not is_loopback(a)]):
             raise ValueError(
                 f"SGLang at {', '.join(public)} can be reached from other machines, where anyone could replace "
                 f"weights and run code: set {API_KEY_VARIABLE} and {ADMIN_KEY_VARIABLE}, or keep to 127.0.0.1"
             )
         if self.gpu_ids and len(self.gpu_ids) != self.per_node * self.tp_size:
-            raise ValueError(f"{len(self.gpu_ids)} GPU ids for {self.per_node} engines of {self.tp_size} GPUs each")
-        if self.transport == "shared" and self.cuda and any(self.hides_gpus(i) for i in range(self.num_engines)):
             raise ValueError(
-                f"--rollout-gpu-ids {' '.join(map(str, self.gpu_ids))}: an engine's GPUs do not follow one another, "
-                "so it sees no others and cannot open the trainer's memory; use --update-weight-transport bytes"
+                f"{len(self.gpu_ids)} GPU ids ({self.names.gpu_ids}) for {self.per_node} {self.names.what}s "
+                f"({self.names.number}) of {self.tp_size} GPUs each ({self.names.tp_size})"
             )
         for flag in self.flags:
-            if reason := _OWN_FLAGS.get(flag.partition("=")[0]):
-                raise ValueError(f"{flag.partition('=')[0]} cannot be passed through to SGLang: {reason}")
+            if reason := self.names.refused.get(flag.partition("=")[0]):
+                raise ValueError(
+                    f"{self.names.prefix}{flag.partition('=')[0].removeprefix('--')}: {flag.partition('=')[0]} cannot "
+                    f"be passed through to SGLang: {reason}"
+                )
+
+    def _check_counts(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"SGLang {name.replace('_', ' ')} is {getattr(self, name)}; expected at least 1")
+
+    def _check_url(self, url: str) -> None:
+        try:
+            parts = urlsplit(url)
+            good = parts.scheme in ("http", "https") and parts.hostname and parts.port and parts.path in ("", "/")
+        except ValueError:  # a port that is no number
+            good = False
+        if not good:
+            raise ValueError(f"{self.names.urls} {url}: expected http://host:port")
+
+    @property
+    def weight_arguments(self) -> dict[str, str | None]:
+        """Arguments of ``sglang.launch_server`` that say where weights come from: the files of ``hf_dir``."""
+        return {"--load-format": "auto"}
 
     @property
     def per_node(self) -> int:
-        """Engines of one machine."""
-        return self.num_engines // self.num_nodes
+        """Servers of one machine."""
+        return self.num_servers // self.num_nodes
 
     def node_of(self, index: int) -> int:
         """Machine of server number ``index``; 0 is that of rank 0."""
@@ -202,11 +192,35 @@ class SGLangSettings:
         return mine != tuple(range(mine[0], mine[0] + len(mine)))
 
 
-def _check_url(url: str) -> None:
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port and parts.path in ("", "/")
-    except ValueError:  # a port that is no number
-        good = False
-    if not good:
-        raise ValueError(f"--rollout-engine-urls {url}: expected http://host:port")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SGLangSettings(ServerSettings):
+    """Settings of the rollout engines, whose weights the trainer pushes.  Of ``hf_dir``, the student's, they read
+    config.json only; ``dtype`` is that of every tensor that is pushed."""
+
+    names: ServerFlags = ENGINE_FLAGS
+    weight_loader: str = ""
+    """Module path of the function that a planned transport has the servers' workers call; empty: none."""
+    release_memory: bool = False
+    """Whether the servers free their memory while the trainer trains."""
+    transport: Literal["auto", "shared", "bytes"] = "auto"
+    """How buckets of weights travel: shared memory (CUDA: IPC handles) to servers of this host, bytes
+    over HTTP to any other.  ``auto`` shares with servers started here that see the trainer's GPU."""
+    bucket_bytes: int = 512 << 20
+    max_concurrent_prompts: int = 64
+    """Prompts in flight at one server; the others wait here, for whichever server is free first."""
+
+    def __post_init__(self) -> None:
+        ServerSettings.__post_init__(self)  # super() does not work in a class with slots
+        self._check_counts("bucket_bytes", "max_concurrent_prompts")
+        if self.transport == "shared" and self.cuda and any(self.hides_gpus(i) for i in range(self.num_servers)):
+            raise ValueError(
+                f"--rollout-gpu-ids {' '.join(map(str, self.gpu_ids))}: an engine's GPUs do not follow one another, "
+                "so it sees no others and cannot open the trainer's memory; use --update-weight-transport bytes"
+            )
+
+    @property
+    def weight_arguments(self) -> dict[str, str | None]:
+        """None are loaded: the trainer pushes them."""
+        loader: dict[str, str | None] = {"--custom-weight-loader": self.weight_loader} if self.weight_loader else {}
+        saver: dict[str, str | None] = {"--enable-memory-saver": None} if self.cuda and self.release_memory else {}
+        return {"--load-format": "dummy", **loader, **saver}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from megatron_tropd.checkpoints.metadata import CheckpointError
 from megatron_tropd.data import guidance
 from megatron_tropd.data.packing import BatchPlan, count_regions
+from megatron_tropd.teacher.scorer import ScorerError
 from megatron_tropd.training.batch import plan_updates, score_batch
 from megatron_tropd.training.diagnostics import diagnostics_due, gradient_diagnostics
 from megatron_tropd.training.guard import Update
@@ -24,7 +27,7 @@ PARITY = "parity/logprob_abs_diff_mean"
 def train(run: Run, start_step: int) -> None:
     """Train from ``start_step`` rollout batches to --train-iters; collective over the world."""
     push_weights(run)
-    if start_step == 0:
+    if start_step == 0 and run.stream.pending is None:  # else an earlier launch ended in the first step
         _evaluate(run, 0, whole=True)
     for step in range(start_step, run.config.training.train_iters):
         report, trained = train_step(run, step)
@@ -59,7 +62,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
         run.engines.sleep()
     version = run.student.version
     plan = plan_updates(run, rollouts)
-    with progress.phase("score"):
+    with _keeping_rollouts(run, step), progress.phase("score"):
         scored = score_batch(run, rollouts, plan, step)
         updates = pack_batch(run.student, run.objective, scored.batch, plan)
     with progress.phase("train"):
@@ -89,6 +92,29 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
         seconds=progress.take_seconds(),
         verdict=outcome.verdict,
     ), TrainedRollouts(rollouts=rollouts, trust=outcome.sums.trust)
+
+
+@contextmanager
+def _keeping_rollouts(run: Run, step: int) -> Iterator[None]:
+    """Where scoring of batch ``step`` fails for good, save its rollouts with the state before the step.  Collective.
+
+    Raises:
+        ScorerError: on every rank; it says what failed and how to go on.
+    """
+    try:
+        yield
+    except ScorerError as error:
+        run.stream.take_prompts_back()
+        run.student.wake()
+        try:
+            with run.progress.phase("save"):
+                run.checkpoints.save(step, run.student, run.source, run.stream.pending)
+        except CheckpointError as not_saved:
+            raise ScorerError(f"{error}\nThe rollouts of step {step + 1} are lost: {not_saved}") from error
+        raise ScorerError(
+            f"{error}\nThe rollouts of step {step + 1} are saved, with the state before the step: the same command "
+            "scores them and goes on from there"
+        ) from error
 
 
 def _begin_next(run: Run, step: int) -> dict[str, float]:

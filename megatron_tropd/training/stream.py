@@ -127,6 +127,12 @@ class Stream:
         assert self._pending is not None and self._pending.step == step, "batches are taken in order"
         return self._pending.rollouts
 
+    def take_prompts_back(self) -> None:
+        """Forget the batch in writing, if there is one: its prompts are taken again."""
+        if self._in_writing is not None:
+            self._in_writing = None
+            self._source.consumed -= self._config.rollout.rollout_batch_size
+
     def trained(self) -> None:
         """The batch that was taken is trained on."""
         self._pending = None

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from megatron_tropd.errors import EngineError
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.rollout.sglang.api.generation import (
@@ -17,38 +14,30 @@ from megatron_tropd.rollout.sglang.api.generation import (
     generate_body,
     read_samples,
     read_scores,
-    score_body,
 )
 from megatron_tropd.rollout.sglang.api.weight_buckets import WeightBucket, bytes_message, shared_message, update_body
-from megatron_tropd.sglang.api.client import Client
 from megatron_tropd.sglang.api.control import (
-    Load,
     check_done,
     read_checksums,
-    read_load,
-    read_server_info,
     read_weight_version,
 )
 from megatron_tropd.sglang.api.fields import shown
-from megatron_tropd.sglang.api.progress import ProgressWatch
-from megatron_tropd.sglang.errors import BadResponse, EngineDown, RequestRefused, StaleWeights
+from megatron_tropd.sglang.api.scores import score_body
+from megatron_tropd.sglang.errors import RequestRefused, StaleWeights
 from megatron_tropd.sglang.server.handle import ServerHandle
-from megatron_tropd.sglang.settings import START_TIMEOUT_FLAG, SGLangSettings
+from megatron_tropd.sglang.server.server import Server
+from megatron_tropd.sglang.settings import SGLangSettings
 from megatron_tropd.types import GenerationRequest, Rollout
 from megatron_tropd.weights.coordinates.engine_boxes import parameter_names
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 0.25
-_START_ANSWER_S = 5.0
-"""Of one question to a server that may not be up yet; it is asked again until the start timeout."""
-_LOAD_ANSWERS_PER_SILENCE = 4
 _NOT_FOUND = 404
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
 
-class Engine:
+class Engine(Server):
     """Server number ``index``: started here (``server``), or running elsewhere (``url``).
 
     ``version`` is the weight version with which the server may generate; None keeps it out of rotation.
@@ -57,85 +46,27 @@ class Engine:
     def __init__(
         self, index: int, settings: SGLangSettings, arch: Architecture, server: ServerHandle | None, url: str = ""
     ) -> None:
-        self.index, self._settings, self._arch, self.server, self._url = index, settings, arch, server, url
-        self._client: Client | None = None
-        self._watch = ProgressWatch(self.name, self._load, settings.request_timeout_s)
+        super().__init__(index, settings, server, url)
+        self._settings: SGLangSettings = settings
+        self._arch = arch
         self.version: int | None = None
         self.checksum: str | None = None
         """Hash over all its weights, of the last update; None where the server has no weights checker."""
-        self.is_cpu = False
-        self.is_up = self.is_asleep = False
+        self.is_asleep = False
         self.updating = False
         self.verified = False
         """Whether the server hashed the last update's weights, and names (and checksums, if known) were as sent."""
-        self.failures = self.good_pushes = 0
-        self.given_up = False
-        self.last_error = "not started"
         self.prompts_in_flight = self.tokens_in_flight = 0
-        self.max_tokens = 0
-        """Longest sequence (prompt and response) that the server can complete, in tokens."""
-        self.tp_size = settings.tp_size
-        self.ep_size = 1
-        self.starts = 0
-        """Number of starts, which distinguishes one server process from the next of the same name."""
-
-    @property
-    def name(self) -> str:
-        """Number and address of the engine, for messages."""
-        return f"engine {self.index} ({self.server.url if self.server else self._url})"
-
-    # ---- life ----
 
     async def start(self) -> None:
         """Start (again) what was started here, and forget what the old server held; does not wait."""
-        self.version, self.is_up, self.updating, self.is_asleep = None, False, False, False
-        self.starts += 1
-        await self._disconnect()
-        if self.server is None:
-            self._client = Client(self.name, self._url, self._settings.keys)
-        else:
-            await asyncio.to_thread(self.server.start)  # one of another machine is waited for
-            self._client = Client(self.name, self.server.url, self._settings.keys, self.server.is_running)
-        self._watch = ProgressWatch(self.name, self._load, self._settings.request_timeout_s)
+        self.version, self.updating, self.is_asleep = None, False, False
+        await super().start()
 
-    async def wait_until_up(self) -> None:
-        """Until the server answers.
-
-        Raises:
-            EngineDown: it ended, or did not answer within the start timeout; with the end of its log.
-            BadResponse: its answers are not those of an SGLang server.
-            EngineError: it runs with settings that do not fit this run.
-        """
-        deadline = asyncio.get_running_loop().time() + self._settings.start_timeout_s
-        while True:
-            await self.check_process()
-            with contextlib.suppress(EngineDown):
-                await self._get("/model_info", timeout_s=_START_ANSWER_S)
-                break
-            if asyncio.get_running_loop().time() > deadline:
-                raise EngineDown(
-                    f"{self.name} did not answer within {self._settings.start_timeout_s:g} s ({START_TIMEOUT_FLAG}); "
-                    f"{self._log()}"
-                )
-            await asyncio.sleep(_POLL_S)
-        self._learn(await self._get("/server_info"))
-        self.is_up = True
-
-    async def check_process(self) -> None:
-        """Raises EngineDown if the process that was started here has ended."""
-        if self.server is not None and not self.server.is_running():
-            raise EngineDown(f"{self.name} ended with status {self.server.exit_status()}; {self._log()}")
-
-    def _learn(self, answer: Any) -> None:
-        with self._named("/server_info"):
-            info = read_server_info(answer)
-        self.is_cpu, self.tp_size, self.ep_size = info.is_cpu, info.tp_size, info.ep_size
-        self.max_tokens = info.max_tokens
-        if info.dtype != self._settings.dtype:
-            raise EngineError(
-                f"{self.name} holds weights in {shown(info.dtype)}, this run pushes {self._settings.dtype}: "
-                f"start it with --dtype {self._settings.dtype}"
-            )
+    async def close(self) -> None:
+        """Stop what was started here."""
+        self.version, self.updating = None, False
+        await super().close()
 
     async def check_health(self) -> None:
         """Raises EngineDown if the server does not answer, and StaleWeights if it serves other weights."""
@@ -147,30 +78,6 @@ class Engine:
         answer = await self._get("/model_info")
         with self._named("/model_info"):
             return read_weight_version(answer)
-
-    async def _load(self) -> Load:
-        path = "/v1/loads?include=core"
-        answer = await self._get(path, timeout_s=self._settings.request_timeout_s / _LOAD_ANSWERS_PER_SILENCE)
-        with self._named(path):
-            return read_load(answer)
-
-    def _log(self) -> str:
-        return (
-            "it is not ours to start" if self.server is None else f"end of {self.server.log}:\n{self.server.log_tail()}"
-        )
-
-    async def close(self) -> None:
-        """Stop what was started here."""
-        self.version, self.is_up = None, False
-        await self._disconnect()
-        if self.server is not None:
-            await asyncio.to_thread(self.server.stop)
-
-    async def _disconnect(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            with contextlib.suppress(Exception):  # broken connections may not close cleanly
-                await client.close()
 
     # ---- what it writes ----
 
@@ -199,20 +106,6 @@ class Engine:
         answer = await self._ask(score_body(token_ids), what)
         with self._named(what):
             return read_scores(answer, token_ids, version=self.version, rules=rules)
-
-    async def _ask(self, body: dict[str, Any], what: str) -> Any:
-        """The answer of /generate, however long it takes, as long as the server shows that it works."""
-        async with self._watch.until_silent(what):
-            return await self._connected().post(
-                "/generate", body, what=what, timeout_s=None, repeatable=True, admin=False
-            )
-
-    @contextlib.contextmanager
-    def _named(self, what: str) -> Any:
-        try:
-            yield
-        except (BadResponse, StaleWeights) as error:
-            raise type(error)(f"{self.name}: {what}: {error}") from None
 
     async def pause(self, mode: PauseMode) -> None:
         """Write nothing until :meth:`resume`: end running requests, or put them back, or hold them."""
@@ -334,15 +227,6 @@ class Engine:
             )
         self.verified, self.checksum = True, checksums.engine
 
-    # ---- HTTP ----
-
-    async def _get(self, path: str, timeout_s: float | None = None) -> Any:
-        return await self._connected().get(path, timeout_s=timeout_s or self._settings.request_timeout_s)
-
-    async def _post(self, path: str, body: dict[str, Any] | bytes, *, what: str, timeout_s: float | None = None) -> Any:
-        limit = timeout_s or self._settings.request_timeout_s
-        return await self._connected().post(path, body, what=what, timeout_s=limit)
-
     async def _change(
         self, path: str, body: dict[str, Any] | bytes, *, what: str, timeout_s: float | None = None
     ) -> None:
@@ -350,8 +234,3 @@ class Engine:
         answer = await self._post(path, body, what=what, timeout_s=timeout_s)
         with self._named(what):
             check_done(answer)
-
-    def _connected(self) -> Client:
-        if self._client is None:
-            raise EngineDown(f"{self.name} was not started")
-        return self._client

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_tropd.errors import EngineError
@@ -16,6 +16,7 @@ from megatron_tropd.rollout.sglang.api.generation import PromptGroup, TokenRules
 from megatron_tropd.rollout.sglang.api.weight_buckets import WeightBucket
 from megatron_tropd.rollout.sglang.engine import Engine
 from megatron_tropd.sglang.errors import BadResponse, EngineDown, StaleWeights
+from megatron_tropd.sglang.server.fleet import ServerFleet
 from megatron_tropd.sglang.server.handle import MakeServer
 from megatron_tropd.sglang.server.process import ServerProcess
 from megatron_tropd.sglang.settings import SGLangSettings
@@ -28,9 +29,6 @@ COUNTS = ("restarts", "reissued", "bad_responses", "stale_weights", "given_up", 
 
 _MAX_ATTEMPTS = 4
 """Tries of one prompt: a request that makes every server fail must end the run, not all the servers."""
-
-_GOOD_PUSHES = 20
-"""Pushes without a failure in between after which earlier failures of an engine no longer count."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,7 +74,7 @@ def _nothing_written(request: GenerationRequest, version: int) -> Rollout:
     )  # fmt: skip
 
 
-class Fleet:
+class Fleet(ServerFleet[Engine]):
     """All servers of a run, on the one rank that talks to them.
 
     ``counts`` are the failures so far, by the names of ``COUNTS``.
@@ -85,76 +83,29 @@ class Fleet:
     def __init__(
         self, settings: SGLangSettings, rules: TokenRules, arch: Architecture, make_server: MakeServer = ServerProcess
     ) -> None:
-        self._settings, self._rules = settings, rules
         if settings.urls:
-            self.engines = [Engine(i, settings, arch, None, url.rstrip("/")) for i, url in enumerate(settings.urls)]
+            engines = [Engine(i, settings, arch, None, url.rstrip("/")) for i, url in enumerate(settings.urls)]
         else:
-            servers = [make_server(settings, i, arch.max_position_embeddings) for i in range(settings.num_engines)]
-            self.engines = [Engine(i, settings, arch, server) for i, server in enumerate(servers)]
+            servers = [make_server(settings, i, arch.max_position_embeddings) for i in range(settings.num_servers)]
+            engines = [Engine(i, settings, arch, server) for i, server in enumerate(servers)]
+        super().__init__(settings, engines, COUNTS)
+        self._max_concurrent = settings.max_concurrent_prompts
+        self._rules = rules
         self.clock = IdleClock()
-        self.counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
         self._checksums: dict[int, set[str]] = {}
         """Checksums of the weights being served, reported by the servers of each tensor-parallel size."""
         self._writing: asyncio.Task[None] | None = None
         """The work on a job that :meth:`has_ended` has not seen the end of."""
 
-    # ---- life ----
-
-    async def start(self) -> None:
-        """Start all servers at once; :meth:`wait_until_up` waits for them."""
-        await asyncio.gather(*(engine.start() for engine in self.engines))
-
-    async def wait_until_up(self) -> None:
-        """Until every server that is not given up answers; failed starts are tried again.
-
-        A server that has ended unnoticed is started at once, together with those that are waited for.
-
-        Raises:
-            EngineError: none is left.
-        """
-        await self._each([engine for engine in self._usable() if engine.is_up], Engine.check_process)
-        while down := [engine for engine in self._usable() if not engine.is_up]:
-            await self._each(down, Engine.wait_until_up)
-
-    def _usable(self) -> list[Engine]:
-        usable = [engine for engine in self.engines if not engine.given_up]
-        if not usable:
-            reasons = "\n".join(engine.last_error for engine in self.engines)
-            raise EngineError(f"no SGLang engine is left:\n{reasons}")
-        return usable
-
-    async def _each(self, engines: list[Engine], work: Callable[[Engine], Awaitable[None]]) -> None:
-        """Do ``work`` on all of them together; one that fails is started anew, or given up."""
-        results = await asyncio.gather(*(work(engine) for engine in engines), return_exceptions=True)
-        for engine, result in zip(engines, results, strict=True):
-            if isinstance(result, EngineError):
-                await self._failed(engine, result)
-            elif isinstance(result, BaseException):
-                raise result
-
-    async def _failed(self, engine: Engine, error: EngineError) -> None:
-        engine.version, engine.is_up, engine.updating = None, False, False
-        engine.failures, engine.good_pushes = engine.failures + 1, 0
-        engine.last_error = str(error)
-        if engine.failures > self._settings.max_failures:
-            engine.given_up = True
-            self.counts["given_up"] += 1
-            log.error("engine %d failed %d times and is given up: %s", engine.index, engine.failures, error)
-            await engine.close()
-            return
-        self.counts["restarts"] += 1
-        log.warning("engine %d failed and is restarted: %s", engine.index, error)
-        await engine.start()
+    @property
+    def engines(self) -> list[Engine]:
+        """The servers."""
+        return self.servers
 
     async def close(self) -> None:
         """Stop every server that was started here."""
         await self._stop_writing()
-        await asyncio.gather(*(engine.close() for engine in self.engines))
-
-    @property
-    def max_tokens(self) -> int:
-        """Longest sequence (tokens) that every server can complete."""
-        return min(engine.max_tokens for engine in self._usable())
+        await super().close()
 
     # ---- generation ----
 
@@ -232,7 +183,7 @@ class Fleet:
         free = [
             engine
             for engine in self.engines
-            if engine.version == version and engine.prompts_in_flight < self._settings.max_concurrent_prompts
+            if engine.version == version and engine.prompts_in_flight < self._max_concurrent
         ]
         return min(free, key=lambda engine: (engine.tokens_in_flight, engine.index), default=None)
 
@@ -348,12 +299,6 @@ class Fleet:
                 "exported again for a restarted engine are not those of that version"
             )
         return all(engine.version == version for engine in usable)
-
-    def _forgive(self, engine: Engine) -> None:
-        """Count a good push; after enough of them reset the engine's failures, so that old ones do not add up."""
-        engine.good_pushes += 1
-        if engine.good_pushes >= _GOOD_PUSHES:
-            engine.failures = 0
 
     def _updating(self) -> list[Engine]:
         return [engine for engine in self.engines if engine.updating]

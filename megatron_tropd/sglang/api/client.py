@@ -40,6 +40,8 @@ class Client:
     def __init__(self, name: str, url: str, keys: Keys | None, is_running: Callable[[], bool] = lambda: True) -> None:
         self.name, self.url, self._keys, self._is_running = name, url, keys, is_running
         self._closed = False
+        self.received_bytes = 0
+        """Bytes of all answers so far, without headers."""
         # trust_env=False: a proxy of the environment must not see tokens, weights or keys.
         # No cookies: one that cannot be sent back would make every later request fail.
         self._http = httpx2.AsyncClient(
@@ -119,6 +121,7 @@ class Client:
         async with self._http.stream(method, path, content=data, headers=headers) as response:
             async for piece in response.aiter_bytes():
                 content += piece
+                self.received_bytes += len(piece)
                 if len(content) > MAX_ANSWER_BYTES:
                     raise BadResponse(f"{self.name}: {what}: the answer is longer than {MAX_ANSWER_BYTES} bytes")
         return response.status_code, bytes(content)

@@ -26,21 +26,30 @@ class ServerInfo:
     dtype: str
     tp_size: int
     ep_size: int
-    max_tokens: int
-    """Longest sequence (prompt and response) that the server can complete, in tokens."""
+    max_input: int
+    """Longest sequence that can be given, in tokens."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest sequence (prompt and response) that the server can complete, in tokens."""
+        return self.max_input + _INPUT_RESERVE
 
 
 def read_server_info(body: Any) -> ServerInfo:
     """Read the answer of /server_info."""
     device, dtype = text(field(body, "device"), "device"), text(field(body, "dtype"), "dtype")
-    longest = integer(field(body, "max_req_input_len"), "max_req_input_len", low=1, high=_MAX_TOKENS)
     return ServerInfo(
         is_cpu=device == "cpu",
         dtype=dtype,
         tp_size=integer(field(body, "tp_size"), "tp_size", low=1, high=_MAX_RANKS),
         ep_size=integer(body.get("ep_size", 1), "ep_size", low=1, high=_MAX_RANKS),
-        max_tokens=longest + _INPUT_RESERVE,
+        max_input=integer(field(body, "max_req_input_len"), "max_req_input_len", low=1, high=_MAX_TOKENS),
     )
+
+
+def read_model_type(body: Any) -> str:
+    """Return the ``model_type`` of the model's config.json in the answer of /model_info."""
+    return text(field(body, "model_type"), "model_type")
 
 
 def read_weight_version(body: Any) -> str:

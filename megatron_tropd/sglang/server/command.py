@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_tropd.sglang.settings import SGLangSettings
+from megatron_tropd.sglang.settings import ServerSettings
 
 LAUNCHER = Path(__file__).with_name("launch.py")
 _SPARE_POSITIONS = 8
@@ -34,7 +34,7 @@ def _given(flags: tuple[str, ...]) -> set[str]:
     return {flag.partition("=")[0] for flag in flags if flag.startswith("--")}
 
 
-def server_arguments(settings: SGLangSettings, index: int, port: int, max_positions: int) -> list[str]:
+def server_arguments(settings: ServerSettings, index: int, port: int, max_positions: int) -> list[str]:
     """Arguments of ``sglang.launch_server``; the user's own flags replace defaults of the same name."""
     given = _given(settings.flags)
     wanted: dict[str, str | None] = {
@@ -43,18 +43,14 @@ def server_arguments(settings: SGLangSettings, index: int, port: int, max_positi
         "--port": str(port),
         "--dtype": settings.dtype,
         "--tp-size": str(settings.tp_size),
-        "--load-format": "dummy",
         "--skip-tokenizer-init": None,
         "--skip-server-warmup": None,
         "--context-length": str(max_positions + _SPARE_POSITIONS),
+        **settings.weight_arguments,
         **(_CUDA_DEFAULTS if settings.cuda else _CPU_DEFAULTS),
     }
     if settings.cuda and not settings.hides_gpus(index):
         wanted["--base-gpu-id"] = str(settings.gpus_of(index)[0])
-    if settings.cuda and settings.release_memory:
-        wanted["--enable-memory-saver"] = None
-    if settings.weight_loader:
-        wanted["--custom-weight-loader"] = settings.weight_loader
     arguments = []
     for flag, value in wanted.items():
         if flag not in given:
@@ -62,12 +58,12 @@ def server_arguments(settings: SGLangSettings, index: int, port: int, max_positi
     return [*arguments, *settings.flags]
 
 
-def server_command(settings: SGLangSettings, index: int, port: int, max_positions: int) -> list[str]:
+def server_command(settings: ServerSettings, index: int, port: int, max_positions: int) -> list[str]:
     """argv of the server process.  -P keeps the launcher's folder off the import path."""
     return [str(settings.python), "-P", str(LAUNCHER), *server_arguments(settings, index, port, max_positions)]
 
 
-def server_environment(settings: SGLangSettings, index: int, environ: Mapping[str, str]) -> dict[str, str]:
+def server_environment(settings: ServerSettings, index: int, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of server number ``index``: the caller's, without the trainer's variables."""
     hidden = ("TROPD_", "PYTHON", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_", "TORCHDYNAMO_")
     names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"}

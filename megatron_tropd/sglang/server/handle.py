@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from megatron_tropd.sglang.settings import SGLangSettings
+from megatron_tropd.sglang.settings import ServerSettings
 
 
 class ServerHandle(Protocol):
@@ -43,5 +43,5 @@ class ServerHandle(Protocol):
         """End the process.  May be called twice."""
 
 
-MakeServer = Callable[[SGLangSettings, int, int], ServerHandle]
+MakeServer = Callable[[ServerSettings, int, int], ServerHandle]
 """Makes server number ``index`` from (settings, index, max_position_embeddings)."""

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_tropd.parallel.mailbox import Mailbox, Message
 from megatron_tropd.sglang.server.process import ServerProcess
-from megatron_tropd.sglang.settings import SGLangSettings
+from megatron_tropd.sglang.settings import ServerSettings
 
 Connect = Callable[[], dist.Store]
 """Makes a connection to the job's store that one thread or object has for itself."""
@@ -65,7 +65,7 @@ class Keeper:
         connect: see :data:`Connect`.
     """
 
-    def __init__(self, node: int, settings: SGLangSettings, max_positions: int, connect: Connect) -> None:
+    def __init__(self, node: int, settings: ServerSettings, max_positions: int, connect: Connect) -> None:
         self._settings, self._max_positions = settings, max_positions
         self._mailbox, self._store = Mailbox(_mailbox(node), connect), connect()
         self._servers: dict[int, ServerProcess] = {}

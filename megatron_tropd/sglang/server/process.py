@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 from megatron_tropd.sglang.server.command import server_command, server_environment
-from megatron_tropd.sglang.settings import SGLangSettings
+from megatron_tropd.sglang.settings import ServerSettings
 
 _TAIL_BYTES = 4000
 _STOP_TIMEOUT_S = 30.0
@@ -32,7 +32,7 @@ class ServerProcess:
     only this process holds open: the launcher ends the group when it closes, however this process ended.
     """
 
-    def __init__(self, settings: SGLangSettings, index: int, max_positions: int) -> None:
+    def __init__(self, settings: ServerSettings, index: int, max_positions: int) -> None:
         self._settings, self._index, self._max_positions = settings, index, max_positions
         self._process: subprocess.Popen[bytes] | None = None
         self._starts = 0

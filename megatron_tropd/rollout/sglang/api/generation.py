@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_tropd.rollout.engine import SamplingParams
-from megatron_tropd.sglang.api.fields import field, items, number, shown, text
+from megatron_tropd.sglang.api.fields import field, items, shown, text
+from megatron_tropd.sglang.api.scores import read_given, read_logprobs
 from megatron_tropd.sglang.errors import BadResponse, StaleWeights
 from megatron_tropd.types import Finish, GenerationRequest, Rollout
 
 _NEVER = -1e9
 """Added to the logits of ids that may not be written; exp() of it is 0 in fp32."""
-_ROUNDING = 1e-3
-"""A log-probability may be above 0 by so much: the server rounds, in steps of 1e-7 at 1 in fp32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,16 +71,6 @@ def generate_body(group: PromptGroup, params: SamplingParams, rules: TokenRules)
     return {"input_ids": list(group.token_ids), "sampling_params": sampling, "return_logprob": True}
 
 
-def score_body(token_ids: Sequence[int]) -> dict[str, Any]:
-    """Body of a /generate call that writes nothing and scores every given token."""
-    return {
-        "input_ids": list(token_ids),
-        "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
-        "return_logprob": True,
-        "logprob_start_len": 0,
-    }
-
-
 def _check_version(meta: Any, version: int) -> None:
     """A sample written across an update lists several versions in its spans."""
     versions = {text(field(meta, "weight_version"), "weight_version")}
@@ -91,25 +80,6 @@ def _check_version(meta: Any, version: int) -> None:
     if versions != {str(version)}:
         found = ", ".join(shown(name) for name in sorted(versions)[:8])
         raise StaleWeights(f"written by weight version {found}; the trainer pushed {version}")
-
-
-def _logprobs(entries: Any, token_ids: Sequence[int], what: str, called: Sequence[int]) -> tuple[float, ...]:
-    """The log-probability of each token, from SGLang's (log-probability, id, text) triples.
-
-    ``called`` has the ids that the server reports for the tokens.
-    """
-    if not isinstance(entries, list) or len(entries) != len(token_ids):
-        given = len(entries) if isinstance(entries, list) else "no"
-        raise BadResponse(f"{given} log-probabilities for {len(token_ids)} {what} tokens")
-    values = []
-    for entry, token, name in zip(entries, token_ids, called, strict=True):
-        if not isinstance(entry, list | tuple) or len(entry) < 2 or type(entry[1]) is not int or entry[1] != name:
-            raise BadResponse(f"log-probability entry {shown(entry)} does not belong to {what} token {token}")
-        value = number(entry[0], f"the log-probability of {what} token {token}")
-        if value > _ROUNDING:
-            raise BadResponse(f"the log-probability of {what} token {token} is {value!r}; expected none above 0")
-        values.append(value)
-    return tuple(values)
 
 
 def _finish(meta: dict[str, Any], written: Sequence[int], max_new_tokens: int, stop: frozenset[int]) -> Finish:
@@ -144,7 +114,7 @@ def _sample(answer: Any, group: PromptGroup, request: GenerationRequest, version
         token_ids=request.token_ids + tuple(written),
         prompt_len=request.prompt_len,
         guidance_len=request.guidance_len,
-        logprobs=_logprobs(field(meta, "output_token_logprobs"), written, "written", written),
+        logprobs=read_logprobs(field(meta, "output_token_logprobs"), written, "written", written),
         weight_version=(version, version),
         finish=_finish(meta, written, group.max_new_tokens, rules.stop_token_ids),
     )
@@ -176,7 +146,4 @@ def read_scores(body: Any, token_ids: Sequence[int], *, version: int, rules: Tok
     """
     meta = field(body, "meta_info")
     _check_version(meta, version)
-    entries, rest = field(meta, "input_token_logprobs"), token_ids[1:]
-    # SGLang scores the model's last id as it should, but reports it as id 0.
-    called = [0 if token == rules.model_vocab_size - 1 else token for token in rest]
-    return _logprobs(entries[1:] if isinstance(entries, list) else entries, rest, "given", called)
+    return read_given(body, token_ids, start=0, num_rows=rules.model_vocab_size)

@@ -1,0 +1,148 @@
+"""Scores of given tokens by /generate: the request, and the log-probabilities in its answer.  Pure."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_tropd.sglang.api.fields import field, integer, items, number, shown
+from megatron_tropd.sglang.errors import BadResponse
+
+_ROUNDING = 1e-3
+"""A log-probability may be above 0 by so much: the server rounds, in steps of 1e-7 at 1 in fp32."""
+_MAX_ROWS = 1 << 30
+
+
+def score_body(
+    token_ids: Sequence[int], *, start: int = 0, top_k: int = 0, ids: Sequence[int] = (), flat: bool = True
+) -> dict[str, Any]:
+    """Body of a /generate call that writes nothing and scores given tokens, at temperature 1.
+
+    Args:
+        token_ids: the whole sequence.
+        start: the first answer is for the token after position ``start``, which is itself answered with null.  Tokens
+            up to it may come from the prefix cache; those after it are computed.
+        top_k: number of most probable tokens to return per position.  A server dies of more than its model has.
+        ids: log-probabilities of these ids are returned at every position.
+        flat: ask for top-k as base64 arrays.  A server that does not know the fields answers with lists.
+    """
+    body: dict[str, Any] = {
+        "input_ids": list(token_ids),
+        "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
+        "return_logprob": True,
+        "logprob_start_len": start,
+    }
+    if top_k:
+        body["top_logprobs_num"] = top_k
+        if flat:
+            body |= {"return_flat_raw_top_logprobs": True, "return_flat_raw_top_logprobs_b64": True}
+    if ids:
+        body["token_ids_logprob"] = list(ids)
+    return body
+
+
+def reported_ids(token_ids: Sequence[int], num_rows: int) -> list[int]:
+    """Return the ids by which the server reports given tokens: it scores the model's last id as it should, but reports
+    it as id 0."""
+    return [0 if token == num_rows - 1 else token for token in token_ids]
+
+
+def read_logprobs(entries: Any, token_ids: Sequence[int], what: str, called: Sequence[int]) -> tuple[float, ...]:
+    """Return the log-probability of each token, from SGLang's (log-probability, id, text) triples.
+
+    ``called`` has the ids that the server reports for the tokens.
+    """
+    if not isinstance(entries, list) or len(entries) != len(token_ids):
+        given = len(entries) if isinstance(entries, list) else "no"
+        raise BadResponse(f"{given} log-probabilities for {len(token_ids)} {what} tokens")
+    values = []
+    for entry, token, name in zip(entries, token_ids, called, strict=True):
+        if not isinstance(entry, list | tuple) or len(entry) < 2 or type(entry[1]) is not int or entry[1] != name:
+            raise BadResponse(f"log-probability entry {shown(entry)} does not belong to {what} token {token}")
+        value = number(entry[0], f"the log-probability of {what} token {token}")
+        if value > _ROUNDING:
+            raise BadResponse(f"the log-probability of {what} token {token} is {value!r}; expected none above 0")
+        values.append(value)
+    return tuple(values)
+
+
+def read_given(body: Any, token_ids: Sequence[int], *, start: int, num_rows: int) -> tuple[float, ...]:
+    """Return the log-probability of every token after position ``start``, in an answer to :func:`score_body`."""
+    entries, rest = field(body, "meta_info", "input_token_logprobs"), token_ids[start + 1 :]
+    tail = entries[1:] if isinstance(entries, list) else entries
+    return read_logprobs(tail, rest, "given", reported_ids(rest, num_rows))
+
+
+def read_top(body: Any, *, num_tokens: int, top_k: int, num_rows: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return (ids int32, log-probabilities float32), [num_tokens, top_k] each, in an answer to :func:`score_body`.
+
+    They come in the server's order.  Reads the flat form, or the nested one of servers that do not know it.
+    """
+    meta = field(body, "meta_info")
+    if isinstance(meta, dict) and "input_top_logprobs_val_flat_b64" in meta:
+        ids, values = _flat(meta, "idx", "int32"), _flat(meta, "val", "float32")
+        shape = [
+            integer(n, "a size", low=0, high=_MAX_ROWS) for n in items(meta.get("input_top_logprobs_shape"), "shape")
+        ]
+        skipped = field(meta, "input_top_logprobs_null_prefix")
+        if shape != [num_tokens, top_k] or skipped != 1 or ids.size != values.size or ids.size != num_tokens * top_k:
+            raise BadResponse(
+                f"top log-probabilities of shape {shown(shape)} after {shown(skipped)} without; expected "
+                f"{[num_tokens, top_k]} after 1"
+            )
+        ids, values = ids.reshape(num_tokens, top_k), values.reshape(num_tokens, top_k)
+    else:
+        ids, values = _nested(items(field(meta, "input_top_logprobs"), "input_top_logprobs"), num_tokens, top_k)
+    if ids.size and not (ids.min() >= 0 and ids.max() < num_rows):
+        wrong = ids[(ids < 0) | (ids >= num_rows)]
+        raise BadResponse(f"a top id is {int(wrong[0])}; expected one in [0, {num_rows})")
+    if values.size and not (np.isfinite(values).all() and values.max() <= _ROUNDING):
+        wrong = values[~(np.isfinite(values) & (values <= _ROUNDING))]
+        raise BadResponse(f"a top log-probability is {float(wrong[0])!r}; expected a finite number not above 0")
+    if ids.size and (np.diff(np.sort(ids, axis=1), axis=1) == 0).any():
+        raise BadResponse("a top id is there twice in one position")
+    return ids, values
+
+
+def _flat(meta: dict[str, Any], part: str, dtype: str) -> NDArray[Any]:
+    name = f"input_top_logprobs_{part}_flat_b64"
+    if (given := meta.get(f"{name}_dtype")) != dtype:
+        raise BadResponse(f"{name}_dtype is {shown(given)}; expected {dtype}")
+    text = field(meta, name)
+    try:
+        data = base64.b64decode(text, validate=True)
+        return np.frombuffer(data, dtype=np.dtype(dtype).newbyteorder("<")).astype(dtype)
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise BadResponse(f"{name} is no base64 of {dtype}: {shown(str(error))}") from None
+
+
+def _nested(rows: list[Any], num_tokens: int, top_k: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    if len(rows) != num_tokens + 1:
+        raise BadResponse(f"top log-probabilities of {len(rows) - 1} tokens; expected {num_tokens}")
+    ids = np.empty((num_tokens, top_k), dtype=np.int32)
+    values = np.empty((num_tokens, top_k), dtype=np.float32)
+    for place, row in enumerate(rows[1:]):
+        given = items(row, "top log-probabilities of a token")
+        if len(given) != top_k:
+            raise BadResponse(f"{len(given)} top log-probabilities of a token; expected {top_k}")
+        for rank, entry in enumerate(given):
+            if not isinstance(entry, list) or len(entry) < 2:
+                raise BadResponse(f"a top log-probability is {shown(entry)}; expected [log-probability, id, text]")
+            values[place, rank] = number(entry[0], "a top log-probability")
+            ids[place, rank] = integer(entry[1], "a top id", low=0, high=_MAX_ROWS)
+    return ids, values
+
+
+def read_at(body: Any, ids: Sequence[int], *, num_tokens: int) -> NDArray[Any]:
+    """Return the log-probabilities of ``ids`` at every position, float32 [num_tokens, len(ids)], in an answer to
+    :func:`score_body`."""
+    rows = items(field(body, "meta_info", "input_token_ids_logprobs"), "input_token_ids_logprobs")
+    if len(rows) != num_tokens + 1:
+        raise BadResponse(f"log-probabilities of requested ids for {len(rows) - 1} tokens; expected {num_tokens}")
+    values = [read_logprobs(row, ids, "requested", ids) for row in rows[1:]]
+    return np.asarray(values, dtype=np.float32).reshape(num_tokens, len(ids))

@@ -1,0 +1,168 @@
+"""One SGLang server, started here or elsewhere: its life, and questions to it.  Subclasses say what it is for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_tropd.sglang.api.client import Client
+from megatron_tropd.sglang.api.control import Load, ServerInfo, read_load, read_server_info
+from megatron_tropd.sglang.api.fields import shown
+from megatron_tropd.sglang.api.progress import ProgressWatch
+from megatron_tropd.sglang.errors import BadResponse, EngineDown, StaleWeights, UnfitServer
+from megatron_tropd.sglang.server.handle import ServerHandle
+from megatron_tropd.sglang.settings import START_TIMEOUT_FLAG, ServerSettings
+
+_POLL_S = 0.25
+_START_ANSWER_S = 5.0
+"""Of one question to a server that may not be up yet; it is asked again until the start timeout."""
+_LOAD_ANSWERS_PER_SILENCE = 4
+
+
+class Server:
+    """Server number ``index``: started by this job (``server``), or running elsewhere (``url``)."""
+
+    def __init__(self, index: int, settings: ServerSettings, server: ServerHandle | None, url: str = "") -> None:
+        self.index, self._settings, self.server, self._url = index, settings, server, url
+        self._client: Client | None = None
+        self._watch = ProgressWatch(self.name, self._load, settings.request_timeout_s)
+        self._earlier_bytes = 0
+        self.is_cpu = False
+        self.is_up = False
+        self.failures = self.successes = 0
+        """Failures that count, and successes since the last one."""
+        self.given_up = False
+        self.last_error = "not started"
+        self.max_tokens = 0
+        """Longest sequence (prompt and response) that the server can complete, in tokens."""
+        self.tp_size = settings.tp_size
+        self.ep_size = 1
+        self.starts = 0
+        """Number of starts, which distinguishes one server process from the next of the same name."""
+
+    @property
+    def url(self) -> str:
+        """Address of the last start."""
+        return self.server.url if self.server else self._url
+
+    @property
+    def name(self) -> str:
+        """Number and address of the server, for messages."""
+        return f"{self._settings.names.what} {self.index} ({self.url})"
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes of all answers so far."""
+        return self._earlier_bytes + (self._client.received_bytes if self._client else 0)
+
+    # ---- life ----
+
+    async def start(self) -> None:
+        """Start (again) what was started here, and forget what the old server held; does not wait."""
+        self.is_up = False
+        self.starts += 1
+        await self._disconnect()
+        if self.server is None:
+            self._client = Client(self.name, self._url, self._settings.keys)
+        else:
+            await asyncio.to_thread(self.server.start)  # one of another machine is waited for
+            self._client = Client(self.name, self.server.url, self._settings.keys, self.server.is_running)
+        self._watch = ProgressWatch(self.name, self._load, self._settings.request_timeout_s)
+
+    async def wait_until_up(self) -> None:
+        """Until the server answers.
+
+        Raises:
+            EngineDown: it ended, or did not answer within the start timeout; with the end of its log.
+            BadResponse: its answers are not those of an SGLang server.
+            UnfitServer: it runs with settings that do not fit this run.
+        """
+        deadline = asyncio.get_running_loop().time() + self._settings.start_timeout_s
+        while True:
+            await self.check_process()
+            with contextlib.suppress(EngineDown):
+                await self._get("/model_info", timeout_s=_START_ANSWER_S)
+                break
+            if asyncio.get_running_loop().time() > deadline:
+                raise EngineDown(
+                    f"{self.name} did not answer within {self._settings.start_timeout_s:g} s ({START_TIMEOUT_FLAG}); "
+                    f"{self._log()}"
+                )
+            await asyncio.sleep(_POLL_S)
+        await self._learn()
+        self.is_up = True
+
+    async def check_process(self) -> None:
+        """Raises EngineDown if the process that was started here has ended."""
+        if self.server is not None and not self.server.is_running():
+            raise EngineDown(f"{self.name} ended with status {self.server.exit_status()}; {self._log()}")
+
+    async def _learn(self) -> None:
+        """Ask the server what it is, and check that."""
+        answer = await self._get("/server_info")
+        with self._named("/server_info"):
+            self._take_info(read_server_info(answer))
+
+    def _take_info(self, info: ServerInfo) -> None:
+        self.is_cpu, self.tp_size, self.ep_size = info.is_cpu, info.tp_size, info.ep_size
+        self.max_tokens = info.max_tokens
+        if info.dtype != self._settings.dtype:
+            raise UnfitServer(
+                f"{self.name} holds weights in {shown(info.dtype)}, this run's are {self._settings.dtype}: "
+                f"start it with --dtype {self._settings.dtype}"
+            )
+
+    async def _load(self) -> Load:
+        path = "/v1/loads?include=core"
+        answer = await self._get(path, timeout_s=self._settings.request_timeout_s / _LOAD_ANSWERS_PER_SILENCE)
+        with self._named(path):
+            return read_load(answer)
+
+    def _log(self) -> str:
+        return (
+            "it is not ours to start" if self.server is None else f"end of {self.server.log}:\n{self.server.log_tail()}"
+        )
+
+    async def close(self) -> None:
+        """Stop what was started here."""
+        self.is_up = False
+        await self._disconnect()
+        if self.server is not None:
+            await asyncio.to_thread(self.server.stop)
+
+    async def _disconnect(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            self._earlier_bytes += client.received_bytes
+            with contextlib.suppress(Exception):  # broken connections may not close cleanly
+                await client.close()
+
+    # ---- questions ----
+
+    async def _ask(self, body: dict[str, Any], what: str) -> Any:
+        """The answer of /generate, however long it takes, as long as the server shows that it works."""
+        async with self._watch.until_silent(what):
+            return await self._connected().post(
+                "/generate", body, what=what, timeout_s=None, repeatable=True, admin=False
+            )
+
+    @contextlib.contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (BadResponse, StaleWeights) as error:
+            raise type(error)(f"{self.name}: {what}: {error}") from None
+
+    async def _get(self, path: str, timeout_s: float | None = None) -> Any:
+        return await self._connected().get(path, timeout_s=timeout_s or self._settings.request_timeout_s)
+
+    async def _post(self, path: str, body: dict[str, Any] | bytes, *, what: str, timeout_s: float | None = None) -> Any:
+        limit = timeout_s or self._settings.request_timeout_s
+        return await self._connected().post(path, body, what=what, timeout_s=limit)
+
+    def _connected(self) -> Client:
+        if self._client is None:
+            raise EngineDown(f"{self.name} was not started")
+        return self._client
