@@ -73,6 +73,7 @@ def main() -> int:
     flags.add_argument("--seed", type=int, default=0, help="seed of the world and of the run")
     flags.add_argument("--min-points", type=float, default=15.0, help="rise in accuracy that must be reached")
     flags.add_argument("--engine", choices=("embedded", "sglang"), default="embedded", help="rollout engine")
+    flags.add_argument("--teacher", choices=("colocated", "server"), default="colocated", help="teacher's placement")
     flags.add_argument("--sglang-python", default=".venv-sglang/bin/python", help="interpreter of SGLang's environment")
     flags.add_argument("train_flags", nargs="*", help="after --: flags of megatron_tropd.train")
     args = flags.parse_args()
@@ -80,7 +81,12 @@ def main() -> int:
     world = args.directory / f"small_world_{args.seed}"
     job = args.directory / "quickstart"
     python = sys.executable
-    engine = ["--rollout-engine", "sglang", "--sglang-python", args.sglang_python] if args.engine == "sglang" else []
+    where = ["--rollout-engine", args.engine, "--teacher-placement", args.teacher]
+    if "sglang" in where or "server" in where:
+        where += ["--sglang-python", args.sglang_python]
+    teacher = ["--teacher-load", job / "megatron/teacher"]
+    if args.teacher == "server":  # SGLang reads HF weights; the flag's layout is not the servers'
+        teacher = ["--teacher-hf-checkpoint", world / "teacher", "--teacher-pipeline-model-parallel-size", "1"]
     if not (ROOT / world / "world.json").is_file():
         run("Make the small world", python, "tools/make_small_world.py", "--save", world, "--seed", str(args.seed))
     shutil.rmtree(ROOT / job, ignore_errors=True)
@@ -93,9 +99,9 @@ def main() -> int:
     run(
         "Train with TrOPD on two ranks", python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "-m", "megatron_tropd.train", "--config", "examples/quickstart.yaml", "--run-dir", job,
-        "--pretrained-checkpoint", job / "megatron/student", "--teacher-load", job / "megatron/teacher",
+        "--pretrained-checkpoint", job / "megatron/student", *teacher,
         "--prompt-data", world / "train.jsonl", "--eval-data", world / "eval.jsonl",
-        "--seed", str(args.seed), *engine, *args.train_flags,
+        "--seed", str(args.seed), *where, *args.train_flags,
     )  # fmt: skip
     good = judge(ROOT / job, args.min_points)
     print(f"  time:     {time.monotonic() - started:.0f} s")
