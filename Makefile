@@ -1,6 +1,7 @@
 # Two commands on a fresh machine with Python 3.11, 3.12 or 3.13, make and a compiler:
 #   make quickstart   the main job: a student learns from a teacher, two ranks, about two minutes
-#                     (ENGINE=sglang: rollouts by the real SGLang server, whose environment is made first)
+#                     (ENGINE=sglang: rollouts by the real SGLang server, whose environment is made first;
+#                     TEACHER=server: the teacher on such a server)
 #   make test         the whole test suite, 13 minutes
 # and besides: make check (lint, types, and all tests without ranks, servers or other processes: 75 seconds, the
 #   first time two minutes, because mypy then reads torch),
@@ -15,6 +16,7 @@ PYTHONS := python3.13 python3.12 python3.11
 VENV ?= .venv
 SGLANG_VENV ?= .venv-sglang
 ENGINE ?= embedded
+TEACHER ?= colocated
 PIP_FLAGS ?=
 # Processes that share the tests.  A test file, and all tests on SGLang servers, stay in one of them.
 WORKERS ?= 2
@@ -51,8 +53,8 @@ MEGATRON := platform attention kernels model_parity vocab_parallel vocab_paralle
 
 .PHONY: quickstart test test-megatron check sglang-env lint format verify clean
 
-quickstart: $(VENV)/.runtime $(if $(filter sglang,$(ENGINE)),$(SGLANG_VENV)/.ready)
-	$(BIN)/python tools/quickstart.py --engine $(ENGINE) --sglang-python $(SGLANG_VENV)/bin/python $(ARGS)
+quickstart: $(VENV)/.runtime $(if $(filter sglang server,$(ENGINE) $(TEACHER)),$(SGLANG_VENV)/.ready)
+	$(BIN)/python tools/quickstart.py --engine $(ENGINE) --teacher $(TEACHER) --sglang-python $(SGLANG_VENV)/bin/python $(ARGS)
 
 test: $(VENV)/.test $(SGLANG_VENV)/.ready
 	$(BIN)/python -m pytest $(IN_WORKERS) $(ARGS)

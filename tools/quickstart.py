@@ -23,12 +23,8 @@ from megatron_tropd.reporting.records import of_kind, read_records  # noqa: E402
 
 JUDGED = ("greedy", "top_p_0.7")
 BAR_WIDTH = 40
-PLACEMENTS: dict[str, tuple[int, list[str]]] = {
-    "colocated": (2, []),
-    "dedicated": (4, ["--teacher-placement", "dedicated", "--teacher-world-size", "2"]),
-}
-"""By --teacher-placement: ranks of the job, and flags of the training command.  The student is TP 2, a Megatron teacher
-PP 2."""
+RANKS = {"colocated": 2, "dedicated": 4, "server": 2}
+"""Ranks of the job by the teacher's placement.  The student is TP 2; a dedicated teacher, PP 2, has the other two."""
 
 
 def run(title: str, *command: str | Path) -> None:
@@ -79,17 +75,22 @@ def main() -> int:
     flags.add_argument("--seed", type=int, default=0, help="seed of the world and of the run")
     flags.add_argument("--min-points", type=float, default=15.0, help="rise in accuracy that must be reached")
     flags.add_argument("--engine", choices=("embedded", "sglang"), default="embedded", help="rollout engine")
+    flags.add_argument("--teacher", choices=tuple(RANKS), default="colocated", help="teacher's placement")
     flags.add_argument("--sglang-python", default=".venv-sglang/bin/python", help="interpreter of SGLang's environment")
-    flags.add_argument(
-        "--teacher-placement", choices=tuple(PLACEMENTS), default="colocated", help="where the teacher is"
-    )
     flags.add_argument("train_flags", nargs="*", help="after --: flags of megatron_tropd.train")
     args = flags.parse_args()
     started = time.monotonic()
     world = args.directory / f"small_world_{args.seed}"
     job = args.directory / "quickstart"
     python = sys.executable
-    engine = ["--rollout-engine", "sglang", "--sglang-python", args.sglang_python] if args.engine == "sglang" else []
+    where = ["--rollout-engine", args.engine, "--teacher-placement", args.teacher]
+    if "sglang" in where or "server" in where:
+        where += ["--sglang-python", args.sglang_python]
+    if args.teacher == "dedicated":
+        where += ["--teacher-world-size", "2"]
+    teacher = ["--teacher-load", job / "megatron/teacher"]
+    if args.teacher == "server":  # SGLang reads HF weights; the flag's layout is not the servers'
+        teacher = ["--teacher-hf-checkpoint", world / "teacher", "--teacher-pipeline-model-parallel-size", "1"]
     if not (ROOT / world / "world.json").is_file():
         run("Make the small world", python, "tools/make_small_world.py", "--save", world, "--seed", str(args.seed))
     shutil.rmtree(ROOT / job, ignore_errors=True)
@@ -99,14 +100,14 @@ def main() -> int:
             "--hf-checkpoint", world / model, "--save", job / "megatron" / model,
             "--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp),
         )  # fmt: skip
-    ranks, placement = PLACEMENTS[args.teacher_placement]
+    ranks = str(RANKS[args.teacher])
     run(
         f"Train with TrOPD on {ranks} ranks", python, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(ranks),
+        "--nproc-per-node", ranks,
         "-m", "megatron_tropd.train", "--config", "examples/quickstart.yaml", "--run-dir", job,
-        "--pretrained-checkpoint", job / "megatron/student", "--teacher-load", job / "megatron/teacher",
+        "--pretrained-checkpoint", job / "megatron/student", *teacher,
         "--prompt-data", world / "train.jsonl", "--eval-data", world / "eval.jsonl",
-        "--seed", str(args.seed), *engine, *placement, *args.train_flags,
+        "--seed", str(args.seed), *where, *args.train_flags,
     )  # fmt: skip
     good = judge(ROOT / job, args.min_points)
     print(f"  time:     {time.monotonic() - started:.0f} s")

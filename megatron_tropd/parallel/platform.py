@@ -318,8 +318,8 @@ def _name_the_missing_gemm() -> None:
 
 
 def prime_adam_state(megatron_optimizer: Any) -> None:
-    """Give a torch AdamW that has made no step its (zero) state, so that a checkpoint can be loaded into
-    it.  Needed only without TE and apex, because Megatron itself does so for their Adam."""
+    """Give a torch AdamW that has made no step its (zero) state, so that a checkpoint can be loaded into it, or made of
+    it.  Needed for loading only without TE and apex, because Megatron itself does so for their Adam."""
     for adam in _torch_adams(megatron_optimizer):
         for group in adam.param_groups:
             for parameter in group["params"]:

@@ -237,7 +237,7 @@ class Student:
     def sharded_state_dict(self, *, is_loading: bool = False, with_optimizer: bool = True) -> dict[str, Any]:
         """Return the sharded state of model, optimizer and schedule for ``dist_checkpointing``."""
         self.gather_weights()
-        if is_loading and with_optimizer:
+        if with_optimizer:  # before the first update too, of whose rollouts a checkpoint may be made
             platform.prime_adam_state(self.optimizer)
         metadata = {**SHARDED_STATE_METADATA, "dp_cp_group": self.groups.pg_collection.dp_cp}
         model_state = self.model.sharded_state_dict(metadata=metadata)
@@ -251,11 +251,14 @@ class Student:
         """Continue from a loaded :meth:`sharded_state_dict`.  Settings that have flags (learning rate, betas, length
         of the decay) are those of this launch, not those of the checkpoint."""
         load_model_state(self.model, state["model"])
-        platform.set_in_param_groups(
-            state["optimizer"], {name: self.optimizer.param_groups[0][name] for name in _SET_BY_FLAGS}
-        )
-        self.optimizer.load_state_dict(state["optimizer"])
-        platform.separate_adam_steps(self.optimizer)
+        if version:
+            platform.set_in_param_groups(
+                state["optimizer"], {name: self.optimizer.param_groups[0][name] for name in _SET_BY_FLAGS}
+            )
+            self.optimizer.load_state_dict(state["optimizer"])
+            platform.separate_adam_steps(self.optimizer)
+        else:  # before the first update the optimizer knows only the weights, and Megatron stores no count of 0 updates
+            self.optimizer.reload_model_params()
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
         self.version = version
 
