@@ -79,6 +79,11 @@ class TeacherConfig:
         0, "ranks that share one expert of the teacher; 0 for --teacher-tensor-model-parallel-size"
     )
     teacher_offload: bool = setting(False, "keep teacher and reference in host memory between uses, to free a GPU's")
+    teacher_topk_margin: float = setting(
+        -1.0,
+        "nats by which engine and trainer may differ at a token that the gate is sure to accept, whose top-k the "
+        "teacher then does not send; 0: send the top-k of all tokens; negative: 5 times --parity-limit",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,6 +278,10 @@ class LoggingConfig:
         60.0,
         "seconds between two writings of RUN_DIR/heartbeat.json, and log lines of a phase that lasts longer; 0: none",
     )
+    log_teacher_entropy: bool = setting(False, "log the teacher's mean entropy, whatever the method asks for")
+    log_topk_share: float = setting(
+        0.1, "share of the samples whose top-k is sent whole, for metrics of it, where others' tokens need not have one"
+    )
     log_topk_overlap: bool = setting(False, "log the share of the teacher's top-k in the student's (one more gather)")
     gradient_diagnostics_interval: int = setting(
         0, "steps between measurements of every region's gradient (five more passes each); 0 for none"
@@ -326,11 +335,15 @@ class TrainConfig:
     @property
     def objective_settings(self) -> ObjectiveSettings:
         """Settings of the objective, including those that other sections determine."""
+        margin = self.teacher.teacher_topk_margin
         return replace(
             self.method,
             guidance_beta=self.method.guidance_beta if self.guidance.mode != "none" else 0.0,
             num_minibatches=self.training.num_minibatches,
             rollout_lag=self.rollout.rollout_lag,
+            topk_margin=5 * self.parity_limit if margin < 0 else margin,
+            topk_share=self.logging.log_topk_share,
+            log_teacher_entropy=self.logging.log_teacher_entropy,
         )
 
     @property

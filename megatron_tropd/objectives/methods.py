@@ -14,7 +14,7 @@ from megatron_tropd.objectives.gopd import Gopd
 from megatron_tropd.objectives.grpo import Grpo
 from megatron_tropd.objectives.jsd import TopKJsd
 from megatron_tropd.objectives.labels import Rule
-from megatron_tropd.objectives.recipes import Maker, forward_kl, rule, trust_region
+from megatron_tropd.objectives.recipes import Maker, forward_kl, rule, topk_margin, trust_region
 from megatron_tropd.objectives.reopold import ReopoldTwoStage, reward_bound
 from megatron_tropd.objectives.reward_floor import FlooredReward
 from megatron_tropd.objectives.settings import ObjectiveSettings, pick
@@ -63,7 +63,13 @@ def _reopold_two_stage(s: ObjectiveSettings) -> Rule:
 
 def _floored(s: ObjectiveSettings, *, only_rejected: bool) -> Rule:
     support = forward_kl(s, "tail" if only_rejected else "raw")
-    return FlooredReward(forward_kl=support, only_rejected=only_rejected, floor=s.reward_floor, coef=s.outlier_coef)
+    return FlooredReward(
+        forward_kl=support,
+        only_rejected=only_rejected,
+        floor=s.reward_floor,
+        coef=s.outlier_coef,
+        topk_margin=topk_margin(s),
+    )
 
 
 _TROPD = "TrOPD, arXiv 2606.01249"
@@ -93,7 +99,8 @@ METHODS: dict[str, Method] = {
     ),
     "eopd": Method(
         make=rule(lambda s: Eopd(
-            forward_kl=forward_kl(s, "renorm"), entropy_threshold=s.teacher_entropy_threshold, coef=s.outlier_coef)),
+            forward_kl=forward_kl(s, "renorm"), entropy_threshold=s.teacher_entropy_threshold, coef=s.outlier_coef,
+            only_unsure_topk=s.topk_margin > 0)),
         loss="PG(R) + 1[H_q > 0.8] c FKL_k, renorm", source="EOPD, arXiv 2603.07079",
     ),
     "clip_outlier": Method(

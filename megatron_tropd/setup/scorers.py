@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from megatron_tropd.objectives.topk_use import request_of
 from megatron_tropd.parallel.groups import ModelGroups, teacher_groups
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.parallel.roles import job_of_environment
@@ -72,7 +73,8 @@ def make_scorers(spec: RunSpec, student: ModelGroups) -> tuple[Scoring | None, S
     place = Place(spec=spec, student=student)
 
     def teacher_wants(step: int) -> ScoreRequest:
-        return replace(needs.score, hidden=needs.score.hidden or diagnostics_due(config, step))
+        want = request_of(needs, seed=config.training.seed, step=step)
+        return replace(want, hidden=want.hidden or diagnostics_due(config, step))
 
     teacher = reference = None
     if models.teacher:
