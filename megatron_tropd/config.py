@@ -64,11 +64,12 @@ class ParallelConfig:
 class TeacherConfig:
     """The frozen model that scores tokens."""
 
-    teacher_placement: Literal["colocated", "dedicated"] = setting(
+    teacher_placement: Literal["colocated", "dedicated", "file"] = setting(
         "colocated",
         "where the teacher is: on the student's ranks (colocated) or on the last ranks of the job (dedicated), in its "
-        "own layout either way",
+        "own layout either way; file: scores made before by megatron_tropd.score_responses",
     )
+    teacher_scores: str = setting("", "directory of the scores of --teacher-placement file")
     teacher_world_size: int = setting(0, "ranks of a dedicated teacher; the student has the others")
     teacher_hf_checkpoint: str = setting("", "HF directory of the teacher, or its name on the Hub")
     teacher_load: str = setting("", "Megatron checkpoint of the teacher instead of the HF weights")

@@ -27,7 +27,8 @@ class Region(IntEnum):
     GUIDANCE = 2
     """Teacher prefix that the student continues; imitated with weight beta."""
     ON_POLICY = 3
-    """Written by the student in this step."""
+    """Written by the student in this step; of a method that learns from a teacher on the responses of the data
+    (``kd``), these."""
     GUIDANCE_COPY = 4
     """The same teacher prefix in the 2nd, 3rd, ... sample of a prompt: only context, so that a prefix
     counts once per prompt (docs/objectives.md, regions and denominators)."""
@@ -87,7 +88,7 @@ class Rollout:
     token_ids: tuple[int, ...]  # [L]
     prompt_len: int
     guidance_len: int
-    logprobs: tuple[float, ...]  # [W] of the written tokens, at the sampling temperature
+    logprobs: tuple[float, ...]  # [W] of the written tokens, at the sampling temperature; 0 for those of the data
     weight_version: tuple[int, int]
     """(lowest, highest) weight version that wrote a token of it."""
     finish: Finish
@@ -158,7 +159,8 @@ class Needs:
     teacher: bool = True
     """False: the objective does not use the teacher, and none is built."""
     rollouts: bool = True
-    """False: nothing is generated; the student imitates the responses of the data (supervised finetuning)."""
+    """False: nothing is generated; the student learns from the responses of the data.  Without a teacher they are
+    GUIDANCE (supervised finetuning), with one ON_POLICY, the region whose tokens a teacher scores."""
 
     @property
     def score(self) -> ScoreRequest:

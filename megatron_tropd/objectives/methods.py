@@ -14,7 +14,7 @@ from megatron_tropd.objectives.gopd import Gopd
 from megatron_tropd.objectives.grpo import Grpo
 from megatron_tropd.objectives.jsd import TopKJsd
 from megatron_tropd.objectives.labels import Rule
-from megatron_tropd.objectives.recipes import Maker, forward_kl, rule, topk_margin, trust_region
+from megatron_tropd.objectives.recipes import Maker, forward_kl, on_data, rule, topk_margin, trust_region
 from megatron_tropd.objectives.reopold import ReopoldTwoStage, reward_bound
 from megatron_tropd.objectives.reward_floor import FlooredReward
 from megatron_tropd.objectives.settings import ObjectiveSettings, pick
@@ -177,11 +177,17 @@ METHODS: dict[str, Method] = {
         make=rule(lambda s: FullVocabulary(divergence="jsd", beta=s.jsd_beta)),
         loss="b KL(q, m) + (1 - b) KL(p, m)", source="GKD, arXiv 2306.13649",
     ),
-    # without a teacher
+    # on the responses of the data
+    "kd": Method(
+        make=on_data(lambda s: ForwardKlEverywhere(forward_kl=forward_kl(s), of_data=True)),
+        loss="nothing; FKL_k on the responses of the data",
+        source="word-level distillation, arXiv 1606.07947; GKD with lambda = 0", denominator="response tokens",
+    ),
     "sft": Method(
         make=lambda s: Supervised(), loss="nothing; -log p(y) on the responses of the data", source="cross-entropy",
         denominator="response tokens",
     ),
+    # without a teacher
     "grpo": Method(
         make=rule(lambda s: Grpo(denominator=s.grpo_denominator, kl_coef=s.grpo_kl_coef), correction="icepop",
                   clip_high=0.28),

@@ -23,7 +23,9 @@ Entries = dict[str, tuple[Tensor, Tensor]]
 @torch.no_grad()
 def label_metrics(labels: Labels, term: Term, needs: Needs, *, tau: float) -> dict[str, Metric]:
     """Every metric that these labels can give; ``needs`` are those of the whole objective."""
-    entries: Entries = {**_student(labels, term), **_importance(labels)}
+    entries: Entries = _student(labels, term)
+    if needs.rollouts:
+        entries |= _importance(labels)
     if needs.teacher:
         entries |= _teacher(labels, term, tau) | _topk(labels, term, needs.topk_use)
     return _sums(entries)

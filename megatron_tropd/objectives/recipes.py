@@ -56,6 +56,14 @@ def rule(
     return objective
 
 
+def on_data(make: Callable[[ObjectiveSettings], Rule]) -> Maker:
+    """The maker of a rule's objective on the responses of the data: no engine wrote them, so there is no importance
+    weight and no prefix."""
+    return lambda s: Distillation(
+        rule=make(s), outlier_threshold=s.outlier_threshold, log_teacher_entropy=s.log_teacher_entropy
+    )
+
+
 def topk_margin(s: ObjectiveSettings) -> float | None:
     """The margin of ``Gate.topk_use``; None where every token's top-k is needed.
 

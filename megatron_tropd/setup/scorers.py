@@ -16,6 +16,8 @@ from megatron_tropd.setup.run_spec import TEACHER_ROLE, RunSpec
 from megatron_tropd.teacher.colocated import ColocatedScorer
 from megatron_tropd.teacher.dedicated.scorer import DedicatedScorer
 from megatron_tropd.teacher.scorer import Scorer
+from megatron_tropd.teacher.stored.files import ScoreFiles
+from megatron_tropd.teacher.stored.scorer import StoredScorer
 from megatron_tropd.training.diagnostics import diagnostics_due
 from megatron_tropd.training.stream import Scoring
 from megatron_tropd.training.student import params_dtype
@@ -60,7 +62,11 @@ def _dedicated(place: Place) -> Scorer:
     )
 
 
-PLACEMENTS: dict[str, Callable[[Place], Scorer]] = {"colocated": _colocated, "dedicated": _dedicated}
+def _file(place: Place) -> Scorer:
+    return StoredScorer(ScoreFiles(place.spec.config.teacher.teacher_scores))
+
+
+PLACEMENTS: dict[str, Callable[[Place], Scorer]] = {"colocated": _colocated, "dedicated": _dedicated, "file": _file}
 """Maker of the teacher by --teacher-placement.  Collective over the student's ranks."""
 
 
