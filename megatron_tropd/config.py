@@ -70,11 +70,13 @@ class ParallelConfig:
 class TeacherConfig:
     """The frozen model that scores tokens.  Any other --teacher-sglang-X is passed to its SGLang servers as --X."""
 
-    teacher_placement: Literal["colocated", "dedicated", "server"] = setting(
+    teacher_placement: Literal["colocated", "dedicated", "server", "file"] = setting(
         "colocated",
         "where the teacher is: on the student's ranks (colocated) or on the last ranks of the job (dedicated), in its "
-        "own layout either way, or on SGLang servers (server); docs/teachers.md",
+        "own layout either way; on SGLang servers (server); file: its scores were made before by "
+        "megatron_tropd.score_responses; docs/teachers.md",
     )
+    teacher_scores: str = setting("", "directory of the scores of --teacher-placement file")
     teacher_world_size: int = setting(0, "ranks of a dedicated teacher; the student has the others")
     teacher_hf_checkpoint: str = setting("", "HF directory of the teacher, or its name on the Hub")
     teacher_load: str = setting("", "Megatron checkpoint of the teacher instead of the HF weights")
@@ -95,6 +97,11 @@ class TeacherConfig:
     teacher_gpu_ids: list[str] = setting([], "GPUs of the teacher's servers, in order; default: from 0 on")
     teacher_urls: list[str] = setting([], "SGLang servers of the teacher that run already, instead of starting some")
     teacher_sglang_tp_size: int = setting(1, "tensor-parallel ranks of each of the teacher's servers")
+    teacher_topk_margin: float = setting(
+        -1.0,
+        "nats by which engine and trainer may differ at a token that the gate is sure to accept, whose top-k the "
+        "teacher then does not send; 0: send the top-k of all tokens; negative: 5 times --parity-limit",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +296,10 @@ class LoggingConfig:
         60.0,
         "seconds between two writings of RUN_DIR/heartbeat.json, and log lines of a phase that lasts longer; 0: none",
     )
+    log_teacher_entropy: bool = setting(False, "log the teacher's mean entropy, whatever the method asks for")
+    log_topk_share: float = setting(
+        0.1, "share of the samples whose top-k is sent whole, for metrics of it, where others' tokens need not have one"
+    )
     log_topk_overlap: bool = setting(False, "log the share of the teacher's top-k in the student's (one more gather)")
     gradient_diagnostics_interval: int = setting(
         0, "steps between measurements of every region's gradient (five more passes each); 0 for none"
@@ -346,11 +357,15 @@ class TrainConfig:
     @property
     def objective_settings(self) -> ObjectiveSettings:
         """Settings of the objective, including those that other sections determine."""
+        margin = self.teacher.teacher_topk_margin
         return replace(
             self.method,
             guidance_beta=self.method.guidance_beta if self.guidance.mode != "none" else 0.0,
             num_minibatches=self.training.num_minibatches,
             rollout_lag=self.rollout.rollout_lag,
+            topk_margin=5 * self.parity_limit if margin < 0 else margin,
+            topk_share=self.logging.log_topk_share,
+            log_teacher_entropy=self.logging.log_teacher_entropy,
         )
 
     @property

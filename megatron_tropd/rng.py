@@ -24,6 +24,7 @@ class Stream(IntEnum):
     SHUFFLE = 3
     GUIDANCE = 4
     EVALUATION = 5
+    MEASURED = 6
 
 
 _SAMPLE_BITS = 20

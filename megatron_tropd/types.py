@@ -27,7 +27,8 @@ class Region(IntEnum):
     GUIDANCE = 2
     """Teacher prefix that the student continues; imitated with weight beta."""
     ON_POLICY = 3
-    """Written by the student in this step."""
+    """Written by the student in this step; of a method that learns from a teacher on the responses of the data
+    (``kd``), these."""
     GUIDANCE_COPY = 4
     """The same teacher prefix in the 2nd, 3rd, ... sample of a prompt: only context, so that a prefix
     counts once per prompt (docs/objectives.md, regions and denominators)."""
@@ -87,7 +88,7 @@ class Rollout:
     token_ids: tuple[int, ...]  # [L]
     prompt_len: int
     guidance_len: int
-    logprobs: tuple[float, ...]  # [W] of the written tokens, at the sampling temperature
+    logprobs: tuple[float, ...]  # [W] of the written tokens, at the sampling temperature; 0 for those of the data
     weight_version: tuple[int, int]
     """(lowest, highest) weight version that wrote a token of it."""
     finish: Finish
@@ -115,11 +116,30 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TopkUse:
+    """The tokens whose loss may read the teacher's top-k, where it is not all that the student wrote; plain numbers, so
+    that a teacher anywhere can be asked for them (``objectives/topk_use.py`` finds the tokens)."""
+
+    kind: Literal["bernoulli", "reward", "probability", "teacher_entropy"]
+    """Certain not to need it: log u < R, R > limit, q(x) - p(x) > limit, H_q <= limit."""
+    limit: float = 0.0
+    margin: float = 0.0
+    """Nats by which the engine's log p(x) may be below the trainer's."""
+    share: float = 0.0
+    """Share of the samples whose top-k comes whole, for metrics of it."""
+    seed: int = 0
+    """Of the coins, with ``step``."""
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
     """What an objective needs besides the student's log-probability of every label."""
 
     top_k: int = 0
     """Number of the teacher's most probable tokens per position; 0 for none."""
+    topk_use: TopkUse | None = None
+    """The tokens that the top-k is for; None for all that the student wrote."""
     teacher_entropy: bool = False
     """Full-vocabulary entropy of the teacher."""
     divergence: Divergence | None = None
@@ -139,11 +159,13 @@ class Needs:
     teacher: bool = True
     """False: the objective does not use the teacher, and none is built."""
     rollouts: bool = True
-    """False: nothing is generated; the student imitates the responses of the data (supervised finetuning)."""
+    """False: nothing is generated; the student learns from the responses of the data.  Without a teacher they are
+    GUIDANCE (supervised finetuning), with one ON_POLICY, the region whose tokens a teacher scores."""
 
     @property
     def score(self) -> ScoreRequest:
-        """What the teacher has to compute."""
+        """What the teacher has to compute, with the top-k of all tokens; ``objectives/topk_use.py::request_of`` asks
+        for those that are needed."""
         return ScoreRequest(top_k=self.top_k, entropy=self.teacher_entropy, hidden=self.divergence is not None)
 
     @property
@@ -158,6 +180,8 @@ class ScoreRequest:
 
     top_k: int = 0
     """Number of most probable tokens per position; 0 for none."""
+    topk_use: TopkUse | None = None
+    """The tokens that the top-k is for; a scorer may also send it for all."""
     entropy: bool = False
     hidden: bool = False
     """The last hidden states, from which the student's ranks compute the teacher's logits chunk by chunk."""
@@ -167,12 +191,14 @@ class ScoreRequest:
 class TeacherScores:
     """A model's scores of the response tokens of one rollout.  Log-probabilities and entropy are fp32, in nats.
 
-    Of a prefix only the log-probability is ever read, so all other fields cover only the W written tokens.
+    Of a prefix only the log-probability is ever read, so all other fields cover only the W written tokens, and the
+    top-k those of them that need it, where the request says which.
     """
 
     logprob: Tensor  # [R] log q(x_t | x_<t) of every response token
-    topk_ids: Tensor | None = None  # [W, K] int32, by (log-probability descending, id ascending)
-    topk_logprobs: Tensor | None = None  # [W, K]
+    topk_rows: Tensor | None = None  # [S] int32, ascending: the written tokens with a top-k; None for all, S = W
+    topk_ids: Tensor | None = None  # [S, K] int32, by (log-probability descending, id ascending)
+    topk_logprobs: Tensor | None = None  # [S, K]
     entropy: Tensor | None = None  # [W] over the full vocabulary
     hidden: Tensor | None = None  # [W, H_teacher], in the teacher's dtype
 
@@ -194,7 +220,7 @@ class TokenStreams:
     written_len_T: Tensor  # int64, ON_POLICY labels of the whole sample; 0 on padding
     teacher_logprob_T: Tensor  # fp32, 0 where not a response token
     teacher_topk_ids_TK: Tensor | None = None  # int64
-    teacher_topk_logprob_TK: Tensor | None = None  # fp32, -inf where not ON_POLICY
+    teacher_topk_logprob_TK: Tensor | None = None  # fp32, -inf where not ON_POLICY, or not sent (Needs.topk_use)
     teacher_entropy_T: Tensor | None = None  # fp32, 0 where not ON_POLICY
     teacher_hidden_TH: Tensor | None = None  # the teacher's dtype, 0 where not ON_POLICY
     reference_logprob_T: Tensor | None = None  # fp32

@@ -42,7 +42,9 @@ def oracle(method, logits, teacher, tokens, context=None, **given):
     for t, (student_row, teacher_row) in enumerate(rows):
         row = _Row(student_row, teacher_row, tokens, t, s)
         loss, counted = logits.new_zeros((), dtype=torch.float64), 0
-        if row.region == Region.GUIDANCE:
+        if row.region == Region.GUIDANCE and method == "kd":
+            counted = 1
+        elif row.region == Region.GUIDANCE:
             loss, counted = _prefix_token(method, row, s), 1
         elif row.region == Region.ON_POLICY and method != "sft":
             loss, counted = _written_token(method, row, s, context)
@@ -216,7 +218,7 @@ def _written_token(method, row, s, context):
         "gkd_jsd": lambda: _divergence("gkd_jsd", row, s.jsd_beta),
     }  # fmt: skip
     same = {
-        "fkl_reward": "fkl", "jsd_reward": "jsd", "fkl_outlier": "tropd", "aopd": "tropd", "tropd_paper": "tropd",
+        "fkl_reward": "fkl", "kd": "fkl", "jsd_reward": "jsd", "fkl_outlier": "tropd", "aopd": "tropd", "tropd_paper": "tropd",
         "tropd_official": "tropd", "tropd_plus": "tropd", "tropd_mask": "mask_outlier", "tropd_clip": "clip_outlier",
     }  # fmt: skip
     return table[same.get(method, method)](), 1

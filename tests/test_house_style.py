@@ -62,7 +62,7 @@ def _imports(path):
 
 
 ROWS = [  # a room may import from its own row and from the rows below
-    {"train", "evaluate", "doctor"},
+    {"train", "evaluate", "score_responses", "doctor"},
     {"setup"},
     {"training"},
     {"evaluation", "reporting", "rewards", "checkpoints"},

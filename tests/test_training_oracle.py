@@ -175,3 +175,26 @@ def test_the_entropy_threshold_is_the_exact_quantile(ranks, world, tmp_path):
     assert report.metrics["tropd/selected_frac"] == keep / len(entropy)
     assert report.loss == pytest.approx(float(term[kept].sum() / len(entropy)), rel=1e-5)
     assert report.metrics["student/entropy_threshold"] == pytest.approx(float(entropy[kept].min()), rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_distillation_on_the_data_equals_transformers(ranks, world, tmp_path, layout, measured):
+    """kd: sum over the teacher's 5 most probable tokens of q log(q / p), on every token of the responses of the data."""
+    size, changes = LAYOUTS[layout]
+    report, rollouts = ranks(size).run(
+        _first_step, flags(world, tmp_path / "run", objective="kd", train_iters=1, **changes)
+    )[0]
+    student, teacher = _model(world / "student"), _model(world / "teacher")
+    loss, count = 0.0, 0
+    for rollout in rollouts:
+        assert rollout.token_ids[-1] == 2 and rollout.guidance_len == 0, "whole responses, stop token included"
+        with torch.no_grad():
+            log_q, ids = _logprobs(teacher, rollout).topk(5)
+        loss = loss + (log_q.exp() * (log_q - _logprobs(student, rollout).gather(1, ids))).sum()
+        count += len(ids)
+    loss = loss / count
+    norm = float(_gradient(student, loss).norm())
+    errors = [abs(report.loss / float(loss.detach()) - 1), abs(report.grad_norm / norm - 1)]
+    measured("distillation on the data (kd): loss and gradient norm equal transformers", max(errors), 1e-5)
+    assert report.tokens == {"guidance": 0, "on_policy": count}
+    assert not [name for name in report.metrics if name.startswith(("rollout/", "importance/", "parity/"))]

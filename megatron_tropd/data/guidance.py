@@ -160,9 +160,10 @@ def attach(
     return requests
 
 
-def whole_responses(prompts: Sequence[Prompt], weight_version: int) -> list[Rollout]:
-    """Return the rollouts for supervised finetuning: each prompt with its response as guidance, stop token included
-    unless the response was cut, and nothing written by the student.
+def whole_responses(prompts: Sequence[Prompt], weight_version: int, *, scored: bool = False) -> list[Rollout]:
+    """Return rollouts that nobody has to write: each prompt with its response, stop token included unless the response
+    was cut.  For supervised finetuning the response is guidance; where a teacher scores it (``scored``) its tokens
+    stand where those that the student wrote do, with a log-probability of 0.
 
     Raises:
         ValueError: a prompt has no response.
@@ -171,14 +172,15 @@ def whole_responses(prompts: Sequence[Prompt], weight_version: int) -> list[Roll
     for prompt in prompts:
         if not prompt.teacher_response_ids:
             raise ValueError(f"prompt {prompt.uid} has no response to learn from; see --response-key")
+        length = len(prompt.teacher_response_ids)
         rollouts.append(
             Rollout(
                 prompt_uid=prompt.uid,
                 sample_index=0,  # also for a prompt that occurs twice: each copy counts
                 token_ids=prompt.token_ids + prompt.teacher_response_ids,
                 prompt_len=len(prompt.token_ids),
-                guidance_len=len(prompt.teacher_response_ids),
-                logprobs=(),
+                guidance_len=0 if scored else length,
+                logprobs=(0.0,) * length if scored else (),
                 weight_version=(weight_version, weight_version),
                 finish="length" if prompt.is_cut else "stop",
             )

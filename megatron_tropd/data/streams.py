@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megatron_tropd.types import Needs, Region, Rollout, TeacherScores, TokenStreams
 
-_Source = tuple[str, Tensor | None, Tensor | None, slice]
+_Place = slice | Tensor
+_Source = tuple[str, Tensor | None, Tensor | None, _Place]
 """(name, stream to write, values or None if they are missing, labels that they belong to)."""
 
 
@@ -85,7 +86,7 @@ def write_scores(streams: TokenStreams, start: int, rollout: Rollout, sample: Sa
         sources.append(
             ("teacher log-probability", streams.teacher_logprob_T, None if scores is None else scores.logprob, response)
         )
-        sources += _teacher_extras(streams, scores, written)
+        sources += _teacher_extras(streams, scores, written, _topk_place(rollout, scores, written))
     for name, target, source, place in sources:
         if target is None:
             continue
@@ -105,15 +106,33 @@ def write_scores(streams: TokenStreams, start: int, rollout: Rollout, sample: Sa
         streams.sequence_error_T[written] = gap.abs().exp().mean()
 
 
-def _teacher_extras(streams: TokenStreams, scores: TeacherScores | None, written: slice) -> list[_Source]:
+def _topk_place(rollout: Rollout, scores: TeacherScores | None, written: slice) -> _Place:
+    """Labels that the rows of the top-k belong to.
+
+    Raises:
+        ValueError: a row is of a token that the student did not write, or they are not in order.
+    """
+    if scores is None or scores.topk_rows is None:
+        return written
+    rows = scores.topk_rows.long()
+    inside = not len(rows) or (int(rows[0]) >= 0 and int(rows[-1]) < len(rollout.logprobs))
+    if not inside or not bool((rows[1:] > rows[:-1]).all()):
+        raise ValueError(
+            f"prompt {rollout.prompt_uid} sample {rollout.sample_index}: the teacher's top-k is for tokens "
+            f"{rows.tolist()[:8]}, expected ascending numbers below the {len(rollout.logprobs)} that the student wrote"
+        )
+    return rows + written.start
+
+
+def _teacher_extras(streams: TokenStreams, scores: TeacherScores | None, written: slice, topk: _Place) -> list[_Source]:
     """Write the teacher's numbers that exist only for tokens the student wrote."""
     parts = {
-        "teacher top-k ids": ("topk_ids", streams.teacher_topk_ids_TK),
-        "teacher top-k log-probabilities": ("topk_logprobs", streams.teacher_topk_logprob_TK),
-        "teacher entropy": ("entropy", streams.teacher_entropy_T),
-        "teacher hidden states": ("hidden", streams.teacher_hidden_TH),
+        "teacher top-k ids": ("topk_ids", streams.teacher_topk_ids_TK, topk),
+        "teacher top-k log-probabilities": ("topk_logprobs", streams.teacher_topk_logprob_TK, topk),
+        "teacher entropy": ("entropy", streams.teacher_entropy_T, written),
+        "teacher hidden states": ("hidden", streams.teacher_hidden_TH, written),
     }
     return [
-        (name, target, None if scores is None else getattr(scores, field), written)
-        for name, (field, target) in parts.items()
+        (name, target, None if scores is None else getattr(scores, field), place)
+        for name, (field, target, place) in parts.items()
     ]

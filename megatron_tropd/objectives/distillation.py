@@ -31,12 +31,23 @@ class Distillation:
     """Source of log p(x) in the reward: the trainer before the first update, or the rollout engine."""
     outlier_threshold: float = -1.72
     """Used only for the metric ``tropd/outlier_frac``."""
+    topk_share: float = 0.0
+    """Share of the samples whose top-k comes whole where the rule does not need that of all tokens."""
+    log_teacher_entropy: bool = False
+    """Ask for the teacher's entropy for its metric, whatever the rule needs."""
 
     @property
     def needs(self) -> Needs:
-        """The rule's needs, and the old log-probabilities where several updates or a correction use them."""
+        """The rule's needs, the old log-probabilities where several updates or a correction use them, and what metrics
+        ask for."""
         needs = self.rule.needs
-        return replace(needs, old_logprob=needs.old_logprob or self.importance.needs_old_logprob)
+        use = needs.topk_use
+        return replace(
+            needs,
+            old_logprob=needs.old_logprob or self.importance.needs_old_logprob,
+            topk_use=replace(use, share=self.topk_share) if use else None,
+            teacher_entropy=needs.teacher_entropy or (self.log_teacher_entropy and needs.teacher),
+        )
 
     def __call__(self, stats: TokenStats, tokens: TokenStreams, context: StepContext) -> LossOutput:
         """Loss of every label; exactly 0 outside both regions."""
@@ -49,7 +60,7 @@ class Distillation:
         counted_T = on_policy_T if term.counted_T is None else on_policy_T & term.counted_T
         return LossOutput(
             token_loss_T=loss_T,
-            metrics=label_metrics(labels, term, teacher=self.rule.needs.teacher, tau=self.outlier_threshold),
+            metrics=label_metrics(labels, term, self.needs, tau=self.outlier_threshold),
             denominator=(counted_T | guidance_T).sum(),
             trust_T=None if term.trust_T is None else term.trust_T.detach(),
         )

@@ -8,7 +8,7 @@ tail         raw + (1 - Q) log((1 - Q) / (1 - P))              all ids outside V
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -92,7 +92,8 @@ def _bucket(mass_q_T: Tensor, log_p_TK: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardKlEverywhere:
-    """The rule: forward KL on every token the student wrote (``fkl``, ``fkl_reward``).
+    """The rule: forward KL on every token the student wrote (``fkl``, ``fkl_reward``) or, with ``of_data``, on every
+    token of the responses of the data (``kd``).
 
     As a detached reward its mean gradient is zero, because it does not depend on the sampled token; that form
     exists only to replicate published collapses (docs/objectives.md, the forward KL).
@@ -100,11 +101,12 @@ class ForwardKlEverywhere:
 
     forward_kl: ForwardKl
     grad: FklGrad = "direct"
+    of_data: bool = False
 
     @property
     def needs(self) -> Needs:
         """The teacher's top-k."""
-        return self.forward_kl.needs
+        return replace(self.forward_kl.needs, rollouts=not self.of_data)
 
     def __call__(self, labels: Labels) -> Term:
         """FKL, or PG(-FKL)."""

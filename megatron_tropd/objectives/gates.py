@@ -6,6 +6,7 @@ rule of speculative decoding; in expectation over p_S a share 1 - TV(p_T, p_S) i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from megatron_tropd.objectives.labels import Labels
 from megatron_tropd.objectives.settings import GateKind
+from megatron_tropd.types import TopkUse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,17 @@ class Gate:
         else:
             trusted_T = possible_T
         return trusted_T.to(reward_T.dtype)
+
+    def topk_use(self, margin: float | None) -> TopkUse | None:
+        """The tokens that this gate may not fully trust; None for all, without a margin [nats]."""
+        if margin is None:
+            return None
+        if self.kind == "bernoulli":
+            return TopkUse(kind="bernoulli", margin=margin)
+        if self.kind == "probability":
+            return TopkUse(kind="probability", limit=self.margin, margin=margin)
+        limit = {"expected": 0.0, "threshold": self.threshold, "none": -math.inf}[self.kind]
+        return TopkUse(kind="reward", limit=limit, margin=margin)
 
 
 def expected_acceptance(reward_T: Tensor) -> Tensor:

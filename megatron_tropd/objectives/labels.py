@@ -42,6 +42,8 @@ class Term:
     """Boolean: a bound is active."""
     selected_T: Tensor | None = None
     """Boolean: picked by the method's own criterion (an entropy, a phase)."""
+    topk_T: Tensor | None = None
+    """Boolean: the loss reads the teacher's top-k; None for a rule that does not say, or reads none."""
     counted_T: Tensor | None = None
     """Boolean: the label adds one to the denominator; None if every ON_POLICY label does."""
 

@@ -14,7 +14,7 @@ from megatron_tropd.objectives.gopd import Gopd
 from megatron_tropd.objectives.grpo import Grpo
 from megatron_tropd.objectives.jsd import TopKJsd
 from megatron_tropd.objectives.labels import Rule
-from megatron_tropd.objectives.recipes import Maker, forward_kl, rule, trust_region
+from megatron_tropd.objectives.recipes import Maker, forward_kl, on_data, rule, topk_margin, trust_region
 from megatron_tropd.objectives.reopold import ReopoldTwoStage, reward_bound
 from megatron_tropd.objectives.reward_floor import FlooredReward
 from megatron_tropd.objectives.settings import ObjectiveSettings, pick
@@ -63,7 +63,13 @@ def _reopold_two_stage(s: ObjectiveSettings) -> Rule:
 
 def _floored(s: ObjectiveSettings, *, only_rejected: bool) -> Rule:
     support = forward_kl(s, "tail" if only_rejected else "raw")
-    return FlooredReward(forward_kl=support, only_rejected=only_rejected, floor=s.reward_floor, coef=s.outlier_coef)
+    return FlooredReward(
+        forward_kl=support,
+        only_rejected=only_rejected,
+        floor=s.reward_floor,
+        coef=s.outlier_coef,
+        topk_margin=topk_margin(s),
+    )
 
 
 _TROPD = "TrOPD, arXiv 2606.01249"
@@ -93,7 +99,8 @@ METHODS: dict[str, Method] = {
     ),
     "eopd": Method(
         make=rule(lambda s: Eopd(
-            forward_kl=forward_kl(s, "renorm"), entropy_threshold=s.teacher_entropy_threshold, coef=s.outlier_coef)),
+            forward_kl=forward_kl(s, "renorm"), entropy_threshold=s.teacher_entropy_threshold, coef=s.outlier_coef,
+            only_unsure_topk=s.topk_margin > 0)),
         loss="PG(R) + 1[H_q > 0.8] c FKL_k, renorm", source="EOPD, arXiv 2603.07079",
     ),
     "clip_outlier": Method(
@@ -170,11 +177,17 @@ METHODS: dict[str, Method] = {
         make=rule(lambda s: FullVocabulary(divergence="jsd", beta=s.jsd_beta)),
         loss="b KL(q, m) + (1 - b) KL(p, m)", source="GKD, arXiv 2306.13649",
     ),
-    # without a teacher
+    # on the responses of the data
+    "kd": Method(
+        make=on_data(lambda s: ForwardKlEverywhere(forward_kl=forward_kl(s), of_data=True)),
+        loss="nothing; FKL_k on the responses of the data",
+        source="word-level distillation, arXiv 1606.07947; GKD with lambda = 0", denominator="response tokens",
+    ),
     "sft": Method(
         make=lambda s: Supervised(), loss="nothing; -log p(y) on the responses of the data", source="cross-entropy",
         denominator="response tokens",
     ),
+    # without a teacher
     "grpo": Method(
         make=rule(lambda s: Grpo(denominator=s.grpo_denominator, kl_coef=s.grpo_kl_coef), correction="icepop",
                   clip_high=0.28),

@@ -13,18 +13,21 @@ from megatron_tropd.objectives.gates import expected_acceptance
 from megatron_tropd.objectives.importance import engine_ratio, policy_ratio
 from megatron_tropd.objectives.jsd import jsd_halves
 from megatron_tropd.objectives.labels import Labels, Term
-from megatron_tropd.types import Metric
+from megatron_tropd.objectives.topk_use import has_topk, measured
+from megatron_tropd.types import Metric, Needs, TopkUse
 
 Entries = dict[str, tuple[Tensor, Tensor]]
 """Name -> (value, weight), both [T]."""
 
 
 @torch.no_grad()
-def label_metrics(labels: Labels, term: Term, *, teacher: bool, tau: float) -> dict[str, Metric]:
-    """Every metric that these labels can give."""
-    entries: Entries = {**_student(labels, term), **_importance(labels)}
-    if teacher:
-        entries |= _teacher(labels, term, tau)
+def label_metrics(labels: Labels, term: Term, needs: Needs, *, tau: float) -> dict[str, Metric]:
+    """Every metric that these labels can give; ``needs`` are those of the whole objective."""
+    entries: Entries = _student(labels, term)
+    if needs.rollouts:
+        entries |= _importance(labels)
+    if needs.teacher:
+        entries |= _teacher(labels, term, tau) | _topk(labels, term, needs.topk_use)
     return _sums(entries)
 
 
@@ -35,15 +38,13 @@ def _student(labels: Labels, term: Term) -> Entries:
         "student/entropy": stats.entropy_T,
         "tropd/clamped_frac": term.clamped_T,
         "tropd/selected_frac": term.selected_T,
-        "tropd/topk_overlap": stats.topk_overlap_T,
         "tropd/divergence": stats.divergence_T,
     }
     return entries | {name: (value, on_policy_T) for name, value in optional.items() if value is not None}
 
 
 def _teacher(labels: Labels, term: Term, tau: float) -> Entries:
-    on_policy_T, stats, tokens = labels.regions.on_policy_T, labels.stats, labels.tokens
-    reward_T = labels.reward_T
+    on_policy_T, tokens, reward_T = labels.regions.on_policy_T, labels.tokens, labels.reward_T
     finite_T = on_policy_T & (reward_T > -torch.inf)
     trust_T = expected_acceptance(reward_T) if term.trust_T is None else term.trust_T
     entries = {
@@ -55,16 +56,30 @@ def _teacher(labels: Labels, term: Term, tau: float) -> Entries:
     }
     if tokens.teacher_entropy_T is not None:
         entries["teacher/entropy"] = (tokens.teacher_entropy_T, on_policy_T)
-    if tokens.teacher_topk_logprob_TK is not None and stats.topk_logprob_TK is not None:
-        forward_T = ForwardKl(top_k=tokens.teacher_topk_logprob_TK.shape[-1])(stats, tokens)
-        halves = jsd_halves(stats, tokens, reward_T, beta=0.5)
-        entries |= {
-            "tropd/forward_kl_topk": (forward_T, on_policy_T),
-            "tropd/jsd_topk": (halves[0] + halves[1], on_policy_T),
-            "tropd/teacher_topk_mass": (tokens.teacher_topk_logprob_TK.exp().sum(-1), on_policy_T),
-            "tropd/student_topk_mass": (stats.topk_logprob_TK.exp().sum(-1), on_policy_T),
-        }
     return entries
+
+
+def _topk(labels: Labels, term: Term, use: TopkUse | None) -> Entries:
+    """Metrics of the teacher's top-k.  Where it comes for some tokens only, these are no sample of all: the metrics are
+    then of the samples whose top-k comes whole."""
+    stats, tokens, read_T = labels.stats, labels.tokens, labels.regions.on_policy_T
+    entries: Entries = {}
+    if tokens.teacher_topk_logprob_TK is None or stats.topk_logprob_TK is None:
+        return entries
+    if use is not None:
+        if term.topk_T is not None:
+            entries["teacher/topk_missing_frac"] = (term.topk_T & ~has_topk(tokens), read_T)
+        read_T = read_T & measured(tokens.sample_uid_T, use.share, labels.context.step)
+    if stats.topk_overlap_T is not None:
+        entries["tropd/topk_overlap"] = (stats.topk_overlap_T, read_T)
+    forward_T = ForwardKl(top_k=tokens.teacher_topk_logprob_TK.shape[-1])(stats, tokens)
+    halves = jsd_halves(stats, tokens, labels.reward_T, beta=0.5)
+    return entries | {
+        "tropd/forward_kl_topk": (forward_T, read_T),
+        "tropd/jsd_topk": (halves[0] + halves[1], read_T),
+        "tropd/teacher_topk_mass": (tokens.teacher_topk_logprob_TK.exp().sum(-1), read_T),
+        "tropd/student_topk_mass": (stats.topk_logprob_TK.exp().sum(-1), read_T),
+    }
 
 
 def _importance(labels: Labels) -> Entries:

@@ -49,9 +49,32 @@ def rule(
             guidance=Guidance(beta=s.guidance_beta, grad=pick(s.guidance_grad, guidance_grad)),
             reward_logprob=s.reward_logprob,
             outlier_threshold=s.outlier_threshold,
+            topk_share=s.topk_share,
+            log_teacher_entropy=s.log_teacher_entropy,
         )
 
     return objective
+
+
+def on_data(make: Callable[[ObjectiveSettings], Rule]) -> Maker:
+    """The maker of a rule's objective on the responses of the data: no engine wrote them, so there is no importance
+    weight and no prefix."""
+    return lambda s: Distillation(
+        rule=make(s), outlier_threshold=s.outlier_threshold, log_teacher_entropy=s.log_teacher_entropy
+    )
+
+
+def topk_margin(s: ObjectiveSettings) -> float | None:
+    """The margin of ``Gate.topk_use``; None where every token's top-k is needed.
+
+    Where the gate reads the engine's own log-probability the decision is known exactly.  With --rollout-lag the gate
+    reads newer weights than those that wrote, which no margin for rounding covers.
+    """
+    if not s.topk_margin:
+        return None
+    if s.reward_logprob == "rollout":
+        return 0.0
+    return None if s.rollout_lag else s.topk_margin
 
 
 def forward_kl(s: ObjectiveSettings, support: FklSupport = "raw", *, logprob_min: float = 0.0) -> ForwardKl:
@@ -78,4 +101,5 @@ def trust_region(
         forward_kl=forward_kl(s, support, logprob_min=logprob_min) if rejected == "forward_kl" else None,
         grad=pick(s.fkl_grad, grad),
         coef=s.outlier_coef,
+        topk_margin=topk_margin(s),
     )

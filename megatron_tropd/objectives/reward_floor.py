@@ -9,10 +9,10 @@ second order in that mass; that of both variants is of first order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_tropd.objectives.forward_kl import ForwardKl
-from megatron_tropd.objectives.gates import expected_acceptance
+from megatron_tropd.objectives.gates import Gate, expected_acceptance
 from megatron_tropd.objectives.labels import Labels, Term
 from megatron_tropd.types import Needs
 
@@ -25,6 +25,8 @@ class FlooredReward:
     only_rejected: bool
     floor: float = -2.0
     coef: float = 1.0
+    topk_margin: float | None = None
+    """See ``TrustRegion``; of use to ``only_rejected``."""
 
     def __post_init__(self) -> None:
         if self.floor >= 0:
@@ -32,8 +34,10 @@ class FlooredReward:
 
     @property
     def needs(self) -> Needs:
-        """The teacher's top-k."""
-        return self.forward_kl.needs
+        """The teacher's top-k, where a token may be rejected or everywhere."""
+        if not self.only_rejected:
+            return self.forward_kl.needs
+        return replace(self.forward_kl.needs, topk_use=Gate(kind="expected").topk_use(self.topk_margin))
 
     def __call__(self, labels: Labels) -> Term:
         """See the module's docstring."""
@@ -43,4 +47,5 @@ class FlooredReward:
         if trust_T is not None:
             extra_T = (1 - trust_T) * extra_T
         loss_T = labels.policy_gradient(reward_T.clamp(min=self.floor)) + extra_T
-        return Term(loss_T=loss_T, trust_T=trust_T, clamped_T=reward_T < self.floor)
+        topk_T = None if trust_T is None else trust_T < 1
+        return Term(loss_T=loss_T, trust_T=trust_T, clamped_T=reward_T < self.floor, topk_T=topk_T)

@@ -77,6 +77,12 @@ class ObjectiveSettings:
     """Updates per rollout batch, the flag --num-minibatches of the training section."""
     rollout_lag: int = 0
     """Batches by which the rollouts' weights may be older than the trainer's, the flag --rollout-lag."""
+    topk_margin: float = 0.0
+    """The flag --teacher-topk-margin in nats; 0: the teacher sends the top-k of all tokens."""
+    topk_share: float = 0.0
+    """Share of the samples whose top-k comes whole all the same, the flag --log-topk-share."""
+    log_teacher_entropy: bool = False
+    """The flag of this name."""
 
     def __post_init__(self) -> None:
         for name in (f.name for f in fields(self)):

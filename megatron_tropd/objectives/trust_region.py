@@ -10,7 +10,7 @@ with R = log q(x) - log p(x) and w from ``gates.py``.  OPD is w = 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -35,6 +35,9 @@ class TrustRegion:
     forward_kl: ForwardKl | None = None
     grad: FklGrad = "direct"
     coef: float = 1.0
+    topk_margin: float | None = None
+    """Nats by which the rollout engine's log p(x) may be below the trainer's, for tokens that need no top-k; None
+    to ask for the top-k of all tokens."""
 
     def __post_init__(self) -> None:
         if (self.rejected == "forward_kl") != (self.forward_kl is not None):
@@ -43,7 +46,9 @@ class TrustRegion:
     @property
     def needs(self) -> Needs:
         """Top-k ids and log-probabilities where a forward KL is used."""
-        return self.forward_kl.needs if self.forward_kl else Needs()
+        if self.forward_kl is None:
+            return Needs()
+        return replace(self.forward_kl.needs, topk_use=self.gate.topk_use(self.topk_margin))
 
     def __call__(self, labels: Labels) -> Term:
         """See the module's docstring."""
@@ -64,4 +69,5 @@ class TrustRegion:
             loss_T=labels.policy_gradient(advantage_T) + extra_T,
             trust_T=weight_T if self.gate.kind != "none" else None,
             clamped_T=clamped_T,
+            topk_T=rest_T > 0 if self.forward_kl else None,
         )

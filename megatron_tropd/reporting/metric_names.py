@@ -76,6 +76,13 @@ METRICS: dict[str, MetricInfo] = {
     ),
     "reference/logprob_mean": _info("nats", "Mean log-probability of the response tokens by the reference."),
     "teacher/excluded_frac": _info("share", "Response tokens with q = 0."),
+    "teacher/topk_missing_frac": _info(
+        "share",
+        "Written tokens that the gate rejects although no top-k was sent for them; see `--teacher-topk-margin`.",
+    ),
+    "teacher/payload_bytes_per_token": _info(
+        "bytes", "Scores that the teacher sends to the ranks that train, by response token."
+    ),
     "teacher/entropy": _info("nats", "Mean full-vocabulary entropy of the teacher over on-policy tokens."),
     "teacher/wait_s": _info("s", "Seconds that the trainer waited for the scores of a teacher elsewhere."),
     "teacher/busy_frac": _info(

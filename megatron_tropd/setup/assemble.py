@@ -25,6 +25,7 @@ from megatron_tropd.setup.run_files import RunFiles, open_files
 from megatron_tropd.setup.run_spec import RunSpec
 from megatron_tropd.setup.same_run import Origin, find_origin
 from megatron_tropd.setup.scorers import make_scorers
+from megatron_tropd.setup.stored_scores import check_teacher_digest
 from megatron_tropd.training.checkpointing import Checkpoints
 from megatron_tropd.training.evaluations import Evaluations
 from megatron_tropd.training.guard import Guard
@@ -119,6 +120,8 @@ def assemble(spec: RunSpec) -> Assembled:
     student = spec.models.student
     checkpoints = Checkpoints(config, student.arch, student.hf_dir, student.source)
     origin = find_origin(spec, checkpoints)
+    if config.teacher.teacher_placement == "file":
+        check_teacher_digest(config, origin.record.models["teacher"].digest)
     files = open_files(config, origin.start_step)
     with ExitStack() as on_failure:
         on_failure.callback(files.close)

@@ -62,6 +62,7 @@ RANGES = {
     "rollout-lag": _SHARE, "teacher-world-size": _RANKS_OR_DEFAULT, "rollout-num-engines-per-node": Range(0, 10**3),
     "rollout-num-engines": Range(1, 10**4), "rollout-num-gpus-per-node": Range(0, 10**3),
     "sglang-tp-size": Range(1, 10**4),
+    "teacher-topk-margin": _NATS, "log-topk-share": _SHARE,
     "update-weight-buffer-size": Range(1, 1 << 40),
     "sglang-start-timeout": Range(0, 60 * _MINUTES_OF_A_YEAR, open_low=True),
     "sglang-request-timeout": Range(0, 60 * _MINUTES_OF_A_YEAR, open_low=True),

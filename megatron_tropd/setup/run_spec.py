@@ -22,6 +22,7 @@ from megatron_tropd.setup.model_specs import Models, find_models, pin_models
 from megatron_tropd.setup.path_checks import check_directories
 from megatron_tropd.setup.problems import Problems
 from megatron_tropd.setup.run_data import RunData, load_run_data
+from megatron_tropd.setup.stored_scores import check_placement, check_teacher_scores
 from megatron_tropd.setup.teacher_servers import check_teacher_placement, teacher_server_settings
 from megatron_tropd.teacher.preflight import TokenizerReport, check_same_tokens, student_tokens
 from megatron_tropd.types import Needs
@@ -59,6 +60,7 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     if objective:
         check_method(config, objective, problems)
         check_teacher_placement(config, objective.needs, problems)
+        check_placement(config, objective, problems)
     needs = objective.needs if objective else Needs()
     reward_path = config.reward.reward_function if needs.rewards else ""
     reward_function = problems.attempt(lambda: load_reward_function(reward_path)) if reward_path else None
@@ -86,6 +88,8 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     if tokenizer and tokens:
         stop_ids = tokens.teacher_stop_ids
         data = load_run_data(config, objective, reward_function, tokenizer, stop_ids, problems)
+    if data and tokens and config.teacher.teacher_placement == "file" and not problems.errors:
+        check_teacher_scores(config, objective, data.prompts, tokens.common_vocab_size, problems)
     problems.stop_if_any()
     assert tokens and data
     return RunSpec(

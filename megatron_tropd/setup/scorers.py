@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from megatron_tropd.objectives.topk_use import request_of
 from megatron_tropd.parallel.groups import ModelGroups, teacher_groups
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.parallel.roles import job_of_environment
@@ -17,6 +18,8 @@ from megatron_tropd.teacher.colocated import ColocatedScorer
 from megatron_tropd.teacher.dedicated.scorer import DedicatedScorer
 from megatron_tropd.teacher.scorer import Scorer
 from megatron_tropd.teacher.server.scorer import ServerScorer
+from megatron_tropd.teacher.stored.files import ScoreFiles
+from megatron_tropd.teacher.stored.scorer import StoredScorer
 from megatron_tropd.training.diagnostics import diagnostics_due
 from megatron_tropd.training.stream import Scoring
 from megatron_tropd.training.student import params_dtype
@@ -71,10 +74,15 @@ def _server(place: Place) -> Scorer:
     )
 
 
+def _file(place: Place) -> Scorer:
+    return StoredScorer(ScoreFiles(place.spec.config.teacher.teacher_scores))
+
+
 PLACEMENTS: dict[str, Callable[[Place], Scorer]] = {
     "colocated": _colocated,
     "dedicated": _dedicated,
     "server": _server,
+    "file": _file,
 }
 """Maker of the teacher by --teacher-placement.  Collective over the student's ranks."""
 
@@ -88,7 +96,8 @@ def make_scorers(spec: RunSpec, student: ModelGroups) -> tuple[Scoring | None, S
     place = Place(spec=spec, student=student)
 
     def teacher_wants(step: int) -> ScoreRequest:
-        return replace(needs.score, hidden=needs.score.hidden or diagnostics_due(config, step))
+        want = request_of(needs, seed=config.training.seed, step=step)
+        return replace(want, hidden=want.hidden or diagnostics_due(config, step))
 
     teacher = reference = None
     if models.teacher:

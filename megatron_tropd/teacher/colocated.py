@@ -42,8 +42,8 @@ class ColocatedScorer:
         return self._model.output_rows(Grid(layout=student.layout), padded_vocab_size)
 
     def metrics(self) -> dict[str, float]:
-        """Empty: its time is the phase ``score``."""
-        return {}
+        """``payload_bytes_per_token``; its time is the phase ``score``."""
+        return {"payload_bytes_per_token": self._model.payload_bytes_per_token}
 
     def close(self) -> None:
         """Nothing to end."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -19,9 +19,10 @@ from megatron_tropd.parallel.groups import ModelGroups
 from megatron_tropd.parallel.host_offload import HostOffload
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.teacher.output_table import Grid, reshard_output_table
-from megatron_tropd.teacher.routing import route
+from megatron_tropd.teacher.routing import bytes_per_token, payloads, route
 from megatron_tropd.teacher.scorer import Destination
 from megatron_tropd.teacher.scoring import FrozenHead, score_rollouts
+from megatron_tropd.teacher.topk_selection import count_topk_rows, select_topk
 from megatron_tropd.types import Rollout, ScoreRequest, TeacherScores
 
 
@@ -33,6 +34,8 @@ class Located:
     """By rollout index, of this rank's replica, on every rank of its last stage; {} elsewhere."""
     sources: Mapping[int, int]
     """For every rollout, the rank that sends its scores: the first tensor-parallel rank of the last stage."""
+    topk_rows: Mapping[int, int] = field(default_factory=dict)
+    """By rollout index, on every rank: tokens with a top-k, where the request says which need it; {} where all have."""
 
 
 class MegatronTeacher:
@@ -56,6 +59,8 @@ class MegatronTeacher:
         self._max_tokens = max_tokens_per_microbatch
         self._offload = HostOffload(self._model.parameters()) if offload else None
         self._role = role
+        self.payload_bytes_per_token = 0.0
+        """Bytes that the last :meth:`score` sent to the ranks that train, by response token of the batch."""
         self._shard = VocabShard(
             vocab_size=vocab_size,
             rows_per_rank=model.vocab_size // groups.layout.tp,
@@ -134,7 +139,10 @@ class MegatronTeacher:
             flags = f"--{self._role}-hf-checkpoint / --{self._role}-load"
             raise ValueError(f"{self._role}: {error}; check {flags}") from error
         sources = {index: layout.rank(tp=0, pp=layout.pp - 1, dp=owner) for index, owner in plan.owners.items()}
-        return Located(scores=scored, sources=sources)
+        if want.topk_use is None:
+            return Located(scores=scored, sources=sources)
+        chosen = {index: select_topk(scores, rollouts[index], want.topk_use) for index, scores in scored.items()}
+        return Located(scores=chosen, sources=sources, topk_rows=count_topk_rows(chosen))
 
     def score(
         self, rollouts: Sequence[Rollout], want: ScoreRequest, destination: Destination
@@ -142,7 +150,9 @@ class MegatronTeacher:
         """:meth:`score_here`, and send the scores to the ranks that train on the rollouts: a model on the student's own
         ranks."""
         located = self.score_here(rollouts, want)
-        return route(located.scores, located.sources, rollouts, want, destination, self.hidden_like)
+        specs = payloads(rollouts, want, self.hidden_like, located.topk_rows)
+        self.payload_bytes_per_token = bytes_per_token(rollouts, specs)
+        return route(located.scores, located.sources, rollouts, specs, destination)
 
     def logprobs_of(self, sequences: Sequence[Sequence[int]], *, vocab_size: int) -> list[list[float]]:
         """Return the log-probability [nats] of every token but the first, over ``vocab_size`` ids, on every rank.

@@ -17,19 +17,38 @@ from megatron_tropd.teacher.scorer import Destination
 from megatron_tropd.types import Rollout, ScoreRequest, TeacherScores
 
 
-def payload(rollout: Rollout, want: ScoreRequest, hidden_like: Tensor | None) -> dict[str, TensorSpec]:
-    """Fields of TeacherScores that are sent for ``rollout``, in order."""
+def payload(
+    rollout: Rollout, want: ScoreRequest, hidden_like: Tensor | None, topk_rows: int | None = None
+) -> dict[str, TensorSpec]:
+    """Fields of TeacherScores that are sent for ``rollout``, in order; ``topk_rows`` is the number of its tokens with a
+    top-k, None where all that the student wrote have one."""
     length = len(rollout.logprobs)
     specs = {"logprob": TensorSpec(shape=(rollout.response_len,), dtype=torch.float32)}
     if want.top_k:
-        specs["topk_ids"] = TensorSpec(shape=(length, want.top_k), dtype=torch.int32)
-        specs["topk_logprobs"] = TensorSpec(shape=(length, want.top_k), dtype=torch.float32)
+        rows = length if topk_rows is None else topk_rows
+        if topk_rows is not None:
+            specs["topk_rows"] = TensorSpec(shape=(rows,), dtype=torch.int32)
+        specs["topk_ids"] = TensorSpec(shape=(rows, want.top_k), dtype=torch.int32)
+        specs["topk_logprobs"] = TensorSpec(shape=(rows, want.top_k), dtype=torch.float32)
     if want.entropy:
         specs["entropy"] = TensorSpec(shape=(length,), dtype=torch.float32)
     if want.hidden:
         assert hidden_like is not None, "asked for hidden states of a scorer that sends none"
         specs["hidden"] = TensorSpec(shape=(length, hidden_like.shape[1]), dtype=hidden_like.dtype)
     return specs
+
+
+def payloads(
+    rollouts: Sequence[Rollout], want: ScoreRequest, hidden_like: Tensor | None, topk_rows: Mapping[int, int]
+) -> dict[int, dict[str, TensorSpec]]:
+    """:func:`payload` by index of the rollout; ``topk_rows`` is that of ``Located``."""
+    return {index: payload(rollout, want, hidden_like, topk_rows.get(index)) for index, rollout in enumerate(rollouts)}
+
+
+def bytes_per_token(rollouts: Sequence[Rollout], specs: Mapping[int, Mapping[str, TensorSpec]]) -> float:
+    """Return the bytes of all scores of a batch by its response tokens."""
+    num_bytes = sum(spec.num_bytes for of_rollout in specs.values() for spec in of_rollout.values())
+    return num_bytes / max(sum(rollout.response_len for rollout in rollouts), 1)
 
 
 def flatten(
@@ -51,9 +70,8 @@ def route(
     scored: Mapping[int, TeacherScores],
     sources: Mapping[int, int],
     rollouts: Sequence[Rollout],
-    want: ScoreRequest,
+    specs: Mapping[int, Mapping[str, TensorSpec]],
     destination: Destination,
-    hidden_like: Tensor | None,
 ) -> dict[int, TeacherScores]:
     """Return the scores of the rollouts that this rank trains on.  Collective over the student's ranks.
 
@@ -61,12 +79,10 @@ def route(
         scored: what this rank holds, by rollout index.
         sources: for every rollout, the rank that holds its scores.
         rollouts: of the whole batch.
-        want: what was asked for.
+        specs: what is sent of each, as :func:`payloads` gives it.
         destination: who trains on what.
-        hidden_like: see :class:`Scorer`.
     """
     rank = dist.get_rank()
-    specs = {index: payload(rollout, want, hidden_like) for index, rollout in enumerate(rollouts)}
     send: dict[int, list[int]] = {}
     receive: dict[int, list[int]] = {}
     for index in range(len(rollouts)):

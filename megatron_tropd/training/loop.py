@@ -22,6 +22,7 @@ from megatron_tropd.training.student import Student
 from megatron_tropd.types import Counts, Rollout, StepReport
 
 PARITY = "parity/logprob_abs_diff_mean"
+MISSING_TOPK = "teacher/topk_missing_frac"
 
 
 def train(run: Run, start_step: int) -> None:
@@ -163,6 +164,7 @@ def _update(run: Run, batch: Batch, updates: Sequence[PackedUpdate], step: int, 
         if run.guard.judge(update) == "stepped":
             if PARITY in sums[-1].metrics and first_version == min(r.weight_version[0] for r in batch.rollouts):
                 _judge_parity(run, sums[-1].metrics[PARITY], f"rollouts of step {step + 1}")
+            _judge_topk(run, sums[-1].metrics.get(MISSING_TOPK, 0.0), step)
             student.step()
         else:
             student.skip()
@@ -213,6 +215,11 @@ def push_weights(run: Run) -> dict[str, float]:
 
 def _judge_parity(run: Run, gap: float, what: str) -> None:
     if warning := run.parity.judge(gap, what):
+        run.progress.message(f"warning: {warning}")
+
+
+def _judge_topk(run: Run, missing: float, step: int) -> None:
+    if warning := run.parity.judge_missing_topk(missing, f"step {step + 1}"):
         run.progress.message(f"warning: {warning}")
 
 

@@ -22,6 +22,11 @@ NUM_PROBES = 2
 PROBE_TOKENS = 64
 
 
+MISSING_TOPK_LIMIT = 1e-3
+"""Largest share of the written tokens that the gate rejects although the teacher sent no top-k for them: their loss
+then lacks its forward KL."""
+
+
 class ParityError(RuntimeError):
     """Engine and trainer disagree about the log-probabilities of the same tokens."""
 
@@ -44,6 +49,19 @@ class ParityAlarm:
             f"{what}: the engine's log-probabilities differ from the trainer's by {mean:.3g} nats on average, above "
             f"--parity-limit {self._limit:g}; the engine holds other weights, another dtype or another temperature"
         )
+        return self._alarm(text)
+
+    def judge_missing_topk(self, share: float, what: str) -> str | None:
+        """As :meth:`judge`, of the share of the written tokens that need a top-k which the teacher did not send."""
+        if share <= MISSING_TOPK_LIMIT:
+            return None
+        return self._alarm(
+            f"{what}: {share:.3g} of the tokens are rejected by the gate and have no top-k, above "
+            f"{MISSING_TOPK_LIMIT:g}: engine and trainer differ by more than --teacher-topk-margin; raise it, or set "
+            "it to 0 to send every top-k"
+        )
+
+    def _alarm(self, text: str) -> str:
         if self._policy == "stop":
             raise ParityError(f"{text} (--on-parity warn trains on)")
         return text

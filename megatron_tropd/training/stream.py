@@ -48,7 +48,7 @@ class Stream:
     Args:
         config: of the run.
         source: of the prompts; its cursor is behind the batch that was begun last.
-        engines: None where responses are those of the data (supervised finetuning).
+        engines: None where responses are those of the data.
         scorers: all that score the rollouts of a batch.
     """
 
@@ -79,7 +79,8 @@ class Stream:
             return
         prompts = self._source.take(self._config.rollout.rollout_batch_size)
         if self._engines is None:
-            self.resume(Pending(step=step, rollouts=guidance.whole_responses(prompts, version)))
+            rollouts = guidance.whole_responses(prompts, version, scored=bool(self._scorers))
+            self.resume(Pending(step=step, rollouts=rollouts))
             return
         sampling = SamplingParams(seed=self._config.training.seed, stream=rng.Stream.SAMPLING, step=step)
         self._engines.submit(self._requests(prompts, step), sampling, version, lambda found: self._hand_on(step, found))

@@ -6,7 +6,8 @@
                          table      send the rows of the output table
                          stop
     teacher -> trainer   ready      the model is loaded
-                         scored     which rank sends the scores of which rollout; follows ``deliver``
+                         scored     which rank sends the scores of which rollout, and how many tokens of it have a top-k
+                                    where the request says which need it; follows ``deliver``
                          logprobs
                          failed     the batch, or the sequences, cannot be scored
                          stopped
@@ -23,7 +24,7 @@ from typing import Any
 from megatron_tropd.data.rollout_codec import decode_rollouts, encode_rollouts
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.parallel.mailbox import Message
-from megatron_tropd.types import Rollout, ScoreRequest
+from megatron_tropd.types import Rollout, ScoreRequest, TopkUse
 
 
 def inbox(teacher: str) -> str:
@@ -46,7 +47,10 @@ def read_score(message: Message) -> tuple[int, dict[int, Rollout], ScoreRequest]
     """Return (step, rollouts by index, what is wanted)."""
     values = message.values
     rollouts = dict(zip(values["indices"], decode_rollouts(message.data), strict=True))
-    return values["step"], rollouts, ScoreRequest(**values["want"])
+    want = dict(values["want"])
+    if want["topk_use"] is not None:
+        want["topk_use"] = TopkUse(**want["topk_use"])
+    return values["step"], rollouts, ScoreRequest(**want)
 
 
 def deliver_message(step: int, targets: Sequence[int]) -> Message:

@@ -23,7 +23,7 @@ from megatron_tropd.teacher.dedicated.messages import (
     table_message,
 )
 from megatron_tropd.teacher.output_table import Grid, reshard_output_table
-from megatron_tropd.teacher.routing import payload, share, unflatten
+from megatron_tropd.teacher.routing import bytes_per_token, payloads, share, unflatten
 from megatron_tropd.teacher.scorer import Destination, ScorerError
 from megatron_tropd.types import Rollout, ScoreRequest, TeacherScores
 
@@ -107,7 +107,7 @@ class DedicatedScorer:
         for index, (source, target) in enumerate(zip(answer.values["sources"], targets, strict=True)):
             if target == self._bridge.rank:
                 receive[source].append(index)
-        specs = {index: payload(rollout, want, self._hidden_like) for index, rollout in enumerate(rollouts)}
+        specs = payloads(rollouts, want, self._hidden_like, dict(answer.values["topk_rows"]))
         wanted = {peer: [s for i in indices for s in specs[i].values()] for peer, indices in receive.items()}
         arrived = exchange({}, wanted, self._bridge)
         mine: dict[int, TeacherScores] = {}
@@ -115,6 +115,7 @@ class DedicatedScorer:
             mine |= unflatten(arrived[peer], indices, specs)
         self._measured = {
             "wait_s": time.perf_counter() - started,
+            "payload_bytes_per_token": bytes_per_token(rollouts, specs),
             "busy_frac": answer.values["busy_s"] / max(answer.values["total_s"], 1e-9),
         }
         return share(mine, rollouts, specs, destination)
@@ -142,7 +143,7 @@ class DedicatedScorer:
 
     def metrics(self) -> dict[str, float]:
         """``wait_s``: seconds that the trainer waited for the last batch's scores; ``busy_frac``: share of the time
-        since the batch before that the teacher scored."""
+        since the batch before that the teacher scored; ``payload_bytes_per_token``."""
         measured, self._measured = self._measured, {}
         return measured
 

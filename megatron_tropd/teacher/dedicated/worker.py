@@ -18,7 +18,7 @@ from megatron_tropd.parallel.mailbox import Mailbox, Message
 from megatron_tropd.teacher.dedicated.messages import layout_of, read_score
 from megatron_tropd.teacher.megatron import MegatronTeacher
 from megatron_tropd.teacher.output_table import Grid
-from megatron_tropd.teacher.routing import flatten, payload
+from megatron_tropd.teacher.routing import flatten, payloads
 from megatron_tropd.types import Rollout, ScoreRequest, TeacherScores
 
 _GATHER_S = 0.05
@@ -39,6 +39,8 @@ class _Batch:
     """What this rank holds, as in ``Located``."""
     sources: dict[int, int] = field(default_factory=dict)
     """Rank in the teacher's world that sends each rollout's scores."""
+    topk_rows: dict[int, int] = field(default_factory=dict)
+    """As in ``Located``."""
     failure: str = ""
 
 
@@ -120,6 +122,7 @@ class Worker:
         else:
             batch.scores |= {indices[i]: scores for i, scores in located.scores.items()}
             batch.sources |= {indices[i]: rank for i, rank in located.sources.items()}
+            batch.topk_rows |= {indices[i]: count for i, count in located.topk_rows.items()}
         self._busy_s += time.perf_counter() - started
 
     def _deliver(self, step: int, targets: list[int], batch: _Batch | None) -> None:
@@ -135,13 +138,15 @@ class Worker:
         measured = {"busy_s": self._busy_s, "total_s": now - self._since}
         self._busy_s, self._since = 0.0, now
         sources = [self._first + batch.sources[index] for index in range(len(targets))]
-        self._reply(Message(kind="scored", values={"sources": sources, **measured}))
+        counts = list(batch.topk_rows.items())  # JSON has no integers as keys
+        self._reply(Message(kind="scored", values={"sources": sources, "topk_rows": counts, **measured}))
         send: dict[int, list[int]] = defaultdict(list)
         for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
             if source == self._bridge.rank:
                 send[target].append(index)
         like = self._model.hidden_like
-        specs = {index: payload(rollout, batch.want, like) for index, rollout in batch.rollouts.items()}
+        ordered = [batch.rollouts[index] for index in range(len(targets))]
+        specs = payloads(ordered, batch.want, like, batch.topk_rows)
         tensors: dict[int, list[Tensor]] = {t: flatten(batch.scores, indices, specs) for t, indices in send.items()}
         exchange(tensors, {}, self._bridge)
 

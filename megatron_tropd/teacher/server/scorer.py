@@ -19,7 +19,7 @@ from megatron_tropd.sglang.loop_thread import LoopThread
 from megatron_tropd.sglang.server.handle import MakeServer
 from megatron_tropd.sglang.server.process import ServerProcess
 from megatron_tropd.sglang.settings import ServerSettings
-from megatron_tropd.teacher.routing import route
+from megatron_tropd.teacher.routing import payloads, route
 from megatron_tropd.teacher.scorer import Destination, ScorerError
 from megatron_tropd.teacher.server.fleet import Suspicion, TeacherFleet
 from megatron_tropd.teacher.server.server import TeacherModel
@@ -114,7 +114,7 @@ class ServerScorer:
             raise ScorerError(f"{len(sources)} of the {len(rollouts)} rollouts of step {step + 1} were submitted")
         self._measure(last, time.perf_counter() - started)
         scored = {index: future.result() for index, future in asked.items()}
-        return route(scored, sources, rollouts, want, destination, None)
+        return route(scored, sources, rollouts, payloads(rollouts, want, None, {}), destination)
 
     def _wait_for_all(self, asked: Mapping[int, concurrent.futures.Future[TeacherScores]]) -> list[_Round]:
         """Wait until every rank has its scores; return what the ranks told in the last round.  Collective."""
