@@ -69,7 +69,7 @@ def test_a_dedicated_teacher_scores_while_others_are_written():
 def test_placements_need_their_gpus():
     totals = {
         "colocated": (8 + 4, ()), "dedicated": (8 + 4, ("--teacher-world-size", "2")),
-        "server": (8 + 4 + 2, ("--teacher-world-size", "2")), "file": (8 + 4, ()),
+        "server": (8 + 4 + 2, ("--teacher-num-servers", "2")), "file": (8 + 4, ()),
     }  # fmt: skip
     weights = {}
     for placement, (total, more) in totals.items():
@@ -177,8 +177,8 @@ def test_json_has_the_numbers_of_the_text(capsys):
         ),
         ([*SMALL, "--teacher-world-size", "2"], ["--teacher-world-size 2 has no meaning"]),
         (
-            [*SMALL, *["--teacher-placement", "server", "--teacher-world-size", "6", "--teacher-tensor-model-parallel-size", "4"]],
-            ["does not divide --teacher-world-size 6"],
+            [*SMALL, "--teacher-placement", "server", "--teacher-sglang-tp-size", "5"],
+            ["--teacher-sglang-tp-size 5"],
         ),
         ([*SGLANG, "--rollout-num-engines", "9"], ["--rollout-num-engines 9", "do not fit the 8 GPUs"]),
         ([*SGLANG, "--sglang-mem-fraction-static", "much"], ["--sglang-mem-fraction-static much is not a number"]),

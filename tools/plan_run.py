@@ -16,27 +16,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megatron_tropd.cli import ConfigError, parse, to_flags  # noqa: E402
+from megatron_tropd.cli import ConfigError, parse  # noqa: E402
 from megatron_tropd.config import TrainConfig  # noqa: E402
 from tools.model_sizes import NAMES  # noqa: E402
 from tools.planning.hardware import GPUS, Efficiency  # noqa: E402
 from tools.planning.report import RunPlan, as_value, text  # noqa: E402
-from tools.planning.scenario import PLACEMENTS, Machines, make_scenario  # noqa: E402
+from tools.planning.scenario import Machines, make_scenario  # noqa: E402
 from tools.planning.table import print_table  # noqa: E402
 
 EFFICIENCIES = ("score", "train", "decode_bandwidth", "link")
 """Fields of Efficiency that have a flag."""
-LATER: dict[str, dict[str, Any]] = {
-    "teacher-placement": {"choices": PLACEMENTS, "default": "colocated", "help": "where the teacher is"},
-    "teacher-world-size": {"type": int, "default": 0, "help": "GPUs of a dedicated teacher, or of its servers"},
-    "rollout-lag": {"type": int, "choices": (0, 1), "default": 0, "help": "batches between writing and training"},
-}
-"""Flags of runs to come.  One that config.py has is read there, and its option here vanishes: then delete its line."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,10 +63,6 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument(
             f"--{name.replace('_', '-')}-efficiency", type=float, default=value, help=f"share of the peak ({value})"
         )
-    known = to_flags(TrainConfig())
-    for name, options in LATER.items():
-        if name not in known:
-            p.add_argument(f"--{name}", **options)
     p.add_argument("--json", action="store_true", help="print JSON instead of text")
     p.add_argument("--table", action="store_true", help="print the table of docs/scaling.md")
     return p
@@ -98,16 +88,21 @@ def machines_of(args: argparse.Namespace, config: TrainConfig) -> Machines:
             gpu = replace(gpu, **{field: value * unit})
     if errors:
         raise ConfigError(errors)
-    flags = to_flags(config)
-    later: dict[str, Any] = {name: flags.get(name, getattr(args, name.replace("-", "_"), None)) for name in LATER}
-    later = {name.replace("-", "_"): value for name, value in later.items()}
-    later["rollout_lag"] = int(later["rollout_lag"])
     return Machines(
         num_gpus=args.num_gpus, gpus_per_node=args.gpus_per_node, gpu=gpu, reserve=args.memory_reserve_gb * 1e9,
         efficiency=Efficiency(**{name: getattr(args, f"{name}_efficiency") for name in EFFICIENCIES}),
         mean_prompt_length=args.mean_prompt_length, mean_response_length=args.mean_response_length,
-        **later,
+        teacher_placement=config.teacher.teacher_placement, teacher_world_size=_teacher_gpus(config),
+        rollout_lag=config.rollout.rollout_lag,
     )  # fmt: skip
+
+
+def _teacher_gpus(config: TrainConfig) -> int:
+    """Return the number of GPUs that only the teacher uses."""
+    teacher = config.teacher
+    if teacher.teacher_placement == "server":
+        return (len(teacher.teacher_urls) or teacher.teacher_num_servers) * teacher.teacher_sglang_tp_size
+    return teacher.teacher_world_size
 
 
 def plan(argv: Sequence[str]) -> RunPlan:

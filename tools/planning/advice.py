@@ -165,7 +165,7 @@ def remarks(scenario: Scenario, step: StepPlan) -> list[str]:
     if own and step.waits_for_scores_s > 0.2 * step.step_s:
         found.append(
             f"the step waits {step.waits_for_scores_s:.0f} s for scores after the last rollout: raise "
-            "--teacher-world-size"
+            "--teacher-world-size (dedicated) or --teacher-num-servers (server)"
         )
     return found
 
@@ -174,7 +174,7 @@ def _idle(pool: str, step: StepPlan) -> str:
     """Return what would leave a pool less idle."""
     lag = "" if step.overlaps else ", or --rollout-lag 1 with engines that have GPUs of their own"
     hints = {
-        "teacher": "lower --teacher-world-size, or --teacher-placement colocated",
+        "teacher": "lower --teacher-world-size or --teacher-num-servers, or --teacher-placement colocated",
         "engines": f"fewer engines{lag}",
         "trainer": f"fewer ranks and more engines{lag}",
     }

@@ -62,15 +62,12 @@ class Machines:
         found = [f"{flag} {value} must be at least 1" for flag, value in flags.items() if value < 1]
         if self.rollout_lag not in (0, 1):
             found.append(f"--rollout-lag {self.rollout_lag} must be 0 or 1")
-        own = self.teacher_placement in ("dedicated", "server")
-        if own and self.teacher_world_size < 1:
-            found.append(
-                f"--teacher-placement {self.teacher_placement} needs --teacher-world-size N, the GPUs of the teacher"
-            )
-        if not own and self.teacher_world_size:
+        if self.teacher_placement == "dedicated" and self.teacher_world_size < 1:
+            found.append("--teacher-placement dedicated needs --teacher-world-size N, the ranks of the teacher")
+        if self.teacher_placement not in ("dedicated", "server") and self.teacher_world_size:
             found.append(
                 f"--teacher-world-size {self.teacher_world_size} has no meaning with --teacher-placement "
-                f"{self.teacher_placement}; choose dedicated or server"
+                f"{self.teacher_placement}; choose dedicated"
             )
         if self.teacher_placement == "dedicated" and self.teacher_world_size >= self.num_gpus >= 1:
             found.append(
@@ -281,7 +278,7 @@ class _Layouts:
             world = dedicated or ranks
             theirs = problems.attempt(lambda: _layout(config, teacher, world, "teacher-"))
         elif teacher and machines.teacher_placement == "server":
-            engine = problems.attempt(lambda: _teacher_engine(config, machines, teacher))
+            engine = problems.attempt(lambda: _teacher_engine(config, teacher))
         third = problems.attempt(lambda: _layout(config, reference, ranks, "teacher-")) if reference else None
         return cls(student=own, teacher=theirs, teacher_engine=engine, reference=third)
 
@@ -300,20 +297,17 @@ def _layout(config: TrainConfig, arch: Architecture, world: int, owner: Literal[
     return layout
 
 
-def _teacher_engine(config: TrainConfig, machines: Machines, teacher: Architecture) -> EngineLayout:
-    """Return the cut of a server that scores, by the teacher's flags.
+def _teacher_engine(config: TrainConfig, teacher: Architecture) -> EngineLayout:
+    """Return the cut of a server that scores, by --teacher-sglang-tp-size and --teacher-sglang-ep-size.
 
     Raises:
-        ConfigError: SGLang cannot cut the model this way, or the servers do not fill their GPUs.
+        ConfigError: SGLang cannot cut the model this way.
     """
-    tp, ep = config.teacher.teacher_tensor_model_parallel_size, config.teacher.teacher_expert_model_parallel_size
-    layout = EngineLayout(tp=tp, ep=ep)
-    errors = [error.replace("--sglang-", "teacher's servers: --sglang-") for error in layout.cut_errors(teacher)]
-    if machines.teacher_world_size % tp:
-        errors.append(
-            f"--teacher-tensor-model-parallel-size {tp}, the GPUs of each of the teacher's servers, does not divide "
-            f"--teacher-world-size {machines.teacher_world_size}"
-        )
+    words = config.teacher_sglang_flags.get("ep-size", ("1",))
+    if not words or not words[0].isdecimal():
+        raise ConfigError([f"--teacher-sglang-ep-size {' '.join(words)} is not a number"])
+    layout = EngineLayout(tp=config.teacher.teacher_sglang_tp_size, ep=int(words[0]))
+    errors = [error.replace("--sglang-", "--teacher-sglang-") for error in layout.cut_errors(teacher)]
     if errors:
         raise ConfigError(errors)
     return layout
@@ -326,7 +320,9 @@ def _engines(config: TrainConfig, machines: Machines, student: Architecture, pro
     if engine.rollout_engine == "embedded":
         return Engines(number=ranks, layout=EngineLayout(), shared_ranks=ranks, fraction=0.0)
     layout = EngineLayout(tp=engine.sglang_tp_size, ep=_flag_number(config, "ep-size", 1, problems))
-    number = len(engine.rollout_engine_urls) or engine.rollout_num_engines
+    nodes = -(-machines.num_gpus // machines.gpus_per_node)
+    on_nodes = nodes * engine.rollout_num_engines_per_node
+    number = len(engine.rollout_engine_urls) or on_nodes or engine.rollout_num_engines
     problems.errors.extend(layout.cut_errors(student))
     ids = engine.rollout_gpu_ids
     if wrong := [gpu for gpu in ids if not gpu.isdecimal()]:

@@ -20,6 +20,7 @@ SHORT = {
     "tep": "teacher-expert-model-parallel-size", "tetp": "teacher-expert-tensor-parallel-size",
     "engines": "rollout-num-engines", "etp": "sglang-tp-size", "fraction": "sglang-mem-fraction-static",
     "place": "teacher-placement", "teacher-gpus": "teacher-world-size", "lag": "rollout-lag",
+    "servers": "teacher-num-servers", "servers-tp": "teacher-sglang-tp-size", "servers-ep": "teacher-sglang-ep-size",
 }  # fmt: skip
 ROWS = (
     "student=qwen3-1.7b teacher=qwen3-4b gpus=8 tp=1 ttp=1 engines=8 fraction=0.3",
@@ -34,7 +35,8 @@ ROWS = (
     "student=qwen3-8b teacher=qwen3-235b-a22b gpus=32 tp=4 ttp=1 tep=32 engines=32 fraction=0.25",
     "student=qwen3-8b teacher=qwen3-235b-a22b gpus=16 tp=4 ttp=2 tep=8 tetp=1 place=dedicated teacher-gpus=8 urls=16 "
     "lag=1",
-    "student=qwen3-8b teacher=qwen3-235b-a22b gpus=8 tp=4 place=server teacher-gpus=8 ttp=8 tep=8 urls=16 lag=1",
+    "student=qwen3-8b teacher=qwen3-235b-a22b gpus=8 tp=4 place=server servers=1 servers-tp=8 servers-ep=8 urls=16 "
+    "lag=1",
 )
 """Rows in the short names of :data:`SHORT`; ``urls=N`` are N servers on GPUs of their own."""
 COLUMNS = (
@@ -63,7 +65,7 @@ def cells(row: str, plan: RunPlan) -> list[str]:
     pools = {pool.name: pool for pool in step.pools}
     shares = [f"{step.busy(pools[name]):.0%}" if name in pools else "-" for name in ("trainer", "teacher", "engines")]
     own = s.machines.teacher_world_size
-    layout = layout_text(s.teacher_layout) if s.teacher_layout else f"servers of {settings['ttp']}"
+    layout = layout_text(s.teacher_layout) if s.teacher_layout else f"servers of {settings['servers-tp']}"
     tokens = s.sequences * s.lengths.mean / step.step_s / s.total_gpus
     return [
         f"{settings['student']} <- {settings['teacher']}",
