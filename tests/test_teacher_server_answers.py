@@ -105,6 +105,7 @@ NAN, TWICE = np.full((3, TOP_K), -1.0, np.float32), np.arange(9, dtype=np.int32)
         ("input_top_logprobs_val_flat_b64", 7, "no base64 of float32"),
         ("input_top_logprobs_val_flat_b64_dtype", "float16", "expected float32"),
         ("input_top_logprobs_val_flat_b64", _b64(NAN * np.float32("nan")), "a top log-probability is nan"),
+        ("input_top_logprobs_val_flat_b64", _b64(NAN * np.float32("inf")), "a top log-probability is -inf"),
         ("input_top_logprobs_val_flat_b64", _b64(-NAN), "a top log-probability is 1.0"),
         ("input_top_logprobs_idx_flat_b64", _b64(TWICE + 45), r"a top id is 50; expected one in \[0, 50\)"),
         ("input_top_logprobs_idx_flat_b64", _b64(TWICE - 1), "a top id is -1"),
