@@ -15,14 +15,17 @@ LAYOUT = {"pipeline_model_parallel_size": 2, "teacher_tensor_model_parallel_size
 class _Spoiling:
     """A teacher that loses one number of one rollout on the way."""
 
-    def __init__(self, teacher, value, hidden_like):
-        self._teacher, self._value, self.hidden_like = teacher, value, hidden_like
+    def __init__(self, teacher, value):
+        self._teacher, self._value, self.hidden_like = teacher, value, teacher.hidden_like
 
-    def score(self, rollouts, want, destination):
-        scores = self._teacher.score(rollouts, want, destination)
+    def scores(self, step, rollouts, want, destination):
+        scores = self._teacher.scores(step, rollouts, want, destination)
         if 5 in scores:
             scores[5].logprob[-1] = self._value
         return scores
+
+    def metrics(self):
+        return self._teacher.metrics()
 
 
 def _spoiled_step(argv, value):
@@ -36,8 +39,9 @@ def _spoiled_step(argv, value):
     from megatron_tropd.training.loop import push_weights, train_step
 
     assembled = assemble(make_run_spec(parse(argv), dist.get_world_size()))
-    teacher = assembled.run.teacher
-    run = dataclasses.replace(assembled.run, teacher=_Spoiling(teacher, value, teacher.hidden_like))
+    scoring = assembled.run.teacher
+    spoiling = dataclasses.replace(scoring, scorer=_Spoiling(scoring.scorer, value))
+    run = dataclasses.replace(assembled.run, teacher=spoiling)
     try:
         push_weights(run)
         before = [p.detach().clone() for p in run.student.model.parameters()]
