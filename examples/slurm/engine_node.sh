@@ -13,14 +13,14 @@ keys() { # one line of JSON; then the pipe stays open, because the server ends w
     "${PYTHON}" -c '
 import json, sys
 from pathlib import Path
-from megatron_tropd.rollout.sglang.settings import load_keys
+from megatron_tropd.sglang.settings import load_keys
 keys = load_keys({}, Path(sys.argv[1]))
 print(json.dumps({"api_key": keys.api, "admin_api_key": keys.admin}), flush=True)
 ' "${KEY_FILE}" && exec sleep infinity
 }
 
 for ((i = 0; i < ENGINES_PER_NODE; i++)); do
-    keys | env -u PYTHONPATH HF_HUB_OFFLINE=1 "${SGLANG_PYTHON}" -P "${REPO}/megatron_tropd/rollout/sglang/server/launch.py" \
+    keys | env -u PYTHONPATH HF_HUB_OFFLINE=1 "${SGLANG_PYTHON}" -P "${REPO}/megatron_tropd/sglang/server/launch.py" \
         --model-path "${STUDENT}" --host 0.0.0.0 --port "$((ENGINE_PORT + i))" \
         --load-format dummy --skip-tokenizer-init --skip-server-warmup \
         --tp-size "${TP}" --base-gpu-id "$((i * TP))" "${MORE[@]}" \
