@@ -45,11 +45,15 @@ def train(world: Path, run_dir: Path, url: str, *, ranks: int, steps: int, flags
         "--rollout-engine-urls", url, "--update-weight-transport", "shared", *flags,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=1800
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, words))}\n{(done.stdout + done.stderr)[-3000:]}")
+    # Into a file: torch's manager of shared memory holds a pipe open for as long as the server maps the weights.
+    printed = run_dir.with_suffix(".log")
+    with printed.open("w") as output:
+        code = subprocess.run(
+            list(map(str, words)), cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False,
+            timeout=1800,
+        ).returncode  # fmt: skip
+    if code:
+        raise RuntimeError(f"{' '.join(map(str, words))}\n{printed.read_text()[-3000:]}")
     return _medians(run_dir)
 
 
