@@ -2,7 +2,7 @@
 #   make quickstart   the main job: a student learns from a teacher, two ranks, about two minutes
 #                     (ENGINE=sglang: rollouts by the real SGLang server, whose environment is made first;
 #                     TEACHER=server: the teacher on such a server)
-#   make test         the whole test suite, 13 minutes
+#   make test         the whole test suite, about 20 minutes
 # and besides: make check (lint, types, and all tests without ranks, servers or other processes: 75 seconds, the
 #   first time two minutes, because mypy then reads torch),
 #   make test-megatron (the tests that touch Megatron-core, 5 minutes: for another version of it),
