@@ -124,7 +124,6 @@ def test_roles_are_consecutive_ranks():
     assert [Job(roles=roles, rank=rank).role.name for rank in (0, 3, 4, 5, 6)] == [
         "trainer", "trainer", "teacher", "teacher", "judge",
     ]  # fmt: skip
-    assert Job(roles=roles, rank=0).size == 7
 
 
 def test_a_mailbox_keeps_order_and_large_messages():

@@ -57,6 +57,23 @@ def test_one_of_two_servers_is_killed_while_it_writes_and_the_other_before_a_pus
     assert victim.version == witness.version == version and witness.checksum == victim.checksum
 
 
+def test_what_dead_servers_did_not_write_is_written_by_the_weights_of_the_trainer_then(sglang):
+    """As with --rollout-lag 1: the trainer has made an update when it asks for the batch."""
+    version = sglang.push()
+    before = sglang.student.model
+    requests = requests_of(12, max_new=120)
+    killer = _kill_when_busy(sglang, sglang.engines)
+    sglang.pool.submit(requests, params(), version)
+    killer.join(timeout=60)
+    newer = sglang.student.change()
+    rollouts = sglang.pool.finished(newer)
+    assert any(rollout.weight_version == (newer, newer) for rollout in rollouts)
+    for written_by, model in ((version, before), (newer, sglang.student.model)):
+        pairs = [p for p in zip(rollouts, requests, strict=True) if p[0].weight_version == (written_by, written_by)]
+        assert check_rollouts([r for r, _ in pairs], [q for _, q in pairs], model, written_by) < 1e-5
+    assert {engine.version for engine in sglang.engines} == {newer} and sglang.pool.weight_version == newer
+
+
 def test_all_servers_are_killed_while_they_write(sglang):
     """They are started anew and get the current weights by another export, in the middle of the batch."""
     version = sglang.push()

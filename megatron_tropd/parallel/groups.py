@@ -23,7 +23,7 @@ from torch.distributed import distributed_c10d
 
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.layout import ParallelLayout, RankCoords
-from megatron_tropd.parallel.roles import Job, job_store
+from megatron_tropd.parallel.roles import Job, join_job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,7 @@ def init_distributed(timeout_s: float = DEFAULT_TIMEOUT_S, job: Job | None = Non
         timeout = timedelta(seconds=timeout_s)
         if job is not None and len(job.roles) > 1:
             dist.init_process_group(
-                platform.backend(), store=dist.PrefixStore(job.role.name, job_store(timeout_s)),
+                platform.backend(), store=dist.PrefixStore(job.role.name, join_job(timeout_s)),
                 rank=job.rank - job.role.first, world_size=job.role.size, timeout=timeout,
             )  # fmt: skip
         elif "MASTER_ADDR" in os.environ:

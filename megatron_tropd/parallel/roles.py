@@ -42,11 +42,6 @@ class Job:
     """Rank in the job, torchrun's RANK."""
 
     @property
-    def size(self) -> int:
-        """Ranks of the job."""
-        return sum(role.size for role in self.roles)
-
-    @property
     def role(self) -> Role:
         """Role of this process."""
         return next(role for role in self.roles if self.rank in role)
@@ -79,16 +74,10 @@ def job_of_environment(roles: Sequence[Role]) -> Job:
     return Job(roles=tuple(roles), rank=int(os.environ.get("RANK", "0")))
 
 
-def job_store(timeout_s: float) -> dist.Store:
-    """Return the store of the job, which all its ranks reach; the first call makes it.  Collective over the job."""
-    global _store
-    if _store is None:
-        found, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-        _store = found
-    return _store
-
-
-_store: dist.Store | None = None
+def join_job(timeout_s: float) -> dist.Store:
+    """Return the store that all ranks of the job reach.  Collective over the job, once."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    return store
 
 
 def another_connection(timeout_s: float) -> dist.Store:

@@ -73,7 +73,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
         outcome = _update(run, scored.batch, updates, step, scored.metrics.get("reward/abs_max", 0.0))
     del updates  # as large as the scores
     run.stream.trained()
-    if run.objective.needs.rollouts and not run.config.rollout.rollout_lag:
+    if run.objective.needs.rollouts and not ahead:
         arrived = push_weights(run)
     return StepReport(
         step=step + 1,
@@ -87,7 +87,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
             **scored.metrics,
             **gradients,
             **arrived,
-            **({f"teacher/{name}": v for name, v in run.teacher.scorer.metrics().items()} if run.teacher else {}),
+            **_teacher_metrics(run),
             **_batch_metrics(run, step, rollouts, version),
         },
         seconds=progress.take_seconds(),
@@ -235,6 +235,13 @@ def _evaluate(run: Run, step: int, *, whole: bool = False) -> None:
     run.student.sleep()
     run.evaluations.run(generate, step=step, whole=whole, counts=lambda: engines.written)
     run.student.wake()
+
+
+def _teacher_metrics(run: Run) -> dict[str, float]:
+    """Return what the teacher's scorer measured of the step."""
+    if run.teacher is None:
+        return {}
+    return {f"teacher/{name}": value for name, value in run.teacher.scorer.metrics().items()}
 
 
 def _batch_metrics(run: Run, step: int, rollouts: Sequence[Rollout], version: int) -> dict[str, float]:

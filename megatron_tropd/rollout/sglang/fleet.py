@@ -92,8 +92,9 @@ class Fleet(ServerFleet[Engine]):
         self._max_concurrent = settings.max_concurrent_prompts
         self._rules = rules
         self.clock = IdleClock()
-        self._checksums: dict[int, set[str]] = {}
-        """Checksums of the weights being served, reported by the servers of each tensor-parallel size."""
+        self._checksums: dict[tuple[int, int], set[str]] = {}
+        """Checksums that the servers reported, by weight version and tensor-parallel size.  Servers that were started
+        anew may be given a later version than the last whole push."""
         self._writing: asyncio.Task[None] | None = None
         """The work on a job that :meth:`has_ended` has not seen the end of."""
 
@@ -290,7 +291,7 @@ class Fleet(ServerFleet[Engine]):
             self._forgive(engine)
             self.counts["unverified"] += not engine.verified
             if engine.checksum:
-                self._checksums.setdefault(engine.tp_size, set()).add(engine.checksum)
+                self._checksums.setdefault((version, engine.tp_size), set()).add(engine.checksum)
         if any(len(checksums) > 1 for checksums in self._checksums.values()):
             for engine in usable:
                 engine.version = None
