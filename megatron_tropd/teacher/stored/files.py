@@ -16,17 +16,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_tropd.data.token_cache.shard import replacing
 from megatron_tropd.json_files import read_json_object, shown
 from megatron_tropd.types import TeacherScores
 
@@ -51,7 +50,8 @@ class Manifest:
         """Write ``manifest.json``."""
         directory.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(self), indent=2) + "\n"
-        _replace(directory / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+        with replacing(directory / MANIFEST) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -81,16 +81,6 @@ def key_of(token_ids: Sequence[int], prompt_len: int) -> bytes:
     return hashlib.sha256(numbers.astype("<i4").tobytes()).digest()[:_KEY_BYTES]
 
 
-def _replace(path: Path, write: Any) -> None:
-    """Have ``write`` make the file beside ``path``, and move it there: a file is there whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def shard_path(directory: Path, number: int) -> Path:
     """Return the path of a shard."""
     return directory / f"scores-{number:05d}.safetensors"
@@ -102,7 +92,8 @@ def write_shard(path: Path, scored: Sequence[tuple[bytes, TeacherScores]]) -> No
     tensors = {name: torch.cat([getattr(scores, name) for _, scores in scored]).contiguous() for name in names}
     tensors["keys"] = torch.frombuffer(bytearray(b"".join(key for key, _ in scored)), dtype=torch.uint8).view(-1, 16)
     tensors["lengths"] = torch.tensor([len(scores.logprob) for _, scores in scored])
-    _replace(path, lambda beside: save_file(tensors, beside))
+    with replacing(path) as temporary:
+        save_file(tensors, temporary)
 
 
 def shard_keys(path: Path) -> list[bytes]:
