@@ -142,7 +142,11 @@ def test_a_mailbox_keeps_order_and_large_messages():
     threads = [threading.Thread(target=post, args=(writer, i)) for i, writer in enumerate(writers)]
     for thread in threads:
         thread.start()
-    found = [reader.take(60.0) for _ in range(40)]
+    found = []
+    while len(found) < 40:
+        message = reader.take(60.0)
+        assert message is not None, f"{len(found)} of 40 messages arrived"
+        found.append(message)
     for thread in threads:
         thread.join()
     assert reader.take(0.05) is None
