@@ -35,6 +35,16 @@ def _sglang_flags(world, run_dir, **changes):
     return flags(world, run_dir, **settings)
 
 
+def _steps_with_a_killed_server(argv, run_dir, tmp_path):
+    """(records of all steps, what the job printed); the server is killed after the second step."""
+    metrics = run_dir / "metrics.jsonl"
+    with start(argv, tmp_path) as job:
+        wait_for_steps(metrics, 2, job, timeout=400)
+        os.kill(process(job.pid, "server/launch.py"), signal.SIGKILL)
+        assert job.wait(timeout=400) == 0, job.output[-4000:]
+    return [r for r in map(json.loads, metrics.read_text().splitlines()) if r["kind"] == "step"], job.output
+
+
 @pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} does not exist; `make sglang-env` makes it")
 @pytest.mark.parametrize("transport", ["auto", "planned", "planned-shared"])
 def test_a_run_on_a_server_that_is_killed_in_the_middle(world, tmp_path, transport):
@@ -44,11 +54,7 @@ def test_a_run_on_a_server_that_is_killed_in_the_middle(world, tmp_path, transpo
         world, run_dir, train_iters=num_steps, update_weight_transport=transport,
         rollout_release_memory=transport == "planned",  # without a GPU the server frees nothing, but obeys
     )  # fmt: skip
-    with start(argv, tmp_path) as job:
-        wait_for_steps(run_dir / "metrics.jsonl", 2, job, timeout=400)
-        os.kill(process(job.pid, "server/launch.py"), signal.SIGKILL)
-        assert job.wait(timeout=400) == 0, job.output[-4000:]
-    steps = [r for r in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "step"]
+    steps, output = _steps_with_a_killed_server(argv, run_dir, tmp_path)
     assert [step["step"] for step in steps] == list(range(1, num_steps + 1))
     assert [step["weight_version"] for step in steps] == list(range(1, num_steps + 1))
     for step in steps:
@@ -59,7 +65,7 @@ def test_a_run_on_a_server_that_is_killed_in_the_middle(world, tmp_path, transpo
     assert restarts[0] == 0 and restarts[-1] == 1, restarts
     logs = sorted(path.name for path in (run_dir / "engines").iterdir())
     assert logs == ["sglang-0-start-1.log", "sglang-0-start-2.log"]
-    assert "planned update" not in job.output, "sent whole tensors instead"
+    assert "planned update" not in output, "sent whole tensors instead"
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} does not exist; `make sglang-env` makes it")
@@ -67,11 +73,7 @@ def test_a_run_with_lag_on_a_server_that_is_killed_while_it_writes_the_next_batc
     """What was not written yet is written by the weights that the trainer has when it asks for the batch."""
     run_dir, num_steps = tmp_path / "run", 8
     argv = _sglang_flags(world, run_dir, train_iters=num_steps, rollout_lag=1)
-    with start(argv, tmp_path) as job:
-        wait_for_steps(run_dir / "metrics.jsonl", 2, job, timeout=400)
-        os.kill(process(job.pid, "server/launch.py"), signal.SIGKILL)
-        assert job.wait(timeout=400) == 0, job.output[-4000:]
-    steps = [r for r in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "step"]
+    steps, _ = _steps_with_a_killed_server(argv, run_dir, tmp_path)
     assert [step["weight_version"] for step in steps] == list(range(1, num_steps + 1))
     lags = [step["metrics"]["rollout/lag_mean"] for step in steps]
     assert lags[0] == 0 and lags[1] == 1 and all(0 <= lag <= 1 for lag in lags)
