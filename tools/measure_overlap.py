@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from tools.overlap.world import Costs, make_world  # noqa: E402
 
 _PROMPTS, _SAMPLES, _RESPONSE = 32, 2, 48
 _STEPS = 8
+_RUNNING = 8
+"""Responses in writing at one time: scoring can begin when the first of so many are finished."""
 _FLAGS = [
     "--rollout-batch-size", str(_PROMPTS), "--n-samples-per-prompt", str(_SAMPLES), "--max-response-length",
     str(_RESPONSE), "--max-prompt-length", "2048", "--max-tokens-per-microbatch", "4096", "--lr", "1e-6",
@@ -46,8 +49,10 @@ class Bench:
         student = self.world(Costs(teacher_layers=4, prompt_words=32)) / "student"
         settings = SGLangSettings(
             hf_dir=student, log_dir=directory / "server", dtype="float32", python=sglang_python,
-            flags=("--max-running-requests", "16"),
+            flags=("--max-running-requests", str(_RUNNING)),
         )  # fmt: skip
+        # Two threads that wait for each other would take the other core too, from the process that works there.
+        os.environ["OMP_NUM_THREADS"] = "1"
         self.server = ServerProcess(settings, 0, 4096)
         self.server.start()
 

@@ -44,7 +44,7 @@ def train(world: Path, run_dir: Path, url: str, *, ranks: int, steps: int, flags
         "--objective", "tropd", "--guidance", "none", "--top-k", "8", "--rollout-engine", "sglang",
         "--rollout-engine-urls", url, "--update-weight-transport", "shared", *flags,
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     # Into a file: torch's manager of shared memory holds a pipe open for as long as the server maps the weights.
     printed = run_dir.with_suffix(".log")
     with printed.open("w") as output:

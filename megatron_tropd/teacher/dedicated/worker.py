@@ -22,7 +22,7 @@ from megatron_tropd.teacher.routing import flatten, payloads
 from megatron_tropd.types import Rollout, ScoreRequest, TeacherScores
 
 _GATHER_S = 0.05
-"""Rollouts that do not fill the micro-batches wait so long for others before they are scored."""
+"""Rollouts that reach an idle teacher and do not fill its micro-batches wait so long for others."""
 _ROUND_S = 20.0
 """The other ranks wait in a collective for what the first one reads; it tells them so often that there is nothing."""
 
@@ -65,13 +65,16 @@ class Worker:
     def serve(self) -> None:
         """Answer messages until ``stop``."""
         self._reply(Message(kind="ready"))
+        was_idle = True  # what came while it scored has waited long enough
         while True:
             waiting = [batch for batch in self._batches.values() if batch.waiting]
             if any(self._fills(batch) for batch in waiting):
                 self._score(waiting[0])
+                was_idle = False
                 continue
-            message = self._next(_GATHER_S if waiting else _ROUND_S)
+            message = self._next((_GATHER_S if waiting else _ROUND_S) if was_idle else 0.0)
             if message is None:
+                was_idle = not waiting
                 if waiting:
                     self._score(waiting[0])
             elif message.kind == "stop":
