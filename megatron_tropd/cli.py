@@ -21,6 +21,7 @@ from megatron_tropd.flag_values import check_text, choices_of, from_flag, from_y
 from megatron_tropd.parallel.megatron_flags import find_field, megatron_fields, refusal
 from megatron_tropd.parallel.print_once import Importance, print_once
 from megatron_tropd.plain_yaml import PlainYamlError, Value, read_plain_yaml
+from megatron_tropd.teacher_files import read_teachers
 
 SGLANG_PREFIXES = {"sglang-": "sglang_flags", "teacher-sglang-": "teacher_sglang_flags"}
 """Prefix of the flags that are passed to SGLang, unless config.py defines them -> their field of TrainConfig."""
@@ -305,14 +306,17 @@ def parse(argv: Sequence[str]) -> TrainConfig:
             errors.append(f"--{name}: {error}")
     errors.extend(_sglang_errors(sglang, flags))
     made = _make_sections(values, errors)
-    if errors:
-        raise ConfigError(errors)
     for prefix, target in SGLANG_PREFIXES.items():
         made[target] = {
             name.removeprefix(prefix): words
             for name, words in sglang.items()
             if words is not None and _sglang_prefix(name) == prefix
         }
+    if "teacher" in made:
+        files = made["teacher"].teacher_config
+        made["teachers"] = read_teachers(files, made["teacher"], made["teacher_sglang_flags"], errors)
+    if errors:
+        raise ConfigError(errors)
     return TrainConfig(**made, megatron_flags=megatron)
 
 

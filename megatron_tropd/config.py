@@ -8,19 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
+from megatron_tropd.config_fields import setting
 from megatron_tropd.data.advantages import Baseline
 from megatron_tropd.data.guidance import GuidanceConfig
 from megatron_tropd.objectives.methods import is_guided
 from megatron_tropd.objectives.settings import ObjectiveSettings
-
-
-def setting(default: Any, help: str) -> Any:
-    """Return a field with a default and the sentence that ``--help`` prints."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+from megatron_tropd.teacher_config import NamedTeacher, TeacherConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,44 +59,6 @@ class ParallelConfig:
     def distributed_timeout_s(self) -> float:
         """Timeout of a collective in seconds."""
         return self.distributed_timeout_minutes * 60
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherConfig:
-    """The frozen model that scores tokens.  Any other --teacher-sglang-X is passed to its SGLang servers as --X."""
-
-    teacher_placement: Literal["colocated", "dedicated", "server", "file"] = setting(
-        "colocated",
-        "where the teacher is: on the student's ranks (colocated) or on the last ranks of the job (dedicated), in its "
-        "own layout either way; on SGLang servers (server); file: its scores were made before by "
-        "megatron_tropd.score_responses; docs/teachers.md",
-    )
-    teacher_scores: str = setting("", "directory of the scores of --teacher-placement file")
-    teacher_world_size: int = setting(0, "ranks of a dedicated teacher; the student has the others")
-    teacher_hf_checkpoint: str = setting("", "HF directory of the teacher, or its name on the Hub")
-    teacher_load: str = setting("", "Megatron checkpoint of the teacher instead of the HF weights")
-    teacher_tensor_model_parallel_size: int = setting(1, "tensor-parallel ranks of the teacher")
-    teacher_pipeline_model_parallel_size: int = setting(1, "pipeline stages of the teacher")
-    teacher_decoder_first_pipeline_num_layers: int = setting(
-        0, "layers of the teacher's first stage; 0 for an even split"
-    )
-    teacher_decoder_last_pipeline_num_layers: int = setting(
-        0, "layers of the teacher's last stage; 0 for an even split"
-    )
-    teacher_expert_model_parallel_size: int = setting(1, "ranks over which the teacher's experts are spread")
-    teacher_expert_tensor_parallel_size: int = setting(
-        0, "ranks that share one expert of the teacher; 0 for --teacher-tensor-model-parallel-size"
-    )
-    teacher_offload: bool = setting(False, "keep teacher and reference in host memory between uses, to free a GPU's")
-    teacher_num_servers: int = setting(1, "SGLang servers of the teacher to start on the machine of rank 0")
-    teacher_gpu_ids: list[str] = setting([], "GPUs of the teacher's servers, in order; default: from 0 on")
-    teacher_urls: list[str] = setting([], "SGLang servers of the teacher that run already, instead of starting some")
-    teacher_sglang_tp_size: int = setting(1, "tensor-parallel ranks of each of the teacher's servers")
-    teacher_topk_margin: float = setting(
-        -1.0,
-        "nats by which engine and trainer may differ at a token that the gate is sure to accept, whose top-k the "
-        "teacher then does not send; 0: send the top-k of all tokens; negative: 5 times --parity-limit",
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,6 +292,25 @@ class TrainConfig:
     """The student's settings of Megatron's own (parallel/megatron_flags.py): name without its dashes -> value."""
     teacher_sglang_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The same for the teacher's servers."""
+    teachers: tuple[NamedTeacher, ...] = ()
+    """What the files of --teacher-config say; () without them."""
+
+    @property
+    def by_teacher(self) -> dict[str, TrainConfig]:
+        """By the teacher's role (``teacher``, or ``teacher-NAME`` for one of several): this configuration with its
+        settings in the place of the run's own --teacher flags."""
+        if not self.teachers:
+            return {"teacher": self}
+        return {
+            f"teacher-{one.name}": replace(
+                self, teacher=one.settings, teacher_sglang_flags=one.sglang_flags, teachers=()
+            )
+            for one in self.teachers
+        }
+
+    def file_of(self, role: str) -> str:
+        """How messages name the file that describes the teacher of ``role``; "" for the run's own flags."""
+        return next((f"--teacher-config {one.file}" for one in self.teachers if role == f"teacher-{one.name}"), "")
 
     @property
     def parity_limit(self) -> float:

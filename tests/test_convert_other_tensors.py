@@ -161,7 +161,7 @@ def test_a_run_may_be_as_long_as_the_window(tmp_path):
     world = make_world(tmp_path / "world")
     teacher = save_hf_checkpoint(tmp_path / "m", "mistral")
     argv = flags(world, tmp_path / "run", teacher_hf_checkpoint=teacher)
-    assert make_run_spec(parse(argv), 1).models.teacher.arch.attention_window == 20
+    assert make_run_spec(parse(argv), 1).models.teachers[0].model.arch.attention_window == 20
     with pytest.raises(
         ConfigError, match=r"= 21 tokens exceed the teacher's sliding_window 20, .* to 20 tokens together"
     ):

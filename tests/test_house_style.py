@@ -70,11 +70,11 @@ ROWS = [  # a room may import from its own row and from the rows below
     {"weights.engine_loader", "sglang"},
     {"weights.transport"},
     {"weights.plan", "weights.files"},
-    {"weights.coordinates", "data", "cli", "config"},
+    {"weights.coordinates", "data", "cli", "config", "teacher_config", "teacher_files"},
     {"models"},
     {"ops"},
     {"objectives", "parallel"},
-    {"types", "rng", "hub", "plain_yaml", "flag_values", "json_files", "errors"},
+    {"types", "rng", "hub", "plain_yaml", "flag_values", "json_files", "errors", "config_fields"},
 ]
 
 

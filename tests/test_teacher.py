@@ -55,7 +55,7 @@ def _score(directory, student, teacher, max_tokens, offload=False):
     rollouts = _rollouts()
     plan = plan_packs([len(r.token_ids) for r in rollouts], data_parallel_size=student.dp, max_tokens=40)
     scores = scorer.score(
-        rollouts, ScoreRequest(top_k=TOP_K, entropy=True), Destination(groups=mine, owners=plan.owners)
+        dict(enumerate(rollouts)), ScoreRequest(top_k=TOP_K, entropy=True), Destination(groups=mine, owners=plan.owners)
     )
     assert not offload or not any(weight.numel() for weight in model.parameters()), "it is not in host memory"
     owned = {i for pack in plan.microbatches[mine.coords.dp] for i in pack} if mine.is_last_stage else set()

@@ -97,7 +97,7 @@ def _scores_of_both(world, logs, urls, student, top_k):
         for scorer in (here, there):
             for index in range(dist.get_rank(), len(rollouts), dist.get_world_size()):  # each where it arrived
                 scorer.submit(0, {index: rollouts[index]}, want)
-            scores = scorer.scores(0, rollouts, want, destination)
+            scores = scorer.scores(0, dict(enumerate(rollouts)), want, destination)
             found.append({i: (s.logprob, s.topk_ids, s.topk_logprobs) for i, s in scores.items()})
         return *found, text, there.metrics()
     finally:
@@ -144,7 +144,7 @@ def test_the_order_of_submission_does_not_matter_and_a_missing_rollout_is_named(
     scorer.submit(0, dict(list(enumerate(rollouts))[1:]), ScoreRequest())
     try:
         with pytest.raises(ScorerError, match="9 of the 10 rollouts of step 1 were submitted"):
-            scorer.scores(0, rollouts, ScoreRequest(), None)
+            scorer.scores(0, dict(enumerate(rollouts)), ScoreRequest(), None)
     finally:
         scorer.close()
 

@@ -243,7 +243,7 @@ def _one_rank_finds_it_dead(hf_dir, logs):
         if dist.get_rank() == 1:
             scorer.submit(0, dict(enumerate(rollouts)), want)
         destination = Destination(groups=groups, owners=dict.fromkeys(range(3), 0))
-        scores = scorer.scores(0, rollouts, want, destination)
+        scores = scorer.scores(0, dict(enumerate(rollouts)), want, destination)
         return {index: each.logprob for index, each in scores.items()}, scorer.metrics()
     finally:
         scorer.close()

@@ -106,7 +106,7 @@ def test_answers_that_no_response_can_give(world, tmp_path):
 def test_a_method_without_a_teacher_needs_none(world, tmp_path, objective):
     changes = {"objective": objective, "reward_function": "megatron_tropd.rewards:exact_match"}
     spec = make_run_spec(parse(flags(world, tmp_path / "run", teacher_hf_checkpoint=None, **changes)), 2)
-    assert spec.models.teacher is None and spec.models.reference is None
+    assert not spec.models.teachers and spec.models.reference is None
     assert spec.tokens.common_vocab_size == spec.tokens.student_vocab_size
 
 

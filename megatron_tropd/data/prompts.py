@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,10 @@ class PromptSet(Sequence[Prompt]):
     def answers(self) -> Iterator[tuple[int, str]]:
         """Yield (uid, answer) of the prompts that have an answer; no tokens are read."""
         return self._rows.answers()
+
+    def domains(self) -> Counter[str]:
+        """Return the number of prompts by domain; no tokens are read."""
+        return self._rows.domains()
 
     def __iter__(self) -> Iterator[Prompt]:
         return (self._rows.prompt(number) for number in range(len(self)))

@@ -94,6 +94,14 @@ METRICS: dict[str, MetricInfo] = {
     ),
     "teacher/retries": _info("count", "Requests to the teacher's servers that were repeated, since the launch."),
     "teacher/restarts": _info("count", "Servers of the teacher started anew since the run was launched."),
+    "teacher/NAME/rollouts": _info("count", "Rollouts of the batch that a teacher of `--teacher-config` scored."),
+    "teacher/NAME/logprob_mean": _info(
+        "nats", "Mean log-probability that it gave to their response tokens; tokens with q = 0 left out."
+    ),
+    "teacher/NAME/reward_mean": _info(
+        "nats", "Mean of its log q - log p over what the student wrote, p at the rollout engine; q = 0 left out."
+    ),
+    "teacher/NAME/...": _info("", "What a teacher by itself measures, such as `busy_frac`, by the name of each."),
     "reward/mean": _info("reward", "Mean of `--reward-function` over the rollout batch."),
     "reward/abs_max": _info("reward", "Largest absolute value of it in the rollout batch."),
     "reward/flat_groups_frac": _info("share", "Prompts whose samples all have one reward: their advantage is 0."),

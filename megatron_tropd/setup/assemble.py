@@ -26,6 +26,7 @@ from megatron_tropd.setup.run_spec import RunSpec
 from megatron_tropd.setup.same_run import Origin, find_origin
 from megatron_tropd.setup.scorers import make_scorers
 from megatron_tropd.setup.stored_scores import check_teacher_digest
+from megatron_tropd.teacher_files import settings_of_teachers
 from megatron_tropd.training.checkpointing import Checkpoints
 from megatron_tropd.training.evaluations import Evaluations
 from megatron_tropd.training.guard import Guard
@@ -98,7 +99,7 @@ def check_same_configuration(config: TrainConfig) -> None:
     Raises:
         ConfigError: on every rank: they differ; the message names each flag, with secrets hidden.
     """
-    everyone = from_all_ranks(lambda: to_flags(config))
+    everyone = from_all_ranks(lambda: {**to_flags(config), **settings_of_teachers(config.teachers)})
     errors: dict[str, str] = {}
     for rank, flags in enumerate(everyone):
         differing = [name for name in {**everyone[0], **flags} if everyone[0].get(name) != flags.get(name)]
@@ -120,8 +121,9 @@ def assemble(spec: RunSpec) -> Assembled:
     student = spec.models.student
     checkpoints = Checkpoints(config, student.arch, student.hf_dir, student.source)
     origin = find_origin(spec, checkpoints)
-    if config.teacher.teacher_placement == "file":
-        check_teacher_digest(config, origin.record.models["teacher"].digest)
+    for teacher in spec.models.teachers:
+        if teacher.placement == "file":
+            check_teacher_digest(teacher.config, origin.record.models[teacher.role].digest)
     files = open_files(config, origin.start_step)
     with ExitStack() as on_failure:
         on_failure.callback(files.close)
@@ -143,16 +145,13 @@ def _make_run(spec: RunSpec, checkpoints: Checkpoints, files: RunFiles, origin: 
     if objective.needs.rollouts or spec.data.eval_prompts:  # servers start while other models load
         engines = make_engines(spec, student, export, probes.sequences)
         on_failure.callback(engines.close)
-    teacher, reference = make_scorers(spec, student.groups)
-    for scoring in (teacher, reference):
-        if scoring:
-            on_failure.callback(scoring.scorer.close)
+    scorers = make_scorers(spec, student.groups, on_failure)
+    teacher, reference = scorers.teacher, scorers.reference
     whole_vocabulary = objective.needs.divergence or config.logging.gradient_diagnostics_interval
     table_rows = student.model.vocab_size
     decode: Decode = partial(spec.tokenizer.decode, skip_special_tokens=True)
     progress = _progress(config, origin.start_step or 0)
-    scorers = {name: scoring.scorer for name, scoring in (("teacher", teacher), ("reference", reference)) if scoring}
-    health = check_scorers(spec, scorers, origin)
+    health = check_scorers(spec, scorers.by_role, origin)
     checkpoints.record = health.record
     for note in (*origin.notes, *health.warnings):
         progress.message(note)

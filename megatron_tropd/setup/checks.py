@@ -70,6 +70,7 @@ def check_method(config: TrainConfig, objective: Objective, problems: Problems) 
         )
     unused = {
         "--teacher-hf-checkpoint": not needs.teacher and config.teacher.teacher_hf_checkpoint,
+        "--teacher-config": not needs.teacher and " ".join(config.teacher.teacher_config),
         "--teacher-load": not needs.teacher and config.teacher.teacher_load,
         "--reference-hf-checkpoint": not needs.reference_logprob and config.reference.reference_hf_checkpoint,
         "--reference-load": not needs.reference_logprob and config.reference.reference_load,
@@ -80,8 +81,7 @@ def check_method(config: TrainConfig, objective: Objective, problems: Problems) 
 
 def check_attention(config: TrainConfig, models: Models, problems: Problems) -> None:
     """Warn where a GPU would compute packed attention on a padded table."""
-    specs = {"student": models.student, "teacher": models.teacher, "reference": models.reference}
-    head_dims = {who: spec.arch.head_dim for who, spec in specs.items() if spec is not None}
+    head_dims = {who: spec.arch.head_dim for who, spec in models.by_role.items()}
     problems.warnings.extend(attention_warnings(params_dtype(config), head_dims))
 
 
@@ -110,9 +110,7 @@ def check_lengths(config: TrainConfig, models: Models, objective: Objective, pro
         longest <= budget,
         f"{what} = {longest} tokens do not fit --max-tokens-per-microbatch {budget}; raise it or lower them",
     )
-    for who, source in (("student", models.student), ("teacher", models.teacher), ("reference", models.reference)):
-        if source is None:
-            continue
+    for who, source in models.by_role.items():
         limit, window = source.arch.max_position_embeddings, source.arch.attention_window
         problems.require(
             longest <= limit, f"{what} = {longest} tokens exceed the {who}'s max_position_embeddings {limit}"

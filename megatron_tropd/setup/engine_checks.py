@@ -23,7 +23,8 @@ _OF_TEACHER_SERVERS = frozenset(
 
 def check_engine_flags(config: TrainConfig, problems: Problems) -> None:
     """Check the servers' timeouts together; settings that the chosen engine does not use give a warning."""
-    engine, teacher_on_servers = config.engine, config.teacher.teacher_placement == "server"
+    engine = config.engine
+    teacher_on_servers = any(own.teacher.teacher_placement == "server" for own in config.by_teacher.values())
     start, request = engine.sglang_start_timeout, engine.sglang_request_timeout
     if engine.rollout_engine == "sglang":
         problems.require(

@@ -22,14 +22,6 @@ from megatron_tropd.parallel.fail_together import from_all_ranks, on_rank_zero
 from megatron_tropd.setup.model_specs import Models, ModelSpec
 from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 
-ROLES = ("student", "teacher", "reference")
-
-
-def models_of(models: Models) -> dict[str, ModelSpec]:
-    """Return the models of a run by role, without those that its objective does not need."""
-    found = {role: getattr(models, role) for role in ROLES}
-    return {role: source for role, source in found.items() if source is not None}
-
 
 def model_digests(models: Models) -> dict[str, str]:
     """Return a sha256 (hex) over architecture and weight files of every model, by role.  Collective over the world.
@@ -39,7 +31,7 @@ def model_digests(models: Models) -> dict[str, str]:
     Raises:
         ConfigError: on every rank: a file cannot be read.
     """
-    sources = models_of(models)
+    sources = models.by_role
     stored = on_rank_zero(lambda: {role: _stored_files(source) for role, source in sources.items()}, _unreadable)
     unread = {path for files in stored.values() for path, digest in files.items() if not digest}
     order = on_rank_zero(lambda: sorted(unread, key=lambda path: (-Path(path).stat().st_size, path)), _unreadable)

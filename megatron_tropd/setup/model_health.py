@@ -52,11 +52,10 @@ def check_scorers(spec: RunSpec, scorers: Mapping[str, Scorer], origin: Origin) 
     errors: list[str] = []
     warnings: list[str] = []
     models = dict(origin.record.models)
+    stored = [teacher.role for teacher in spec.models.teachers if teacher.placement == "file"]
     for role, scorer in scorers.items():
-        source: ModelSpec | None = getattr(spec.models, role)
-        if scorer is None or source is None:
-            continue
-        if role == "teacher" and spec.config.teacher.teacher_placement == "file":
+        source = spec.models.by_role[role]
+        if role in stored:
             continue  # no model runs; its scores were made by one with the same digest
         found = _score(role, source, scorer, spec, _recorded(role, origin))
         config = spec.config
@@ -143,11 +142,11 @@ def _mean(values: Sequence[float]) -> float:
 
 def _score(role: str, source: ModelSpec, scorer: Scorer, spec: RunSpec, before: KnownLogprobs | None) -> _Scored:
     """Score the known sequences and text of the run's prompts, or the text recorded ``before``, in one pass."""
-    prefix = "" if role == "student" else f"{role}-"
-    who = f"the {role} (--{prefix}hf-checkpoint {source.hf_dir})"
+    flag = "reference" if role == "reference" else "teacher"
+    who = f"the {role} (--{flag}-hf-checkpoint {source.hf_dir})"
     converted = None
     if (megatron_dir := source.megatron_dir) is not None:
-        who = f"the {role} (--{role}-load {megatron_dir})"
+        who = f"the {role} (--{flag}-load {megatron_dir})"
         converted = on_rank_zero(lambda: read_known_logprobs(megatron_dir), lambda reason: ConfigError([reason]))
     texts = before.sequences if before else _texts(spec)
     known = converted.sequences if converted else ()

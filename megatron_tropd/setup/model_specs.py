@@ -35,15 +35,37 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSpec:
+    """The teacher, or one of several."""
+
+    role: str
+    """Key of ``TrainConfig.by_teacher``: what its ranks, its record and its directory are called."""
+    config: TrainConfig
+    """The run's, with the settings of this teacher."""
+    model: ModelSpec
+    layout: ParallelLayout
+
+    @property
+    def placement(self) -> str:
+        """Where it is; --teacher-placement."""
+        return self.config.teacher.teacher_placement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
-    """The models of a run with their layouts; None where the objective does not need one."""
+    """The models of a run with their layouts, those that the objective needs."""
 
     student: ModelSpec
     student_layout: ParallelLayout
-    teacher: ModelSpec | None
-    teacher_layout: ParallelLayout | None
+    teachers: tuple[TeacherSpec, ...]
     reference: ModelSpec | None
     reference_layout: ParallelLayout | None
+
+    @property
+    def by_role(self) -> dict[str, ModelSpec]:
+        """The models by role: ``student``, those of the teachers, ``reference``."""
+        found = {"student": self.student, **{teacher.role: teacher.model for teacher in self.teachers}}
+        return found | ({"reference": self.reference} if self.reference else {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,19 +122,43 @@ TEACHER = _Flags(who="teacher", hf="--teacher-hf-checkpoint", megatron="--teache
 REFERENCE = _Flags(who="reference", hf="--reference-hf-checkpoint", megatron="--reference-load", prefix="teacher-")
 
 
-def find_models(
-    config: TrainConfig, needs: Needs, world_size: int, problems: Problems, *, teacher_world_size: int = 0
-) -> Models | None:
+def _sizes_of_teacher(config: TrainConfig) -> _ParallelSizes:
+    frozen = config.teacher
+    return _ParallelSizes(
+        tp=frozen.teacher_tensor_model_parallel_size, pp=frozen.teacher_pipeline_model_parallel_size,
+        ep=frozen.teacher_expert_model_parallel_size, etp=frozen.teacher_expert_tensor_parallel_size, chunks=1,
+        first_layers=frozen.teacher_decoder_first_pipeline_num_layers,
+        last_layers=frozen.teacher_decoder_last_pipeline_num_layers,
+        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+    )  # fmt: skip
+
+
+def _find_teachers(config: TrainConfig, world_size: int, problems: Problems) -> list[TeacherSpec]:
+    """Find the teachers; ``world_size`` is the number of the student's ranks."""
+    found = []
+    for role, own in config.by_teacher.items():
+        given = own.teacher
+        ranks = given.teacher_world_size if given.teacher_placement == "dedicated" else world_size
+        with problems.named(config.file_of(role)):
+            model, layout = _find(
+                TEACHER, given.teacher_hf_checkpoint, given.teacher_load, _sizes_of_teacher(own), ranks, problems
+            )
+        if model and layout:
+            found.append(TeacherSpec(role=role, config=own, model=model, layout=layout))
+    return found
+
+
+def find_models(config: TrainConfig, needs: Needs, world_size: int, problems: Problems) -> Models | None:
     """Find the models that the objective needs; None if ``problems`` has errors, with those found here added to it.
 
-    ``world_size`` is the number of the student's ranks; ``teacher_world_size`` that of a teacher's own, or 0.
+    ``world_size`` is the number of the student's ranks.
 
     A reference given by flags has the teacher's layout.  By default the reference is the student's starting weights,
     in the student's layout, without virtual stages.  Nothing is downloaded for a configuration that has errors already.
     """
     if problems.errors and any(is_hub_name(name) for name in _hf_names(config)):
         return None
-    parallel, frozen = config.parallel, config.teacher
+    parallel = config.parallel
     sizes = _ParallelSizes(
         tp=parallel.tensor_model_parallel_size, pp=parallel.pipeline_model_parallel_size,
         ep=parallel.expert_model_parallel_size, etp=parallel.expert_tensor_parallel_size,
@@ -127,49 +173,39 @@ def find_models(
         errors = training_errors(student.arch, student_layout, sequence_parallel=parallel.sequence_parallel)
         errors += [] if problems.errors else megatron_errors(config, student.arch, student_layout)
         problems.errors.extend(f"student: {error}" for error in errors)
-    sizes = _ParallelSizes(
-        tp=frozen.teacher_tensor_model_parallel_size, pp=frozen.teacher_pipeline_model_parallel_size,
-        ep=frozen.teacher_expert_model_parallel_size, etp=frozen.teacher_expert_tensor_parallel_size, chunks=1,
-        first_layers=frozen.teacher_decoder_first_pipeline_num_layers,
-        last_layers=frozen.teacher_decoder_last_pipeline_num_layers,
-        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
-    )  # fmt: skip
-    teacher = teacher_layout = None
-    if needs.teacher:
-        teacher, teacher_layout = _find(
-            TEACHER,
-            frozen.teacher_hf_checkpoint,
-            frozen.teacher_load,
-            sizes,
-            teacher_world_size or world_size,
-            problems,
-        )
+    teachers = _find_teachers(config, world_size, problems) if needs.teacher else []
     reference = reference_layout = None
     if needs.reference_logprob and student_layout:
         reference, reference_layout = student, replace(student_layout, vpp=None)
     hf, megatron = config.reference.reference_hf_checkpoint, config.reference.reference_load
     if needs.reference_logprob and (hf or megatron):
-        reference, reference_layout = _find(REFERENCE, hf, megatron, sizes, world_size, problems)
+        reference, reference_layout = _find(REFERENCE, hf, megatron, _sizes_of_teacher(config), world_size, problems)
     if problems.errors or student is None or student_layout is None:
         return None
     return Models(
-        student=student, student_layout=student_layout, teacher=teacher, teacher_layout=teacher_layout,
-        reference=reference, reference_layout=reference_layout,
+        student=student, student_layout=student_layout, teachers=tuple(teachers), reference=reference,
+        reference_layout=reference_layout,
     )  # fmt: skip
 
 
 def _hf_names(config: TrainConfig) -> tuple[str, ...]:
-    names = (
-        config.model.hf_checkpoint, config.teacher.teacher_hf_checkpoint, config.reference.reference_hf_checkpoint
-    )  # fmt: skip
+    teachers = (own.teacher.teacher_hf_checkpoint for own in config.by_teacher.values())
+    names = (config.model.hf_checkpoint, *teachers, config.reference.reference_hf_checkpoint)
     return tuple(name for name in names if name)
 
 
 def pin_models(config: TrainConfig, models: Models) -> TrainConfig:
     """Return the configuration with the commit of every model that was named as on the Hub."""
-    student, teacher, reference = models.student, models.teacher, models.reference
-    if teacher:
-        config = replace(config, teacher=replace(config.teacher, teacher_hf_checkpoint=teacher.hf_name))
+    student, reference = models.student, models.reference
+    pinned = {
+        teacher.role: replace(teacher.config.teacher, teacher_hf_checkpoint=teacher.model.hf_name)
+        for teacher in models.teachers
+    }
+    if pinned and config.teachers:
+        named = zip(config.teachers, pinned.values(), strict=True)
+        config = replace(config, teachers=tuple(replace(one, settings=settings) for one, settings in named))
+    elif pinned:
+        config = replace(config, teacher=pinned["teacher"])
     if reference and reference is not student:
         config = replace(config, reference=replace(config.reference, reference_hf_checkpoint=reference.hf_name))
     return replace(config, model=replace(config.model, hf_checkpoint=student.hf_name))

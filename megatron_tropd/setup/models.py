@@ -50,9 +50,12 @@ def make_student(spec: RunSpec) -> Student:
 
 
 def make_frozen(
-    spec: RunSpec, source: ModelSpec, groups: ModelGroups, role: Literal["teacher", "reference"]
+    spec: RunSpec, source: ModelSpec, groups: ModelGroups, role: Literal["teacher", "reference"], *, offload: bool
 ) -> MegatronTeacher:
-    """Build a frozen model that only scores tokens, in the layout of ``groups``; collective over the world."""
+    """Build a frozen model that only scores tokens, in the layout of ``groups``; collective over the world.
+
+    ``role`` says which flags messages name; with ``offload`` its weights are in host memory between uses.
+    """
     config = spec.config
     model = build_gpt_model(
         source.arch,
@@ -66,6 +69,6 @@ def make_frozen(
         vocab_size=spec.tokens.common_vocab_size,
         max_tokens_per_microbatch=config.training.max_tokens_per_microbatch,
         logits_chunk_tokens=chunk_tokens(config),
-        offload=config.teacher.teacher_offload,
+        offload=offload,
         role=role,
     )

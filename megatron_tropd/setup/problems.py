@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from megatron_tropd.cli import ConfigError
@@ -31,6 +32,14 @@ class Problems:
         """Note the error ``complaint`` unless ``condition`` holds."""
         if not condition:
             self.errors.append(complaint)
+
+    @contextlib.contextmanager
+    def named(self, where: str) -> Iterator[None]:
+        """Begin the errors and warnings that are found inside with ``where``, unless that is empty."""
+        starts = len(self.errors), len(self.warnings)
+        yield
+        for found, start in zip((self.errors, self.warnings), starts, strict=True):
+            found[start:] = [f"{where}: {text}" if where else text for text in found[start:]]
 
     def stop_if_any(self) -> None:
         """Raise ConfigError if there are errors, where later checks would only repeat them."""

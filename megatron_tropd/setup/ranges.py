@@ -87,9 +87,11 @@ RANGES = {
 """Range of every numeric flag, by name.  Methods have stricter ranges for some of their own numbers."""
 
 
-def check_ranges(config: TrainConfig, problems: Problems) -> None:
-    """Check that every number is in its range."""
+def check_ranges(config: TrainConfig, problems: Problems, *, prefix: str = "") -> None:
+    """Check that every number is in its range, of the flags that begin with ``prefix``."""
     flags = to_flags(config)
     for name, allowed in RANGES.items():
+        if not name.startswith(prefix):
+            continue
         if complaint := allowed.complaint(flags[name]):
             problems.errors.append(f"--{name} {flags[name]} {complaint}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def score_responses(spec: RunSpec, directory: Path, say: Callable[[Progress], No
         ValueError: on every rank: a shard is damaged, or the teacher gives NaN.
     """
     config, models = spec.config, spec.models
-    assert models.teacher and models.teacher_layout
+    teacher = models.teachers[0]
     want = spec.objective.needs.score
     digest = model_digests(models)["teacher"]
     manifest = Manifest(
@@ -49,15 +49,16 @@ def score_responses(spec: RunSpec, directory: Path, say: Callable[[Progress], No
     )
     on_rank_zero(lambda: _begin(directory, manifest), lambda reason: ConfigError([reason]))
     timeout_s = config.parallel.distributed_timeout_s
-    groups = student_groups(models.teacher_layout, seed=config.training.seed, timeout_s=timeout_s)
-    model = make_frozen(spec, models.teacher, groups, "teacher")
+    groups = student_groups(teacher.layout, seed=config.training.seed, timeout_s=timeout_s)
+    model = make_frozen(spec, teacher.model, groups, "teacher", offload=config.teacher.teacher_offload)
     done = skipped = 0
     for number, rollouts in enumerate(response_parts(spec.data.prompts)):
         path, keys = shard_path(directory, number), [key_of_rollout(rollout) for rollout in rollouts]
         if on_rank_zero(lambda path=path: shard_keys(path)) == keys:  # type: ignore[misc]
             skipped += len(keys)
         else:
-            scored = _on_rank_zero(model.score_here(rollouts, want), rollouts, want)
+            by_index = dict(enumerate(rollouts))
+            scored = _on_rank_zero(model.score_here(by_index, want), by_index, want)
             on_rank_zero(lambda path=path, scored=scored, keys=keys: _write(path, keys, scored))  # type: ignore[misc]
         done += len(keys)
         say(Progress(done=done, total=len(spec.data.prompts), skipped=skipped))
@@ -79,7 +80,7 @@ def _differences(found: Manifest, wanted: Manifest) -> str:
     return ", ".join(f"{name} {str(a)[:12]}, not {str(b)[:12]}" for name, (a, b) in pairs.items() if a != b)
 
 
-def _on_rank_zero(located: Located, rollouts: Sequence[Rollout], want: ScoreRequest) -> dict[int, TeacherScores]:
+def _on_rank_zero(located: Located, rollouts: Mapping[int, Rollout], want: ScoreRequest) -> dict[int, TeacherScores]:
     """Send all scores to rank 0; {} elsewhere."""
     specs = payloads(rollouts, want, None, {})
     by_rank: dict[int, list[int]] = {}

@@ -22,9 +22,9 @@ from megatron_tropd.setup.model_specs import Models, find_models, pin_models
 from megatron_tropd.setup.path_checks import check_directories
 from megatron_tropd.setup.problems import Problems
 from megatron_tropd.setup.run_data import RunData, load_run_data
-from megatron_tropd.setup.stored_scores import check_placement, check_teacher_scores
-from megatron_tropd.setup.teacher_servers import check_teacher_placement, teacher_server_settings
-from megatron_tropd.teacher.preflight import TokenizerReport, check_same_tokens, student_tokens
+from megatron_tropd.setup.teacher_checks import check_all_scores, check_domains, check_teachers
+from megatron_tropd.setup.teacher_servers import teacher_server_settings
+from megatron_tropd.teacher.preflight import TokenizerReport, check_same_tokens, join_reports, student_tokens
 from megatron_tropd.types import Needs
 
 
@@ -59,26 +59,26 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     objective = problems.attempt(lambda: make_objective(config.objective.objective, config.objective_settings))
     if objective:
         check_method(config, objective, problems)
-        check_teacher_placement(config, objective.needs, problems)
-        check_placement(config, objective, problems)
+        check_teachers(config, objective, problems)
     needs = objective.needs if objective else Needs()
     reward_path = config.reward.reward_function if needs.rewards else ""
     reward_function = problems.attempt(lambda: load_reward_function(reward_path)) if reward_path else None
     grader = problems.attempt(lambda: make_grader(config.evaluation.grader, config.evaluation.answer_pattern))
     roles = problems.attempt(lambda: _roles(config, needs, world_size)) or split(world_size, ())
-    models = find_models(config, needs, roles[0].size, problems, teacher_world_size=sum(r.size for r in roles[1:]))
+    models = find_models(config, needs, roles[0].size, problems)
     problems.stop_if_any()
     assert models and objective and grader
     check_lengths(config, models, objective, problems)
     if config.engine.rollout_engine == "sglang":
         problems.attempt(lambda: sglang_settings(config, models.student))
-    if models.teacher and config.teacher.teacher_placement == "server":
-        teacher = models.teacher
-        problems.attempt(lambda: teacher_server_settings(config, teacher))
+    for teacher in models.teachers:
+        if teacher.placement == "server":
+            with problems.named(config.file_of(teacher.role)):
+                problems.attempt(lambda teacher=teacher: teacher_server_settings(teacher))  # type: ignore[misc]
     check_engine_layout(config, models, problems)
     check_attention(config, models, problems)
     problems.attempt(lambda: _check_resume(config, models.student.arch))
-    tokens = problems.attempt(lambda: _tokens(models))
+    tokens = problems.attempt(lambda: _tokens(config, models))
     if tokens:
         top_k, common = needs.top_k, tokens.common_vocab_size
         problems.require(top_k <= common, f"--top-k {top_k} is larger than the common vocabulary of {common} tokens")
@@ -88,8 +88,9 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     if tokenizer and tokens:
         stop_ids = tokens.teacher_stop_ids
         data = load_run_data(config, objective, reward_function, tokenizer, stop_ids, problems)
-    if data and tokens and config.teacher.teacher_placement == "file" and not problems.errors:
-        check_teacher_scores(config, objective, data.prompts, tokens.common_vocab_size, problems)
+    if data and tokens and models.teachers and not problems.errors:
+        check_domains(config, data.prompts, problems)
+        check_all_scores(config, objective, data.prompts, tokens.common_vocab_size, problems)
     problems.stop_if_any()
     assert tokens and data
     return RunSpec(
@@ -99,46 +100,56 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     )  # fmt: skip
 
 
-TEACHER_ROLE = "teacher"
-
-
 def _roles(config: TrainConfig, needs: Needs, world_size: int) -> tuple[Role, ...]:
-    """Split the job's ranks between the student and a dedicated teacher.
+    """Split the job's ranks between the student and the dedicated teachers.
 
     Raises:
-        ValueError: the placement does not fit --teacher-world-size, or that the job.
+        ValueError: a placement does not fit its --teacher-world-size, or that the job.
     """
-    placement, size = config.teacher.teacher_placement, config.teacher.teacher_world_size
-    if placement != "dedicated":
-        if size:
+    others = []
+    for role, own in config.by_teacher.items():
+        placement, size = own.teacher.teacher_placement, own.teacher.teacher_world_size
+        where = f"{config.file_of(role)}: ".removeprefix(": ")
+        if placement != "dedicated":
+            if size:
+                raise ValueError(
+                    f"{where}--teacher-world-size {size} is for --teacher-placement dedicated; it is {placement}: "
+                    "change one"
+                )
+            continue
+        if not needs.teacher:
             raise ValueError(
-                f"--teacher-world-size {size} is for --teacher-placement dedicated; it is {placement}: change one"
+                f"--objective {config.objective.objective} has no teacher: leave out --teacher-placement dedicated"
             )
-        return split(world_size, ())
-    if not needs.teacher:
-        raise ValueError(
-            f"--objective {config.objective.objective} has no teacher: leave out --teacher-placement dedicated"
-        )
-    if size < 1:
-        raise ValueError(
-            "--teacher-placement dedicated needs --teacher-world-size: how many of the "
-            f"{world_size} ranks that torchrun started are the teacher's"
-        )
-    return split(world_size, [(TEACHER_ROLE, size)])
+        if size < 1:
+            raise ValueError(
+                f"{where}--teacher-placement dedicated needs --teacher-world-size: how many of the "
+                f"{world_size} ranks that torchrun started are the teacher's"
+            )
+        others.append((role, size))
+    return split(world_size, others)
 
 
-def _tokens(models: Models) -> TokenizerReport:
+def _tokens(config: TrainConfig, models: Models) -> TokenizerReport:
     """Check that all models use the same tokens, and return their common vocabulary.
 
     Raises:
-        ValueError: the tokenizers differ.
+        ConfigError: tokenizers differ.
     """
-    student, teacher, reference = models.student, models.teacher, models.reference
-    report = check_same_tokens(student.hf_dir, teacher.hf_dir) if teacher else student_tokens(student.hf_dir)
+    student, reference = models.student, models.reference
+    found, problems = [], Problems()
+    for teacher in models.teachers:
+        with problems.named(config.file_of(teacher.role)):
+            report = problems.attempt(
+                lambda teacher=teacher: check_same_tokens(student.hf_dir, teacher.model.hf_dir)  # type: ignore[misc]
+            )
+        found += [report] if report else []
+    problems.stop_if_any()
+    tokens = join_reports(found) if found else student_tokens(student.hf_dir)
     if reference is None or reference is student:
-        return report
+        return tokens
     common = check_same_tokens(student.hf_dir, reference.hf_dir, "reference").common_vocab_size
-    return replace(report, common_vocab_size=min(report.common_vocab_size, common))
+    return replace(tokens, common_vocab_size=min(tokens.common_vocab_size, common))
 
 
 def _check_resume(config: TrainConfig, arch: Architecture) -> None:

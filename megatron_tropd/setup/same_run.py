@@ -24,12 +24,14 @@ from megatron_tropd.reporting.redaction import redact_mapping
 from megatron_tropd.reporting.run_directory import plain
 from megatron_tropd.setup.model_digests import model_digests
 from megatron_tropd.setup.run_spec import RunSpec
+from megatron_tropd.teacher_files import OF_THE_FILE, settings_of_teachers
 from megatron_tropd.training.checkpointing import Checkpoints
 
 EXPERIMENT_SECTIONS = ("data", "objective", "method", "reward")
 CHECKS_OF_DATA = ("data-cache-path", "min-response-share")
 """Flags of the data that change no prompt."""
-NOT_COMPARED = ("run-dir", "save", "load", "exit-on-missing-checkpoint", "allow-changed-run")
+NOT_COMPARED = ("run-dir", "save", "load", "exit-on-missing-checkpoint", "allow-changed-run", "teacher-config")
+"""Of --teacher-config what the files say is compared, not where they are."""
 MODEL_FLAGS = {
     "hf-checkpoint": "student", "pretrained-checkpoint": "student",
     "teacher-hf-checkpoint": "teacher", "teacher-load": "teacher",
@@ -97,8 +99,12 @@ def describe_run(spec: RunSpec, digests: dict[str, str]) -> RunRecord:
     """Return what a run is made of.  ``digests`` are those of the models, by role."""
     state = git_state(Path(__file__).resolve().parent)
     version = package_version("megatron-tropd") or "not installed"
+    settings = settings_of(spec.config)
+    if spec.config.teachers:  # which teacher scores what
+        counts = sorted(spec.data.prompts.domains().items())
+        settings["teacher-config prompts of domains"] = [f"{domain} {count}" for domain, count in counts]
     return RunRecord(
-        settings=settings_of(spec.config),
+        settings=settings,
         code=f"{version}, commit {state['sha'][:12]}" if state else version,
         prompts=spec.data.prompts.digest,
         answers=_answers_digest(spec.data.prompts) if spec.reward_function else "",
@@ -108,8 +114,9 @@ def describe_run(spec: RunSpec, digests: dict[str, str]) -> RunRecord:
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Return the settings by flag name in plain types: paths resolved, secrets hidden."""
-    flags: dict[str, Any] = plain(redact_mapping(to_flags(config)))
-    return {name: _resolved(value) if name in PATHS else value for name, value in flags.items()}
+    settings = {**to_flags(config), **settings_of_teachers(config.teachers)}
+    flags: dict[str, Any] = plain(redact_mapping(settings))
+    return {name: _resolved(value) if name.split()[-1] in PATHS else value for name, value in flags.items()}
 
 
 def _resolved(value: Any) -> Any:
@@ -136,7 +143,7 @@ class Changes:
 def compare(before: RunRecord, now: RunRecord) -> Changes:
     """Return what changed between two launches of a run."""
     changes, defaults = Changes(), settings_of(TrainConfig())
-    experiment = _experiment_flags(now)
+    experiment = _experiment_flags(now) | _experiment_flags(before)
     touched = set()
     for name in {**now.settings, **before.settings}:
         # A flag that the other version did not have had the effect of its default.
@@ -145,7 +152,7 @@ def compare(before: RunRecord, now: RunRecord) -> Changes:
             continue
         touched.add(name)
         line = f"--{name}: {_show(old)} -> {_show(new)}"
-        if (role := MODEL_FLAGS.get(name)) is not None:
+        if (role := _role_of(name)) is not None:
             _judge_model(line, role, before, now, changes)
         elif name == "prompt-data":
             same = before.prompts == now.prompts
@@ -158,11 +165,19 @@ def compare(before: RunRecord, now: RunRecord) -> Changes:
     return changes
 
 
+def _role_of(name: str) -> str | None:
+    """Return the role of the model that a setting names; None for any other setting."""
+    *teacher, key = name.split()  # "teacher-config math teacher-load" is of one of several
+    role = MODEL_FLAGS.get(key)
+    return f"teacher-{teacher[1]}" if role and teacher else role
+
+
 def _experiment_flags(record: RunRecord) -> set[str]:
     flags = {f.name.replace("_", "-") for name in EXPERIMENT_SECTIONS for f in fields(sections()[name])}
     # How answers are graded counts where the objective learns from rewards.
     graded = {"answer-pattern", "grader"} if record.settings.get("reward-function") else set()
-    return (flags | {"seed"} | graded) - set(CHECKS_OF_DATA)
+    assigned = {name for name in record.settings if name.split()[-1] in OF_THE_FILE}
+    return (flags | {"seed"} | graded | assigned) - set(CHECKS_OF_DATA)
 
 
 def _judge_model(line: str, role: str, before: RunRecord, now: RunRecord, changes: Changes) -> None:
@@ -178,7 +193,7 @@ def _compare_contents(before: RunRecord, now: RunRecord, touched: set[str], chan
     """Add what changed in files although their flags did not."""
     for role in now.models.keys() & before.models.keys():
         old, new = before.models[role].digest, now.models[role].digest
-        flags = [name for name, of in MODEL_FLAGS.items() if of == role]
+        flags = [name for name in now.settings if _role_of(name) == role]
         if old != new and not touched & set(flags):
             named = " ".join(f"--{name} {value}" for name in flags if (value := now.settings[name]))
             changes.refused.append(f"weights of the {role} ({named}): sha256 {old[:12]} -> {new[:12]}")

@@ -1,8 +1,9 @@
-"""Make what scores the rollouts of a run: the teacher, where --teacher-placement puts it, and the reference."""
+"""Make what scores the rollouts of a run: teachers, where --teacher-placement puts them, and the reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,13 +12,16 @@ from megatron_tropd.objectives.topk_use import request_of
 from megatron_tropd.parallel.groups import ModelGroups, teacher_groups
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.parallel.roles import job_of_environment
+from megatron_tropd.setup.model_specs import TeacherSpec
 from megatron_tropd.setup.models import make_frozen
-from megatron_tropd.setup.run_spec import TEACHER_ROLE, RunSpec
+from megatron_tropd.setup.run_spec import RunSpec
 from megatron_tropd.setup.teacher_servers import teacher_server_model, teacher_server_settings
 from megatron_tropd.teacher.colocated import ColocatedScorer
 from megatron_tropd.teacher.dedicated.scorer import DedicatedScorer
 from megatron_tropd.teacher.scorer import Scorer
 from megatron_tropd.teacher.server.scorer import ServerScorer
+from megatron_tropd.teacher.several.scorer import SeveralTeachers
+from megatron_tropd.teacher.several.shares import Shares
 from megatron_tropd.teacher.stored.files import ScoreFiles
 from megatron_tropd.teacher.stored.scorer import StoredScorer
 from megatron_tropd.training.diagnostics import diagnostics_due
@@ -28,7 +32,7 @@ from megatron_tropd.types import ScoreRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """What a teacher is made from."""
+    """Where scorers are made."""
 
     spec: RunSpec
     student: ModelGroups
@@ -42,20 +46,16 @@ class Place:
         return self.made[layout]
 
 
-def _colocated(place: Place) -> Scorer:
-    models = place.spec.models
-    assert models.teacher and models.teacher_layout
-    groups = place.groups_of(models.teacher_layout)
-    return ColocatedScorer(make_frozen(place.spec, models.teacher, groups, "teacher"))
+def _colocated(place: Place, teacher: TeacherSpec) -> Scorer:
+    groups, offload = place.groups_of(teacher.layout), teacher.config.teacher.teacher_offload
+    return ColocatedScorer(make_frozen(place.spec, teacher.model, groups, "teacher", offload=offload))
 
 
-def _dedicated(place: Place) -> Scorer:
-    spec, models = place.spec, place.spec.models
-    assert models.teacher and models.teacher_layout
-    arch, layout = models.teacher.arch, models.teacher_layout
+def _dedicated(place: Place, teacher: TeacherSpec) -> Scorer:
+    spec, arch, layout = place.spec, teacher.model.arch, teacher.layout
     return DedicatedScorer(
         job_of_environment(spec.roles),
-        TEACHER_ROLE,
+        teacher.role,
         layout,
         hidden_like=torch.empty(0, arch.hidden_size, dtype=params_dtype(spec.config)),
         padded_vocab_size=layout.padded_vocab_size(arch.vocab_size),
@@ -64,31 +64,49 @@ def _dedicated(place: Place) -> Scorer:
     )
 
 
-def _server(place: Place) -> Scorer:
-    spec, config = place.spec, place.spec.config
-    assert spec.models.teacher
+def _server(place: Place, teacher: TeacherSpec) -> Scorer:
     return ServerScorer(
-        teacher_server_settings(config, spec.models.teacher),
-        teacher_server_model(config, spec.models.teacher, spec.tokens.common_vocab_size),
-        agreement=config.parity_limit,
+        teacher_server_settings(teacher),
+        teacher_server_model(teacher, place.spec.tokens.common_vocab_size),
+        agreement=place.spec.config.parity_limit,
     )
 
 
-def _file(place: Place) -> Scorer:
-    return StoredScorer(ScoreFiles(place.spec.config.teacher.teacher_scores))
+def _file(place: Place, teacher: TeacherSpec) -> Scorer:
+    return StoredScorer(ScoreFiles(teacher.config.teacher.teacher_scores))
 
 
-PLACEMENTS: dict[str, Callable[[Place], Scorer]] = {
+PLACEMENTS: dict[str, Callable[[Place, TeacherSpec], Scorer]] = {
     "colocated": _colocated,
     "dedicated": _dedicated,
     "server": _server,
     "file": _file,
 }
-"""Maker of the teacher by --teacher-placement.  Collective over the student's ranks."""
+"""Maker of a teacher by --teacher-placement.  Collective over the student's ranks."""
 
 
-def make_scorers(spec: RunSpec, student: ModelGroups) -> tuple[Scoring | None, Scoring | None]:
-    """Make (teacher, reference), each only if the objective needs it, else None; collective over the world.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scorers:
+    """What scores the rollouts of a run; None where the objective needs none."""
+
+    teacher: Scoring | None
+    """The only one, or all of several as one."""
+    reference: Scoring | None
+    by_role: Mapping[str, Scorer]
+    """Each model's own, by its role."""
+
+
+def _together(spec: RunSpec, by_role: Mapping[str, Scorer]) -> Scorer:
+    """Return the run's teachers as one scorer."""
+    shares, prompts = Shares(spec.config.teachers), spec.data.prompts.by_uid
+    # One on the trainer's ranks works when it is asked; those elsewhere work meanwhile.
+    order = sorted(spec.models.teachers, key=lambda teacher: teacher.placement != "colocated")
+    parts = {teacher.role.removeprefix("teacher-"): by_role[teacher.role] for teacher in order}
+    return SeveralTeachers(parts, shares, lambda uid: prompts[uid].domain)
+
+
+def make_scorers(spec: RunSpec, student: ModelGroups, on_failure: ExitStack) -> Scorers:
+    """Make the scorers that the objective needs, and have ``on_failure`` close each; collective over the world.
 
     The reference is on the student's ranks: it is as small as the student.
     """
@@ -99,13 +117,19 @@ def make_scorers(spec: RunSpec, student: ModelGroups) -> tuple[Scoring | None, S
         want = request_of(needs, seed=config.training.seed, step=step)
         return replace(want, hidden=want.hidden or diagnostics_due(config, step))
 
+    by_role: dict[str, Scorer] = {}
     teacher = reference = None
-    if models.teacher:
-        teacher = Scoring(scorer=PLACEMENTS[config.teacher.teacher_placement](place), want=teacher_wants)
+    for each in models.teachers:
+        by_role[each.role] = PLACEMENTS[each.placement](place, each)
+        on_failure.callback(by_role[each.role].close)
+    if by_role:
+        whole = _together(spec, by_role) if config.teachers else by_role["teacher"]
+        teacher = Scoring(scorer=whole, want=teacher_wants)
     if models.reference and models.reference_layout:
         is_student = models.reference is models.student
         same_ranks = replace(student, layout=models.reference_layout)
         groups = same_ranks if is_student else place.groups_of(models.reference_layout)
-        model = make_frozen(spec, models.reference, groups, "reference")
-        reference = Scoring(scorer=ColocatedScorer(model), want=lambda _: ScoreRequest())
-    return teacher, reference
+        model = make_frozen(spec, models.reference, groups, "reference", offload=config.teacher.teacher_offload)
+        by_role["reference"] = ColocatedScorer(model)
+        reference = Scoring(scorer=by_role["reference"], want=lambda _: ScoreRequest())
+    return Scorers(teacher=teacher, reference=reference, by_role=by_role)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_tropd.cli import ConfigError
@@ -30,9 +30,15 @@ def response_parts(prompts: PromptSet) -> Iterator[list[Rollout]]:
 
 
 def check_teacher_scores(
-    config: TrainConfig, objective: Objective, prompts: PromptSet, vocab_size: int, problems: Problems
+    config: TrainConfig,
+    objective: Objective,
+    prompts: PromptSet,
+    vocab_size: int,
+    problems: Problems,
+    scores_domain: Callable[[str], bool],
 ) -> None:
-    """Check that --teacher-scores has what the run will read: the right numbers, of every response."""
+    """Check that --teacher-scores has what the run will read: the right numbers, of every response to a prompt of the
+    domains that this teacher scores."""
     name, needs = config.teacher.teacher_scores, objective.needs
     files = problems.attempt(lambda: _open(name))
     if files is None:
@@ -53,7 +59,8 @@ def check_teacher_scores(
         f"{again}",
     )
     missing, first = 0, None
-    for rollouts in response_parts(prompts):
+    for part in response_parts(prompts):
+        rollouts = [rollout for rollout in part if scores_domain(prompts.by_uid[rollout.prompt_uid].domain)]
         absent = files.missing(key_of_rollout(rollout) for rollout in rollouts)
         missing += len(absent)
         first = rollouts[absent[0]].prompt_uid if absent and first is None else first
@@ -97,7 +104,7 @@ def check_placement(config: TrainConfig, objective: Objective, problems: Problem
 
 
 def check_teacher_digest(config: TrainConfig, digest: str) -> None:
-    """Check that the stored scores are of the run's teacher.
+    """Check that the stored scores of a teacher are its own.
 
     Raises:
         ConfigError: they are of another.

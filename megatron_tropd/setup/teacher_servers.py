@@ -10,7 +10,7 @@ from megatron_tropd.models.hf_config import load_hf_config
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.roles import num_nodes
 from megatron_tropd.setup.engine_settings import gpu_numbers, reachable_host
-from megatron_tropd.setup.model_specs import ModelSpec
+from megatron_tropd.setup.model_specs import TeacherSpec
 from megatron_tropd.setup.problems import Problems
 from megatron_tropd.sglang.server_flags import TEACHER_FLAGS
 from megatron_tropd.sglang.settings import ServerSettings, host_of, is_loopback, load_keys
@@ -85,18 +85,19 @@ def _is_set(config: TrainConfig, name: str) -> bool:
     return bool(getattr(config.teacher, name) != getattr(TrainConfig().teacher, name))
 
 
-def teacher_server_settings(config: TrainConfig, teacher: ModelSpec) -> ServerSettings:
-    """Return the settings of the teacher's SGLang servers.
+def teacher_server_settings(teacher: TeacherSpec) -> ServerSettings:
+    """Return the settings of a teacher's SGLang servers.
 
     Raises:
         ValueError: a setting cannot be used.
         OSError: the key file cannot be read.
     """
+    config = teacher.config
     given, engine = config.teacher, config.engine
     return ServerSettings(
         names=TEACHER_FLAGS,
-        hf_dir=teacher.hf_dir.absolute(),
-        log_dir=Path(config.logging.run_dir).absolute() / "teacher",
+        hf_dir=teacher.model.hf_dir.absolute(),
+        log_dir=Path(config.logging.run_dir).absolute() / teacher.role,
         dtype="bfloat16" if config.model.bf16 else "float32",
         python=Path(engine.sglang_python or sys.executable).absolute(),
         num_servers=given.teacher_num_servers,
@@ -112,11 +113,12 @@ def teacher_server_settings(config: TrainConfig, teacher: ModelSpec) -> ServerSe
     )
 
 
-def teacher_server_model(config: TrainConfig, teacher: ModelSpec, common_vocab_size: int) -> TeacherModel:
-    """Return what the teacher's servers must hold."""
+def teacher_server_model(teacher: TeacherSpec, common_vocab_size: int) -> TeacherModel:
+    """Return what a teacher's servers must hold."""
+    config = teacher.config
     return TeacherModel(
-        arch=teacher.arch,
-        model_type=str(load_hf_config(teacher.hf_dir).get("model_type")),
+        arch=teacher.model.arch,
+        model_type=str(load_hf_config(teacher.model.hf_dir).get("model_type")),
         common_vocab_size=common_vocab_size,
         longest=config.data.max_prompt_length + config.data.max_response_length,
     )

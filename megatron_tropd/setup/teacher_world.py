@@ -20,11 +20,11 @@ def make_worker(spec: RunSpec, job: Job) -> Worker:
 
     Its layout is Megatron's global one in these processes, as the student's is in the trainer's.
     """
-    config, models, name = spec.config, spec.models, job.role.name
-    assert models.teacher and models.teacher_layout, "a role of its own has a model"
+    config, name = spec.config, job.role.name
+    teacher = next(teacher for teacher in spec.models.teachers if teacher.role == name)
     timeout_s = config.parallel.distributed_timeout_s
-    groups = student_groups(models.teacher_layout, seed=config.training.seed, timeout_s=timeout_s)
-    model = make_frozen(spec, models.teacher, groups, "teacher")
+    groups = student_groups(teacher.layout, seed=config.training.seed, timeout_s=timeout_s)
+    model = make_frozen(spec, teacher.model, groups, "teacher", offload=teacher.config.teacher.teacher_offload)
     leads = dist.get_rank() == 0
     return Worker(
         model,

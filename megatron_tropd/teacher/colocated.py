@@ -28,7 +28,7 @@ class ColocatedScorer:
         """Nothing: the student's ranks are busy or not all at hand."""
 
     def scores(
-        self, step: int, rollouts: Sequence[Rollout], want: ScoreRequest, destination: Destination
+        self, step: int, rollouts: Mapping[int, Rollout], want: ScoreRequest, destination: Destination
     ) -> dict[int, TeacherScores]:
         """See Scorer; collective over the world."""
         return self._model.score(rollouts, want, destination)

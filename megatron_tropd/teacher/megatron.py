@@ -115,8 +115,9 @@ class MegatronTeacher:
         finally:
             self._offload.release()
 
-    def score_here(self, rollouts: Sequence[Rollout], want: ScoreRequest) -> Located:
-        """Score every response token; the scores stay where they were made.  Collective over the model's ranks.
+    def score_here(self, rollouts: Mapping[int, Rollout], want: ScoreRequest) -> Located:
+        """Score every response token of rollouts by index; the scores stay where they were made.  Collective over the
+        model's ranks.
 
         Raises:
             ValueError: on every rank: a rollout is longer than --max-tokens-per-microbatch, or the top-k exceeds the
@@ -125,27 +126,31 @@ class MegatronTeacher:
         if want.top_k > self._shard.vocab_size:
             raise ValueError(f"--top-k {want.top_k} is larger than the vocabulary of {self._shard.vocab_size}")
         layout = self._groups.layout
+        indices, ordered = list(rollouts), list(rollouts.values())
         plan = plan_packs(
-            [len(rollout.token_ids) for rollout in rollouts],
+            [len(rollout.token_ids) for rollout in ordered],
             data_parallel_size=layout.dp,
             max_tokens=self._max_tokens,
-            prompt_uids=[rollout.prompt_uid for rollout in rollouts],
+            prompt_uids=[rollout.prompt_uid for rollout in ordered],
         )
         try:
             with self._on_device():
                 head = FrozenHead(model=self._model, shard=self._shard, want=want)
-                scored = score_rollouts(self._model, self._groups, rollouts, plan, head, refuse_nan=True)
+                found = score_rollouts(self._model, self._groups, ordered, plan, head, refuse_nan=True)
         except ValueError as error:  # on every rank
             flags = f"--{self._role}-hf-checkpoint / --{self._role}-load"
             raise ValueError(f"{self._role}: {error}; check {flags}") from error
-        sources = {index: layout.rank(tp=0, pp=layout.pp - 1, dp=owner) for index, owner in plan.owners.items()}
+        scored = {indices[place]: scores for place, scores in found.items()}
+        sources = {
+            indices[place]: layout.rank(tp=0, pp=layout.pp - 1, dp=owner) for place, owner in plan.owners.items()
+        }
         if want.topk_use is None:
             return Located(scores=scored, sources=sources)
         chosen = {index: select_topk(scores, rollouts[index], want.topk_use) for index, scores in scored.items()}
         return Located(scores=chosen, sources=sources, topk_rows=count_topk_rows(chosen))
 
     def score(
-        self, rollouts: Sequence[Rollout], want: ScoreRequest, destination: Destination
+        self, rollouts: Mapping[int, Rollout], want: ScoreRequest, destination: Destination
     ) -> dict[int, TeacherScores]:
         """:meth:`score_here`, and send the scores to the ranks that train on the rollouts: a model on the student's own
         ranks."""

@@ -6,8 +6,8 @@ every score is wrong and nothing crashes; so this check runs before any model is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -185,6 +185,17 @@ def check_same_tokens(student_dir: str | Path, teacher_dir: str | Path, who: str
             f"tokens; choose a {who} with the student's tokenizer:\n" + "\n".join(errors)
         )
     return _report(student, teacher)
+
+
+def join_reports(reports: Sequence[TokenizerReport]) -> TokenizerReport:
+    """Return the report of one student with several teachers from those with each, of which there is at least one: the
+    ids that all share, and the stop ids of any."""
+    return replace(
+        reports[0],
+        common_vocab_size=min(report.common_vocab_size for report in reports),
+        teacher_stop_ids=tuple(dict.fromkeys(stop for report in reports for stop in report.teacher_stop_ids)),
+        warnings=tuple(dict.fromkeys(warning for report in reports for warning in report.warnings)),
+    )
 
 
 def _report(student: _Side, teacher: _Side) -> TokenizerReport:

@@ -39,16 +39,16 @@ def payload(
 
 
 def payloads(
-    rollouts: Sequence[Rollout], want: ScoreRequest, hidden_like: Tensor | None, topk_rows: Mapping[int, int]
+    rollouts: Mapping[int, Rollout], want: ScoreRequest, hidden_like: Tensor | None, topk_rows: Mapping[int, int]
 ) -> dict[int, dict[str, TensorSpec]]:
     """:func:`payload` by index of the rollout; ``topk_rows`` is that of ``Located``."""
-    return {index: payload(rollout, want, hidden_like, topk_rows.get(index)) for index, rollout in enumerate(rollouts)}
+    return {index: payload(rollout, want, hidden_like, topk_rows.get(index)) for index, rollout in rollouts.items()}
 
 
-def bytes_per_token(rollouts: Sequence[Rollout], specs: Mapping[int, Mapping[str, TensorSpec]]) -> float:
-    """Return the bytes of all scores of a batch by its response tokens."""
+def bytes_per_token(rollouts: Mapping[int, Rollout], specs: Mapping[int, Mapping[str, TensorSpec]]) -> float:
+    """Return the bytes of all scores of ``rollouts`` by their response tokens."""
     num_bytes = sum(spec.num_bytes for of_rollout in specs.values() for spec in of_rollout.values())
-    return num_bytes / max(sum(rollout.response_len for rollout in rollouts), 1)
+    return num_bytes / max(sum(rollout.response_len for rollout in rollouts.values()), 1)
 
 
 def flatten(
@@ -69,7 +69,7 @@ def unflatten(
 def route(
     scored: Mapping[int, TeacherScores],
     sources: Mapping[int, int],
-    rollouts: Sequence[Rollout],
+    rollouts: Mapping[int, Rollout],
     specs: Mapping[int, Mapping[str, TensorSpec]],
     destination: Destination,
 ) -> dict[int, TeacherScores]:
@@ -78,14 +78,14 @@ def route(
     Args:
         scored: what this rank holds, by rollout index.
         sources: for every rollout, the rank that holds its scores.
-        rollouts: of the whole batch.
+        rollouts: all that were scored, by their index in the batch, in one order on all ranks.
         specs: what is sent of each, as :func:`payloads` gives it.
         destination: who trains on what.
     """
     rank = dist.get_rank()
     send: dict[int, list[int]] = {}
     receive: dict[int, list[int]] = {}
-    for index in range(len(rollouts)):
+    for index in rollouts:
         source, target = sources[index], destination.rank(index)
         if source == rank:
             send.setdefault(target, []).append(index)
@@ -103,7 +103,7 @@ def route(
 
 def share(
     mine: Mapping[int, TeacherScores],
-    rollouts: Sequence[Rollout],
+    rollouts: Mapping[int, Rollout],
     specs: Mapping[int, Mapping[str, TensorSpec]],
     destination: Destination,
 ) -> dict[int, TeacherScores]:
@@ -114,7 +114,7 @@ def share(
     groups = destination.groups
     if not groups.is_last_stage:
         return {}
-    owned = [i for i in range(len(rollouts)) if destination.owners[i] == groups.coords.dp]
+    owned = [i for i in rollouts if destination.owners[i] == groups.coords.dp]
     if groups.layout.tp == 1:
         return {index: mine[index] for index in owned}
     flat = flatten(mine, owned, specs) if groups.coords.tp == 0 else None

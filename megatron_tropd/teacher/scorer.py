@@ -48,12 +48,12 @@ class Scorer(Protocol):
         """
 
     def scores(
-        self, step: int, rollouts: Sequence[Rollout], want: ScoreRequest, destination: Destination
+        self, step: int, rollouts: Mapping[int, Rollout], want: ScoreRequest, destination: Destination
     ) -> dict[int, TeacherScores]:
         """Wait for the scores of batch ``step``; return those of the rollouts that this rank trains on, by index.
 
-        Called once for a batch, after all of it was submitted with the same ``want``.  Collective over the trainer's
-        ranks.
+        Called once for a batch, with all of it that was submitted, in the same order on all ranks, and with the same
+        ``want``.  Collective over the trainer's ranks.
 
         Raises:
             ScorerError, ValueError: on every rank alike.

@@ -43,16 +43,16 @@ def score_batch(run: Run, rollouts: Sequence[Rollout], plan: BatchPlan, step: in
     Collective over the world.
     """
     needs, student = run.objective.needs, run.student
-    destination = Destination(groups=student.groups, owners=plan.owners)
+    destination, by_index = Destination(groups=student.groups, owners=plan.owners), dict(enumerate(rollouts))
     scores: Mapping[int, TeacherScores] = {}
     references: Mapping[int, TeacherScores] = {}
     before: Mapping[int, TeacherScores] = {}
     advantages: Advantages | None = None
     metrics: dict[str, float] = {}
     if run.teacher is not None:
-        scores = run.teacher.scorer.scores(step, rollouts, run.teacher.want(step), destination)
+        scores = run.teacher.scorer.scores(step, by_index, run.teacher.want(step), destination)
     if run.reference is not None:
-        references = run.reference.scorer.scores(step, rollouts, run.reference.want(step), destination)
+        references = run.reference.scorer.scores(step, by_index, run.reference.want(step), destination)
     if run.rewarder is not None:
         advantages, metrics = _advantages(run, rollouts)
     threshold = None

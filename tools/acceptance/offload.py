@@ -33,7 +33,8 @@ def run(report: Report, setting: Setting) -> None:
     plan = plan_of(rollouts, config, groups)
 
     def scores(teacher: MegatronTeacher) -> dict[int, TeacherScores]:
-        return teacher.score(rollouts, objective_of(work).needs.score, Destination(groups=groups, owners=plan.owners))
+        destination = Destination(groups=groups, owners=plan.owners)
+        return teacher.score(dict(enumerate(rollouts)), objective_of(work).needs.score, destination)
 
     expected = scores(make_teacher(arch, frozen, config, 0, version=1))
     free_memory()

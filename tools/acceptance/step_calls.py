@@ -118,7 +118,9 @@ def score(
     teacher: MegatronTeacher, student: Student, objective: Objective, rollouts: Sequence[Rollout], plan: BatchPlan
 ) -> dict[int, TeacherScores]:
     """Return the teacher's scores of all rollouts."""
-    return teacher.score(rollouts, objective.needs.score, Destination(groups=student.groups, owners=plan.owners))
+    return teacher.score(
+        dict(enumerate(rollouts)), objective.needs.score, Destination(groups=student.groups, owners=plan.owners)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from megatron_tropd.objectives.methods import make_objective
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.setup.checks import check_lengths, check_method
 from megatron_tropd.setup.engine_checks import check_engine_flags
-from megatron_tropd.setup.model_specs import Models, ModelSpec
+from megatron_tropd.setup.model_specs import Models, ModelSpec, TeacherSpec
 from megatron_tropd.setup.problems import Problems
 from megatron_tropd.setup.ranges import check_ranges
 from megatron_tropd.training.student import training_errors
@@ -202,6 +202,7 @@ def make_scenario(config: TrainConfig, machines: Machines) -> Scenario:
     """
     problems = Problems()
     problems.errors.extend(machines.problems())
+    problems.require(not config.teachers, "--teacher-config: a plan is of one teacher; plan with the flags of each")
     check_ranges(config, problems)
     check_engine_flags(config, problems)
     objective = problems.attempt(lambda: make_objective(config.objective.objective, config.objective_settings))
@@ -359,8 +360,12 @@ def _as_models(scenario: Scenario) -> Models:
     def spec(arch: Architecture) -> ModelSpec:
         return ModelSpec(hf_dir=Path(), megatron_dir=None, arch=arch, hf_name="", source="")
 
+    teachers = []
+    if scenario.teacher:  # on servers it has no layout, and the checks ask for none
+        layout = scenario.teacher_layout or ParallelLayout()
+        model = spec(scenario.teacher)
+        teachers.append(TeacherSpec(role="teacher", config=scenario.config, model=model, layout=layout))
     return Models(
-        student=spec(scenario.student), student_layout=scenario.student_layout,
-        teacher=spec(scenario.teacher) if scenario.teacher else None, teacher_layout=scenario.teacher_layout,
+        student=spec(scenario.student), student_layout=scenario.student_layout, teachers=tuple(teachers),
         reference=spec(scenario.reference) if scenario.reference else None, reference_layout=scenario.reference_layout,
     )  # fmt: skip

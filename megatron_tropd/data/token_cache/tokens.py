@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -44,6 +45,16 @@ class TokenRows:
                 uids = self._uids[start : start + len(answers)].tolist()
                 yield from (pair for pair in zip(uids, answers, strict=True) if pair[1] is not None)
                 start += len(answers)
+
+    def domains(self) -> Counter[str]:
+        """Return the number of prompts by domain."""
+        found: Counter[str] = Counter()
+        for shard in range(len(self._starts) - 1):
+            reader = self._reader(shard)
+            for number in range(reader.num_record_batches):
+                for entry in reader.get_batch(number)["domain"].value_counts().to_pylist():
+                    found[entry["values"]] += entry["counts"]
+        return found
 
     def prompt(self, number: int) -> Prompt:
         """Return one prompt.

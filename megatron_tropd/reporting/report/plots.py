@@ -6,6 +6,7 @@ A function returns None where the records hold nothing to draw.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -139,6 +140,13 @@ def teacher_wait(records: Records) -> Figure | None:
     return _lines(records, {"teacher/wait_s": "wait"}, "Wait for the teacher's scores", "seconds")
 
 
+def rewards_by_teacher(records: Records) -> Figure | None:
+    """Mean reward that each of several teachers gave to what the student wrote."""
+    metrics = {name for record in of_kind(records, "step") for name in record["metrics"]}
+    found = sorted(name for name in metrics if re.fullmatch(r"teacher/[^/]+/reward_mean", name))
+    return _lines(records, {name: name.split("/")[1] for name in found}, "Mean reward by teacher", "nats per token")
+
+
 def ordered_phases(steps: Iterable[Record]) -> list[str]:
     """The phases that occur, in the order of a step, unknown ones last."""
     seen = dict.fromkeys(phase for record in steps for phase in record["seconds"])
@@ -156,6 +164,7 @@ FIGURES: dict[str, Callable[[Records], Figure | None]] = {
     "step_time": step_time,
     "overlap": overlap,
     "teacher_wait": teacher_wait,
+    "rewards_by_teacher": rewards_by_teacher,
 }
 
 

@@ -17,7 +17,7 @@ Scores themselves, and rows of the table, go from rank to rank over the bridge.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -53,9 +53,14 @@ def read_score(message: Message) -> tuple[int, dict[int, Rollout], ScoreRequest]
     return values["step"], rollouts, ScoreRequest(**want)
 
 
-def deliver_message(step: int, targets: Sequence[int]) -> Message:
+def deliver_message(step: int, targets: Mapping[int, int]) -> Message:
     """Return the message ``deliver``: ``targets`` are ranks of the job, by index of the rollout."""
-    return Message(kind="deliver", values={"step": step, "targets": list(targets)})
+    return Message(kind="deliver", values={"step": step, "targets": pairs(targets)})
+
+
+def pairs(values: Mapping[int, int]) -> list[tuple[int, int]]:
+    """Return a mapping as messages have it: JSON has no integers as keys.  ``dict`` reads it."""
+    return list(values.items())
 
 
 def table_message(layout: ParallelLayout, first: int, padded_vocab_size: int) -> Message:

@@ -96,17 +96,18 @@ class DedicatedScorer:
         self._post(score_message(step, rollouts, want))
 
     def scores(
-        self, step: int, rollouts: Sequence[Rollout], want: ScoreRequest, destination: Destination
+        self, step: int, rollouts: Mapping[int, Rollout], want: ScoreRequest, destination: Destination
     ) -> dict[int, TeacherScores]:
         """See Scorer."""
         started = time.perf_counter()
-        targets = [self._trainer.first + destination.rank(index) for index in range(len(rollouts))]
+        targets = {index: self._trainer.first + destination.rank(index) for index in rollouts}
         on_rank_zero(lambda: self._post(deliver_message(step, targets)), ScorerError)
         answer = self._answer("scored")
+        sources = dict(answer.values["sources"])
         receive: dict[int, list[int]] = defaultdict(list)
-        for index, (source, target) in enumerate(zip(answer.values["sources"], targets, strict=True)):
+        for index, target in targets.items():
             if target == self._bridge.rank:
-                receive[source].append(index)
+                receive[sources[index]].append(index)
         specs = payloads(rollouts, want, self._hidden_like, dict(answer.values["topk_rows"]))
         wanted = {peer: [s for i in indices for s in specs[i].values()] for peer, indices in receive.items()}
         arrived = exchange({}, wanted, self._bridge)

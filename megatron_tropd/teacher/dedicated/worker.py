@@ -15,7 +15,7 @@ from megatron_tropd.parallel.bridge import Bridge
 from megatron_tropd.parallel.exchange import broadcast_object, exchange
 from megatron_tropd.parallel.fail_together import reason_of
 from megatron_tropd.parallel.mailbox import Mailbox, Message
-from megatron_tropd.teacher.dedicated.messages import layout_of, read_score
+from megatron_tropd.teacher.dedicated.messages import layout_of, pairs, read_score
 from megatron_tropd.teacher.megatron import MegatronTeacher
 from megatron_tropd.teacher.output_table import Grid
 from megatron_tropd.teacher.routing import flatten, payloads
@@ -99,7 +99,7 @@ class Worker:
             batch.rollouts |= rollouts
             batch.waiting |= rollouts
         elif message.kind == "deliver":
-            self._deliver(values["step"], values["targets"], self._batches.pop(values["step"], None))
+            self._deliver(values["step"], dict(values["targets"]), self._batches.pop(values["step"], None))
         elif message.kind == "logprobs":
             self._logprobs(values["sequences"], values["vocab_size"])
         elif message.kind == "table":
@@ -115,24 +115,23 @@ class Worker:
 
     def _score(self, batch: _Batch) -> None:
         """Score what waits; a failure is kept for the trainer, which asks for the batch later."""
-        indices, rollouts = list(batch.waiting), list(batch.waiting.values())
-        batch.waiting = {}
+        rollouts, batch.waiting = batch.waiting, {}
         started = time.perf_counter()
         try:
             located = self._model.score_here(rollouts, batch.want)
         except ValueError as error:  # on every rank alike
             batch.failure = batch.failure or reason_of(error)
         else:
-            batch.scores |= {indices[i]: scores for i, scores in located.scores.items()}
-            batch.sources |= {indices[i]: rank for i, rank in located.sources.items()}
-            batch.topk_rows |= {indices[i]: count for i, count in located.topk_rows.items()}
+            batch.scores |= located.scores
+            batch.sources |= located.sources
+            batch.topk_rows |= located.topk_rows
         self._busy_s += time.perf_counter() - started
 
-    def _deliver(self, step: int, targets: list[int], batch: _Batch | None) -> None:
+    def _deliver(self, step: int, targets: dict[int, int], batch: _Batch | None) -> None:
         """Score the rest of the batch and send every score to its target."""
         if batch and batch.waiting:
             self._score(batch)
-        if batch is None or len(batch.rollouts) != len(targets) or batch.failure:
+        if batch is None or batch.rollouts.keys() != targets.keys() or batch.failure:
             missing = f"{len(batch.rollouts) if batch else 0} of {len(targets)} rollouts arrived"
             reason = (batch and batch.failure) or missing
             self._reply(Message(kind="failed", values={"reason": f"step {step + 1}: {reason}"}))
@@ -140,16 +139,14 @@ class Worker:
         now = time.perf_counter()
         measured = {"busy_s": self._busy_s, "total_s": now - self._since}
         self._busy_s, self._since = 0.0, now
-        sources = [self._first + batch.sources[index] for index in range(len(targets))]
-        counts = list(batch.topk_rows.items())  # JSON has no integers as keys
-        self._reply(Message(kind="scored", values={"sources": sources, "topk_rows": counts, **measured}))
+        sources = {index: self._first + batch.sources[index] for index in targets}
+        values = {"sources": pairs(sources), "topk_rows": pairs(batch.topk_rows), **measured}
+        self._reply(Message(kind="scored", values=values))
         send: dict[int, list[int]] = defaultdict(list)
-        for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            if source == self._bridge.rank:
+        for index, target in targets.items():
+            if sources[index] == self._bridge.rank:
                 send[target].append(index)
-        like = self._model.hidden_like
-        ordered = [batch.rollouts[index] for index in range(len(targets))]
-        specs = payloads(ordered, batch.want, like, batch.topk_rows)
+        specs = payloads(batch.rollouts, batch.want, self._model.hidden_like, batch.topk_rows)
         tensors: dict[int, list[Tensor]] = {t: flatten(batch.scores, indices, specs) for t, indices in send.items()}
         exchange(tensors, {}, self._bridge)
 

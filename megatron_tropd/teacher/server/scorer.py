@@ -99,7 +99,7 @@ class ServerScorer:
         return await self._fleet.ask(len(rollout.token_ids), lambda server: server.score(rollout, want.top_k))
 
     def scores(
-        self, step: int, rollouts: Sequence[Rollout], want: ScoreRequest, destination: Destination
+        self, step: int, rollouts: Mapping[int, Rollout], want: ScoreRequest, destination: Destination
     ) -> dict[int, TeacherScores]:
         """See Scorer."""
         started = time.perf_counter()
@@ -110,7 +110,7 @@ class ServerScorer:
             for future in asked.values():
                 future.cancel()
         sources = {index: rank for rank, found in enumerate(last) for index in found.held or ()}
-        if sources.keys() != set(range(len(rollouts))):
+        if sources.keys() != rollouts.keys():
             raise ScorerError(f"{len(sources)} of the {len(rollouts)} rollouts of step {step + 1} were submitted")
         self._measure(last, time.perf_counter() - started)
         scored = {index: future.result() for index, future in asked.items()}

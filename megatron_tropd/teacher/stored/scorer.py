@@ -28,7 +28,7 @@ class StoredScorer:
         """Nothing: reading takes no time worth hiding."""
 
     def scores(
-        self, step: int, rollouts: Sequence[Rollout], want: ScoreRequest, destination: Destination
+        self, step: int, rollouts: Mapping[int, Rollout], want: ScoreRequest, destination: Destination
     ) -> dict[int, TeacherScores]:
         """See Scorer.
 
@@ -36,7 +36,7 @@ class StoredScorer:
             ScorerError: on every rank: a response was not scored.
         """
         groups = destination.groups
-        mine = [i for i in range(len(rollouts)) if groups.is_last_stage and destination.owners[i] == groups.coords.dp]
+        mine = [i for i in rollouts if groups.is_last_stage and destination.owners[i] == groups.coords.dp]
         return on_all_ranks(lambda: {index: self._read(rollouts[index], want) for index in mine}, ScorerError)
 
     def _read(self, rollout: Rollout, want: ScoreRequest) -> TeacherScores:
