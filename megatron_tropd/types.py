@@ -92,6 +92,9 @@ class Rollout:
     weight_version: tuple[int, int]
     """(lowest, highest) weight version that wrote a token of it."""
     finish: Finish
+    topk_ids: Tensor | None = field(default=None, compare=False)  # [W, K] int32
+    """The student's own most probable ids where each written token stands, in any order; None where the objective does
+    not ask for them."""
 
     def __post_init__(self) -> None:
         written = len(self.token_ids) - self.prompt_len - self.guidance_len
@@ -132,12 +135,17 @@ class TopkUse:
     step: int = 0
 
 
+TopkOf = Literal["teacher", "student"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
     """What an objective needs besides the student's log-probability of every label."""
 
     top_k: int = 0
     """Number of the teacher's most probable tokens per position; 0 for none."""
+    topk_of: TopkOf = "teacher"
+    """Whose most probable tokens these are; the log-probabilities of them are always asked of the teacher."""
     topk_use: TopkUse | None = None
     """The tokens that the top-k is for; None for all that the student wrote."""
     teacher_entropy: bool = False
@@ -166,7 +174,14 @@ class Needs:
     def score(self) -> ScoreRequest:
         """What the teacher has to compute, with the top-k of all tokens; ``objectives/topk_use.py::request_of`` asks
         for those that are needed."""
-        return ScoreRequest(top_k=self.top_k, entropy=self.teacher_entropy, hidden=self.divergence is not None)
+        return ScoreRequest(
+            top_k=self.top_k, topk_of=self.topk_of, entropy=self.teacher_entropy, hidden=self.divergence is not None
+        )
+
+    @property
+    def student_top_k(self) -> int:
+        """Number of the student's own most probable ids that rollouts bring, 0 for none."""
+        return self.top_k if self.topk_of == "student" else 0
 
     @property
     def old_policy(self) -> bool:
@@ -180,6 +195,8 @@ class ScoreRequest:
 
     top_k: int = 0
     """Number of most probable tokens per position; 0 for none."""
+    topk_of: TopkOf = "teacher"
+    """The model's own most probable tokens, or those that the rollouts bring (``Rollout.topk_ids``)."""
     topk_use: TopkUse | None = None
     """The tokens that the top-k is for; a scorer may also send it for all."""
     entropy: bool = False
@@ -197,7 +214,7 @@ class TeacherScores:
 
     logprob: Tensor  # [R] log q(x_t | x_<t) of every response token
     topk_rows: Tensor | None = None  # [S] int32, ascending: the written tokens with a top-k; None for all, S = W
-    topk_ids: Tensor | None = None  # [S, K] int32, by (log-probability descending, id ascending)
+    topk_ids: Tensor | None = None  # [S, K] int32, by (log-probability descending, id ascending), or as given
     topk_logprobs: Tensor | None = None  # [S, K]
     entropy: Tensor | None = None  # [W] over the full vocabulary
     hidden: Tensor | None = None  # [W, H_teacher], in the teacher's dtype

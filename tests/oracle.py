@@ -18,7 +18,7 @@ DEFAULTS = {
     "fkl_grad": "direct", "fkl_clamp_zero": False, "fkl_logprob_min": 0.0, "fkl_max": 0.0, "reward_logprob": "trainer",
     "reward_floor": -2.0, "guidance_beta": 0.001, "guidance_grad": "nll", "jsd_beta": 0.5, "entropy_share": 0.2,
     "entropy_denominator": "all", "teacher_entropy_threshold": 0.8, "reopold_bound": "jensen", "reopold_lambda": 0.3,
-    "reopold_switch": 0.5, "tropd_aopd_reading": "add_pg_on_positive", "tropd_aopd_coef": 1.0, "gopd_lambda": 1.25,
+    "reopold_switch": 0.5, "rkl_support": "tail", "tropd_aopd_reading": "add_pg_on_positive", "tropd_aopd_coef": 1.0, "gopd_lambda": 1.25,
     "topd_alpha": 0.2, "importance_correction": "off", "tis_cap": 2.0, "icepop_low": 0.5, "icepop_high": 5.0,
     "sequence_error_max": 2.0, "ppo_clip": 0.2, "ppo_clip_high": 0.2, "grpo_denominator": "samples", "grpo_kl_coef": 0.0,
 }  # fmt: skip
@@ -178,6 +178,21 @@ def _divergence(kind, row, beta=0.5):
     }[kind]()  # fmt: skip
 
 
+def _own_rkl(row, s):
+    if not len(row.v_lq):
+        return 0.0 * row.lp
+    p, q = row.v_lp[row.v_present].exp(), row.v_lq.exp()
+    if s.rkl_support == "renorm_both":
+        p, q = p / p.sum(), q / q.sum()
+        return (p * (p.log() - q.log())).sum()
+    value = (p * (p.log() - q.log())).sum()
+    if s.rkl_support == "raw":
+        return value
+    most = torch.tensor(1 - 1e-4, dtype=torch.float64)
+    rest_p, rest_q = (1 - (mass.sum() if mass.sum() < most else most) for mass in (p, q))
+    return value + rest_p * (rest_p.log() - rest_q.log())
+
+
 def _bound(s):
     lam = s.reopold_lambda
     return math.log(lam) / (1 - lam) if s.reopold_bound == "jensen" else math.log(lam / (1 - lam))
@@ -216,6 +231,7 @@ def _written_token(method, row, s, context):
         "full_fkl": lambda: _divergence("full_fkl", row),
         "full_rkl": lambda: _divergence("full_rkl", row),
         "gkd_jsd": lambda: _divergence("gkd_jsd", row, s.jsd_beta),
+        "topk_rkl": lambda: _own_rkl(row, s),
     }  # fmt: skip
     same = {
         "fkl_reward": "fkl", "kd": "fkl", "jsd_reward": "jsd", "fkl_outlier": "tropd", "aopd": "tropd", "tropd_paper": "tropd",

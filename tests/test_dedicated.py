@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_tropd.cli import ConfigError, parse
@@ -88,6 +90,15 @@ def test_full_distributions_cross_over_too(ranks, world, tmp_path, measured):
     measured("full reverse KL with a dedicated teacher (relative)", _worst(there, here), TOLERANCE)
 
 
+def test_the_students_own_top_k_is_scored_there_too(ranks, world, tmp_path, measured):
+    changes = {"objective": "topk_rkl", "tensor_model_parallel_size": 2}
+    here = ranks(2).run(train_here, flags(world, tmp_path / "here", train_iters=STEPS, **changes))[0]
+    there = _dedicated(
+        world, tmp_path / "there", tmp_path, 2, 4, teacher_tensor_model_parallel_size=2, **changes
+    )  # fmt: skip
+    measured("reverse KL on the student's top-k with a dedicated teacher (relative)", _worst(there, here), TOLERANCE)
+
+
 def test_a_teacher_that_gives_nan_ends_the_run_with_its_name(world, tmp_path):
     broken = make_world(tmp_path / "world")
     tensors = read_tensors(broken / "teacher")
@@ -166,6 +177,10 @@ def test_rollouts_come_back_bit_by_bit():
         for uid, finish in enumerate(("stop", "length", "abort"))
     ]  # fmt: skip
     assert decode_rollouts(encode_rollouts(rollouts)) == rollouts
+    ids = torch.arange(6, dtype=torch.int32).reshape(3, 2)
+    mixed = [rollouts[0], replace(rollouts[1], topk_ids=ids), rollouts[2], replace(rollouts[0], topk_ids=ids[:, :1])]
+    back = [rollout.topk_ids for rollout in decode_rollouts(encode_rollouts(mixed))]
+    assert back[0] is None and torch.equal(back[1], ids) and back[2] is None and torch.equal(back[3], ids[:, :1])
     assert decode_rollouts(encode_rollouts([])) == []
     with pytest.raises(ValueError, match="not a batch of rollouts"):
         decode_rollouts(b"garbage")

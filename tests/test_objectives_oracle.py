@@ -23,6 +23,8 @@ VARIANTS = [
     ("fkl_reward", {"fkl_support": "renorm", "importance_correction": "tis"}),
     ("jsd", {"jsd_beta": 0.1}),
     ("gkd_jsd", {"jsd_beta": 0.9}),
+    ("topk_rkl", {"rkl_support": "raw"}),
+    ("topk_rkl", {"rkl_support": "renorm_both"}),
     ("entropy_opd", {"entropy_denominator": "kept"}),
     ("eopd", {"fkl_support": "raw", "outlier_coef": 0.5}),
     ("tropd", {"gate": "expected", "fkl_support": "tail", "guidance_beta": 1.0}),
@@ -174,5 +176,7 @@ def test_fp32_is_near_the_oracle_with_logits_of_80(method, numbers):
     expected, denominator = oracle(method, copy, teacher, tokens, CONTEXT, **numbers)
     (exact,) = torch.autograd.grad(expected.sum(), copy)
     error = float((out.token_loss_T.double() - expected).abs().sum() / expected.abs().sum())
-    assert error <= 2e-6 and float((grad.double() - exact).norm() / exact.norm()) <= 1e-5
+    # In fp32 the mass outside the top-k is known to 1e-7, and topk_rkl's tail takes the logarithm of at least 1e-4 of it.
+    limit = 1e-3 if objective.needs.student_top_k and not numbers else 2e-6
+    assert error <= limit and float((grad.double() - exact).norm() / exact.norm()) <= 5 * limit
     assert out.denominator is None or int(out.denominator) == denominator

@@ -45,6 +45,18 @@ def test_sampled_tokens_have_the_students_logprobs(sglang, measured):
     assert sglang.pool.counts == counts, "something had to be done twice"
 
 
+def test_the_reported_ids_are_the_most_probable_ones(sglang):
+    version = sglang.push()
+    rollouts = sglang.pool.generate(requests_of(3, samples=2, max_new=12), replace(params(), report_top_k=6), version)
+    for rollout in rollouts:
+        with torch.no_grad():
+            logits = sglang.student.model(torch.tensor([rollout.token_ids])).logits[0]
+        written = logits[len(rollout.token_ids) - len(rollout.logprobs) - 1 : -1]
+        expected = written.topk(6).indices
+        assert rollout.topk_ids.dtype == torch.int32
+        assert torch.equal(rollout.topk_ids.long().sort(1).values, expected.sort(1).values)
+
+
 def test_greedy_continuation_is_that_of_transformers_after_every_push(sglang):
     requests = requests_of(4, max_new=16)
     seen = set()

@@ -54,6 +54,7 @@ def test_flags_become_the_settings_and_the_command_line_of_a_server(world, tmp_p
     [
         ({"objective": "eopd"}, "--objective eopd needs the teacher's entropy at every token, which SGLang does not give: "
          "--teacher-placement server does not work with it, use --teacher-placement colocated or dedicated"),
+        ({"objective": "topk_rkl"}, "--objective topk_rkl asks for log-probabilities at ids of each token's own"),
         ({"objective": "full_rkl"}, "--objective full_rkl compares with the teacher's full distribution"),
         ({"gradient_diagnostics_interval": 2}, "--gradient-diagnostics-interval 2 compares with the teacher's full "
          "distribution, which SGLang does not give: leave it at 0 with --teacher-placement server"),

@@ -14,6 +14,7 @@ METHODS = {
     "reopold_two_stage: kept-token denominator": {"objective": "reopold_two_stage"},
     "eopd: teacher entropy, two minibatches": {"objective": "eopd", "num_minibatches": 2},
     "full_rkl: hidden states": {"objective": "full_rkl"},
+    "topk_rkl: the student's top-k": {"objective": "topk_rkl"},
     "gopd: reference": {"objective": "gopd"},
     "grpo: rewards, icepop, two minibatches": {**GRPO, "num_minibatches": 2, "importance_correction": "icepop"},
     "sft: responses of the data": {"objective": "sft"},

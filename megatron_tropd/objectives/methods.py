@@ -16,6 +16,7 @@ from megatron_tropd.objectives.jsd import TopKJsd
 from megatron_tropd.objectives.labels import Rule
 from megatron_tropd.objectives.recipes import Maker, forward_kl, on_data, rule, topk_margin, trust_region
 from megatron_tropd.objectives.reopold import ReopoldTwoStage, reward_bound
+from megatron_tropd.objectives.reverse_kl import ReverseKlOnOwnTopK
 from megatron_tropd.objectives.reward_floor import FlooredReward
 from megatron_tropd.objectives.settings import ObjectiveSettings, pick
 from megatron_tropd.objectives.supervised import Supervised
@@ -173,6 +174,10 @@ METHODS: dict[str, Method] = {
     "full_rkl": Method(
         make=rule(lambda s: FullVocabulary(divergence="reverse_kl")), loss="KL(p, q)", source="exact reverse KL",
     ),
+    "topk_rkl": Method(
+        make=rule(lambda s: ReverseKlOnOwnTopK(top_k=s.top_k, support=s.rkl_support)),
+        loss="sum_V p log(p / q) + (1 - P) log((1 - P) / (1 - Q)), V the student's top-k", source="field practice",
+    ),
     "gkd_jsd": Method(
         make=rule(lambda s: FullVocabulary(divergence="jsd", beta=s.jsd_beta)),
         loss="b KL(q, m) + (1 - b) KL(p, m)", source="GKD, arXiv 2306.13649",
@@ -230,7 +235,8 @@ def _payload(row: Method) -> str:
     needs = row.make(ObjectiveSettings()).needs
     parts = {
         "log q(x)": needs.teacher,
-        f"top-{needs.top_k}": needs.top_k,
+        f"top-{needs.top_k}": needs.top_k and needs.topk_of == "teacher",
+        f"log q at p's top-{needs.top_k}": needs.student_top_k,
         "H_q": needs.teacher_entropy,
         "hidden states": needs.divergence,
         "log ref(x)": needs.reference_logprob,

@@ -27,7 +27,8 @@ def label_metrics(labels: Labels, term: Term, needs: Needs, *, tau: float) -> di
     if needs.rollouts:
         entries |= _importance(labels)
     if needs.teacher:
-        entries |= _teacher(labels, term, tau) | _topk(labels, term, needs.topk_use)
+        entries |= _teacher(labels, term, tau)
+        entries |= _own_topk(labels) if needs.student_top_k else _topk(labels, term, needs.topk_use)
     return _sums(entries)
 
 
@@ -79,6 +80,17 @@ def _topk(labels: Labels, term: Term, use: TopkUse | None) -> Entries:
         "tropd/jsd_topk": (halves[0] + halves[1], read_T),
         "tropd/teacher_topk_mass": (tokens.teacher_topk_logprob_TK.exp().sum(-1), read_T),
         "tropd/student_topk_mass": (stats.topk_logprob_TK.exp().sum(-1), read_T),
+    }
+
+
+def _own_topk(labels: Labels) -> Entries:
+    """Mass of both models on the student's own top-k."""
+    stats, tokens, on_policy_T = labels.stats, labels.tokens, labels.regions.on_policy_T
+    if tokens.teacher_topk_logprob_TK is None or stats.topk_logprob_TK is None:
+        return {}
+    return {
+        "tropd/own_topk_mass": (stats.topk_logprob_TK.exp().sum(-1), on_policy_T),
+        "tropd/teacher_mass_on_own_topk": (tokens.teacher_topk_logprob_TK.exp().sum(-1), on_policy_T),
     }
 
 

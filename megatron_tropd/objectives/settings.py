@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 GateKind = Literal["bernoulli", "expected", "threshold", "probability", "none"]
 FklSupport = Literal["raw", "renorm", "renorm_both", "tail"]
+RklSupport = Literal["raw", "renorm_both", "tail"]
 FklGrad = Literal["direct", "reward"]
 GuidanceGrad = Literal["nll", "logratio_reward"]
 RewardLogprob = Literal["trainer", "rollout"]
@@ -45,6 +46,7 @@ class ObjectiveSettings:
     fkl_clamp_zero: bool = _number(False, "cut a negative top-k forward KL to 0; its gradient goes with it")
     fkl_logprob_min: float = _number(0.0, "floor of log-probabilities in a top-k forward KL; 0: the method's own")
     fkl_max: float = _number(0.0, "ceiling of a top-k forward KL; 0 for none")
+    rkl_support: RklSupport = _number("tail", "form of topk_rkl: raw, renorm_both, or all other tokens as one (tail)")
     reward_logprob: RewardLogprob = _number("trainer", "whose log p(x) is in the K1 reward and the gate")
     reward_floor: float = _number(-2.0, "nats below which tropd_floor and clip_fkl clip the K1 reward")
     guidance_beta: float = _number(0.001, "weight of the imitation loss on prefix tokens")

@@ -42,17 +42,25 @@ def nan_problem(logprob: Tensor) -> str:
 
 @torch.no_grad()
 def unchecked_teacher_scores(
-    hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, *, top_k: int = 0, entropy: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shard: VocabShard,
+    *,
+    top_k: int = 0,
+    entropy: bool = False,
+    at: Tensor | None = None,
 ) -> TeacherScores:
     """As :func:`teacher_scores`, without a wait for the device (with ``top_k`` only where Triton runs): a token with a
-    logit that is NaN or +inf has a NaN for its log-probability."""
+    logit that is NaN or +inf has a NaN for its log-probability.  With ``at`` [n, K] the log-probabilities are at these
+    ids instead of at the most probable."""
     if top_k > shard.vocab_size:
         raise ValueError(f"--top-k {top_k} is larger than the vocabulary of {shard.vocab_size}")
     source = LogitsSource(
         hidden=hidden,
         weight=weight[: shard.num_valid],
         labels=labels,
-        ids=labels.new_zeros(len(labels), 0),
+        ids=labels.new_zeros(len(labels), 0) if at is None else at,
         shard=shard,
         chunk_tokens=shard.chunk_tokens,
         dtype=hidden.dtype,
@@ -62,14 +70,16 @@ def unchecked_teacher_scores(
         stats = source.statistics(chunk)
         logprobs.append(stats.label_logprob)
         entropies.append(stats.entropy)
-        if top_k:
+        if at is not None:
+            values.append(stats.id_logprobs)
+        elif top_k:
             chunk_ids, logits = exact_topk(chunk.student, top_k, shard)
             ids.append(chunk_ids.int())
             values.append(logits - stats.maximum[:, None] - stats.log_sum[:, None])
     logprob = torch.cat(logprobs)  # NaN wherever any logit of the row is
     return TeacherScores(
         logprob=logprob.masked_fill((labels >= shard.vocab_size) & ~logprob.isnan(), -torch.inf),
-        topk_ids=torch.cat(ids) if top_k else None,
-        topk_logprobs=torch.cat(values) if top_k else None,
+        topk_ids=at.int() if at is not None else torch.cat(ids) if top_k else None,
+        topk_logprobs=torch.cat(values) if values else None,
         entropy=torch.cat(entropies) if entropy else None,
     )

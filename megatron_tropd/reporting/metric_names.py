@@ -46,6 +46,8 @@ METRICS: dict[str, MetricInfo] = {
     "tropd/divergence": _info("nats", "Mean full-vocabulary divergence, of a method that is made of one."),
     "tropd/teacher_topk_mass": _info("share", "Teacher probability inside its own top-k."),
     "tropd/student_topk_mass": _info("share", "Student probability inside the teacher's top-k."),
+    "tropd/own_topk_mass": _info("share", "Student probability inside its own top-k (`topk_rkl`)."),
+    "tropd/teacher_mass_on_own_topk": _info("share", "Teacher probability inside the student's top-k (`topk_rkl`)."),
     "tropd/topk_overlap": _info("share", "The teacher's top-k ids that are in the student's own top-k."),
     "tropd/guidance_nll": _info("nats", "Mean negative log-likelihood of guidance tokens under the student."),
     "importance/ratio_mean": _info("1", "Mean probability ratio of a sampled token, trainer over rollout engine."),

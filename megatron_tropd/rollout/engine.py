@@ -38,6 +38,8 @@ class SamplingParams:
     temperature: float = 1.0
     """0 is greedy decoding."""
     top_p: float = 1.0
+    report_top_k: int = 0
+    """Number of the model's own most probable ids to report at every place (``Rollout.topk_ids``)."""
     seed: int
     stream: Stream = Stream.SAMPLING
     step: int

@@ -158,7 +158,10 @@ def _make_run(spec: RunSpec, checkpoints: Checkpoints, files: RunFiles, origin: 
     logger = make_run_logger(spec, decode, files, progress)
     held_out = spec.data.eval_prompts or ()
     rollouts_from = engines if objective.needs.rollouts else None
-    stream = Stream(config, source, rollouts_from, [scoring for scoring in (teacher, reference) if scoring])
+    stream = Stream(
+        config, source, rollouts_from, [scoring for scoring in (teacher, reference) if scoring],
+        report_top_k=objective.needs.student_top_k,
+    )  # fmt: skip
     if pending is not None:
         _go_on_with(pending, stream, student, source, config)
     return Run(

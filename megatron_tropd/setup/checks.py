@@ -55,7 +55,7 @@ def check_method(config: TrainConfig, objective: Objective, problems: Problems) 
             f"{name} compares the samples of a prompt: --n-samples-per-prompt {samples} must be at least 2",
         )
     problems.require(
-        needs.top_k or not config.logging.log_topk_overlap,
+        needs.top_k > needs.student_top_k or not config.logging.log_topk_overlap,
         f"--log-topk-overlap compares with the teacher's top-k, which {name} does not ask for",
     )
     problems.require(

@@ -54,6 +54,11 @@ def _check_servers(config: TrainConfig, needs: Needs, problems: Problems, placem
         f"work with it, {_ELSEWHERE}",
     )
     problems.require(
+        not needs.student_top_k,
+        f"{objective} asks for log-probabilities at ids of each token's own, and SGLang takes one list of ids for a "
+        f"whole text: {placement} does not work with it, {_ELSEWHERE}",
+    )
+    problems.require(
         not logging.gradient_diagnostics_interval,
         f"--gradient-diagnostics-interval {logging.gradient_diagnostics_interval} compares with the teacher's full "
         f"distribution, which SGLang does not give: leave it at 0 with {placement}, or {_ELSEWHERE}",

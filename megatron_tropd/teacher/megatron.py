@@ -136,7 +136,10 @@ class MegatronTeacher:
         try:
             with self._on_device():
                 head = FrozenHead(model=self._model, shard=self._shard, want=want)
-                found = score_rollouts(self._model, self._groups, ordered, plan, head, refuse_nan=True)
+                found = score_rollouts(
+                    self._model, self._groups, ordered, plan, head, refuse_nan=True,
+                    given_top_k=want.top_k if want.topk_of == "student" else 0,
+                )  # fmt: skip
         except ValueError as error:  # on every rank
             flags = f"--{self._role}-hf-checkpoint / --{self._role}-load"
             raise ValueError(f"{self._role}: {error}; check {flags}") from error

@@ -37,9 +37,12 @@ def score_rollouts(
     head: Head,
     *,
     refuse_nan: bool = False,
+    given_top_k: int = 0,
 ) -> dict[int, TeacherScores]:
     """Scores by rollout index of this replica's part of ``plan``, on the CPU of every rank of its last stage; {}
     elsewhere.  Collective over the world.
+
+    With ``given_top_k`` the head finds the ids that the rollouts bring in the stream ``teacher_topk_ids_TK``.
 
     The host runs ahead of the device: micro-batches go to it, and scores come back, by copies from and to pinned
     memory, and the host waits for the last.  (Megatron's experts and pipeline stages wait in every layer and message.)
@@ -48,7 +51,10 @@ def score_rollouts(
         ValueError: on every rank, with ``refuse_nan`` where a log-probability is NaN; the message names the prompts.
     """
     mine = plan.microbatches[groups.coords.dp]
-    batches = [pack([rollouts[i] for i in indices], None, num_tokens=plan.num_tokens) for indices in mine]
+    batches = []
+    for indices in mine:
+        chosen = [rollouts[i] for i in indices]
+        batches.append(_with_given_ids(pack(chosen, None, num_tokens=plan.num_tokens), chosen, given_top_k))
 
     def forward_step(batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
         """Return output and loss function as Megatron's schedule requires; the loss function only collects."""
@@ -86,6 +92,28 @@ def score_rollouts(
     return scored
 
 
+def _with_given_ids(batch: Microbatch, rollouts: Sequence[Rollout], top_k: int) -> Microbatch:
+    """Return ``batch`` with the ids that the rollouts bring in the stream of the teacher's top-k, where it scores them.
+
+    Raises:
+        ValueError: a rollout brings none, or another number.
+    """
+    if not top_k:
+        return batch
+    for rollout in rollouts:
+        found = None if rollout.topk_ids is None else tuple(rollout.topk_ids.shape)
+        if rollout.logprobs and found != (len(rollout.logprobs), top_k):
+            raise ValueError(
+                f"prompt {rollout.prompt_uid} sample {rollout.sample_index} brings the student's top-k as {found}; "
+                f"expected {(len(rollout.logprobs), top_k)}"
+            )
+    ids_TK = torch.zeros(len(batch.streams.label_T), top_k, dtype=torch.int64)
+    given = [rollout.topk_ids for rollout in rollouts if rollout.topk_ids is not None]
+    if given:
+        ids_TK[batch.rows.written] = torch.cat(given).long()
+    return replace(batch, streams=replace(batch.streams, teacher_topk_ids_TK=ids_TK))
+
+
 def _refuse_nan(
     rollouts: Sequence[Rollout], microbatches: Sequence[Sequence[int]], outputs: Sequence[TeacherScores]
 ) -> None:
@@ -110,7 +138,9 @@ class FrozenHead:
         """See :data:`Head`."""
         hidden = gather_hidden(hidden, self.shard, sequence_parallel=False).squeeze(1)
         prefix, written = batch.rows.prefix, batch.rows.written
-        scores = self._score(hidden[written], batch.streams.label_T[written], self.want)
+        ids_TK = batch.streams.teacher_topk_ids_TK
+        at = None if ids_TK is None else ids_TK[written]
+        scores = self._score(hidden[written], batch.streams.label_T[written], self.want, at)
         logprob_T = torch.zeros(len(hidden), device=hidden.device)
         logprob_T[written] = scores.logprob
         logprob_T[prefix] = self._score(hidden[prefix], batch.streams.label_T[prefix], ScoreRequest()).logprob
@@ -120,9 +150,10 @@ class FrozenHead:
             hidden=hidden[written] if self.want.hidden else None,
         )
 
-    def _score(self, hidden: Tensor, labels: Tensor, want: ScoreRequest) -> TeacherScores:
-        weight = self.model.lm_head_weight()
-        return unchecked_teacher_scores(hidden, weight, labels, self.shard, top_k=want.top_k, entropy=want.entropy)
+    def _score(self, hidden: Tensor, labels: Tensor, want: ScoreRequest, at: Tensor | None = None) -> TeacherScores:
+        return unchecked_teacher_scores(
+            hidden, self.model.lm_head_weight(), labels, self.shard, top_k=want.top_k, entropy=want.entropy, at=at
+        )
 
 
 def _map(scores: TeacherScores, change: Callable[[Tensor], Tensor]) -> TeacherScores:

@@ -50,11 +50,14 @@ class Stream:
         source: of the prompts; its cursor is behind the batch that was begun last.
         engines: None where responses are those of the data.
         scorers: all that score the rollouts of a batch.
+        report_top_k: number of the student's own most probable ids that rollouts bring.
     """
 
     def __init__(
-        self, config: TrainConfig, source: PromptSource, engines: EnginePool | None, scorers: Sequence[Scoring]
-    ) -> None:
+        self, config: TrainConfig, source: PromptSource, engines: EnginePool | None, scorers: Sequence[Scoring], *,
+        report_top_k: int = 0,
+    ) -> None:  # fmt: skip
+        self._report_top_k = report_top_k
         self._config, self._source, self._engines, self._scorers = config, source, engines, scorers
         self._in_writing: int | None = None
         self._pending: Pending | None = None
@@ -82,7 +85,9 @@ class Stream:
             rollouts = guidance.whole_responses(prompts, version, scored=bool(self._scorers))
             self.resume(Pending(step=step, rollouts=rollouts))
             return
-        sampling = SamplingParams(seed=self._config.training.seed, stream=rng.Stream.SAMPLING, step=step)
+        sampling = SamplingParams(
+            seed=self._config.training.seed, stream=rng.Stream.SAMPLING, step=step, report_top_k=self._report_top_k
+        )
         self._engines.submit(self._requests(prompts, step), sampling, version, lambda found: self._hand_on(step, found))
         self._in_writing = step
 

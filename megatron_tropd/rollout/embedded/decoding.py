@@ -7,7 +7,7 @@ new tokens, ``V`` vocabulary.  Requests are padded on the LEFT, so that all rows
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Continuation:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: Finish
+    topk_ids: Tensor | None = None  # [tokens, K] int32
 
 
 def _left_pad(requests: Sequence[GenerationRequest], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -123,6 +124,7 @@ def decode(
     uniforms_BN = _uniforms(requests, params, num_new).to(device)
     tokens_BN = torch.zeros(len(requests), num_new, dtype=torch.int64, device=device)
     logprobs_BN = torch.zeros(len(requests), num_new, dtype=torch.float64, device=device)
+    topk_BNK = torch.zeros(len(requests), num_new, params.report_top_k, dtype=torch.int32, device=device)
     count_B = budget_B.clone()
 
     batch = _Batch(model, requests, device)
@@ -133,6 +135,8 @@ def decode(
             logits, uniforms_BN[row, step], params.temperature, params.top_p, vocab_size=vocab_size
         )
         tokens_BN[row, step], logprobs_BN[row, step] = tokens, logprobs
+        if params.report_top_k:
+            topk_BNK[row, step] = logits[:, :vocab_size].topk(params.report_top_k, dim=1).indices.int()
         stopped = torch.isin(tokens, stop) & batch.alive_A
         count_B[row[stopped]] = step + 1
         batch.alive_A &= ~stopped & (budget_B[row] > step + 1)
@@ -141,7 +145,11 @@ def decode(
         if not batch.alive_A.any():
             break
         logits = batch.advance(tokens if kept is None else tokens[kept], batch.ids.shape[1] + step)
-    return _continuations(tokens_BN, logprobs_BN, count_B, stop_token_ids)
+    written = _continuations(tokens_BN, logprobs_BN, count_B, stop_token_ids)
+    if not params.report_top_k:
+        return written
+    ids = topk_BNK.cpu()
+    return [replace(one, topk_ids=ids[place, : len(one.token_ids)].clone()) for place, one in enumerate(written)]
 
 
 def _continuations(

@@ -223,4 +223,5 @@ def _rollout(request: GenerationRequest, written: Continuation, version: int) ->
         logprobs=written.logprobs,
         weight_version=(version, version),
         finish=written.finish,
+        topk_ids=written.topk_ids,
     )

@@ -97,7 +97,8 @@ class Engine(Server):
         what = f"step {params.step}, prompt {group.prompt_uid}"
         answer = await self._ask(generate_body(group, params, rules), what)
         with self._named(what):
-            return read_samples(answer, group, requests, version=version, rules=rules)
+            top_k = params.report_top_k
+            return read_samples(answer, group, requests, version=version, rules=rules, report_top_k=top_k)
 
     async def score(self, token_ids: Sequence[int], rules: TokenRules) -> tuple[float, ...]:
         """Log-probability of every token but the first, at temperature 1."""

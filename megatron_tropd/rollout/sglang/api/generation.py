@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from megatron_tropd.rollout.engine import SamplingParams
-from megatron_tropd.sglang.api.fields import field, items, shown, text
+from megatron_tropd.sglang.api.fields import field, integer, items, shown, text
 from megatron_tropd.sglang.api.scores import read_given, read_logprobs
 from megatron_tropd.sglang.errors import BadResponse, StaleWeights
 from megatron_tropd.types import Finish, GenerationRequest, Rollout
@@ -68,7 +71,12 @@ def generate_body(group: PromptGroup, params: SamplingParams, rules: TokenRules)
     if rules.vocab_size < rules.model_vocab_size:
         banned = range(rules.vocab_size, rules.model_vocab_size)
         sampling["logit_bias"] = {str(token): _NEVER for token in banned}
-    return {"input_ids": list(group.token_ids), "sampling_params": sampling, "return_logprob": True}
+    body: dict[str, Any] = {
+        "input_ids": list(group.token_ids), "sampling_params": sampling, "return_logprob": True
+    }  # fmt: skip
+    if params.report_top_k:
+        body["top_logprobs_num"] = params.report_top_k
+    return body
 
 
 def _check_version(meta: Any, version: int) -> None:
@@ -104,7 +112,9 @@ def _written(value: Any, group: PromptGroup, rules: TokenRules) -> list[int]:
     return value
 
 
-def _sample(answer: Any, group: PromptGroup, request: GenerationRequest, version: int, rules: TokenRules) -> Rollout:
+def _sample(
+    answer: Any, group: PromptGroup, request: GenerationRequest, version: int, rules: TokenRules, report_top_k: int
+) -> Rollout:
     meta = field(answer, "meta_info")
     _check_version(meta, version)
     written = _written(field(answer, "output_ids"), group, rules)
@@ -117,13 +127,39 @@ def _sample(answer: Any, group: PromptGroup, request: GenerationRequest, version
         logprobs=read_logprobs(field(meta, "output_token_logprobs"), written, "written", written),
         weight_version=(version, version),
         finish=_finish(meta, written, group.max_new_tokens, rules.stop_token_ids),
+        topk_ids=_top_ids(meta, len(written), report_top_k, rules) if report_top_k else None,
     )
 
 
+def _top_ids(meta: Any, num_written: int, top_k: int, rules: TokenRules) -> Tensor:
+    """Return the most probable ids where each written token stands, int32 [W, K]."""
+    rows = items(field(meta, "output_top_logprobs"), "output_top_logprobs")
+    if len(rows) != num_written:
+        raise BadResponse(f"top log-probabilities of {len(rows)} tokens; expected {num_written}")
+    ids = []
+    for row in rows:
+        entries = items(row, "top log-probabilities of a token")
+        if len(entries) != top_k:
+            raise BadResponse(f"{len(entries)} top log-probabilities of a token; expected {top_k}")
+        found = [
+            integer(items(entry, "an entry")[1], "a top id", low=0, high=rules.vocab_size - 1) for entry in entries
+        ]
+        if len(set(found)) != top_k:
+            raise BadResponse("a top id is there twice in one position")
+        ids.append(found)
+    return torch.tensor(ids, dtype=torch.int32)
+
+
 def read_samples(
-    body: Any, group: PromptGroup, requests: Sequence[GenerationRequest], *, version: int, rules: TokenRules
+    body: Any,
+    group: PromptGroup,
+    requests: Sequence[GenerationRequest],
+    *,
+    version: int,
+    rules: TokenRules,
+    report_top_k: int = 0,
 ) -> dict[int, Rollout]:
-    """Return the group's rollouts by their index in the batch.
+    """Return the group's rollouts by their index in the batch; ``report_top_k`` is that of the request.
 
     Raises:
         StaleWeights: a token was written with other weights than ``version``.
@@ -133,7 +169,7 @@ def read_samples(
     if len(answers) != len(group.indices):
         raise BadResponse(f"{len(answers)} samples; expected {len(group.indices)}")
     return {
-        index: _sample(answer, group, requests[index], version, rules)
+        index: _sample(answer, group, requests[index], version, rules, report_top_k)
         for index, answer in zip(group.indices, answers, strict=True)
     }
 

@@ -1,0 +1,105 @@
+"""The reverse KL on the student's own top-k: with all ids as top-k it is the exact one, in every layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_tropd.objectives.methods import ObjectiveSettings, make_objective
+from megatron_tropd.rollout.engine import SamplingParams
+from megatron_tropd.setup.run_spec import make_run_spec
+from megatron_tropd.types import Rollout
+from tests.hf_models import VOCAB_SIZE, save_hf_checkpoint
+from tests.tiny_run import flags, make_world, train_here
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"tensor_model_parallel_size": 2, "teacher_pipeline_model_parallel_size": 2}, {"num_minibatches": 2}],
+    ids=["one rank", "TP 2, teacher PP 2", "DP 2, two updates"],
+)
+def test_with_the_whole_vocabulary_it_is_the_exact_reverse_kl(ranks, world, tmp_path, measured, layout):
+    pool = ranks(2 if layout else 1)
+    whole = {"train_iters": 2, "guidance": "ratio", "guidance_steps": 4, **layout}
+    exact = pool.run(train_here, flags(world, tmp_path / "a", objective="full_rkl", **whole))[0]
+    support = {"rkl_support": "raw", "top_k": VOCAB_SIZE}
+    found = pool.run(train_here, flags(world, tmp_path / "b", objective="topk_rkl", **support, **whole))[0]
+    worst = max(abs(a - b) / abs(b) for f, e in zip(found, exact, strict=True) for a, b in zip(f, e, strict=True))
+    measured("reverse KL on a top-k of all ids against full_rkl (relative)", worst, TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_batch_that_waits_in_a_checkpoint_keeps_its_ids(ranks, world, tmp_path):
+    pool = ranks(1)
+    changes = {"objective": "topk_rkl", "rollout_lag": 1, "train_iters": 4, "save_interval": 2}
+    whole = pool.run(train_here, flags(world, tmp_path / "whole", **changes))[0]
+    argv = flags(world, tmp_path / "parts", **changes)
+    first = pool.run(train_here, argv, 2)[0]
+    assert [*first, *pool.run(train_here, argv)[0]] == whole
+
+
+def test_the_tail_is_below_the_exact_divergence_and_above_zero():
+    generator = torch.Generator().manual_seed(3)
+    p, q = (torch.randn(500, 40, generator=generator).mul(3).double().softmax(-1) for _ in range(2))
+    exact = (p * (p / q).log()).sum(-1)
+    ids = p.topk(6).indices
+    inside = (p * (p / q).log()).gather(1, ids).sum(-1)
+    rest_p, rest_q = (1 - mass.gather(1, ids).sum(-1) for mass in (p, q))
+    tail = inside + rest_p * (rest_p / rest_q).log()
+    assert bool((tail <= exact + 1e-12).all()) and bool((tail >= -1e-12).all())
+    needs = make_objective("topk_rkl", ObjectiveSettings(top_k=6)).needs
+    assert needs.score.topk_of == "student" and needs.student_top_k == 6
+
+
+def test_the_embedded_engine_reports_the_most_probable_ids(tmp_path):
+    from megatron_tropd.rollout.embedded.engine import EmbeddedEngine
+    from megatron_tropd.types import GenerationRequest
+    from tests.hf_models import make_hf_model
+
+    directory = save_hf_checkpoint(tmp_path / "m", "qwen3", seed=4) or tmp_path / "m"
+    engine = EmbeddedEngine(directory, stop_token_ids=[2])
+    model = make_hf_model("qwen3", seed=4)
+    engine.begin_update(1)
+    engine.update(model.state_dict().items())
+    engine.end_update(1)
+    requests = [
+        GenerationRequest(
+            prompt_uid=uid, sample_index=0, token_ids=(5, 6, 7)[: 1 + uid], prompt_len=1 + uid, guidance_len=0,
+            max_new_tokens=new,
+        )
+        for uid, new in enumerate((7, 0, 4))
+    ]  # fmt: skip
+    rollouts = engine.generate(requests, SamplingParams(seed=1, step=0, report_top_k=5))
+    assert rollouts[1].topk_ids is None and not rollouts[1].logprobs
+    for rollout in (rollouts[0], rollouts[2]):
+        with torch.no_grad():
+            logits = model(torch.tensor([rollout.token_ids])).logits[0, rollout.prompt_len - 1 : -1]
+        assert torch.equal(rollout.topk_ids.long().sort(1).values, logits.topk(5).indices.sort(1).values)
+
+
+def test_a_rollout_without_its_ids_is_told():
+    from megatron_tropd.data.packing import pack
+    from megatron_tropd.teacher.scoring import _with_given_ids
+
+    rollout = Rollout(
+        prompt_uid=8, sample_index=1, token_ids=(3, 4, 5), prompt_len=1, guidance_len=0, logprobs=(-1.0, -1.0),
+        weight_version=(0, 0), finish="stop",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"prompt 8 sample 1 brings the student's top-k as None; expected \(2, 5\)"):
+        _with_given_ids(pack([rollout], None, num_tokens=4), [rollout], 5)
+
+
+def test_its_top_k_is_not_the_teachers(world, tmp_path):
+    from megatron_tropd.cli import ConfigError, parse
+
+    argv = flags(world, tmp_path / "run", objective="topk_rkl", log_topk_overlap=True)
+    with pytest.raises(ConfigError, match="--log-topk-overlap compares with the teacher's top-k"):
+        make_run_spec(parse(argv), 1)
