@@ -53,6 +53,7 @@ class ParallelConfig:
     expert_tensor_parallel_size: int = setting(
         0, "ranks that share one expert of the student; 0 for --tensor-model-parallel-size"
     )
+    context_parallel_size: int = setting(1, "ranks over which the tokens of every sequence of the student are split")
     sequence_parallel: bool = setting(False, "split norms and dropout over the tensor-parallel ranks")
     use_distributed_optimizer: bool = setting(False, "split the optimizer state over the data-parallel ranks")
     rl_offload_optimizer_during_inference: bool = setting(

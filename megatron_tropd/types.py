@@ -281,7 +281,7 @@ class Microbatch:
 
     token_T: Tensor  # int64
     position_T: Tensor  # int64, restarts at 0 in every sequence
-    cu_seqlens: Tensor  # int32 [num_sequences + 1], the last entry is T (padding is a sequence)
+    cu_seqlens: Tensor  # int32 [num_sequences + 1], the last entry is T (padding is a sequence) of all context ranks
     max_seqlen: int
     streams: TokenStreams
     rows: LabelRows

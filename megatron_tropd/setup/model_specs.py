@@ -62,6 +62,7 @@ class _ParallelSizes:
 
     tp: int
     pp: int
+    cp: int
     ep: int
     etp: int
     chunks: int
@@ -76,7 +77,7 @@ class _ParallelSizes:
             ValueError: the sizes do not fit the world; the message names the flags.
         """
         return ParallelLayout.for_world(
-            world_size, self.tp, self.pp, ep=self.ep, **self._optional, owner=owner,
+            world_size, self.tp, self.pp, cp=self.cp, ep=self.ep, **self._optional, owner=owner,
             make_vocab_size_divisible_by=self.make_vocab_size_divisible_by,
         )  # fmt: skip
 
@@ -108,15 +109,16 @@ def find_models(
     ``world_size`` is the number of the student's ranks; ``teacher_world_size`` that of a teacher's own, or 0.
 
     A reference given by flags has the teacher's layout.  By default the reference is the student's starting weights,
-    in the student's layout, without virtual stages.  Nothing is downloaded for a configuration that has errors already.
+    in the student's layout, without virtual stages and with data-parallel replicas in place of context-parallel ranks.
+    Nothing is downloaded for a configuration that has errors already.
     """
     if problems.errors and any(is_hub_name(name) for name in _hf_names(config)):
         return None
     parallel, frozen = config.parallel, config.teacher
     sizes = _ParallelSizes(
         tp=parallel.tensor_model_parallel_size, pp=parallel.pipeline_model_parallel_size,
-        ep=parallel.expert_model_parallel_size, etp=parallel.expert_tensor_parallel_size,
-        chunks=parallel.num_virtual_stages_per_pipeline_rank,
+        cp=parallel.context_parallel_size, ep=parallel.expert_model_parallel_size,
+        etp=parallel.expert_tensor_parallel_size, chunks=parallel.num_virtual_stages_per_pipeline_rank,
         first_layers=parallel.decoder_first_pipeline_num_layers, last_layers=parallel.decoder_last_pipeline_num_layers,
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
     )  # fmt: skip
@@ -128,7 +130,7 @@ def find_models(
         errors += [] if problems.errors else megatron_errors(config, student.arch, student_layout)
         problems.errors.extend(f"student: {error}" for error in errors)
     sizes = _ParallelSizes(
-        tp=frozen.teacher_tensor_model_parallel_size, pp=frozen.teacher_pipeline_model_parallel_size,
+        tp=frozen.teacher_tensor_model_parallel_size, pp=frozen.teacher_pipeline_model_parallel_size, cp=1,
         ep=frozen.teacher_expert_model_parallel_size, etp=frozen.teacher_expert_tensor_parallel_size, chunks=1,
         first_layers=frozen.teacher_decoder_first_pipeline_num_layers,
         last_layers=frozen.teacher_decoder_last_pipeline_num_layers,
@@ -146,7 +148,8 @@ def find_models(
         )
     reference = reference_layout = None
     if needs.reference_logprob and student_layout:
-        reference, reference_layout = student, replace(student_layout, vpp=None)
+        replicas = student_layout.dp * student_layout.cp
+        reference, reference_layout = student, replace(student_layout, vpp=None, cp=1, dp=replicas)
     hf, megatron = config.reference.reference_hf_checkpoint, config.reference.reference_load
     if needs.reference_logprob and (hf or megatron):
         reference, reference_layout = _find(REFERENCE, hf, megatron, sizes, world_size, problems)

@@ -16,10 +16,12 @@ from torch import Tensor
 from megatron_tropd.data.packing import PackPlan, pack
 from megatron_tropd.models.build import HiddenStateGPT, forward_hidden
 from megatron_tropd.models.chunks import ModelChunks
+from megatron_tropd.models.context import held_part
 from megatron_tropd.ops.vocab_parallel import VocabShard, gather_hidden, nan_problem, unchecked_teacher_scores
 from megatron_tropd.parallel import host_copies, platform
 from megatron_tropd.parallel.fail_together import on_all_ranks
 from megatron_tropd.parallel.groups import ModelGroups
+from megatron_tropd.teacher.context import whole_scores
 from megatron_tropd.types import Microbatch, Rollout, ScoreRequest, TeacherScores
 
 Head = Callable[[Tensor, Microbatch], TeacherScores]
@@ -48,13 +50,15 @@ def score_rollouts(
         ValueError: on every rank, with ``refuse_nan`` where a log-probability is NaN; the message names the prompts.
     """
     mine = plan.microbatches[groups.coords.dp]
-    batches = [pack([rollouts[i] for i in indices], None, num_tokens=plan.num_tokens) for indices in mine]
+    batches = [_pack([rollouts[i] for i in indices], plan) for indices in mine]
 
     def forward_step(batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
         """Return output and loss function as Megatron's schedule requires; the loss function only collects."""
-        batch: Microbatch = host_copies.pinned(next(batches)).to(platform.device())
+        whole: Microbatch = next(batches)
+        part = held_part(whole, groups)
+        batch = host_copies.pinned(part).to(platform.device())
         return forward_hidden(model, batch), lambda hidden, non_loss_data=True: _map(
-            head(hidden, batch), host_copies.begin_copy_to_host
+            whole_scores(head(hidden, batch), whole, part, groups), host_copies.begin_copy_to_host
         )
 
     collection = groups.pg_collection
@@ -84,6 +88,10 @@ def score_rollouts(
             logprob = scores.logprob[response : (response := response + rollout.response_len)]
             scored[index] = replace(part, logprob=logprob)
     return scored
+
+
+def _pack(rollouts: Sequence[Rollout], plan: PackPlan) -> Microbatch:
+    return pack(rollouts, None, num_tokens=plan.num_tokens, sequence_multiple_of=plan.sequence_multiple_of)
 
 
 def _refuse_nan(

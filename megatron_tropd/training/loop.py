@@ -44,7 +44,7 @@ class TrainedRollouts:
 
     rollouts: Sequence[Rollout]
     trust: Mapping[int, Sequence[float]]
-    """``StepSums.trust``; empty for a method without a gate."""
+    """``StepSums.token_trust``; empty for a method without a gate."""
 
 
 def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
@@ -92,7 +92,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
         },
         seconds=progress.take_seconds(),
         verdict=outcome.verdict,
-    ), TrainedRollouts(rollouts=rollouts, trust=outcome.sums.trust)
+    ), TrainedRollouts(rollouts=rollouts, trust=outcome.sums.token_trust)
 
 
 @contextmanager
