@@ -25,6 +25,7 @@ LAYOUTS = {
     "TP2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "DP2": (2, {"teacher_tensor_model_parallel_size": 2, "max_tokens_per_microbatch": 30}),
     "PP2": (2, {"pipeline_model_parallel_size": 2, "head_mode": "recompute"}),
+    "CP2": (2, {"context_parallel_size": 2, "max_tokens_per_microbatch": 30}),
     "two minibatches": (1, {"num_minibatches": 2}),
 }
 

@@ -109,8 +109,8 @@ def find_models(
     ``world_size`` is the number of the student's ranks; ``teacher_world_size`` that of a teacher's own, or 0.
 
     A reference given by flags has the teacher's layout.  By default the reference is the student's starting weights,
-    in the student's layout, without virtual stages and with data-parallel replicas in place of context-parallel ranks.
-    Nothing is downloaded for a configuration that has errors already.
+    cut as the student is (:attr:`ParallelLayout.frozen`).  Nothing is downloaded for a configuration that has errors
+    already.
     """
     if problems.errors and any(is_hub_name(name) for name in _hf_names(config)):
         return None
@@ -148,8 +148,7 @@ def find_models(
         )
     reference = reference_layout = None
     if needs.reference_logprob and student_layout:
-        replicas = student_layout.dp * student_layout.cp
-        reference, reference_layout = student, replace(student_layout, vpp=None, cp=1, dp=replicas)
+        reference, reference_layout = student, student_layout.frozen
     hf, megatron = config.reference.reference_hf_checkpoint, config.reference.reference_load
     if needs.reference_logprob and (hf or megatron):
         reference, reference_layout = _find(REFERENCE, hf, megatron, sizes, world_size, problems)

@@ -103,9 +103,9 @@ def make_scorers(spec: RunSpec, student: ModelGroups) -> tuple[Scoring | None, S
     if models.teacher:
         teacher = Scoring(scorer=PLACEMENTS[config.teacher.teacher_placement](place), want=teacher_wants)
     if models.reference and models.reference_layout:
-        is_student = models.reference is models.student
-        same_ranks = replace(student, layout=models.reference_layout)
-        groups = same_ranks if is_student else place.groups_of(models.reference_layout)
+        layout = models.reference_layout
+        same_groups = models.reference is models.student and student.layout.cp == 1
+        groups = replace(student, layout=layout) if same_groups else place.groups_of(layout)
         model = make_frozen(spec, models.reference, groups, "reference")
         reference = Scoring(scorer=ColocatedScorer(model), want=lambda _: ScoreRequest())
     return teacher, reference
