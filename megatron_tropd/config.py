@@ -232,7 +232,7 @@ class TrainingConfig:
 
     train_iters: int = setting(200, "steps: rollout batches to train on")
     num_minibatches: int = setting(1, "optimizer updates per rollout batch; its prompts are split evenly")
-    max_tokens_per_microbatch: int = setting(16384, "packed tokens per forward pass")
+    max_tokens_per_microbatch: int = setting(16384, "packed tokens per forward pass, of all context-parallel ranks")
     logits_chunk_tokens: int = setting(0, "tokens whose logits exist at one time; 0 for 8192 on a GPU, 1024 on a CPU")
     head_mode: Literal["one-pass", "recompute", "single-chunk"] = setting(
         "one-pass", "how the loss over the vocabulary is computed; the result is the same"

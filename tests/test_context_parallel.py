@@ -32,7 +32,7 @@ LAYOUTS = {
     ),
 }  # fmt: skip
 WHOLE_SAMPLES = {
-    "objective": "opd", "importance_correction": "seq_err", "sequence_error_max": 1.1, "rollout_lag": 1, "lr": 5e-3,
+    "objective": "opd", "importance_correction": "seq_err", "sequence_error_max": 1.05, "rollout_lag": 1,
 }  # fmt: skip
 """Masks samples by a mean over their tokens, from an extra pass; with rollouts of older weights some are masked."""
 
