@@ -89,6 +89,31 @@ def test_a_mean_over_a_sample_is_over_all_of_its_parts(ranks, world, reference, 
     assert _difference(expected, reference(**{**WHOLE_SAMPLES, "sequence_error_max": 1e6})) > 1e-3  # it masks some
 
 
+def _probe_differences(argv):
+    """What a server's probes are compared with; this one says 0 for every token."""
+    import torch.distributed as dist
+
+    from megatron_tropd.setup.assemble import assemble, close
+    from megatron_tropd.setup.run_spec import make_run_spec
+    from megatron_tropd.training.parity import probe_differences
+
+    assembled = assemble(make_run_spec(parse(argv), dist.get_world_size()))
+    run = assembled.run
+    try:
+        scored = {"server": [[0.0] * (len(probe.token_ids) - 1) for probe in run.probes.sequences]}
+        return probe_differences(run.student, run.probes, scored, max_tokens=48)["server"]
+    finally:
+        close(assembled)
+
+
+def test_probes_are_scored_whole(ranks, world, tmp_path):
+    (expected,) = ranks(1).run(_probe_differences, flags(world, tmp_path / "one"))
+    assert expected > 1
+    assert ranks(2).run(_probe_differences, flags(world, tmp_path / "two", **CP)) == pytest.approx(
+        [expected] * 2, rel=1e-6
+    )
+
+
 def _train_in_another_order(argv):
     """Train with contiguous halves of sequences, which attention does not know of."""
     from unittest.mock import patch

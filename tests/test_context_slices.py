@@ -101,6 +101,7 @@ def test_without_context_parallelism_nothing_is_cut_or_padded():
     assert held_part(whole, _groups(1, 0)) is whole
     assert sequence_multiple(1) == 1 and [token_multiple(1, tp) for tp in (1, 2, 4)] == [1, 2, 4]
     assert [token_multiple(2, tp) for tp in (1, 2, 4, 3)] == [4, 4, 8, 12]
+    assert ParallelLayout(tp=2, cp=2, dp=3, pp=2, vpp=2).frozen == ParallelLayout(tp=2, dp=6, pp=2)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -27,7 +27,7 @@ LAYOUTS = {
     "TP2, sequence parallel": (2, 1, 1, True, False, 1, 2, 2, 48),
     "PP2": (1, 1, 2, False, False, 2, 1, 2, 300),
     "DP2, distributed optimizer": (1, 1, 1, False, True, 2, 1, 2, 30),
-    "TP2 CP2, sequence parallel": (2, 2, 1, True, False, 2, 1, 4, 48),
+    "CP2": (1, 2, 1, False, False, 1, 2, 2, 30),
     "TP4": (4, 1, 1, False, False, 2, 2, 4, 48),
     "TP2 PP2": (2, 1, 2, True, False, 4, 1, 4, 48),
 }

@@ -17,9 +17,9 @@ from megatron_tropd.types import Microbatch, TeacherScores
 def whole_scores(scores: TeacherScores, batch: Microbatch, part: Microbatch, groups: ModelGroups) -> TeacherScores:
     """Return the log-probabilities and entropies of all of ``batch``, in packed order, on every context rank.
 
-    ``scores`` are those of ``part``, this rank's part of it; both are on the host.  What uses them needs whole rollouts:
-    means over a sample, and streams that are cut anew.  Every token is on one rank, so the sum over ranks is exact.
-    Collective over the context group; it does not wait for the device.
+    ``scores`` are those of ``part``, this rank's part of it; ``batch`` and ``part`` are on the host.  What uses them
+    needs whole rollouts: means over a sample, and streams that are cut anew.  Every token is on one rank, so the sum
+    over ranks is exact.  Collective over the context group; it does not wait for the device.
     """
     index = held_index(batch, groups)
     if index is None:
