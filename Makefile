@@ -44,12 +44,12 @@ SGLANG_INSTALL := $(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip
 
 # Files whose tests print a measured error.
 VERIFY := model_parity vocab_parallel vocab_parallel_main_grad objectives_head head_memory kernels training_layouts \
-	training_methods training_oracle training_resume training_experts expert_gradients teacher weights_planned sglang_servers sglang_planned
+	context_parallel context_slices training_methods training_oracle training_resume training_experts expert_gradients teacher weights_planned sglang_servers sglang_planned
 
 # Files whose tests touch Megatron-core, or what it changes for others.
 MEGATRON := platform attention kernels model_parity vocab_parallel vocab_parallel_main_grad vocab_parallel_teacher teacher \
 	training_layouts training_bf16 training_resume same_run convert_checkpoint expert_gradients sglang_loader \
-	train_command training_release training_sleep training_virtual_stages megatron_flags dedicated
+	train_command training_release training_sleep training_virtual_stages context_parallel megatron_flags dedicated
 
 .PHONY: quickstart test test-megatron check sglang-env lint format verify clean
 

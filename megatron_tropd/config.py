@@ -48,6 +48,7 @@ class ParallelConfig:
     expert_tensor_parallel_size: int = setting(
         0, "ranks that share one expert of the student; 0 for --tensor-model-parallel-size"
     )
+    context_parallel_size: int = setting(1, "ranks over which the tokens of every sequence of the student are split")
     sequence_parallel: bool = setting(False, "split norms and dropout over the tensor-parallel ranks")
     use_distributed_optimizer: bool = setting(False, "split the optimizer state over the data-parallel ranks")
     rl_offload_optimizer_during_inference: bool = setting(
@@ -188,7 +189,7 @@ class TrainingConfig:
 
     train_iters: int = setting(200, "steps: rollout batches to train on")
     num_minibatches: int = setting(1, "optimizer updates per rollout batch; its prompts are split evenly")
-    max_tokens_per_microbatch: int = setting(16384, "packed tokens per forward pass")
+    max_tokens_per_microbatch: int = setting(16384, "packed tokens per forward pass, of all context-parallel ranks")
     logits_chunk_tokens: int = setting(0, "tokens whose logits exist at one time; 0 for 8192 on a GPU, 1024 on a CPU")
     head_mode: Literal["one-pass", "recompute", "single-chunk"] = setting(
         "one-pass", "how the loss over the vocabulary is computed; the result is the same"

@@ -23,8 +23,8 @@ from megatron_tropd.evaluation import DECODINGS, evaluate
 from megatron_tropd.grading.grader import Grader, make_grader
 from megatron_tropd.grading.math_process import GradingError
 from megatron_tropd.hub import MODEL_CONFIG_FILES, MODEL_FILES, resolve
+from megatron_tropd.reports import EvalReport
 from megatron_tropd.rollout.embedded.engine import EmbeddedEngine
-from megatron_tropd.types import EvalReport
 from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from megatron_tropd.grading.grader import Grader, check_references
 from megatron_tropd.grading.math_process import GradingError
 from megatron_tropd.parallel.fail_together import share_out
+from megatron_tropd.reports import EvalReport
 from megatron_tropd.rng import Stream
 from megatron_tropd.rollout.engine import SamplingParams
-from megatron_tropd.types import EvalReport, GenerationRequest, Prompt, Rollout
+from megatron_tropd.types import GenerationRequest, Prompt, Rollout
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase

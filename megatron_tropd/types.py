@@ -298,7 +298,7 @@ class Microbatch:
 
     token_T: Tensor  # int64
     position_T: Tensor  # int64, restarts at 0 in every sequence
-    cu_seqlens: Tensor  # int32 [num_sequences + 1], the last entry is T (padding is a sequence)
+    cu_seqlens: Tensor  # int32 [num_sequences + 1], the last entry is T (padding is a sequence) of all context ranks
     max_seqlen: int
     streams: TokenStreams
     rows: LabelRows
@@ -375,37 +375,3 @@ class Counts:
     total: int
     unit: str
     """What is counted, in the plural: ``responses``, ``micro-batches``."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepReport:
-    """Results of one training step, as they are shown, logged and plotted."""
-
-    step: int
-    """Number of rollout batches trained on, this one included (the first step is 1)."""
-    weight_version: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens: dict[str, int]
-    """Response tokens of the global batch by region, lower case: ``guidance``, ``on_policy``."""
-    metrics: dict[str, float]
-    """Metrics of the step, most of them means over the global batch, keyed ``group/name``."""
-    seconds: dict[str, float]
-    """Wall seconds of rank 0 by phase: generate, score, train, push, save, eval.  The save and the evaluation after a
-    step count to the next step."""
-    verdict: Literal["stepped", "skipped"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalReport:
-    """Accuracy of the student on held-out prompts with one way of decoding."""
-
-    step: int
-    decoding: str
-    """``greedy``, ``top_p_0.7``, ``temperature_1``."""
-    accuracy: float
-    num_prompts: int
-    mean_response_len: float
-    finished: float
-    """Share of the responses that ended with a stop token."""

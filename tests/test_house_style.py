@@ -74,7 +74,7 @@ ROWS = [  # a room may import from its own row and from the rows below
     {"models"},
     {"ops"},
     {"objectives", "parallel"},
-    {"types", "rng", "hub", "plain_yaml", "flag_values", "json_files", "errors", "config_fields"},
+    {"types", "rng", "hub", "plain_yaml", "flag_values", "json_files", "errors", "config_fields", "reports"},
 ]
 
 

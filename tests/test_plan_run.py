@@ -98,6 +98,8 @@ def test_offload_keeps_the_teacher_for_its_phase_only():
     [
         ("--use-distributed-optimizer", "student: optimizer state", 8),
         ("--tensor-model-parallel-size 2", "student: optimizer state", 2),
+        ("--context-parallel-size 2", "student: activations", 2),
+        ("--context-parallel-size 4", "teacher: forward pass", 1),
         ("--teacher-tensor-model-parallel-size 4", "teacher: weights", 4),
         ("--teacher-pipeline-model-parallel-size 2", "teacher: weights", 2),
         ("--max-tokens-per-microbatch 32768", "student: activations", 1 / 2),
@@ -164,6 +166,7 @@ def test_json_has_the_numbers_of_the_text(capsys):
         ([*SMALL, "--gpu", "tpu"], ["invalid choice: 'tpu'", "h100"]),
         ([*SMALL, "--num-gpu", "8"], ["unknown flag --num-gpu"]),
         ([*SMALL, "--tensor-model-parallel-size", "3"], ["does not divide the 8 ranks"]),
+        ([*SMALL, "--context-parallel-size", "3"], ["--context-parallel-size 3 does not divide the 8 ranks"]),
         (
             [*SMALL, "--teacher-tensor-model-parallel-size", "16", "--tensor-model-parallel-size", "5"],
             ["--teacher-tensor-model-parallel-size 16", "--tensor-model-parallel-size 5"],

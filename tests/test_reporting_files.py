@@ -17,7 +17,8 @@ from megatron_tropd.reporting.lock import RunDirectoryBusyError, describe_this_p
 from megatron_tropd.reporting.redaction import HIDDEN, redact_argv, redact_mapping
 from megatron_tropd.reporting.rollout_samples import RolloutSample, TokenMark, mark_tokens, read_samples, sample_of
 from megatron_tropd.reporting.run_directory import RunDirectory
-from megatron_tropd.types import EvalReport, Rollout, StepReport
+from megatron_tropd.reports import EvalReport, StepReport
+from megatron_tropd.types import Rollout
 
 
 def step_report(step: int, **changes) -> StepReport:

@@ -86,15 +86,15 @@ def test_the_embedded_engine_reports_the_most_probable_ids(tmp_path):
 
 
 def test_a_rollout_without_its_ids_is_told():
-    from megatron_tropd.data.packing import pack
-    from megatron_tropd.teacher.scoring import _with_given_ids
+    from megatron_tropd.data.packing import plan_packs
+    from megatron_tropd.teacher.scoring import _pack
 
     rollout = Rollout(
         prompt_uid=8, sample_index=1, token_ids=(3, 4, 5), prompt_len=1, guidance_len=0, logprobs=(-1.0, -1.0),
         weight_version=(0, 0), finish="stop",
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"prompt 8 sample 1 brings the student's top-k as None; expected \(2, 5\)"):
-        _with_given_ids(pack([rollout], None, num_tokens=4), [rollout], 5)
+        _pack([rollout], plan_packs([3], data_parallel_size=1, max_tokens=4), 5)
 
 
 def test_its_top_k_is_not_the_teachers(world, tmp_path):

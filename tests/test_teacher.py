@@ -82,6 +82,8 @@ CASES = {
     "student TP2, teacher PP2": (ParallelLayout(tp=2), ParallelLayout(pp=2), 30),
     "student PP2, teacher DP2": (ParallelLayout(pp=2), ParallelLayout(dp=2), 30),
     "student TP2 PP2, teacher TP4": (ParallelLayout(tp=2, pp=2), ParallelLayout(tp=4), 300),
+    "student CP2 PP2, teacher TP2 DP2": (ParallelLayout(cp=2, pp=2), ParallelLayout(tp=2, dp=2), 30),
+    "student TP2 CP2, teacher PP2 DP2": (ParallelLayout(tp=2, cp=2), ParallelLayout(pp=2, dp=2), 30),
     "student DP4, teacher TP2 PP2": (ParallelLayout(dp=4), ParallelLayout(tp=2, pp=2), 30),
 }
 

@@ -10,6 +10,8 @@ STEPS = 3
 LAYOUTS = {
     "TP2, sequence parallel": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "DP2, distributed optimizer": (2, {"use_distributed_optimizer": True}),
+    "CP2": (2, {"context_parallel_size": 2}),
+    "CP2 EP2": (2, {"context_parallel_size": 2, "expert_model_parallel_size": 2}),
     "PP2": (2, {"pipeline_model_parallel_size": 2}),
     "EP2": (2, {"expert_model_parallel_size": 2}),
     "PP2 EP2": (4, {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}),

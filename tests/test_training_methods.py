@@ -21,15 +21,16 @@ METHODS = {
     "kd: responses of the data, scored": {"objective": "kd"},
     "tropd with diagnostics": {"objective": "tropd", "gradient_diagnostics_interval": 1, "log_topk_overlap": True},
 }
-# student TP, PP, sequence parallel, distributed optimizer; teacher TP, PP; ranks; tokens of a micro-batch
-ONE = (1, 1, False, False, 1, 1, 1, 48)
+# student TP, CP, PP, sequence parallel, distributed optimizer; teacher TP, PP; ranks; tokens of a micro-batch
+ONE = (1, 1, 1, False, False, 1, 1, 1, 48)
 LAYOUTS = {
-    "TP1, other micro-batches": (1, 1, False, False, 1, 1, 1, 21),
-    "TP2, sequence parallel": (2, 1, True, False, 1, 2, 2, 48),
-    "PP2": (1, 2, False, False, 2, 1, 2, 300),
-    "DP2, distributed optimizer": (1, 1, False, True, 2, 1, 2, 30),
-    "TP4": (4, 1, False, False, 2, 2, 4, 48),
-    "TP2 PP2": (2, 2, True, False, 4, 1, 4, 48),
+    "TP1, other micro-batches": (1, 1, 1, False, False, 1, 1, 1, 21),
+    "TP2, sequence parallel": (2, 1, 1, True, False, 1, 2, 2, 48),
+    "PP2": (1, 1, 2, False, False, 2, 1, 2, 300),
+    "DP2, distributed optimizer": (1, 1, 1, False, True, 2, 1, 2, 30),
+    "CP2": (1, 2, 1, False, False, 1, 2, 2, 30),
+    "TP4": (4, 1, 1, False, False, 2, 2, 4, 48),
+    "TP2 PP2": (2, 1, 2, True, False, 4, 1, 4, 48),
 }
 STEPS = 2
 EXACT = ("tropd/trusted_frac", "tropd/selected_frac", "tropd/clamped_frac", "tropd/topk_overlap", "reward/mean")
@@ -45,13 +46,13 @@ def _train(argvs):
 
 
 def _reports(ranks, world, root, layout):
-    tp, pp, sp, distributed, teacher_tp, teacher_pp, size, tokens = layout
+    tp, cp, pp, sp, distributed, teacher_tp, teacher_pp, size, tokens = layout
     argvs = {
         name: flags(
             world, root / str(number), train_iters=STEPS, tensor_model_parallel_size=tp,
-            pipeline_model_parallel_size=pp, sequence_parallel=sp, use_distributed_optimizer=distributed,
-            teacher_tensor_model_parallel_size=teacher_tp, teacher_pipeline_model_parallel_size=teacher_pp,
-            max_tokens_per_microbatch=tokens, **changes,
+            context_parallel_size=cp, pipeline_model_parallel_size=pp, sequence_parallel=sp,
+            use_distributed_optimizer=distributed, teacher_tensor_model_parallel_size=teacher_tp,
+            teacher_pipeline_model_parallel_size=teacher_pp, max_tokens_per_microbatch=tokens, **changes,
         )
         for number, (name, changes) in enumerate(METHODS.items())
     }  # fmt: skip

@@ -13,8 +13,9 @@ from megatron_tropd.grading.grader import make_grader
 from megatron_tropd.reporting.progress.text import step_fields
 from megatron_tropd.reporting.report.write import write_report
 from megatron_tropd.reporting.rollout_samples import read_samples
+from megatron_tropd.reports import StepReport
 from megatron_tropd.training.run_logger import RolloutReader
-from megatron_tropd.types import Prompt, Rollout, StepReport
+from megatron_tropd.types import Prompt, Rollout
 from tests.tiny_run import flags, make_world
 
 SEED, VOCAB, GUIDANCE_STEPS = 7, 131, 3
@@ -25,6 +26,7 @@ LAYOUTS = {
     "TP2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "DP2": (2, {"teacher_tensor_model_parallel_size": 2, "max_tokens_per_microbatch": 30}),
     "PP2": (2, {"pipeline_model_parallel_size": 2, "head_mode": "recompute"}),
+    "CP2": (2, {"context_parallel_size": 2, "max_tokens_per_microbatch": 30}),
     "two minibatches": (1, {"num_minibatches": 2}),
 }
 

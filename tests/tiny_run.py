@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_tropd.types import StepReport
+from megatron_tropd.reports import StepReport
 from tests.hf_models import read_tensors, save_hf_checkpoint, write_tensors
 
 

@@ -36,6 +36,8 @@ class PackPlan:
     """T, the packed length of every micro-batch."""
     fill: float
     """Share of all packed tokens that is not padding."""
+    sequence_multiple_of: int = 1
+    """Every sequence is padded to a multiple of it."""
 
     @property
     def num_microbatches(self) -> int:
@@ -53,6 +55,7 @@ def plan_packs(
     data_parallel_size: int,
     max_tokens: int,
     multiple_of: int = 1,
+    sequence_multiple_of: int = 1,
     num_microbatches_multiple_of: int = 1,
     prompt_uids: Sequence[int] | None = None,
     chosen: Sequence[int] | None = None,
@@ -69,6 +72,7 @@ def plan_packs(
         data_parallel_size: number of ranks.
         max_tokens: --max-tokens-per-microbatch, the most rollout tokens in a micro-batch.
         multiple_of: T is rounded up to a multiple of it, so T may exceed ``max_tokens`` by less than this.
+        sequence_multiple_of: so is the length of every sequence; it divides ``multiple_of``.
         num_microbatches_multiple_of: as ``multiple_of``, of the number of micro-batches.
         prompt_uids: prompt of each rollout, to name it in an error.
         chosen: indices of the rollouts to plan; by default all of them.
@@ -82,6 +86,33 @@ def plan_packs(
             f"multiple_of {multiple_of} must all be at least 1"
         )
     indices = range(len(lengths)) if chosen is None else chosen
+    _check_lengths(lengths, indices, max_tokens, prompt_uids)
+    longest_first = sorted(indices, key=lambda index: (-lengths[index], index))
+    padded = [_round_up(length, sequence_multiple_of) for length in lengths]
+    room = _round_up(max_tokens, sequence_multiple_of)
+    ranks = _spread(longest_first, padded, data_parallel_size)
+    first_fit = [_first_fit(rank, padded, room) for rank in ranks]
+    needed = max(1, *(len(packs) for packs in first_fit))
+    count = _round_up(needed, num_microbatches_multiple_of)
+    microbatches = []
+    for rank, packs in zip(ranks, first_fit, strict=True):
+        even = _spread(rank, padded, count)
+        fits = all(_load(pack, padded) <= room for pack in even)
+        microbatches.append(tuple(map(tuple, even if fits else packs + [[]] * (count - len(packs)))))
+    fullest = max(_load(pack, padded) for packs in microbatches for pack in packs)
+    num_tokens = _round_up(max(1, fullest), multiple_of)
+    return PackPlan(
+        microbatches=tuple(microbatches),
+        owners={index: rank for rank, packs in enumerate(microbatches) for pack in packs for index in pack},
+        num_tokens=num_tokens,
+        fill=_load(longest_first, lengths) / (data_parallel_size * count * num_tokens),
+        sequence_multiple_of=sequence_multiple_of,
+    )
+
+
+def _check_lengths(
+    lengths: Sequence[int], indices: Sequence[int], max_tokens: int, prompt_uids: Sequence[int] | None
+) -> None:
     for index in indices:
         if not 1 <= (length := lengths[index]) <= max_tokens:
             prompt = f" of prompt {prompt_uids[index]}" if prompt_uids is not None else ""
@@ -89,24 +120,6 @@ def plan_packs(
                 f"rollout {index}{prompt} has {length} tokens; expected 1 to --max-tokens-per-microbatch {max_tokens}: "
                 "raise it, or lower --max-prompt-length or --max-response-length"
             )
-    longest_first = sorted(indices, key=lambda index: (-lengths[index], index))
-    ranks = _spread(longest_first, lengths, data_parallel_size)
-    first_fit = [_first_fit(rank, lengths, max_tokens) for rank in ranks]
-    needed = max(1, *(len(packs) for packs in first_fit))
-    count = -(-needed // num_microbatches_multiple_of) * num_microbatches_multiple_of
-    microbatches = []
-    for rank, packs in zip(ranks, first_fit, strict=True):
-        even = _spread(rank, lengths, count)
-        fits = all(_load(pack, lengths) <= max_tokens for pack in even)
-        microbatches.append(tuple(map(tuple, even if fits else packs + [[]] * (count - len(packs)))))
-    fullest = max(_load(pack, lengths) for packs in microbatches for pack in packs)
-    num_tokens = max(1, -(-fullest // multiple_of)) * multiple_of
-    return PackPlan(
-        microbatches=tuple(microbatches),
-        owners={index: rank for rank, packs in enumerate(microbatches) for pack in packs for index in pack},
-        num_tokens=num_tokens,
-        fill=_load(longest_first, lengths) / (data_parallel_size * count * num_tokens),
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +141,7 @@ def plan_batch(
     data_parallel_size: int,
     max_tokens: int,
     multiple_of: int = 1,
+    sequence_multiple_of: int = 1,
     num_microbatches_multiple_of: int = 1,
 ) -> BatchPlan:
     """Split the prompts evenly into minibatches, in batch order, and plan each; samples of a prompt stay together.
@@ -146,11 +160,16 @@ def plan_batch(
     plans = (
         plan_packs(
             lengths, data_parallel_size=data_parallel_size, max_tokens=max_tokens, multiple_of=multiple_of,
-            num_microbatches_multiple_of=num_microbatches_multiple_of, prompt_uids=uids, chosen=part,
+            sequence_multiple_of=sequence_multiple_of, num_microbatches_multiple_of=num_microbatches_multiple_of,
+            prompt_uids=uids, chosen=part,
         )
         for part in parts
     )  # fmt: skip
     return BatchPlan(minibatches=tuple(plans))
+
+
+def _round_up(number: int, multiple_of: int) -> int:
+    return -(-number // multiple_of) * multiple_of
 
 
 def _load(pack: Sequence[int], lengths: Sequence[int]) -> int:
@@ -200,6 +219,7 @@ def pack(
     sample_scores: Sequence[SampleScores] | None,
     *,
     num_tokens: int,
+    sequence_multiple_of: int = 1,
     needs: Needs = Needs(),  # noqa: B008  (frozen)
     teacher_hidden: Tensor | None = None,
 ) -> Microbatch:
@@ -209,6 +229,8 @@ def pack(
         rollouts: the sequences, in packing order; if there are none, the micro-batch is padding only.
         sample_scores: numbers of each rollout; None leaves those streams blank.
         num_tokens: T of the plan.
+        sequence_multiple_of: of the plan.  The padding of a sequence is at its end, where under a causal mask no
+            token of it looks, and is part of the sequence in ``cu_seqlens``.
         needs: inputs of the objective; they alone decide which optional streams exist and how wide the
             top-k is, so that a micro-batch of padding has the same fields as the others.
         teacher_hidden: a tensor [0, H] with the width and dtype of the teacher's hidden states, where asked for.
@@ -216,7 +238,7 @@ def pack(
     Raises:
         ValueError: the rollouts do not fit, or scores do not match ``needs`` or their rollout.
     """
-    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    lengths = [_round_up(len(rollout.token_ids), sequence_multiple_of) for rollout in rollouts]
     if num_tokens < 1 or sum(lengths) > num_tokens:
         raise ValueError(f"{sum(lengths)} tokens do not fit a micro-batch of {num_tokens}")
     if sample_scores is not None and len(sample_scores) != len(rollouts):

@@ -4,6 +4,9 @@ Megatron's own DotProductAttention cannot read packed sequences.  This one can, 
 variable-length flash attention of torch 2.10, which needs a GPU and 16-bit numbers, or, anywhere, on a padded table of
 the sequences, whose cost grows with the longest sequence.  Transformer Engine's kernel is used instead where it is
 installed and the numbers have 16 bits (``build.py``).
+
+Context parallelism needs Transformer Engine on a GPU.  Without one the padded table has it too, so that all around the
+kernel is tested: every rank gathers the keys and values of whole sequences, which takes as much memory as without.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_tropd.parallel import platform
+from megatron_tropd.parallel.context import held_tokens, packed_order
 
 AttentionKind = Literal["varlen", "padded"]
 ATTENTION_DTYPES = (torch.bfloat16, torch.float16)
@@ -117,13 +122,39 @@ def padded_attention(query: Tensor, key: Tensor, value: Tensor, sequences: Any, 
     return context.flatten(0, 1)[flat]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+def context_attention(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Any, scale: float | None, group: Any
+) -> Tensor:
+    """:func:`padded_attention` of one rank of a context ``group``; the tensors are of its T / cp tokens.
+
+    Keys and values are gathered from all ranks; backward adds up their gradients where they came from.
+    """
+    cp, bounds, longest = group.size(), sequences.cu_seqlens_q, sequences.max_seqlen_q
+    num_tokens = len(query) * cp
+    order = packed_order(bounds, num_tokens, cp=cp)
+    keys, _ = table_index(bounds, num_tokens, longest)
+    queries, flat = table_index(bounds // cp, len(query), longest // cp)
+    held = held_tokens(bounds, num_tokens, cp=cp, rank=group.rank())
+    position = held[queries] - bounds[:-1, None]  # [B, S / cp], inside the sequence
+    mask = torch.arange(longest, device=bounds.device) <= position[..., None]
+    key, value = (
+        gather_from_sequence_parallel_region(x.contiguous(), group=group)[order][keys].transpose(1, 2)
+        for x in (key, value)
+    )
+    context = _attend(query[queries].transpose(1, 2), key, value, scale, mask[:, None]).transpose(1, 2)
+    return context.flatten(0, 1)[flat]
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None = None) -> Tensor:
+    """``mask`` is true where a query sees a key; None for a causal one."""
     grouped = query.size(1) != key.size(1)
     if grouped and query.is_cuda and query.dtype not in ATTENTION_DTYPES:
         # torch's fp32 kernel that keeps no [S, S] scores takes no groups, and the one that does keeps them.
         key, value = _for_every_query_head(query, key, value)
         grouped = False
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
 
 
 class PackedAttention(MegatronModule):
@@ -141,11 +172,13 @@ class PackedAttention(MegatronModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError("--context-parallel-size above 1 needs Transformer Engine")
         self.softmax_scale = softmax_scale
         kind, _ = attention_kind(config.params_dtype, config.kv_channels)
-        self._packed = varlen_attention if kind == "varlen" else padded_attention
+        self._packed: Callable[..., Tensor] = varlen_attention if kind == "varlen" else padded_attention
+        if config.context_parallel_size > 1:
+            if platform.is_cuda():
+                raise ValueError("--context-parallel-size above 1 needs Transformer Engine")
+            self._packed = functools.partial(context_attention, group=pg_collection.cp)
 
     def forward(
         self,

@@ -72,6 +72,7 @@ def transformer_config(
         "softmax_scale": _softmax_scale(arch),
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
+        "context_parallel_size": layout.cp,
         "virtual_pipeline_model_parallel_size": layout.vpp,
         "num_layers_in_first_pipeline_stage": layout.first_layers,
         # Of two stages the second holds the rest; given both numbers, Megatron divides by the stages between: none.
@@ -177,6 +178,7 @@ def build_gpt_model(
     )
     rope = model.rotary_pos_emb
     rope.inv_freq = inverse_frequencies(rope.inv_freq, arch)
+    rope.cp_group = None  # every position has its angles: those of a rank's own tokens are taken by their positions
     # The local spec makes fp32 norms whatever params_dtype says; TE's follow it.  One dtype for all.
     return model.to(device=platform.device(), dtype=params_dtype)
 
@@ -188,11 +190,17 @@ def packed_seq_params(batch: Microbatch, config: TransformerConfig) -> PackedSeq
     ``thd`` waits for the device in every layer, and cuts and joins the sequences; so without those kernels the format
     is that of one long sequence, for which RoPE is one pass over given angles, and only :class:`PackedAttention` looks
     at the boundaries.
+
+    Under context parallelism the boundaries are those of the whole micro-batch, and the kernels divide them.  The
+    padding of a sequence counts as a part of it, since kernels with room between sequences are fewer.
     """
+    padded = batch.cu_seqlens if config.context_parallel_size > 1 else None
     return PackedSeqParams(
         qkv_format="thd" if config.apply_rope_fusion else "sbhd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )

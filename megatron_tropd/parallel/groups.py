@@ -52,9 +52,14 @@ class ModelGroups:
 
     @property
     def reports(self) -> bool:
-        """Whether this rank reports the results of its replica: tensor-parallel rank 0 of the last stage.  The
+        """Whether this rank reports the results of its tokens: tensor-parallel rank 0 of the last stage.  The
         tensor-parallel ranks hold equal numbers, so each number is reported once."""
         return self.is_last_stage and self.coords.tp == 0
+
+    @property
+    def reports_replica(self) -> bool:
+        """Whether this rank reports what all context ranks of its replica hold alike: results of whole sequences."""
+        return self.reports and self.coords.cp == 0
 
 
 DEFAULT_TIMEOUT_S = 600.0

@@ -8,7 +8,7 @@ the same pipeline stages.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 DEFAULT_VOCAB_DIVISOR = 128
@@ -106,6 +106,12 @@ class ParallelLayout:
             first_layers=first_layers, last_layers=last_layers,
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
         )  # fmt: skip
+
+    @property
+    def frozen(self) -> ParallelLayout:
+        """The layout of a frozen model that is cut as this one, with one chunk in every stage and with data-parallel
+        replicas in place of context ranks."""
+        return replace(self, vpp=None, cp=1, dp=self.dp * self.cp)
 
     @property
     def world_size(self) -> int:

@@ -48,9 +48,9 @@ _ELSEWHERE = {
                     "the length of micro-batches differs from step to step"),
     "mtp_num_layers": "this package trains no multi-token prediction",
     "transformer_impl": "Transformer Engine's layers are used where they are installed",
-    **dict.fromkeys(("context_parallel_size", "cp_comm_type", "hierarchical_context_parallel_sizes",
-                     "hybrid_context_parallel", "max_seqlen_per_dp_cp_rank"),
-                    "this package has no context parallelism"),
+    **dict.fromkeys(("cp_comm_type", "hierarchical_context_parallel_sizes", "hybrid_context_parallel",
+                     "max_seqlen_per_dp_cp_rank"),
+                    "context-parallel ranks hand keys and values on in a ring, over one --context-parallel-size"),
 }  # fmt: skip
 """Fields that this package sets or does not support -> what to do instead."""
 

@@ -7,7 +7,7 @@ def initialize(*, tokens: int, hidden_size: int, tp: int, backend: str) -> None:
     """Allocate the buffers, once, before the first layer is built.  Collective over the world; needs a GPU.
 
     Args:
-        tokens: packed tokens of every micro-batch; Transformer Engine takes no other number.
+        tokens: packed tokens of every micro-batch on a rank; Transformer Engine takes no other number.
         hidden_size: width of the hidden states.
         tp: tensor-parallel ranks.
         backend: over which the ranks meet: nccl, mpi or gloo.

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_tropd.types import EvalReport, StepReport
+from megatron_tropd.reports import EvalReport, StepReport
 
 Record = dict[str, Any]
 

@@ -28,7 +28,7 @@ from megatron_tropd.reporting.lock import RunLock
 from megatron_tropd.reporting.records import Record, drop_after, encode, eval_record, step_record, write_atomic
 from megatron_tropd.reporting.redaction import redact_mapping
 from megatron_tropd.reporting.rollout_samples import RolloutSample, write_samples
-from megatron_tropd.types import EvalReport, StepReport
+from megatron_tropd.reports import EvalReport, StepReport
 
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 """Environment variables that torchrun and Slurm set above 0 in a job that they started again."""

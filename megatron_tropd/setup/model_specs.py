@@ -84,6 +84,7 @@ class _ParallelSizes:
 
     tp: int
     pp: int
+    cp: int
     ep: int
     etp: int
     chunks: int
@@ -98,7 +99,7 @@ class _ParallelSizes:
             ValueError: the sizes do not fit the world; the message names the flags.
         """
         return ParallelLayout.for_world(
-            world_size, self.tp, self.pp, ep=self.ep, **self._optional, owner=owner,
+            world_size, self.tp, self.pp, cp=self.cp, ep=self.ep, **self._optional, owner=owner,
             make_vocab_size_divisible_by=self.make_vocab_size_divisible_by,
         )  # fmt: skip
 
@@ -125,7 +126,7 @@ REFERENCE = _Flags(who="reference", hf="--reference-hf-checkpoint", megatron="--
 def _sizes_of_teacher(config: TrainConfig) -> _ParallelSizes:
     frozen = config.teacher
     return _ParallelSizes(
-        tp=frozen.teacher_tensor_model_parallel_size, pp=frozen.teacher_pipeline_model_parallel_size,
+        tp=frozen.teacher_tensor_model_parallel_size, pp=frozen.teacher_pipeline_model_parallel_size, cp=1,
         ep=frozen.teacher_expert_model_parallel_size, etp=frozen.teacher_expert_tensor_parallel_size, chunks=1,
         first_layers=frozen.teacher_decoder_first_pipeline_num_layers,
         last_layers=frozen.teacher_decoder_last_pipeline_num_layers,
@@ -154,15 +155,16 @@ def find_models(config: TrainConfig, needs: Needs, world_size: int, problems: Pr
     ``world_size`` is the number of the student's ranks.
 
     A reference given by flags has the teacher's layout.  By default the reference is the student's starting weights,
-    in the student's layout, without virtual stages.  Nothing is downloaded for a configuration that has errors already.
+    cut as the student is (:attr:`ParallelLayout.frozen`).  Nothing is downloaded for a configuration that has errors
+    already.
     """
     if problems.errors and any(is_hub_name(name) for name in _hf_names(config)):
         return None
     parallel = config.parallel
     sizes = _ParallelSizes(
         tp=parallel.tensor_model_parallel_size, pp=parallel.pipeline_model_parallel_size,
-        ep=parallel.expert_model_parallel_size, etp=parallel.expert_tensor_parallel_size,
-        chunks=parallel.num_virtual_stages_per_pipeline_rank,
+        cp=parallel.context_parallel_size, ep=parallel.expert_model_parallel_size,
+        etp=parallel.expert_tensor_parallel_size, chunks=parallel.num_virtual_stages_per_pipeline_rank,
         first_layers=parallel.decoder_first_pipeline_num_layers, last_layers=parallel.decoder_last_pipeline_num_layers,
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
     )  # fmt: skip
@@ -176,7 +178,7 @@ def find_models(config: TrainConfig, needs: Needs, world_size: int, problems: Pr
     teachers = _find_teachers(config, world_size, problems) if needs.teacher else []
     reference = reference_layout = None
     if needs.reference_logprob and student_layout:
-        reference, reference_layout = student, replace(student_layout, vpp=None)
+        reference, reference_layout = student, student_layout.frozen
     hf, megatron = config.reference.reference_hf_checkpoint, config.reference.reference_load
     if needs.reference_logprob and (hf or megatron):
         reference, reference_layout = _find(REFERENCE, hf, megatron, _sizes_of_teacher(config), world_size, problems)

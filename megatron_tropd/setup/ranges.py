@@ -51,7 +51,7 @@ RANGES = {
     "expert-model-parallel-size": _RANKS, "expert-tensor-parallel-size": _RANKS_OR_DEFAULT,
     "teacher-tensor-model-parallel-size": _RANKS, "teacher-pipeline-model-parallel-size": _RANKS,
     "teacher-expert-model-parallel-size": _RANKS, "teacher-expert-tensor-parallel-size": _RANKS_OR_DEFAULT,
-    "num-virtual-stages-per-pipeline-rank": _RANKS,
+    "num-virtual-stages-per-pipeline-rank": _RANKS, "context-parallel-size": _RANKS,
     "decoder-first-pipeline-num-layers": _RANKS_OR_DEFAULT, "decoder-last-pipeline-num-layers": _RANKS_OR_DEFAULT,
     "teacher-decoder-first-pipeline-num-layers": _RANKS_OR_DEFAULT,
     "teacher-decoder-last-pipeline-num-layers": _RANKS_OR_DEFAULT,

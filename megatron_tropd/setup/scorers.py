@@ -126,9 +126,9 @@ def make_scorers(spec: RunSpec, student: ModelGroups, on_failure: ExitStack) -> 
         whole = _together(spec, by_role) if config.teachers else by_role["teacher"]
         teacher = Scoring(scorer=whole, want=teacher_wants)
     if models.reference and models.reference_layout:
-        is_student = models.reference is models.student
-        same_ranks = replace(student, layout=models.reference_layout)
-        groups = same_ranks if is_student else place.groups_of(models.reference_layout)
+        layout = models.reference_layout
+        same_groups = models.reference is models.student and student.layout.cp == 1
+        groups = replace(student, layout=layout) if same_groups else place.groups_of(layout)
         model = make_frozen(spec, models.reference, groups, "reference", offload=config.teacher.teacher_offload)
         by_role["reference"] = ColocatedScorer(model)
         reference = Scoring(scorer=by_role["reference"], want=lambda _: ScoreRequest())

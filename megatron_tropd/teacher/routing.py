@@ -1,7 +1,8 @@
 """Sends scores from the ranks where they were made to the student's ranks that train on the rollouts.
 
-Scores go to the first tensor-parallel rank of the last stage of the replica that owns a rollout, and from there to the
-other tensor-parallel ranks of that stage.  No other rank sees them.
+Scores go to the first rank of the last stage of the replica that owns a rollout, and from there to the other tensor-
+and context-parallel ranks of that stage; a context rank writes them into streams of whole sequences, and cuts those.
+No other rank sees them.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def share(
     specs: Mapping[int, Mapping[str, TensorSpec]],
     destination: Destination,
 ) -> dict[int, TeacherScores]:
-    """Broadcast what arrived at the first tensor-parallel rank of each owner to its others; {} before the last stage.
+    """Broadcast what arrived at the first rank of each owner's last stage to its others; {} before the last stage.
 
     Collective over the student's ranks.
     """
@@ -115,8 +116,10 @@ def share(
     if not groups.is_last_stage:
         return {}
     owned = [i for i in rollouts if destination.owners[i] == groups.coords.dp]
-    if groups.layout.tp == 1:
+    layout, collection = groups.layout, groups.pg_collection
+    if layout.tp * layout.cp == 1:
         return {index: mine[index] for index in owned}
-    flat = flatten(mine, owned, specs) if groups.coords.tp == 0 else None
+    flat = flatten(mine, owned, specs) if groups.reports_replica else None
     everything = [spec for i in owned for spec in specs[i].values()]
-    return unflatten(broadcast_tensors(flat, everything, group=groups.pg_collection.tp), owned, specs)
+    group = collection.tp if layout.cp == 1 else collection.tp_cp
+    return unflatten(broadcast_tensors(flat, everything, group=group), owned, specs)

@@ -29,7 +29,7 @@ class Destination:
     owners: Mapping[int, int]
 
     def rank(self, index: int) -> int:
-        """First tensor-parallel rank of the last stage of the replica that owns rollout ``index``."""
+        """First rank (tensor and context) of the last stage of the replica that owns rollout ``index``."""
         layout = self.groups.layout
         return layout.rank(tp=0, pp=layout.pp - 1, dp=self.owners[index])
 

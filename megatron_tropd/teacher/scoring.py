@@ -16,10 +16,12 @@ from torch import Tensor
 from megatron_tropd.data.packing import PackPlan, pack
 from megatron_tropd.models.build import HiddenStateGPT, forward_hidden
 from megatron_tropd.models.chunks import ModelChunks
+from megatron_tropd.models.context import held_part
 from megatron_tropd.ops.vocab_parallel import VocabShard, gather_hidden, nan_problem, unchecked_teacher_scores
 from megatron_tropd.parallel import host_copies, platform
 from megatron_tropd.parallel.fail_together import on_all_ranks
 from megatron_tropd.parallel.groups import ModelGroups
+from megatron_tropd.teacher.context import whole_scores
 from megatron_tropd.types import Microbatch, Rollout, ScoreRequest, TeacherScores
 
 Head = Callable[[Tensor, Microbatch], TeacherScores]
@@ -51,16 +53,15 @@ def score_rollouts(
         ValueError: on every rank, with ``refuse_nan`` where a log-probability is NaN; the message names the prompts.
     """
     mine = plan.microbatches[groups.coords.dp]
-    batches = []
-    for indices in mine:
-        chosen = [rollouts[i] for i in indices]
-        batches.append(_with_given_ids(pack(chosen, None, num_tokens=plan.num_tokens), chosen, given_top_k))
+    batches = [_pack([rollouts[i] for i in indices], plan, given_top_k) for indices in mine]
 
     def forward_step(batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
         """Return output and loss function as Megatron's schedule requires; the loss function only collects."""
-        batch: Microbatch = host_copies.pinned(next(batches)).to(platform.device())
+        whole: Microbatch = next(batches)
+        part = held_part(whole, groups)
+        batch = host_copies.pinned(part).to(platform.device())
         return forward_hidden(model, batch), lambda hidden, non_loss_data=True: _map(
-            head(hidden, batch), host_copies.begin_copy_to_host
+            whole_scores(head(hidden, batch), whole, part, groups), host_copies.begin_copy_to_host
         )
 
     collection = groups.pg_collection
@@ -92,22 +93,24 @@ def score_rollouts(
     return scored
 
 
-def _with_given_ids(batch: Microbatch, rollouts: Sequence[Rollout], top_k: int) -> Microbatch:
-    """Return ``batch`` with the ids that the rollouts bring in the stream of the teacher's top-k, where it scores them.
+def _pack(rollouts: Sequence[Rollout], plan: PackPlan, given_top_k: int) -> Microbatch:
+    """Pack one micro-batch; with ``given_top_k`` with the ids that the rollouts bring in the stream of the teacher's
+    top-k, where it scores them.
 
     Raises:
         ValueError: a rollout brings none, or another number.
     """
-    if not top_k:
+    batch = pack(rollouts, None, num_tokens=plan.num_tokens, sequence_multiple_of=plan.sequence_multiple_of)
+    if not given_top_k:
         return batch
     for rollout in rollouts:
         found = None if rollout.topk_ids is None else tuple(rollout.topk_ids.shape)
-        if rollout.logprobs and found != (len(rollout.logprobs), top_k):
+        if rollout.logprobs and found != (len(rollout.logprobs), given_top_k):
             raise ValueError(
                 f"prompt {rollout.prompt_uid} sample {rollout.sample_index} brings the student's top-k as {found}; "
-                f"expected {(len(rollout.logprobs), top_k)}"
+                f"expected {(len(rollout.logprobs), given_top_k)}"
             )
-    ids_TK = torch.zeros(len(batch.streams.label_T), top_k, dtype=torch.int64)
+    ids_TK = torch.zeros(len(batch.streams.label_T), given_top_k, dtype=torch.int64)
     given = [rollout.topk_ids for rollout in rollouts if rollout.topk_ids is not None]
     if given:
         ids_TK[batch.rows.written] = torch.cat(given).long()

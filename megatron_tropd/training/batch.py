@@ -25,6 +25,7 @@ def plan_updates(run: Run, rollouts: Sequence[Rollout]) -> BatchPlan:
         data_parallel_size=layout.dp,
         max_tokens=training.max_tokens_per_microbatch,
         multiple_of=run.student.token_multiple,
+        sequence_multiple_of=run.student.sequence_multiple,
         num_microbatches_multiple_of=run.student.microbatch_multiple,
     )
 

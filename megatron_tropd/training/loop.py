@@ -11,6 +11,7 @@ from typing import Literal
 from megatron_tropd.checkpoints.metadata import CheckpointError
 from megatron_tropd.data import guidance
 from megatron_tropd.data.packing import BatchPlan, count_regions
+from megatron_tropd.reports import StepReport
 from megatron_tropd.teacher.scorer import ScorerError
 from megatron_tropd.training.batch import plan_updates, score_batch
 from megatron_tropd.training.diagnostics import diagnostics_due, gradient_diagnostics
@@ -19,7 +20,7 @@ from megatron_tropd.training.parity import probe_differences
 from megatron_tropd.training.run import Run
 from megatron_tropd.training.step import Batch, PackedUpdate, StepSums, forward_backward, mean_logprobs, pack_batch
 from megatron_tropd.training.student import Student
-from megatron_tropd.types import Counts, Rollout, StepReport
+from megatron_tropd.types import Counts, Rollout
 
 PARITY = "parity/logprob_abs_diff_mean"
 MISSING_TOPK = "teacher/topk_missing_frac"
@@ -44,7 +45,7 @@ class TrainedRollouts:
 
     rollouts: Sequence[Rollout]
     trust: Mapping[int, Sequence[float]]
-    """``StepSums.trust``; empty for a method without a gate."""
+    """``StepSums.token_trust``; empty for a method without a gate."""
 
 
 def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
@@ -92,7 +93,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
         },
         seconds=progress.take_seconds(),
         verdict=outcome.verdict,
-    ), TrainedRollouts(rollouts=rollouts, trust=outcome.sums.trust)
+    ), TrainedRollouts(rollouts=rollouts, trust=outcome.sums.token_trust)
 
 
 @contextmanager

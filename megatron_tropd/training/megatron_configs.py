@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import layers
 
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.models.attention import ATTENTION_DTYPES
 from megatron_tropd.models.build import transformer_config
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.layout import ParallelLayout
@@ -103,6 +104,12 @@ def combination_errors(config: TrainConfig, layout: ParallelLayout) -> list[str]
          "is not installed", getattr(layers, "_grad_accum_fusion_available", True)),
     ]  # fmt: skip
     errors = [f"--{flag} needs {what}" for flag, what, there in needs if given.get(flag) and not there]
+    te_attention = platform.has_transformer_engine() and params_dtype(config) in ATTENTION_DTYPES
+    if layout.cp > 1 and platform.is_cuda() and not te_attention:
+        errors.append(
+            f"--context-parallel-size {layout.cp} needs Transformer Engine's attention on a GPU: install Transformer "
+            "Engine and give --bf16"
+        )
     if layout.chunks > 1 and layout.pp == 2 and given.get("overlap-p2p-comm") is False:
         errors.append("--no-overlap-p2p-comm with virtual stages needs --pipeline-model-parallel-size above 2")
     return errors

@@ -54,10 +54,10 @@ def entropy_threshold(student: Student, before: Mapping[int, TeacherScores], sha
     It is exact and the same in every layout (see :func:`quantile_threshold`).  Collective over the world.
 
     Args:
-        student: its groups tell which ranks report: tensor-parallel rank 0 of each replica's last stage.
+        student: its groups tell which ranks report: one of each replica's last stage.
         before: result of :func:`old_policy_scores`.
         share: in (0, 1].
     """
-    reports = student.groups.reports
+    reports = student.groups.reports_replica
     mine = [scores.entropy for scores in before.values() if reports and scores.entropy is not None]
     return quantile_threshold(torch.cat([torch.empty(0), *mine]).to(platform.device()), share)

@@ -107,10 +107,11 @@ def probe_differences(
     layout = student.groups.layout
     plan = plan_batch(
         probes.sequences, num_minibatches=1, data_parallel_size=layout.dp, max_tokens=max_tokens,
-        multiple_of=student.token_multiple, num_microbatches_multiple_of=student.microbatch_multiple,
+        multiple_of=student.token_multiple, sequence_multiple_of=student.sequence_multiple,
+        num_microbatches_multiple_of=student.microbatch_multiple,
     )  # fmt: skip
     scored_here = old_policy_scores(student, probes.sequences, plan, vocab_size=probes.vocab_size)
-    mine = {index: scores.logprob.tolist() for index, scores in scored_here.items() if student.groups.reports}
+    mine = {index: scores.logprob.tolist() for index, scores in scored_here.items() if student.groups.reports_replica}
     trainer = {index: values for part in gather_objects(mine) for index, values in part.items()}
     return {name: _mean_difference(of_engine, trainer) for name, of_engine in scored.items()}
 

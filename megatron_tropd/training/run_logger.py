@@ -14,7 +14,8 @@ from megatron_tropd.reporting.progress.progress import NullProgress
 from megatron_tropd.reporting.rollout_samples import sample_of
 from megatron_tropd.reporting.run_directory import RunDirectory
 from megatron_tropd.reporting.sinks import Sinks
-from megatron_tropd.types import EvalReport, Prompt, Rollout, StepReport
+from megatron_tropd.reports import EvalReport, StepReport
+from megatron_tropd.types import Prompt, Rollout
 
 ROLLOUTS_KEPT = 8
 ROLLOUTS_READ = 64

@@ -16,6 +16,7 @@ from megatron_tropd import rng
 from megatron_tropd.data.packing import BatchPlan, PackPlan, pack
 from megatron_tropd.data.streams import SampleScores
 from megatron_tropd.models.build import forward_hidden
+from megatron_tropd.models.context import held_part
 from megatron_tropd.objectives.base import Objective, Regions, mean_over
 from megatron_tropd.objectives.checks import check_streams
 from megatron_tropd.ops.vocab_parallel import head_loss
@@ -40,8 +41,9 @@ class StepSums:
     sums: dict[str, tuple[float, float]]
     """By metric: (total, count)."""
     maxima: dict[str, float]
-    trust: dict[int, list[float]] = field(default_factory=dict)
-    """By index of a rollout in ``Batch.shown``: the gate's weight of every token that the student wrote, [W]."""
+    trust: dict[int, dict[int, float]] = field(default_factory=dict)
+    """By index of a rollout in ``Batch.shown``: the gate's weight of every token that the student wrote, by the token's
+    position in its sequence, because context ranks have parts of a sequence."""
 
     @classmethod
     def of(cls, parts: Sequence[StepSums]) -> StepSums:
@@ -54,14 +56,22 @@ class StepSums:
         for part in parts:
             for name, value in part.maxima.items():
                 maxima[name] = _larger(value, maxima.get(name, value))
+        trust: dict[int, dict[int, float]] = {}
+        for index, weights in (item for part in parts for item in part.trust.items()):
+            trust.setdefault(index, {}).update(weights)
         finite = all(math.isfinite(part.loss_sum) for part in parts)
         return cls(
             loss_sum=math.fsum(part.loss_sum for part in parts) if finite else math.nan,
             denominator=sum(part.denominator for part in parts),
             sums=sums,
             maxima=maxima,
-            trust={index: weights for part in parts for index, weights in part.trust.items()},
+            trust=trust,
         )
+
+    @property
+    def token_trust(self) -> dict[int, list[float]]:
+        """``trust`` as lists [W] in the order of the tokens."""
+        return {index: [weights[place] for place in sorted(weights)] for index, weights in self.trust.items()}
 
     @property
     def loss(self) -> float:
@@ -94,7 +104,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """Rollouts packed into a micro-batch, on the CPU."""
+    """Rollouts packed into a micro-batch, on the CPU: the part of it that this rank holds."""
 
     indices: tuple[int, ...]
     """The rollouts, in packing order."""
@@ -118,9 +128,11 @@ def pack_update(student: Student, objective: Objective, batch: Batch, plan: Pack
             [batch.rollouts[i] for i in indices],
             [batch.sample_scores[i] for i in indices] if student.groups.is_last_stage else None,
             num_tokens=plan.num_tokens,
+            sequence_multiple_of=plan.sequence_multiple_of,
             needs=objective.needs,
             teacher_hidden=batch.teacher_hidden,
         )
+        packed = held_part(packed, student.groups)
         streams = packed.streams
         uniform_T = rng.uniform(coins, streams.sample_uid_T, streams.label_position_T)
         packed = replace(packed, streams=replace(streams, uniform_T=uniform_T))
@@ -236,12 +248,14 @@ class _PendingSums:
         )
 
 
-def _trust(trust_T: Tensor, packed: Packed, shown: frozenset[int]) -> dict[int, list[float]]:
-    """Return the gate's weights of the tokens that the student wrote, by index of the rollout."""
-    weights, written = trust_T.tolist(), Regions.of(packed.microbatch.streams).on_policy_T.tolist()
-    bounds = packed.microbatch.cu_seqlens.tolist()
+def _trust(trust_T: Tensor, packed: Packed, shown: frozenset[int]) -> dict[int, dict[int, float]]:
+    """Return ``StepSums.trust`` of the tokens that are here."""
+    streams, bounds = packed.microbatch.streams, packed.microbatch.cu_seqlens
+    weights, written = trust_T.tolist(), Regions.of(streams).on_policy_T.tolist()
+    position = streams.label_position_T.tolist()
+    mine = (bounds // (int(bounds[-1]) // len(weights))).tolist()  # every context rank has as much of each sequence
     return {
-        index: [weights[row] for row in range(bounds[place], bounds[place + 1]) if written[row]]
+        index: {position[row]: weights[row] for row in range(mine[place], mine[place + 1]) if written[row]}
         for place, index in enumerate(packed.indices)
         if index in shown
     }

@@ -17,7 +17,7 @@ from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.models.build import HiddenStateGPT
 from megatron_tropd.models.chunks import ModelChunks, build_chunks
 from megatron_tropd.ops.vocab_parallel import HeadSettings, VocabShard
-from megatron_tropd.parallel import optimizer_memory, platform, user_buffers
+from megatron_tropd.parallel import context, optimizer_memory, platform, user_buffers
 from megatron_tropd.parallel.groups import ModelGroups
 from megatron_tropd.parallel.host_offload import HostBlocks, HostOffload
 from megatron_tropd.parallel.layout import ParallelLayout
@@ -52,12 +52,13 @@ def chunk_tokens(config: TrainConfig) -> int:
 def token_multiple(config: TrainConfig, layout: ParallelLayout) -> int:
     """Return the number of which the packed tokens of a micro-batch are a multiple.
 
-    Sequence parallelism splits them over TP.  The buffers of --tp-comm-overlap have one size, so with it every
-    micro-batch has as many tokens as the longest may have.
+    Context and sequence parallelism split them over CP and TP.  The buffers of --tp-comm-overlap have one size, so with
+    it every micro-batch has as many tokens as the longest may have.
     """
+    multiple = context.token_multiple(layout.cp, layout.tp)
     if not config.megatron_flags.get("tp-comm-overlap"):
-        return layout.tp
-    return -(-config.training.max_tokens_per_microbatch // layout.tp) * layout.tp
+        return multiple
+    return -(-config.training.max_tokens_per_microbatch // multiple) * multiple
 
 
 def training_errors(arch: Architecture, layout: ParallelLayout, *, sequence_parallel: bool) -> list[str]:
@@ -88,8 +89,8 @@ def build_student(config: TrainConfig, arch: Architecture, groups: ModelGroups) 
     overrides = model_overrides(config, groups.layout)
     if overrides.get("tp_comm_overlap"):
         user_buffers.initialize(
-            tokens=token_multiple(config, groups.layout), hidden_size=arch.hidden_size, tp=groups.layout.tp,
-            backend=overrides.get("tp_comm_bootstrap_backend", "nccl"),
+            tokens=token_multiple(config, groups.layout) // groups.layout.cp, hidden_size=arch.hidden_size,
+            tp=groups.layout.tp, backend=overrides.get("tp_comm_bootstrap_backend", "nccl"),
         )  # fmt: skip
     return build_chunks(arch, groups, params_dtype=params_dtype(config), config_overrides=overrides)
 
@@ -118,6 +119,8 @@ class Student:
         )
         self.token_multiple = token_multiple(config, groups.layout)
         """Packed tokens of a micro-batch are a multiple of it."""
+        self.sequence_multiple = context.sequence_multiple(groups.layout.cp)
+        """So are the tokens of every sequence of this, padding included."""
         self.microbatch_multiple = (model.config.microbatch_group_size_per_vp_stage or 1) if groups.layout.vpp else 1
         """Megatron's interleaved schedule takes micro-batches in groups of this many."""
         self.ddp = wrap(model, ddp_config(config))

@@ -132,7 +132,7 @@ def _student_items(scenario: Scenario, stage: int) -> Iterator[Item]:
     yield Item(name="student: weights", bytes=state.weights)
     yield Item(name="student: gradients", bytes=state.gradients)
     yield Item(name="student: optimizer state", bytes=state.optimizer)
-    shape = scenario.shape(sequence_parallel=config.parallel.sequence_parallel and layout.tp > 1)
+    shape = scenario.student_shape
     kept = training_bytes(arch, layout, stage, shape, config.model.recompute_granularity, scenario.microbatches)
     yield Item(name="student: activations", bytes=kept, phases=("train",))
     if stage == layout.pp - 1:
@@ -149,7 +149,7 @@ def student_head(scenario: Scenario) -> int:
     """Return the bytes of the student's head on a rank of the last stage."""
     layout, training = scenario.student_layout, scenario.config.training
     return head_bytes(
-        tokens=training.max_tokens_per_microbatch, chunk=scenario.chunk, itemsize=scenario.itemsize,
+        tokens=scenario.student_tokens, chunk=scenario.chunk, itemsize=scenario.itemsize,
         columns=layout.padded_vocab_size(scenario.student.vocab_size) // layout.tp, hidden=scenario.student.hidden_size,
         logits=4 if training.logits_dtype == "fp32" else scenario.itemsize, mode=training.head_mode,
     )  # fmt: skip
@@ -163,7 +163,7 @@ def _frozen_items(
     yield Item(
         name=f"{who}: weights", bytes=parameters * scenario.itemsize, phases=("score",) if offload else PHASES
     )  # fmt: skip
-    shape = scenario.shape(sequence_parallel=False)
+    shape = scenario.frozen_shape
     yield Item(name=f"{who}: forward pass", bytes=forward_bytes(arch, layout, shape), phases=("score",))
     if stage == layout.pp - 1:
         columns = layout.padded_vocab_size(arch.vocab_size) // layout.tp
@@ -219,7 +219,7 @@ def _teacher_ranks(scenario: Scenario) -> list[RankMemory]:
         ]  # fmt: skip
     if teacher and scenario.teacher_engine:
         weights = engine_parameters(teacher, scenario.teacher_engine) * scenario.itemsize
-        shape = scenario.shape(sequence_parallel=False)
+        shape = scenario.frozen_shape
         layout = ParallelLayout(tp=scenario.teacher_engine.tp)
         work = forward_bytes(teacher, layout, shape)
         items = (

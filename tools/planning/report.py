@@ -38,7 +38,7 @@ class RunPlan:
 
 def layout_text(layout: ParallelLayout) -> str:
     """Return a layout in short."""
-    sizes = {"TP": layout.tp, "PP": layout.pp, "EP": layout.ep, "DP": layout.dp}
+    sizes = {"TP": layout.tp, "CP": layout.cp, "PP": layout.pp, "EP": layout.ep, "DP": layout.dp}
     text = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1 or name == "TP")
     return text + (f" ETP{layout.expert_tp}" if layout.expert_tp != layout.tp else "")
 

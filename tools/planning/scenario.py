@@ -163,11 +163,25 @@ class Scenario:
         tokens = self.sequences * self.lengths.mean / self.config.training.num_minibatches / self.student_layout.dp
         return max(1, -(-int(tokens) // self.config.training.max_tokens_per_microbatch))
 
-    def shape(self, *, sequence_parallel: bool) -> PassShape:
-        """Return how a pass over a micro-batch is computed."""
+    @property
+    def student_tokens(self) -> int:
+        """Tokens of a micro-batch that a rank of the student holds: context parallelism cuts them."""
+        return -(-self.config.training.max_tokens_per_microbatch // self.student_layout.cp)
+
+    @property
+    def student_shape(self) -> PassShape:
+        """How the student's pass over a micro-batch is computed."""
+        split = self.config.parallel.sequence_parallel and self.student_layout.tp > 1
+        return self._shape(self.student_tokens, sequence_parallel=split)
+
+    @property
+    def frozen_shape(self) -> PassShape:
+        """How a frozen model's pass over a micro-batch is computed."""
+        return self._shape(self.config.training.max_tokens_per_microbatch, sequence_parallel=False)
+
+    def _shape(self, tokens: int, *, sequence_parallel: bool) -> PassShape:
         return PassShape(
-            tokens=self.config.training.max_tokens_per_microbatch, itemsize=self.itemsize, fused=self.bf16,
-            sequence_parallel=sequence_parallel,
+            tokens=tokens, itemsize=self.itemsize, fused=self.bf16, sequence_parallel=sequence_parallel
         )  # fmt: skip
 
 
@@ -239,7 +253,7 @@ def make_scenario(config: TrainConfig, machines: Machines) -> Scenario:
         student=student, student_layout=made.student, teacher=teacher, teacher_layout=made.teacher,
         teacher_engine=made.teacher_engine, engines=engines,
         reference=(other or student) if needs.reference_logprob else None,
-        reference_layout=(made.reference or made.student) if needs.reference_logprob else None,
+        reference_layout=(made.reference or made.student.frozen) if needs.reference_logprob else None,
         warnings=tuple(problems.warnings),
     )  # fmt: skip
     check_lengths(config, _as_models(scenario), objective, problems)
@@ -290,7 +304,7 @@ def _layout(config: TrainConfig, arch: Architecture, world: int, owner: Literal[
     tp, pp, ep = sizes.values()
     etp = flags[f"{owner}expert-tensor-parallel-size"] or None
     layout = ParallelLayout.for_world(
-        world, tp, pp, ep=ep, etp=etp, owner=owner,
+        world, tp, pp, cp=1 if owner else config.parallel.context_parallel_size, ep=ep, etp=etp, owner=owner,
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
     )  # fmt: skip
     if errors := arch.check_layout(tp, pp, ep=ep, etp=etp, owner=owner):

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from megatron_tropd.reporting.metric_names import PHASES
 from megatron_tropd.reporting.progress.text import duration, eval_line, percent, step_fields, step_line
-from megatron_tropd.types import EvalReport, StepReport
+from megatron_tropd.reports import EvalReport, StepReport
 
 _REFRESH_SECONDS = 0.1
 

@@ -27,7 +27,7 @@ from megatron_tropd.reporting.progress.displays import Display, LineDisplay, Liv
 from megatron_tropd.reporting.progress.heartbeat import Activity, GetCounts, Heartbeat
 from megatron_tropd.reporting.progress.phase_clock import PhaseClock
 from megatron_tropd.reporting.progress.text import Eta
-from megatron_tropd.types import EvalReport, StepReport
+from megatron_tropd.reports import EvalReport, StepReport
 
 
 class NullProgress:

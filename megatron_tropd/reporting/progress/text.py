@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from megatron_tropd.types import EvalReport, StepReport
+from megatron_tropd.reports import EvalReport, StepReport
 
 _WINDOW = 20
 
