@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from megatron_tropd.setup.run_spec import make_run_spec
 from megatron_tropd.types import Rollout
 from tests.hf_models import read_tensors, write_tensors
 from tests.tiny_run import flags, make_world, train_here
-from tests.torchrun_jobs import output_of
+from tests.torchrun_jobs import environment, output_of
 
 pytestmark = pytest.mark.slow
 
@@ -107,6 +108,30 @@ def test_a_teacher_that_gives_nan_ends_the_run_with_its_name(world, tmp_path):
     argv = flags(broken, tmp_path / "run", teacher_placement="dedicated", teacher_world_size=1)
     output = output_of(argv, tmp_path)
     assert "the teacher (--teacher-hf-checkpoint" in output and "gives short sequences NaN" in output, output
+    assert "torchrun exited with 1" in output
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_run_goes_on_from_rollouts_that_a_failing_teacher_did_not_score(world, tmp_path, measured, lag):
+    whole = _dedicated(world, tmp_path / "whole", tmp_path, 1, 2, train_iters=4, rollout_lag=lag)
+    argv = flags(
+        world, tmp_path / "run", teacher_placement="dedicated", teacher_world_size=1, train_iters=4, rollout_lag=lag
+    )
+    output = output_of(argv, tmp_path, environment(FAIL_AFTER="2"), "tests.failing_teacher")
+    failed = re.search(r"The rollouts of step (\d) are saved, with the state before the step", output)
+    assert failed and "NaN" in output and "torchrun exited with 1" in output, output
+    step = int(failed[1])  # with a lag, the batch of step 3 may have been scored before
+    assert step in ({3, 4} if lag else {3}) and len(_curve(tmp_path / "run")) == step - 1
+    assert "torchrun exited with 0" in output_of(argv, tmp_path)
+    worst = _worst(_curve(tmp_path / "run"), whole)
+    measured("a run that goes on from rollouts a dedicated teacher did not score (relative)", worst, TOLERANCE)
+
+
+def test_worlds_with_different_settings_are_told(world, tmp_path):
+    """As nodes that read different files would have them."""
+    argv = flags(world, tmp_path / "run", teacher_placement="dedicated", teacher_world_size=1)
+    output = output_of(argv, tmp_path, environment(OTHER_TOP_K="7"), "tests.other_settings")
+    assert "--top-k is 5 on rank 0 and 7 on rank 1; give every node the same flags" in output, output
     assert "torchrun exited with 1" in output
 
 

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from megatron_tropd.cli import ConfigError, parse
-from megatron_tropd.setup.assemble import check_same_configuration
+from megatron_tropd.parallel.roles import Job, split
+from megatron_tropd.setup.same_configuration import check_same_configuration
 from tests.hub_helpers import COMMIT, OTHER_COMMIT, fill_cache, hub_environment, serving
 from tests.test_hub import ROOT
 from tests.tiny_run import flags, make_world
@@ -132,7 +133,7 @@ def _compare(argvs):
     import torch.distributed as dist
 
     with pytest.raises(ConfigError) as caught:
-        check_same_configuration(parse(argvs[dist.get_rank()]))
+        check_same_configuration(parse(argvs[dist.get_rank()]), Job(roles=split(2, ()), rank=dist.get_rank()))
     return str(caught.value)
 
 

@@ -10,23 +10,21 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_tropd.cli import ConfigError, to_flags
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.prompt_source import PromptSource
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.parallel.fail_together import from_all_ranks
+from megatron_tropd.parallel.roles import job_of_environment
 from megatron_tropd.reporting.progress.progress import NullProgress, Progress
-from megatron_tropd.reporting.redaction import redact_mapping
 from megatron_tropd.rollout.engine_pool import Export
 from megatron_tropd.setup.engines import make_engines
 from megatron_tropd.setup.model_health import check_scorers
 from megatron_tropd.setup.models import make_student
 from megatron_tropd.setup.run_files import RunFiles, open_files
 from megatron_tropd.setup.run_spec import RunSpec
+from megatron_tropd.setup.same_configuration import check_same_configuration
 from megatron_tropd.setup.same_run import Origin, find_origin
 from megatron_tropd.setup.scorers import make_scorers
 from megatron_tropd.setup.stored_scores import check_teacher_digest
-from megatron_tropd.teacher_files import settings_of_teachers
 from megatron_tropd.training.checkpointing import Checkpoints
 from megatron_tropd.training.evaluations import Evaluations
 from megatron_tropd.training.guard import Guard
@@ -91,33 +89,10 @@ def make_run_logger(spec: RunSpec, decode: Decode, files: RunFiles, progress: Nu
     )
 
 
-def check_same_configuration(config: TrainConfig) -> None:
-    """Compare the configurations of all ranks.  Collective over the world.
-
-    Nodes read their own flags and files, and each finds a branch of the Hub at the commit that is its newest then.
-
-    Raises:
-        ConfigError: on every rank: they differ; the message names each flag, with secrets hidden.
-    """
-    everyone = from_all_ranks(lambda: {**to_flags(config), **settings_of_teachers(config.teachers)})
-    errors: dict[str, str] = {}
-    for rank, flags in enumerate(everyone):
-        differing = [name for name in {**everyone[0], **flags} if everyone[0].get(name) != flags.get(name)]
-        first, other = redact_mapping(everyone[0]), redact_mapping(flags)
-        for name in differing:
-            errors.setdefault(
-                name,
-                f"--{name} is {first.get(name)!r} on rank 0 and {other.get(name)!r} on rank {rank}; give every node "
-                "the same flags and files, and a model of the Hub with its commit (owner/name@commit)",
-            )
-    if errors:
-        raise ConfigError(list(errors.values()))
-
-
 def assemble(spec: RunSpec) -> Assembled:
     """Build all parts of the run, resumed from its checkpoint if there is one; collective over the world."""
     config = spec.config
-    check_same_configuration(config)
+    check_same_configuration(config, job_of_environment(spec.roles))
     student = spec.models.student
     checkpoints = Checkpoints(config, student.arch, student.hf_dir, student.source)
     origin = find_origin(spec, checkpoints)

@@ -10,6 +10,7 @@ from megatron_tropd.parallel.mailbox import Mailbox
 from megatron_tropd.parallel.roles import TRAINER, Job, another_connection
 from megatron_tropd.setup.models import make_frozen
 from megatron_tropd.setup.run_spec import RunSpec
+from megatron_tropd.setup.same_configuration import check_same_configuration
 from megatron_tropd.teacher.dedicated.messages import inbox, outbox
 from megatron_tropd.teacher.dedicated.worker import Worker
 
@@ -21,6 +22,7 @@ def make_worker(spec: RunSpec, job: Job) -> Worker:
     Its layout is Megatron's global one in these processes, as the student's is in the trainer's.
     """
     config, name = spec.config, job.role.name
+    check_same_configuration(config, job)
     teacher = next(teacher for teacher in spec.models.teachers if teacher.role == name)
     timeout_s = config.parallel.distributed_timeout_s
     groups = student_groups(teacher.layout, seed=config.training.seed, timeout_s=timeout_s)
