@@ -1,7 +1,8 @@
 # Two commands on a fresh machine with Python 3.11, 3.12 or 3.13, make and a compiler:
 #   make quickstart   the main job: a student learns from a teacher, two ranks, about two minutes
 #                     (ENGINE=sglang: rollouts by the real SGLang server, whose environment is made first;
-#                     TEACHER=server: the teacher on such a server)
+#                     TEACHER=server: the teacher on such a server; TEACHER=dedicated: on two ranks of its own;
+#                     TEACHER=file: it scores the data's responses once, and the student learns from these scores)
 #   make test         the whole test suite, about 20 minutes
 # and besides: make check (lint, types, and all tests without ranks, servers or other processes: 75 seconds, the
 #   first time two minutes, because mypy then reads torch),
