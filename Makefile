@@ -45,7 +45,7 @@ SGLANG_INSTALL := $(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip
 
 # Files whose tests print a measured error.
 VERIFY := model_parity vocab_parallel vocab_parallel_main_grad objectives_head head_memory kernels training_layouts \
-	training_methods training_oracle training_resume training_experts expert_gradients teacher weights_planned sglang_servers sglang_planned
+	training_methods training_oracle training_resume training_experts expert_gradients teacher placement_layouts weights_planned sglang_servers sglang_planned
 
 # Files whose tests touch Megatron-core, or what it changes for others.
 MEGATRON := platform attention kernels model_parity vocab_parallel vocab_parallel_main_grad vocab_parallel_teacher teacher \
