@@ -1,7 +1,8 @@
 # Two commands on a fresh machine with Python 3.11, 3.12 or 3.13, make and a compiler:
 #   make quickstart   the main job: a student learns from a teacher, two ranks, about two minutes
 #                     (ENGINE=sglang: rollouts by the real SGLang server, whose environment is made first;
-#                     TEACHER=server: the teacher on such a server)
+#                     TEACHER=server: the teacher on such a server; TEACHER=dedicated: on two ranks of its own;
+#                     TEACHER=file: it scores the data's responses once, and the student learns from these scores)
 #   make test         the whole test suite, about 20 minutes
 # and besides: make check (lint, types, and all tests without ranks, servers or other processes: 75 seconds, the
 #   first time two minutes, because mypy then reads torch),
@@ -44,7 +45,8 @@ SGLANG_INSTALL := $(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip
 
 # Files whose tests print a measured error.
 VERIFY := model_parity vocab_parallel vocab_parallel_main_grad objectives_head head_memory kernels training_layouts \
-	context_parallel context_slices training_methods training_oracle training_resume training_experts expert_gradients teacher weights_planned sglang_servers sglang_planned
+	context_parallel context_slices training_methods training_oracle training_resume training_experts expert_gradients \
+	teacher placement_layouts several_teachers student_topk weights_planned sglang_servers sglang_planned
 
 # Files whose tests touch Megatron-core, or what it changes for others.
 MEGATRON := platform attention kernels model_parity vocab_parallel vocab_parallel_main_grad vocab_parallel_teacher teacher \

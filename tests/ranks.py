@@ -20,7 +20,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -36,7 +35,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+def serve(rank: int, world_size: int, port: int, pipe: Connection, *, teacher_ranks: int = 0) -> None:
+    """Be a rank.  The last ``teacher_ranks`` are a world of their own, as in a job with a dedicated teacher."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # prints the stacks; sent to ranks that do not answer
     os.environ.update(
@@ -54,8 +54,12 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    from megatron_tropd.parallel.groups import init_distributed
+    from megatron_tropd.parallel.roles import job_of_environment, split
+
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=CALL_TIMEOUT_S / 2))
+    roles = split(world_size, [("teacher", teacher_ranks)] if teacher_ranks else [])
+    init_distributed(CALL_TIMEOUT_S / 2, job_of_environment(roles))
     answer_calls(pipe, after=_release_groups)
     dist.destroy_process_group()
 
@@ -88,7 +92,7 @@ def _next_call(pipe: Connection) -> tuple[Callable[..., Any], tuple[Any, ...], d
 class RankPool:
     """``world_size`` living processes in one gloo group."""
 
-    def __init__(self, world_size: int, serve: Callable[[int, int, int, Connection], None] = _serve) -> None:
+    def __init__(self, world_size: int, serve: Callable[[int, int, int, Connection], None] = serve) -> None:
         port = free_port()
         self.world_size = world_size
         self._pipes: list[Connection] = []

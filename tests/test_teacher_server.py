@@ -108,9 +108,11 @@ def _scores_of_both(world, logs, urls, student, top_k):
     ("student", "top_k"),
     [
         (ParallelLayout(), TOP_K), (ParallelLayout(tp=2), TOP_K), (ParallelLayout(dp=2), 0),
-        (ParallelLayout(pp=2), VOCAB_SIZE),
+        (ParallelLayout(pp=2), VOCAB_SIZE), (ParallelLayout(tp=2, pp=2), TOP_K),
     ],
-    ids=["student TP1", "student TP2", "student DP2, no top-k", "student PP2, top-k of all ids"],
+    ids=[
+        "student TP1", "student TP2", "student DP2, no top-k", "student PP2, top-k of all ids", "student TP2 PP2",
+    ],
 )  # fmt: skip
 def test_scores_are_those_of_a_colocated_teacher(ranks, world, teacher_servers, tmp_path, student, top_k, measured):
     worst, scored = 0.0, set()
@@ -214,12 +216,13 @@ def _on_servers(world, run_dir, **changes):
     return flags(world, run_dir, teacher_placement="server", sglang_python=PYTHON, **changes)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_a_run_has_the_losses_of_a_colocated_teacher(ranks, world, teacher_servers, tmp_path, measured, tp):
-    changes = {"train_iters": STEPS, "tensor_model_parallel_size": tp}
-    here = ranks(2).run(reports_here, flags(world, tmp_path / "here", **changes))[0]
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_a_run_has_the_losses_of_a_colocated_teacher(ranks, world, teacher_servers, tmp_path, measured, tp, pp):
+    changes = {"train_iters": STEPS, "tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    pool = ranks(max(tp * pp, 2))
+    here = pool.run(reports_here, flags(world, tmp_path / "here", **changes))[0]
     argv = [*_on_servers(world, tmp_path / "there", **changes), "--teacher-urls", *teacher_servers]
-    there = ranks(2).run(reports_here, argv)[0]
+    there = pool.run(reports_here, argv)[0]
     measured(
         "loss and gradient norm with a teacher on servers (relative)",
         _worst(_numbers(there), _numbers(here)),

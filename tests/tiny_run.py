@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,12 @@ def reports_here(argv: list[str], stop_after: int | None = None) -> list[StepRep
     Everything is what the command does, but for the process group, which the pool owns.
     ``stop_after`` ends the run (after its checkpoint) as an interruption would.
     """
-    import torch.distributed as dist
-
     from megatron_tropd.cli import parse
     from megatron_tropd.setup.assemble import assemble, close
     from megatron_tropd.setup.run_spec import make_run_spec
     from megatron_tropd.training.loop import push_weights, save_if_due, train_step
 
-    assembled = assemble(make_run_spec(parse(argv), dist.get_world_size()))
+    assembled = assemble(make_run_spec(parse(argv), int(os.environ["WORLD_SIZE"])))
     run, reports = assembled.run, []
     try:
         push_weights(run)
