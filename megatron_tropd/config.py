@@ -96,6 +96,7 @@ class TeacherConfig:
     teacher_num_servers: int = setting(1, "SGLang servers of the teacher to start on the machine of rank 0")
     teacher_gpu_ids: list[str] = setting([], "GPUs of the teacher's servers, in order; default: from 0 on")
     teacher_urls: list[str] = setting([], "SGLang servers of the teacher that run already, instead of starting some")
+    teacher_router_url: str = setting("", "sglang-router before the servers of --teacher-urls, which takes the scoring")
     teacher_sglang_tp_size: int = setting(1, "tensor-parallel ranks of each of the teacher's servers")
     teacher_topk_margin: float = setting(
         -1.0,
@@ -186,6 +187,7 @@ class EngineConfig:
     )
     rollout_gpu_ids: list[str] = setting([], "GPUs of the servers started here, in order; default: from 0 on")
     rollout_engine_urls: list[str] = setting([], "SGLang servers that run already, instead of starting some")
+    rollout_router_url: str = setting("", "sglang-router before the servers of --rollout-engine-urls, for prompts")
     update_weight_transport: Literal["auto", "shared", "bytes", "planned", "planned-shared"] = setting(
         "auto",
         "how weights reach SGLang: whole tensors in shared memory of one host or as bytes over HTTP (auto: shared with "
