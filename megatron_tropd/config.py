@@ -144,6 +144,7 @@ class EngineConfig:
     )
     rollout_gpu_ids: list[str] = setting([], "GPUs of the servers started here, in order; default: from 0 on")
     rollout_engine_urls: list[str] = setting([], "SGLang servers that run already, instead of starting some")
+    rollout_router_url: str = setting("", "sglang-router before the servers of --rollout-engine-urls, for prompts")
     update_weight_transport: Literal["auto", "shared", "bytes", "planned", "planned-shared"] = setting(
         "auto",
         "how weights reach SGLang: whole tensors in shared memory of one host or as bytes over HTTP (auto: shared with "

@@ -39,6 +39,7 @@ class TeacherConfig:
     teacher_num_servers: int = setting(1, "SGLang servers of the teacher to start on the machine of rank 0")
     teacher_gpu_ids: list[str] = setting([], "GPUs of the teacher's servers, in order; default: from 0 on")
     teacher_urls: list[str] = setting([], "SGLang servers of the teacher that run already, instead of starting some")
+    teacher_router_url: str = setting("", "sglang-router before the servers of --teacher-urls, which takes the scoring")
     teacher_sglang_tp_size: int = setting(1, "tensor-parallel ranks of each of the teacher's servers")
     teacher_config: list[str] = setting(
         [], "YAML files, each of which describes one of several teachers: for a domain of the prompts, or with a weight"

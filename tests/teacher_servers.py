@@ -7,12 +7,18 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from megatron_tropd.models.hf_config import load_architecture, load_hf_config
+from megatron_tropd.sglang.loop_thread import LoopThread
 from megatron_tropd.sglang.server.process import ServerProcess
 from megatron_tropd.sglang.server_flags import TEACHER_FLAGS
 from megatron_tropd.sglang.settings import ServerSettings
+from megatron_tropd.teacher.server.fleet import TeacherFleet
 from megatron_tropd.teacher.server.server import TeacherModel, TeacherServer
-from tests.sglang_helpers import PYTHON
+from megatron_tropd.types import Rollout
+from tests.hf_models import VOCAB_SIZE, make_hf_model
+from tests.sglang_helpers import PYTHON, reference_logprobs
 
 FLAGS = ("--max-total-tokens", "2048", "--max-running-requests", "16")
 
@@ -53,3 +59,51 @@ def serving(hf_dir: Path, directory: Path, number: int) -> Iterator[list[ServerP
     finally:
         for handle in handles:
             handle.stop()
+
+
+class Fleet:
+    """A fleet on a loop of its own, and what it says of rollouts."""
+
+    def __init__(self, hf_dir: Path, logs: Path, **changes) -> None:
+        self.loop = LoopThread("test")
+        self.fleet = TeacherFleet(settings_of(hf_dir, logs, **changes), model_of(hf_dir), owns=True)
+        self.loop.run(self.fleet.open())
+
+    def up(self) -> Fleet:
+        self.loop.run(self.fleet.until_up())
+        return self
+
+    def begin(self, rollouts):
+        return [
+            self.loop.begin(
+                self.fleet.ask(len(r.token_ids), lambda server, r=r: server.score(r, 5))  # type: ignore[misc]
+            )
+            for r in rollouts
+        ]
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.loop.run(self.fleet.close())
+        self.loop.close()
+
+
+def rollouts_to_score(number: int, length: int = 60) -> list[Rollout]:
+    generator = torch.Generator().manual_seed(number)
+    return [
+        Rollout(prompt_uid=uid, sample_index=0, prompt_len=4, guidance_len=2, weight_version=(0, 0), finish="stop",
+                token_ids=tuple(torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist()),
+                logprobs=(0.0,) * (length - 6))
+        for uid in range(number)
+    ]  # fmt: skip
+
+
+def check_scores(rollouts, futures) -> None:
+    """All are scored, as transformers scores them."""
+    model = make_hf_model("qwen3")
+    for rollout, future in list(zip(rollouts, futures, strict=True)):
+        scores = future.result(timeout=300)
+        expected = reference_logprobs(model, rollout.token_ids)[rollout.prompt_len - 1 :]
+        assert (scores.logprob - torch.tensor(expected)).abs().max() < 1e-5
+        assert scores.topk_ids.shape == (len(rollout.logprobs), 5)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tropd.cli import ConfigError, parse, to_flags
+from megatron_tropd.setup.engine_settings import sglang_settings
 from megatron_tropd.setup.run_spec import make_run_spec
 from megatron_tropd.setup.teacher_servers import teacher_server_settings
 from megatron_tropd.sglang.server.command import server_arguments, server_environment
@@ -66,6 +67,9 @@ def test_flags_become_the_settings_and_the_command_line_of_a_server(world, tmp_p
         ({"teacher_gpu_ids": "3", "teacher_num_servers": 2}, "1 GPU ids (--teacher-gpu-ids) for 2 teacher servers "
          "(--teacher-num-servers) of 1 GPUs each (--teacher-sglang-tp-size)"),
         ({"teacher_urls": "10.0.0.3:1"}, "--teacher-urls 10.0.0.3:1: expected http://host:port"),
+        ({"teacher_router_url": "http://127.0.0.1:3"}, "--teacher-router-url http://127.0.0.1:3 needs --teacher-urls"),
+        ({"rollout_engine": "sglang", "rollout_router_url": "http://127.0.0.1:3"},
+         "--rollout-router-url http://127.0.0.1:3 needs --rollout-engine-urls"),
         ({"teacher_urls": "http://10.0.0.3:30000"}, "SGLang at 10.0.0.3 can be reached from other machines"),
         ({"teacher_urls": "http://127.0.0.1:3", "rollout_engine_urls": "http://127.0.0.1:3"},
          "--teacher-urls http://127.0.0.1:3: the same servers are in --rollout-engine-urls"),
@@ -82,6 +86,14 @@ def test_each_mistake_has_a_message_before_anything_starts(world, tmp_path, chan
         make_run_spec(parse(_argv(world, tmp_path / "run", **changes)), 2)
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_routers_become_settings(world, tmp_path):
+    routers = {"teacher_router_url": "http://127.0.0.1:3", "rollout_router_url": "http://127.0.0.1:4"}
+    urls = {"teacher_urls": "http://127.0.0.1:5", "rollout_engine_urls": "http://127.0.0.1:6"}
+    spec = make_run_spec(parse(_argv(world, tmp_path / "run", rollout_engine="sglang", **routers, **urls)), 2)
+    assert teacher_server_settings(spec.config, spec.models.teacher).router_url == routers["teacher_router_url"]
+    assert sglang_settings(spec.config, spec.models.student).router_url == routers["rollout_router_url"]
 
 
 def test_mistakes_come_in_one_message(world, tmp_path):

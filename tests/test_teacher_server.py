@@ -18,6 +18,7 @@ from megatron_tropd.teacher.scorer import ScorerError
 from megatron_tropd.teacher.server.top_k import SPARE
 from megatron_tropd.types import Rollout, ScoreRequest
 from tests.hf_models import VOCAB_SIZE, make_hf_model
+from tests.routers import routing, unavailable
 from tests.sglang_helpers import PYTHON
 from tests.teacher_servers import model_of, serving, settings_of
 from tests.tiny_run import flags, make_world, reports_here
@@ -229,6 +230,17 @@ def test_a_run_has_the_losses_of_a_colocated_teacher(ranks, world, teacher_serve
         TOLERANCE,
     )
     assert there[0].metrics["teacher/wait_s"] >= 0 and there[0].metrics["teacher/scored_tokens"] > 0
+
+
+@pytest.mark.skipif(bool(_NO_ROUTER := unavailable()), reason=_NO_ROUTER)
+def test_a_run_behind_a_router_has_the_losses_of_a_colocated_teacher(ranks, world, teacher_servers, tmp_path, measured):
+    changes = {"train_iters": STEPS, "tensor_model_parallel_size": 2}
+    here = ranks(2).run(reports_here, flags(world, tmp_path / "here", **changes))[0]
+    with routing(teacher_servers, tmp_path / "log") as router:
+        argv = _on_servers(world, tmp_path / "there", teacher_router_url=router.url, **changes)
+        there = ranks(2).run(reports_here, [*argv, "--teacher-urls", *teacher_servers])[0]
+    worst = _worst(_numbers(there), _numbers(here))
+    measured("loss and gradient norm with a teacher on servers behind a router (relative)", worst, TOLERANCE)
 
 
 def test_the_command_starts_a_server_and_starts_it_anew_when_it_is_killed(ranks, world, tmp_path, measured):

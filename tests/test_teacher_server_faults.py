@@ -14,11 +14,11 @@ import torch
 from megatron_tropd.errors import EngineError
 from megatron_tropd.sglang.loop_thread import LoopThread
 from megatron_tropd.teacher.server.fleet import TeacherFleet
-from megatron_tropd.types import Rollout, ScoreRequest
+from megatron_tropd.types import ScoreRequest
 from tests.hf_models import VOCAB_SIZE, make_hf_model, save_hf_checkpoint
 from tests.sglang_helpers import PYTHON, reference_logprobs
 from tests.sglang_replies import FakeEngine, Reply, answer, http
-from tests.teacher_servers import model_of, settings_of
+from tests.teacher_servers import Fleet, check_scores, model_of, rollouts_to_score, settings_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,34 +32,6 @@ def hf_dir(tmp_path_factory) -> Path:
     return save_hf_checkpoint(tmp_path_factory.mktemp("teacher") / "hf", "qwen3")
 
 
-class Fleet:
-    """A fleet on a loop of its own, and what it says of rollouts."""
-
-    def __init__(self, hf_dir: Path, logs: Path, **changes) -> None:
-        self.loop = LoopThread("test")
-        self.fleet = TeacherFleet(settings_of(hf_dir, logs, **changes), model_of(hf_dir), owns=True)
-        self.loop.run(self.fleet.open())
-
-    def up(self) -> Fleet:
-        self.loop.run(self.fleet.until_up())
-        return self
-
-    def begin(self, rollouts):
-        return [
-            self.loop.begin(
-                self.fleet.ask(len(r.token_ids), lambda server, r=r: server.score(r, 5))  # type: ignore[misc]
-            )
-            for r in rollouts
-        ]
-
-    def __enter__(self) -> Fleet:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.loop.run(self.fleet.close())
-        self.loop.close()
-
-
 @pytest.fixture(scope="module")
 def teacher_fleet(hf_dir, tmp_path_factory):
     """Two real servers that the fleet starts; a silent one is given up on after 5 s."""
@@ -67,42 +39,22 @@ def teacher_fleet(hf_dir, tmp_path_factory):
         yield fleet.up()
 
 
-def _rollouts(number: int, length: int = 60) -> list[Rollout]:
-    generator = torch.Generator().manual_seed(number)
-    return [
-        Rollout(prompt_uid=uid, sample_index=0, prompt_len=4, guidance_len=2, weight_version=(0, 0), finish="stop",
-                token_ids=tuple(torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist()),
-                logprobs=(0.0,) * (length - 6))
-        for uid in range(number)
-    ]  # fmt: skip
-
-
-def _check(rollouts, futures) -> None:
-    """All are scored, as transformers scores them."""
-    model = make_hf_model("qwen3")
-    for rollout, future in list(zip(rollouts, futures, strict=True)):
-        scores = future.result(timeout=300)
-        expected = reference_logprobs(model, rollout.token_ids)[rollout.prompt_len - 1 :]
-        assert (scores.logprob - torch.tensor(expected)).abs().max() < 1e-5
-        assert scores.topk_ids.shape == (len(rollout.logprobs), 5)
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_server_that_fails_in_the_middle_is_started_anew_and_nothing_is_lost(teacher_fleet, number):
     fleet = teacher_fleet.up().fleet
     before = dict(fleet.counts)
-    rollouts = _rollouts(160)
+    rollouts = rollouts_to_score(160)
     futures = teacher_fleet.begin(rollouts)
     while not all(server.requests_in_flight for server in fleet.servers):
         time.sleep(0.001)
     os.killpg(fleet.servers[1].server.pid, number)
-    _check(rollouts, futures)
+    check_scores(rollouts, futures)
     teacher_fleet.up()
     assert fleet.counts["restarts"] == before["restarts"] + 1 and fleet.counts["retries"] > before["retries"]
     assert all(server.is_up and not server.given_up for server in fleet.servers)
     assert all(server.requests_in_flight == server.tokens_in_flight == 0 for server in fleet.servers)
-    again = _rollouts(8)
-    _check(again, teacher_fleet.begin(again))
+    again = rollouts_to_score(8)
+    check_scores(again, teacher_fleet.begin(again))
 
 
 def test_requested_ids_have_the_models_log_probabilities(teacher_fleet, hf_dir):
@@ -174,7 +126,7 @@ def _teacher_that_answers(reply) -> FakeEngine:
 @pytest.mark.parametrize("kind", GARBAGE)
 def test_an_answer_that_cannot_be_used_is_asked_again_and_then_ends_the_run(hf_dir, tmp_path, kind):
     reply, message = GARBAGE[kind]
-    (rollout,) = _rollouts(1)
+    (rollout,) = rollouts_to_score(1)
     options = {"request_timeout_s": 0.5} if kind == "silence" else {}
     with _teacher_that_answers(reply) as server, Fleet(hf_dir, tmp_path, urls=(server.url,), **options) as fleet:
         (future,) = fleet.up().begin([rollout])
@@ -186,12 +138,12 @@ def test_an_answer_that_cannot_be_used_is_asked_again_and_then_ends_the_run(hf_d
 
 def test_another_server_is_asked_first(hf_dir, teacher_fleet, tmp_path):
     real = teacher_fleet.up().fleet.servers[0].url
-    rollouts = _rollouts(3)
+    rollouts = rollouts_to_score(3)
     with (
         _teacher_that_answers(GARBAGE["garbage"][0]) as server,
         Fleet(hf_dir, tmp_path, urls=(server.url, real)) as fleet,
     ):
-        _check(rollouts, fleet.up().begin(rollouts))
+        check_scores(rollouts, fleet.up().begin(rollouts))
         assert fleet.fleet.counts["retries"] == server.asked.count("/generate") - 2 > 0  # two were checks
 
 
@@ -199,7 +151,7 @@ def test_servers_that_nobody_answers_at_are_given_up(hf_dir, tmp_path):
     with Fleet(hf_dir, tmp_path, urls=("http://127.0.0.1:9",), start_timeout_s=1.0) as fleet:
         with pytest.raises(EngineError, match=r"no SGLang teacher server is left:\n.*\(--sglang-start-timeout\)"):
             fleet.up()
-        (future,) = fleet.begin(_rollouts(1))
+        (future,) = fleet.begin(rollouts_to_score(1))
         assert "no SGLang teacher server is left" in str(future.exception(timeout=60))
 
 
@@ -217,7 +169,7 @@ def test_ids_that_only_the_teacher_has_do_not_take_places_in_the_top_k(hf_dir, t
         loop = LoopThread("test")
         fleet = TeacherFleet(settings, model, owns=True)
         loop.run(fleet.open())
-        scores = loop.run(fleet.ask(60, lambda each: each.score(_rollouts(1)[0], 5)))
+        scores = loop.run(fleet.ask(60, lambda each: each.score(rollouts_to_score(1)[0], 5)))
         loop.run(fleet.close())
         loop.close()
     assert asked == [13, 17] and scores.topk_ids[0].tolist() == [0, 1, 2, 3, 4]
@@ -239,7 +191,7 @@ def _one_rank_finds_it_dead(hf_dir, logs):
         if dist.get_rank() == 0:
             os.killpg(scorer._fleet.servers[0].server.pid, signal.SIGKILL)
         dist.barrier()
-        rollouts, want = _rollouts(3), ScoreRequest(top_k=5)
+        rollouts, want = rollouts_to_score(3), ScoreRequest(top_k=5)
         if dist.get_rank() == 1:
             scorer.submit(0, dict(enumerate(rollouts)), want)
         destination = Destination(groups=groups, owners=dict.fromkeys(range(3), 0))
@@ -253,6 +205,6 @@ def test_a_server_that_only_another_rank_finds_dead_is_started_anew(ranks, hf_di
     (first, metrics), (second, _) = ranks(2).run(_one_rank_finds_it_dead, hf_dir, tmp_path)
     assert metrics["restarts"] == 1 and metrics["retries"] >= 3 and not second
     model = make_hf_model("qwen3")
-    for rollout, logprob in zip(_rollouts(3), first.values(), strict=True):
+    for rollout, logprob in zip(rollouts_to_score(3), first.values(), strict=True):
         expected = reference_logprobs(model, rollout.token_ids)[rollout.prompt_len - 1 :]
         assert (logprob - torch.tensor(expected)).abs().max() < 1e-5

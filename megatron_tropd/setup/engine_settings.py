@@ -39,6 +39,7 @@ def sglang_settings(config: TrainConfig, student: ModelSpec) -> SGLangSettings:
         num_servers=nodes * engine.rollout_num_engines_per_node or engine.rollout_num_engines,
         num_nodes=nodes,
         urls=tuple(engine.rollout_engine_urls),
+        router_url=engine.rollout_router_url,
         host=reachable_host(engine.sglang_host, nodes),
         keys=load_keys(file=Path(engine.sglang_key_file) if engine.sglang_key_file else None),
         tp_size=engine.sglang_tp_size,

@@ -17,7 +17,9 @@ from megatron_tropd.sglang.settings import ServerSettings, host_of, is_loopback,
 from megatron_tropd.teacher.server.server import TeacherModel
 from megatron_tropd.types import Needs
 
-_OF_SERVERS = ("teacher_num_servers", "teacher_gpu_ids", "teacher_urls", "teacher_sglang_tp_size")
+_OF_SERVERS = (
+    "teacher_num_servers", "teacher_gpu_ids", "teacher_urls", "teacher_router_url", "teacher_sglang_tp_size",
+)  # fmt: skip
 _OF_MEGATRON = (
     "teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size", "teacher_expert_model_parallel_size",
     "teacher_expert_tensor_parallel_size", "teacher_offload",
@@ -68,11 +70,12 @@ def _check_servers(config: TrainConfig, needs: Needs, problems: Problems, placem
         f"--teacher-load {config.teacher.teacher_load}: {placement} reads the weights of --teacher-hf-checkpoint only; "
         "give the HF directory (checkpoint_convert/megatron_to_hf.py makes it), or " + _ELSEWHERE,
     )
-    near = [url for url in config.teacher.teacher_urls if is_loopback(host_of(url))]
+    given = [*config.teacher.teacher_urls, config.teacher.teacher_router_url]
+    near = [url for url in given if is_loopback(host_of(url))]
     problems.require(
         num_nodes() == 1 or not near,
-        f"--teacher-urls {' '.join(near)}: every rank of the job's {num_nodes()} machines asks the teacher and reaches "
-        "its own machine there; give an address that all reach",
+        f"--teacher-urls, --teacher-router-url: {' '.join(near)}: every rank of the job's {num_nodes()} machines asks "
+        "there and reaches its own machine; give an address that all reach",
     )
     shared = sorted(set(config.teacher.teacher_urls) & set(config.engine.rollout_engine_urls))
     problems.require(
@@ -107,6 +110,7 @@ def teacher_server_settings(teacher: TeacherSpec) -> ServerSettings:
         python=Path(engine.sglang_python or sys.executable).absolute(),
         num_servers=given.teacher_num_servers,
         urls=tuple(given.teacher_urls),
+        router_url=given.teacher_router_url,
         host=reachable_host(engine.sglang_host, num_nodes()),
         keys=load_keys(file=Path(engine.sglang_key_file) if engine.sglang_key_file else None),
         tp_size=given.teacher_sglang_tp_size,

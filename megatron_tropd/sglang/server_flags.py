@@ -17,6 +17,7 @@ class ServerFlags:
     """One server, as in "engine 0"."""
     number: str
     urls: str
+    router: str
     gpu_ids: str
     tp_size: str
     prefix: str
@@ -53,6 +54,7 @@ ENGINE_FLAGS = ServerFlags(
     what="engine",
     number="--rollout-num-engines",
     urls="--rollout-engine-urls",
+    router="--rollout-router-url",
     gpu_ids="--rollout-gpu-ids",
     tp_size="--sglang-tp-size",
     prefix="--sglang-",
@@ -75,6 +77,7 @@ TEACHER_FLAGS = ServerFlags(
     what="teacher server",
     number="--teacher-num-servers",
     urls="--teacher-urls",
+    router="--teacher-router-url",
     gpu_ids="--teacher-gpu-ids",
     tp_size="--teacher-sglang-tp-size",
     prefix="--teacher-sglang-",

@@ -106,6 +106,8 @@ class ServerSettings:
     """Machines that the servers are spread over, equally many on each."""
     urls: tuple[str, ...] = ()
     """Servers that are started and restarted elsewhere; ``num_servers`` is then ignored."""
+    router_url: str = ""
+    """What stands before the servers of ``urls`` and chooses one for every request; empty: nothing does."""
     host: str = "127.0.0.1"
     keys: Keys | None = None
     tp_size: int = 1
@@ -132,8 +134,10 @@ class ServerSettings:
                 f"or give the URLs of running servers with {self.names.urls}"
             )
         for url in self.urls:
-            self._check_url(url)
-        addresses = [host_of(url) for url in self.urls] or [self.host]
+            self._check_url(self.names.urls, url)
+        if self.router_url:
+            self._check_router()
+        addresses = [host_of(url) for url in (*self.urls, self.router_url) if url] or [self.host]
         if self.keys is None and (public := [a for a in addresses if not is_loopback(a)]):
             raise ValueError(
                 f"SGLang at {', '.join(public)} can be reached from other machines, where anyone could replace "
@@ -156,14 +160,26 @@ class ServerSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"SGLang {name.replace('_', ' ')} is {getattr(self, name)}; expected at least 1")
 
-    def _check_url(self, url: str) -> None:
+    def _check_router(self) -> None:
+        self._check_url(self.names.router, self.router_url)
+        if not self.urls:
+            raise ValueError(
+                f"{self.names.router} {self.router_url} needs {self.names.urls}: a router takes requests only; health, "
+                "loads and weights are asked of, and sent to, the servers behind it"
+            )
+        if self.router_url.rstrip("/") in (url.rstrip("/") for url in self.urls):
+            raise ValueError(
+                f"{self.names.router} {self.router_url} is in {self.names.urls} too, which are the servers behind it"
+            )
+
+    def _check_url(self, flag: str, url: str) -> None:
         try:
             parts = urlsplit(url)
             good = parts.scheme in ("http", "https") and parts.hostname and parts.port and parts.path in ("", "/")
         except ValueError:  # a port that is no number
             good = False
         if not good:
-            raise ValueError(f"{self.names.urls} {url}: expected http://host:port")
+            raise ValueError(f"{flag} {url}: expected http://host:port")
 
     @property
     def weight_arguments(self) -> dict[str, str | None]:

@@ -44,9 +44,10 @@ class Engine(Server):
     """
 
     def __init__(
-        self, index: int, settings: SGLangSettings, arch: Architecture, server: ServerHandle | None, url: str = ""
-    ) -> None:
-        super().__init__(index, settings, server, url)
+        self, index: int, settings: SGLangSettings, arch: Architecture, server: ServerHandle | None, url: str = "",
+        behind: Sequence[Engine] = (),
+    ) -> None:  # fmt: skip
+        super().__init__(index, settings, server, url, behind)
         self._settings: SGLangSettings = settings
         self._arch = arch
         self.version: int | None = None

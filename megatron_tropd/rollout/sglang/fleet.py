@@ -15,7 +15,7 @@ from megatron_tropd.rollout.idle_clock import IdleClock
 from megatron_tropd.rollout.sglang.api.generation import PromptGroup, TokenRules, group_requests
 from megatron_tropd.rollout.sglang.api.weight_buckets import WeightBucket
 from megatron_tropd.rollout.sglang.engine import Engine
-from megatron_tropd.sglang.errors import BadResponse, EngineDown, StaleWeights
+from megatron_tropd.sglang.errors import BadResponse, EngineDown, EngineTimeout, StaleWeights
 from megatron_tropd.sglang.server.fleet import ServerFleet
 from megatron_tropd.sglang.server.handle import MakeServer
 from megatron_tropd.sglang.server.process import ServerProcess
@@ -89,6 +89,12 @@ class Fleet(ServerFleet[Engine]):
             servers = [make_server(settings, i, arch.max_position_embeddings) for i in range(settings.num_servers)]
             engines = [Engine(i, settings, arch, server) for i, server in enumerate(servers)]
         super().__init__(settings, engines, COUNTS)
+        self.router: Engine | None = None
+        """What takes the prompts in the engines' place (--rollout-router-url) and chooses one for each."""
+        if settings.router_url:
+            self.router = Engine(len(engines), settings, arch, None, settings.router_url.rstrip("/"), behind=engines)
+        self._others_write = False
+        """Whether an engine behind the router wrote with other weights: no prompt is handed out before an update."""
         self._max_concurrent = settings.max_concurrent_prompts
         self._rules = rules
         self.clock = IdleClock()
@@ -103,9 +109,17 @@ class Fleet(ServerFleet[Engine]):
         """The servers."""
         return self.servers
 
+    async def start(self) -> None:
+        """Start all servers at once; :meth:`wait_until_up` waits for them."""
+        await super().start()
+        if self.router:
+            await self.router.start()
+
     async def close(self) -> None:
         """Stop every server that was started here."""
         await self._stop_writing()
+        if self.router:
+            await self.router.close()
         await super().close()
 
     # ---- generation ----
@@ -141,9 +155,10 @@ class Fleet(ServerFleet[Engine]):
 
         Raises:
             RequestRefused: a server answered 4xx.
-            EngineError: a prompt failed too often.
+            EngineError: a prompt failed too often, or the router does not answer.
         """
         await self._check(job.version)
+        await self._wait_for_router(job.version)
         running: dict[asyncio.Task[dict[int, Rollout]], tuple[Engine, PromptGroup]] = {}
         try:
             while job.pending or running:
@@ -175,17 +190,40 @@ class Fleet(ServerFleet[Engine]):
                 raise result
 
     def _out_of_rotation(self, engine: Engine) -> None:
-        """Take the engine out of rotation until the next push."""
+        """Take the engine out of rotation until the next push.  A router would go on using it."""
         self.counts["stale_weights"] += 1
         engine.version = None
+        self._others_write = True
+
+    async def _wait_for_router(self, version: int) -> None:
+        """Raises EngineDown where the router does not answer within the start timeout, though a server is ready."""
+        if self.router and any(engine.version == version for engine in self.engines):
+            await self.router.wait_until_up()
+
+    async def _look_behind(self, failure: EngineError, version: int) -> None:
+        """Find out which engines behind the router are down or hold other weights, after a prompt failed there.
+
+        Which of them had it is not known: all are asked.  Where it ended because none showed progress, all are down.
+
+        Raises:
+            EngineDown: the router itself does not answer.
+        """
+        if isinstance(failure, EngineTimeout):
+            for engine in [engine for engine in self.engines if engine.version == version]:
+                await self._failed(engine, failure)
+        else:
+            await self._check(version)
+        # Also of one that was down, and is back without the weights: the router uses it again.
+        self._others_write |= isinstance(failure, StaleWeights)
+        await self._wait_for_router(version)
 
     def _least_loaded(self, version: int) -> Engine | None:
-        """Return the server with the least work, None if all are busy."""
-        free = [
-            engine
-            for engine in self.engines
-            if engine.version == version and engine.prompts_in_flight < self._max_concurrent
-        ]
+        """Return the server with the least work, None if all are busy; or the router, which is as free as they are."""
+        ready, most = [engine for engine in self.engines if engine.version == version], self._max_concurrent
+        if self.router:
+            most *= len(ready)
+            ready = [self.router] if ready and not self._others_write else []
+        free = [engine for engine in ready if engine.prompts_in_flight < most]
         return min(free, key=lambda engine: (engine.tokens_in_flight, engine.index), default=None)
 
     async def _write(self, engine: Engine, group: PromptGroup, job: GenerationJob) -> dict[int, Rollout]:
@@ -207,6 +245,8 @@ class Fleet(ServerFleet[Engine]):
         job.put_back(group, failure)
         if isinstance(failure, BadResponse):
             self.counts["bad_responses"] += 1
+        elif engine is self.router:
+            await self._look_behind(failure, job.version)
         elif isinstance(failure, StaleWeights):
             self._out_of_rotation(engine)
         elif engine.version == job.version:  # the first of its requests to say so
@@ -220,8 +260,10 @@ class Fleet(ServerFleet[Engine]):
         for engine, group in running.values():
             engine.prompts_in_flight -= 1
             engine.tokens_in_flight -= group.tokens
-        busy = {engine.index: engine for engine, _ in running.values()}
-        await asyncio.gather(*(engine.abort_all() for engine in busy.values()), return_exceptions=True)
+        busy = list({engine.index: engine for engine, _ in running.values()}.values())
+        if self.router and busy:  # it takes no orders
+            busy = [engine for engine in self.engines if engine.version is not None]
+        await asyncio.gather(*(engine.abort_all() for engine in busy), return_exceptions=True)
 
     async def score(
         self, sequences: Sequence[Sequence[int]], version: int
@@ -284,6 +326,7 @@ class Fleet(ServerFleet[Engine]):
             EngineError: no server is left, or servers hold different weights.
         """
         await self._each(self._updating(), lambda engine: engine.end_update(version, names, expected))
+        self._others_write = False
         usable = self._usable()
         for engine in usable:
             if engine.version != version:

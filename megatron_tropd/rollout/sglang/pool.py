@@ -65,6 +65,11 @@ class SGLangPool(EnginePool):
             raise ValueError(f"vocab_size is {vocab_size}; the model has {arch.vocab_size} rows")
         if not stop_token_ids or not all(0 <= token < vocab_size for token in stop_token_ids):
             raise ValueError(f"stop_token_ids {sorted(stop_token_ids)}: expected at least one id in [0, {vocab_size})")
+        if settings.router_url and vocab_size < arch.vocab_size:
+            raise ValueError(
+                f"{settings.names.router} {settings.router_url}: sglang-router drops the logit bias that keeps engines "
+                f"from writing the {arch.vocab_size - vocab_size} ids that only the student has: leave the flag out"
+            )
         self._settings, self._arch, self._vocab_size = settings, arch, vocab_size
         self._export, self._planned, self._probes = export, planned, probes
         self._run: Callable[[Any], Any] = _no_loop

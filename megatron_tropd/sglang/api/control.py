@@ -6,6 +6,7 @@ Raises (every function):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,15 @@ class Load:
 
     def __str__(self) -> str:
         return f"requests running {self.running}, waiting {self.waiting}"
+
+
+def together(loads: Sequence[Load]) -> Load:
+    """Return the load of several servers, which shows work when any of them does."""
+    return Load(
+        running=sum(load.running for load in loads),
+        waiting=sum(load.waiting for load in loads),
+        work=tuple(work for load in loads for work in load.work),
+    )
 
 
 def read_load(body: Any) -> Load:

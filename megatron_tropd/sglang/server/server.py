@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megatron_tropd.errors import EngineError
 from megatron_tropd.sglang.api.client import Client
-from megatron_tropd.sglang.api.control import Load, ServerInfo, read_load, read_server_info
+from megatron_tropd.sglang.api.control import Load, ServerInfo, read_load, read_server_info, together
 from megatron_tropd.sglang.api.fields import shown
 from megatron_tropd.sglang.api.progress import ProgressWatch
 from megatron_tropd.sglang.errors import BadResponse, EngineDown, StaleWeights, UnfitServer
@@ -22,11 +23,19 @@ _LOAD_ANSWERS_PER_SILENCE = 4
 
 
 class Server:
-    """Server number ``index``: started by this job (``server``), or running elsewhere (``url``)."""
+    """Server number ``index``: started by this job (``server``), or running elsewhere (``url``).
 
-    def __init__(self, index: int, settings: ServerSettings, server: ServerHandle | None, url: str = "") -> None:
-        self.index, self._settings, self.server, self._url = index, settings, server, url
+    A router, which stands before others, is one too: it is asked for what they write, and knows nothing of itself that
+    would have to fit.  ``behind`` are these servers; their progress is its own.
+    """
+
+    def __init__(
+        self, index: int, settings: ServerSettings, server: ServerHandle | None, url: str = "",
+        behind: Sequence[Server] = (),
+    ) -> None:  # fmt: skip
+        self.index, self._settings, self.server, self._url, self._behind = index, settings, server, url, behind
         self._client: Client | None = None
+        self._last_load: Load | None = None
         self._watch = ProgressWatch(self.name, self._load, settings.request_timeout_s)
         self._earlier_bytes = 0
         self.is_cpu = False
@@ -50,6 +59,8 @@ class Server:
     @property
     def name(self) -> str:
         """Number and address of the server, for messages."""
+        if self._behind:
+            return f"the router ({self._settings.names.router} {self.url})"
         return f"{self._settings.names.what} {self.index} ({self.url})"
 
     @property
@@ -83,7 +94,7 @@ class Server:
         while True:
             await self.check_process()
             with contextlib.suppress(EngineDown):
-                await self._get("/model_info", timeout_s=_START_ANSWER_S)
+                await self.check_answers()
                 break
             if asyncio.get_running_loop().time() > deadline:
                 raise EngineDown(
@@ -91,8 +102,13 @@ class Server:
                     f"{self._log()}"
                 )
             await asyncio.sleep(_POLL_S)
-        await self._learn()
+        if not self._behind:
+            await self._learn()
         self.is_up = True
+
+    async def check_answers(self) -> None:
+        """Raises EngineDown if it does not answer soon.  A router asks a server, and without one it is down too."""
+        await self._get("/get_model_info" if self._behind else "/model_info", timeout_s=_START_ANSWER_S)
 
     async def check_process(self) -> None:
         """Raises EngineDown if the process that was started here has ended."""
@@ -115,10 +131,25 @@ class Server:
             )
 
     async def _load(self) -> Load:
+        if self._behind:
+            return await self._load_behind()
         path = "/v1/loads?include=core"
         answer = await self._get(path, timeout_s=self._settings.request_timeout_s / _LOAD_ANSWERS_PER_SILENCE)
         with self._named(path):
-            return read_load(answer)
+            self._last_load = read_load(answer)
+        return self._last_load
+
+    async def _load_behind(self) -> Load:
+        """Load of all servers behind this router; of one that does not answer now the last that it told, because a load
+        that is left out would look like work."""
+        results = await asyncio.gather(*(server._load() for server in self._behind), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, EngineError):
+                raise result
+        failures = [result for result in results if isinstance(result, EngineError)]
+        if len(failures) == len(results):
+            raise failures[0]
+        return together([server._last_load for server in self._behind if server._last_load is not None])
 
     def _log(self) -> str:
         return (

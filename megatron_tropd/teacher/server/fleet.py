@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from megatron_tropd.errors import EngineError
-from megatron_tropd.sglang.errors import BadResponse, EngineDown, StaleWeights
+from megatron_tropd.sglang.errors import BadResponse, EngineDown, EngineTimeout, StaleWeights
 from megatron_tropd.sglang.server.fleet import ServerFleet
 from megatron_tropd.sglang.server.handle import MakeServer
 from megatron_tropd.sglang.server.process import ServerProcess
@@ -70,6 +70,13 @@ class TeacherFleet(ServerFleet[TeacherServer]):
             urls = settings.urls or ("",) * settings.num_servers
             servers = [TeacherServer(i, settings, model, None, url.rstrip("/")) for i, url in enumerate(urls)]
         super().__init__(settings, servers, ("retries",))
+        self.router: TeacherServer | None = None
+        """What takes the requests in the servers' place (--teacher-router-url) and chooses one for each."""
+        if settings.router_url:
+            self.router = TeacherServer(
+                len(servers), settings, model, None, settings.router_url.rstrip("/"), behind=servers
+            )
+        self._looking = asyncio.Lock()
         self._owns = owns
         self._suspicions: dict[int, Suspicion] = {}
         self._coming_up: dict[int, asyncio.Task[None]] = {}
@@ -80,6 +87,8 @@ class TeacherFleet(ServerFleet[TeacherServer]):
     async def open(self) -> None:
         """Start all servers at once, and watch them come up; does not wait."""
         await self.start()
+        if self.router:
+            await self.router.start()
         for server in self.servers:
             self._watch_come_up(server)
 
@@ -87,10 +96,12 @@ class TeacherFleet(ServerFleet[TeacherServer]):
         """Wait until every server is up or given up.
 
         Raises:
-            EngineError: all are given up.
+            EngineError: all are given up, or the router does not answer.
         """
         await asyncio.gather(*self._coming_up.values())
         self._usable()
+        if self.router:
+            await self.router.wait_until_up()
 
     def _watch_come_up(self, server: TeacherServer) -> None:
         self._coming_up[server.index] = asyncio.create_task(self._come_up(server))
@@ -147,6 +158,8 @@ class TeacherFleet(ServerFleet[TeacherServer]):
 
     async def adopt(self, states: Sequence[ServerState]) -> None:
         """Take over what the owner knows."""
+        if self.router and not self.router.starts:
+            await self.router.start()
         for server, state in zip(self.servers, states, strict=True):
             if state.starts != server.starts:
                 server.move_to(state.url, state.starts)
@@ -161,21 +174,24 @@ class TeacherFleet(ServerFleet[TeacherServer]):
         for task in self._coming_up.values():
             task.cancel()
         await asyncio.gather(*self._coming_up.values(), return_exceptions=True)
+        if self.router:
+            await self.router.close()
         await super().close()
 
     # ---- requests ----
 
     async def ask(self, num_tokens: int, work: Callable[[TeacherServer], Awaitable[T]]) -> T:
         """Do ``work``, about ``num_tokens`` tokens long, on the server with the least to do; on others if that fails.
+        Where there is a router, do it there.
 
         Raises:
             RequestRefused: a server answered 4xx.
-            EngineError: it failed too often, or no server is left.
+            EngineError: it failed too often, or no server is left, or the router does not answer.
         """
         tried: set[int] = set()
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             server = await self._take(num_tokens, tried)
-            starts = server.starts
+            starts = [each.starts for each in self.servers]
             try:
                 found = await work(server)
             except (EngineDown, BadResponse, StaleWeights) as error:
@@ -187,12 +203,41 @@ class TeacherFleet(ServerFleet[TeacherServer]):
             finally:
                 await self._put_back(server, num_tokens)
             tried.add(server.index)
-            if isinstance(failure, EngineDown):
-                await self._down(server, failure, starts)
+            if server is self.router:
+                await self._look_behind(server, failure, starts)
+            elif isinstance(failure, EngineDown):
+                await self._down(server, failure, starts[server.index])
             else:
-                await self._bad_answer(server, failure, starts)
+                await self._bad_answer(server, failure, starts[server.index])
             self.counts["retries"] += attempt < _MAX_ATTEMPTS
         raise EngineError(f"failed {_MAX_ATTEMPTS} times, at last: {failure}") from failure
+
+    async def _look_behind(self, router: TeacherServer, failure: EngineError, starts: Sequence[int]) -> None:
+        """Find out which servers behind the router are down after a request failed there, and wait for the router.
+
+        The servers are in their starts number ``starts``.  Which of them had the request is not known: all are asked,
+        and where the request ended because none showed progress, all are down.
+
+        Raises:
+            EngineDown: the router does not answer within the start timeout; for good, because it is not ours to start.
+        """
+        log.warning("a request failed: %s", failure)
+        async with self._looking:
+            for server in [server for server in self.servers if server.is_up]:
+                try:
+                    if isinstance(failure, EngineTimeout):
+                        raise failure
+                    await server.check_answers()
+                except EngineDown as error:
+                    await self._down(server, error, starts[server.index])
+        if not any(server.is_up for server in self.servers):
+            return  # they are at fault, and are waited for
+        try:
+            await router.wait_until_up()
+        except EngineDown as error:
+            router.given_up, router.last_error = True, str(error)
+            await self._tell_all()
+            raise
 
     async def _bad_answer(self, server: TeacherServer, error: EngineError, starts: int) -> None:
         log.warning("an answer that cannot be used: %s", error)
@@ -201,12 +246,18 @@ class TeacherFleet(ServerFleet[TeacherServer]):
             await self._down(server, error, starts)
 
     async def _take(self, num_tokens: int, tried: set[int]) -> TeacherServer:
-        """Wait for a server that is free, one of those that were not ``tried`` while there is one."""
+        """Wait for a server that is free, one of those that were not ``tried`` while there is one; or for the router,
+        which is as free as the servers that are up behind it."""
         async with self._changed:
             while True:
                 up = [server for server in self._usable() if server.is_up]
+                most = _MAX_IN_FLIGHT
+                if self.router:
+                    if self.router.given_up:
+                        raise EngineDown(self.router.last_error)
+                    most, up = _MAX_IN_FLIGHT * len(up), [self.router]
                 fresh = [server for server in up if server.index not in tried] or up
-                free = [server for server in fresh if server.requests_in_flight < _MAX_IN_FLIGHT]
+                free = [server for server in fresh if server.requests_in_flight < most]
                 if free:
                     server = min(free, key=lambda server: (server.tokens_in_flight, server.index))
                     server.requests_in_flight += 1

@@ -22,7 +22,7 @@ from megatron_tropd.sglang.settings import ServerSettings
 from megatron_tropd.teacher.routing import payloads, route
 from megatron_tropd.teacher.scorer import Destination, ScorerError
 from megatron_tropd.teacher.server.fleet import Suspicion, TeacherFleet
-from megatron_tropd.teacher.server.server import TeacherModel
+from megatron_tropd.teacher.server.server import TeacherModel, TeacherServer
 from megatron_tropd.types import Rollout, ScoreRequest, TeacherScores
 
 T = TypeVar("T")
@@ -166,7 +166,11 @@ class ServerScorer:
         }
 
     def _received_bytes(self) -> int:
-        return sum(server.received_bytes for server in self._fleet.servers)
+        return sum(server.received_bytes for server in self._asked_servers())
+
+    def _asked_servers(self) -> list[TeacherServer]:
+        """The servers, and the router that stands before them."""
+        return [*self._fleet.servers, *filter(None, (self._fleet.router,))]
 
     # ---- checks at the start ----
 
@@ -183,7 +187,7 @@ class ServerScorer:
 
     async def _checked_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         by_server = []
-        for server in self._fleet.servers:
+        for server in self._asked_servers():  # a router before other servers is found as well
             if not server.given_up:
                 by_server.append((server.name, [await server.logprobs(sequence) for sequence in sequences]))
         name, first = by_server[0]

@@ -39,9 +39,10 @@ class TeacherServer(Server):
     """
 
     def __init__(
-        self, index: int, settings: ServerSettings, model: TeacherModel, server: ServerHandle | None, url: str = ""
-    ) -> None:
-        super().__init__(index, settings, server, url)
+        self, index: int, settings: ServerSettings, model: TeacherModel, server: ServerHandle | None, url: str = "",
+        behind: Sequence[TeacherServer] = (),
+    ) -> None:  # fmt: skip
+        super().__init__(index, settings, server, url, behind)
         self._model = model
         self.requests_in_flight = self.tokens_in_flight = 0
         self.bad_answers = 0

@@ -1,0 +1,74 @@
+"""The real sglang-router before real servers, where SGLang's environment has it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tests.ranks import free_port
+from tests.sglang_helpers import PYTHON
+
+START_S = 120.0
+
+
+@cache
+def unavailable() -> str:
+    """Why there is no router here; empty if there is one."""
+    if not PYTHON.exists():
+        return f"{PYTHON} does not exist; `make sglang-env` makes it"
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang_router') is None)"
+    done = subprocess.run([PYTHON, "-c", look], timeout=60, check=False)
+    return "" if done.returncode == 0 else "SGLang's environment has no sglang-router (requirements/sglang-cpu.txt)"
+
+
+@dataclass(frozen=True)
+class Router:
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def kill(self) -> None:
+        """End it as a crash does."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
+
+    def answers(self, key: str = "") -> bool:
+        """Whether it has a server behind it."""
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        try:
+            request = urllib.request.Request(f"{self.url}/get_model_info", headers=headers)
+            return bool(urllib.request.urlopen(request, timeout=5).status == 200)
+        except (OSError, urllib.error.HTTPError):
+            return False
+
+
+@contextlib.contextmanager
+def routing(urls: Sequence[str], log: Path, *, key: str = "") -> Iterator[Router]:
+    """A router before the servers at ``urls``, which have the API key ``key``."""
+    port = free_port()
+    words = [
+        PYTHON, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port),
+        "--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port()), "--policy", "round_robin",
+        "--log-level", "warn", "--worker-startup-check-interval", "1", "--worker-urls", *urls,
+        *(("--api-key", key) if key else ()),
+    ]  # fmt: skip
+    with log.open("wb") as output:
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    router = Router(f"http://127.0.0.1:{port}", process)
+    try:
+        deadline = time.monotonic() + START_S
+        while not router.answers(key):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield router
+    finally:
+        router.kill()
