@@ -29,7 +29,7 @@ def routed(sglang, tmp_path):
     sglang.push()  # those that another test killed are up again
     urls = tuple(engine.server.url for engine in sglang.engines)
     with routing(urls, tmp_path / "log", key=KEYS.api) as router:
-        settings = replace(sglang.settings, urls=urls, router_url=router.url, start_timeout_s=8.0)
+        settings = replace(sglang.settings, urls=urls, router_url=router.url, start_timeout_s=120.0)
         pool = make_pool(settings, sglang.arch, sglang.student)
         try:
             yield pool, router
@@ -76,7 +76,9 @@ def test_a_router_that_is_killed_is_named(sglang, routed):
     pool, router = routed
     version = _push(sglang, pool)
     router.kill()
-    message = rf"the router \({FLAG} {router.url}\) did not answer within 8 s \(--sglang-start-timeout\)"
+    mine = pool._fleet.router
+    mine._settings = replace(mine._settings, start_timeout_s=4.0)
+    message = rf"the router \({FLAG} {router.url}\) did not answer within 4 s \(--sglang-start-timeout\)"
     with pytest.raises(EngineError, match=message):
         pool.generate(requests_of(2), params(), version)
     assert not any(pool.counts.values()), "the servers have no part in it"
