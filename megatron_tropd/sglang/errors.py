@@ -7,6 +7,10 @@ class EngineDown(EngineError):
     """The server is gone or does not answer: other servers take over its requests, and it is restarted."""
 
 
+class NoConnection(EngineDown):
+    """No connection could be made, or it broke: nothing was answered."""
+
+
 class EngineTimeout(EngineDown):
     """A request was not answered within its deadline, or the server made no progress while the request waited."""
 

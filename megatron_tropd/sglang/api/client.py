@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 
 from megatron_tropd.sglang.api.fields import shown
-from megatron_tropd.sglang.errors import BadResponse, EngineDown, EngineTimeout, RequestRefused
+from megatron_tropd.sglang.errors import BadResponse, EngineDown, EngineTimeout, NoConnection, RequestRefused
 from megatron_tropd.sglang.settings import REQUEST_TIMEOUT_FLAG, Keys
 
 _ATTEMPTS = 5
@@ -33,7 +33,8 @@ class Client:
     Raises (every method):
         RequestRefused: 4xx (429 after the last attempt).
         EngineTimeout: no answer within the deadline, retries included; the message names the flag.
-        EngineDown: 5xx (503 after the last attempt), or no connection after the last attempt.
+        EngineDown: 5xx (503 after the last attempt).
+        NoConnection: there was none after the last attempt.
         BadResponse: the answer is not JSON, too long, or neither success nor an error.
     """
 
@@ -92,7 +93,7 @@ class Client:
         headers = {"content-type": "application/json", "accept-encoding": "identity"}
         if self._keys is not None:
             headers["authorization"] = f"Bearer {self._keys.admin if admin else self._keys.api}"
-        failure = ""
+        failure, kind = "", EngineDown
         for attempt in range(_ATTEMPTS):
             if attempt:
                 await asyncio.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
@@ -104,14 +105,14 @@ class Client:
             except Exception as error:
                 if not isinstance(error, httpx2.HTTPError) and not self._closed:
                     raise
-                failure = f"{type(error).__name__}: {error}"
+                failure, kind = f"{type(error).__name__}: {error}", NoConnection
                 if repeatable or isinstance(error, httpx2.ConnectError):
                     continue
                 break
             if status not in _BUSY:
                 return self._read(status, content, what)
-            failure = f"busy (HTTP {status})"
-        raise EngineDown(f"{self.name}: {what}: {failure}")
+            failure, kind = f"busy (HTTP {status})", EngineDown
+        raise kind(f"{self.name}: {what}: {failure}")
 
     async def _exchange(
         self, method: str, path: str, data: bytes | None, headers: dict[str, str], what: str

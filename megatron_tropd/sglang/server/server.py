@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,9 +13,11 @@ from megatron_tropd.sglang.api.client import Client
 from megatron_tropd.sglang.api.control import Load, ServerInfo, read_load, read_server_info, together
 from megatron_tropd.sglang.api.fields import shown
 from megatron_tropd.sglang.api.progress import ProgressWatch
-from megatron_tropd.sglang.errors import BadResponse, EngineDown, StaleWeights, UnfitServer
+from megatron_tropd.sglang.errors import BadResponse, EngineDown, EngineTimeout, NoConnection, StaleWeights, UnfitServer
 from megatron_tropd.sglang.server.handle import ServerHandle
 from megatron_tropd.sglang.settings import START_TIMEOUT_FLAG, ServerSettings
+
+log = logging.getLogger(__name__)
 
 _POLL_S = 0.25
 _START_ANSWER_S = 5.0
@@ -107,8 +110,20 @@ class Server:
         self.is_up = True
 
     async def check_answers(self) -> None:
-        """Raises EngineDown if it does not answer soon.  A router asks a server, and without one it is down too."""
-        await self._get("/get_model_info" if self._behind else "/model_info", timeout_s=_START_ANSWER_S)
+        """Raises EngineDown if it does not answer soon.
+
+        A router is asked for what a server behind it says until it is up, and then for any answer of its own: it may go
+        on asking one that has died for minutes, though it gives the requests to others.
+        """
+        if not (self._behind and self.is_up):
+            await self._get("/get_model_info" if self._behind else "/model_info", timeout_s=_START_ANSWER_S)
+            return
+        try:
+            await self._get("/health", timeout_s=_START_ANSWER_S)
+        except (NoConnection, EngineTimeout):
+            raise
+        except EngineError as error:
+            log.debug("%s answers: %s", self.name, error)
 
     async def check_process(self) -> None:
         """Raises EngineDown if the process that was started here has ended."""

@@ -158,8 +158,10 @@ class TeacherFleet(ServerFleet[TeacherServer]):
 
     async def adopt(self, states: Sequence[ServerState]) -> None:
         """Take over what the owner knows."""
-        if self.router and not self.router.starts:
-            await self.router.start()
+        if self.router:
+            if not self.router.starts:
+                await self.router.start()
+            self.router.is_up = any(state.is_up for state in states)  # the owner waits for it together with them
         for server, state in zip(self.servers, states, strict=True):
             if state.starts != server.starts:
                 server.move_to(state.url, state.starts)
