@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import subprocess
 import time
 import urllib.error
@@ -37,8 +35,7 @@ class Router:
 
     def kill(self) -> None:
         """End it as a crash does."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
         self.process.wait(30)
 
     def answers(self, key: str = "") -> bool:
@@ -62,7 +59,7 @@ def routing(urls: Sequence[str], log: Path, *, key: str = "") -> Iterator[Router
         *(("--api-key", key) if key else ()),
     ]  # fmt: skip
     with log.open("wb") as output:
-        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT)
     router = Router(f"http://127.0.0.1:{port}", process)
     try:
         deadline = time.monotonic() + START_S
