@@ -203,7 +203,7 @@ def _megatron_of_yaml(name: str, given: Value) -> Any:
     return from_yaml(given, field.kind, None)
 
 
-def _sglang_errors(passed: Passed, own: Collection[str]) -> list[str]:
+def _sglang_errors(passed: Mapping[str, tuple[str, ...] | None], own: Collection[str]) -> list[str]:
     """Return errors for what cannot be flags of SGLang, and for names that look like a misspelled flag of ours."""
     errors = []
     for flag, words in passed.items():
@@ -314,7 +314,9 @@ def parse(argv: Sequence[str]) -> TrainConfig:
         }
     if "teacher" in made:
         files = made["teacher"].teacher_config
-        made["teachers"] = read_teachers(files, made["teacher"], made["teacher_sglang_flags"], errors)
+        made["teachers"] = read_teachers(
+            files, made["teacher"], made["teacher_sglang_flags"], errors, lambda passed: _sglang_errors(passed, flags)
+        )
     if errors:
         raise ConfigError(errors)
     return TrainConfig(**made, megatron_flags=megatron)

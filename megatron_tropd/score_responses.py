@@ -40,10 +40,10 @@ def _score(argv: Sequence[str]) -> int:
     from megatron_tropd.setup.run_spec import make_run_spec
 
     directory = config.teacher.teacher_scores
-    if not directory:
-        raise ConfigError(["--teacher-scores DIR is missing: where to write the scores"])
     if config.teachers:
         raise ConfigError(["--teacher-config: one teacher at a time scores; give the flags of one"])
+    if not directory:
+        raise ConfigError(["--teacher-scores DIR is missing: where to write the scores"])
     colocated = replace(config.teacher, teacher_placement="colocated", teacher_scores="", teacher_world_size=0)
     spec = make_run_spec(replace(config, teacher=colocated), int(os.environ.get("WORLD_SIZE", "1")))
     if not spec.objective.needs.teacher or spec.objective.needs.rollouts:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from megatron_tropd.flag_values import check_text, from_yaml, words_of_yaml
 from megatron_tropd.plain_yaml import PlainYamlError, Value, read_plain_yaml
@@ -28,11 +30,13 @@ Words = Mapping[str, tuple[str, ...]]
 
 
 def read_teachers(
-    paths: Sequence[str], given: TeacherConfig, sglang_flags: Words, errors: list[str]
-) -> tuple[NamedTeacher, ...]:
+    paths: Sequence[str], given: TeacherConfig, sglang_flags: Words, errors: list[str],
+    check_sglang: Callable[[Words], list[str]],
+) -> tuple[NamedTeacher, ...]:  # fmt: skip
     """Return the teachers that the files at ``paths`` describe; what is wrong with them goes to ``errors``.
 
-    ``given`` and ``sglang_flags`` are the run's own: the defaults of every file.
+    ``given`` and ``sglang_flags`` are the run's own: the defaults of every file.  ``check_sglang`` says what is wrong
+    with flags for SGLang, by their whole names.
     """
     teachers: dict[str, NamedTeacher] = {}
     for path in paths:
@@ -46,6 +50,8 @@ def read_teachers(
             errors.append(f"{where}: {teachers[name].file} has the same name; rename one, teachers go by it")
         else:
             teachers[name] = _read(path, name, given, sglang_flags, errors)
+            passed = {_SGLANG + flag: words for flag, words in teachers[name].sglang_flags.items()}
+            errors.extend(f"{where}: {error}" for error in check_sglang(passed))
     return tuple(teachers.values())
 
 
@@ -109,3 +115,16 @@ def settings_of_teachers(teachers: Sequence[NamedTeacher]) -> dict[str, Any]:
         values |= {_SGLANG + name: list(words) for name, words in one.sglang_flags.items()}
         found |= {f"teacher-config {one.name} {key}": value for key, value in values.items()}
     return found
+
+
+def write_teachers(teachers: Sequence[NamedTeacher], run_dir: Path) -> None:
+    """Write what the files say, with the commits of models of the Hub, to RUN_DIR/teachers/NAME.yaml, for people and for
+    --teacher-config of another run."""
+    for one in teachers:
+        prefix = f"teacher-config {one.name} "
+        settings = {name.removeprefix(prefix): value for name, value in settings_of_teachers([one]).items()}
+        given = {name: value for name, value in settings.items() if value not in ("", [])}
+        directory = run_dir / "teachers"
+        directory.mkdir(exist_ok=True)
+        text = yaml.safe_dump(given, sort_keys=False, width=100)
+        (directory / f"{one.name}.yaml").write_text(text, encoding="utf-8")

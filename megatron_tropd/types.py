@@ -1,6 +1,6 @@
 """The records that are passed between the parts of the package.  Imports only torch.
 
-Shape legend: ``T`` labels of one micro-batch or of a part of it, ``K`` the teacher's top-k, ``H`` a hidden
+Shape legend: ``T`` labels of one micro-batch or of a part of it, ``K`` ids of a top-k, ``H`` a hidden
 size, ``L`` tokens of one sequence (prompt + response), ``R`` its response tokens, ``W`` response tokens the
 student wrote.
 Every record is frozen, slotted and keyword-only; code makes new records instead of changing old ones.
@@ -143,7 +143,7 @@ class Needs:
     """What an objective needs besides the student's log-probability of every label."""
 
     top_k: int = 0
-    """Number of the teacher's most probable tokens per position; 0 for none."""
+    """Number of most probable tokens per position whose log-probabilities the teacher sends; 0 for none."""
     topk_of: TopkOf = "teacher"
     """Whose most probable tokens these are; the log-probabilities of them are always asked of the teacher."""
     topk_use: TopkUse | None = None
@@ -328,7 +328,7 @@ class TokenStats:
     """The student's statistics of every label, reduced over the vocabulary shards; fp32."""
 
     logprob_T: Tensor  # carries grad
-    topk_logprob_TK: Tensor | None = None  # carries grad; the student at the TEACHER's ids
+    topk_logprob_TK: Tensor | None = None  # carries grad; the student at the ids of the top-k (Needs.topk_of)
     entropy_T: Tensor | None = None  # carries grad
     divergence_T: Tensor | None = None  # carries grad; Needs.divergence over the full vocabulary
     topk_overlap_T: Tensor | None = None  # detached share of the teacher's top-k ids in the student's own top-k

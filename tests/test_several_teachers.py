@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from megatron_tropd.setup.run_spec import make_run_spec
 from megatron_tropd.teacher.several.scorer import SeveralTeachers
 from megatron_tropd.teacher.several.shares import Shares
 from megatron_tropd.teacher_config import NamedTeacher, TeacherConfig
+from megatron_tropd.teacher_files import write_teachers
 from megatron_tropd.types import Rollout, ScoreRequest, TopkUse
 from tests.hf_models import save_hf_checkpoint
 from tests.tiny_run import _sharpen, flags, make_world, reports_here
@@ -87,11 +89,25 @@ def test_a_file_says_what_a_flag_says_and_the_runs_flags_are_its_defaults(world,
         "x": ("1", "2")
     }
     spec = make_run_spec(config, 1)
+    again = parse(_flags(world, tmp_path / "run", _written(config, tmp_path), teacher_offload=True))
+    assert list(map(_without_paths, again.teachers)) == list(map(_without_paths, config.teachers))
     assert list(spec.models.by_role) == ["student", "teacher-math", "teacher-code"]
     assert [teacher.layout.pp for teacher in spec.models.teachers] == [1, 1]
 
 
+def _without_paths(one):
+    return replace(one, file="", settings=replace(one.settings, teacher_config=[]))
+
+
+def _written(config, tmp_path):
+    """The files that a run of ``config`` keeps."""
+    write_teachers(config.teachers, tmp_path)
+    return [str(tmp_path / "teachers" / f"{one.name}.yaml") for one in config.teachers]
+
+
 BAD_FILES = {
+    "misspelled server flag": ({"a": "teacher-sglang-tp-siz: 2"}, {}, "a.yaml: unknown flag --teacher-sglang-tp-siz; did you mean"),
+    "no rank is left": ({"a": "teacher-placement: dedicated\nteacher-world-size: 6"}, {}, "--teacher-world-size 6 leaves no rank"),
     "unknown key": ({"a": "teacher-lode: x"}, {}, "a.yaml: unknown key teacher-lode; expected domains, weight or a flag"),
     "wrong type": ({"a": "weight: much"}, {}, "a.yaml: weight: 'much' is not a number"),
     "no weight": ({"a": "weight: 0"}, {}, "a.yaml: weight 0 must be positive"),
@@ -189,7 +205,13 @@ def test_two_copies_of_a_teacher_are_the_teacher(ranks, world, tmp_path, measure
     vocabulary as top-k, so that a mixture leaves nothing out."""
     model = f"teacher-hf-checkpoint: {world / 'teacher'}\n"
     files = _files(tmp_path / "t", **{n: text + model for n, text in zip(("one", "two"), SPLITS[name], strict=True)})
-    changes = {"train_iters": STEPS, "top_k": 100, "tensor_model_parallel_size": 2, "num_minibatches": 2}
+    cut = "tensor" if name == "by domain" else "context"
+    changes = {
+        "train_iters": STEPS,
+        "top_k": 100,
+        f"{cut}_{'model_' * (cut == 'tensor')}parallel_size": 2,
+        "num_minibatches": 2,
+    }
     single = flags(world, tmp_path / "a", prompt_data=world / "domains.jsonl", **changes)
     several = _flags(world, tmp_path / "b", files, **changes)
     pool = ranks(4)

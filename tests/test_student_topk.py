@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megatron_tropd.objectives.methods import ObjectiveSettings, make_objective
 from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.setup.run_spec import make_run_spec
-from megatron_tropd.types import Rollout
+from megatron_tropd.types import Region, Rollout, StepContext
+from tests.dense import dense_stats, random_batch
 from tests.hf_models import VOCAB_SIZE, save_hf_checkpoint
 from tests.tiny_run import flags, make_world, train_here
 
@@ -47,16 +50,27 @@ def test_a_batch_that_waits_in_a_checkpoint_keeps_its_ids(ranks, world, tmp_path
 
 
 def test_the_tail_is_below_the_exact_divergence_and_above_zero():
-    generator = torch.Generator().manual_seed(3)
-    p, q = (torch.randn(500, 40, generator=generator).mul(3).double().softmax(-1) for _ in range(2))
-    exact = (p * (p / q).log()).sum(-1)
-    ids = p.topk(6).indices
-    inside = (p * (p / q).log()).gather(1, ids).sum(-1)
-    rest_p, rest_q = (1 - mass.gather(1, ids).sum(-1) for mass in (p, q))
-    tail = inside + rest_p * (rest_p / rest_q).log()
-    assert bool((tail <= exact + 1e-12).all()) and bool((tail >= -1e-12).all())
-    needs = make_objective("topk_rkl", ObjectiveSettings(top_k=6)).needs
-    assert needs.score.topk_of == "student" and needs.student_top_k == 6
+    """By the rule itself, with the student's top-k in the place of the teacher's."""
+    logits, teacher, tokens = random_batch(num_tokens=200, vocab_size=56, top_k=6, seed=3, scale=3.0)
+    objective = make_objective("topk_rkl", ObjectiveSettings(top_k=6))
+    assert objective.needs.score.topk_of == "student" and objective.needs.student_top_k == 6
+    log_p, log_q = logits.double().log_softmax(-1), teacher.double().log_softmax(-1)
+    ids = log_p.topk(6).indices
+    tokens = replace(tokens, teacher_topk_ids_TK=ids, teacher_topk_logprob_TK=log_q.gather(1, ids))
+    stats = dense_stats(logits, teacher, tokens, objective.needs)
+    written = tokens.region_T == Region.ON_POLICY
+    found = objective(stats, tokens, StepContext()).token_loss_T[written]
+    exact = (log_p.exp() * (log_p - log_q)).sum(-1)[written]
+    assert bool((found <= exact + 1e-9).all()) and bool((found >= -1e-9).all()) and bool((found > 1e-3).any())
+
+
+@pytest.mark.slow
+def test_a_waiting_batch_without_the_ids_is_written_again(ranks, world, tmp_path):
+    """Of another method, or with another --top-k: its prompts are taken again."""
+    pool = ranks(1)
+    changes = {"rollout_lag": 1, "train_iters": 4, "save_interval": 2, "allow_changed_run": True}
+    pool.run(train_here, flags(world, tmp_path / "run", objective="opd", **changes), 2)
+    assert len(pool.run(train_here, flags(world, tmp_path / "run", objective="topk_rkl", **changes))[0]) == 2
 
 
 def test_the_embedded_engine_reports_the_most_probable_ids(tmp_path):

@@ -70,9 +70,9 @@ class ForwardKl:
 
 
 def top_k_logprobs(stats: TokenStats, tokens: TokenStreams) -> tuple[Tensor, Tensor]:
-    """(teacher's, student's) log-probabilities at the teacher's top-k ids, [T, K]."""
+    """(teacher's, student's) log-probabilities at the ids of the top-k, [T, K]."""
     if stats.topk_logprob_TK is None or tokens.teacher_topk_logprob_TK is None:
-        raise ValueError("this objective needs the teacher's top-k; the teacher sent only sampled log-probabilities")
+        raise ValueError("this objective needs log-probabilities at a top-k; the teacher sent only sampled tokens")
     return tokens.teacher_topk_logprob_TK, stats.topk_logprob_TK
 
 

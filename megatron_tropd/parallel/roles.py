@@ -60,8 +60,8 @@ def split(world_size: int, others: Sequence[tuple[str, int]]) -> tuple[Role, ...
     taken = sum(size for _, size in others)
     if taken >= world_size:
         raise ValueError(
-            f"--teacher-world-size {taken} leaves no rank for the student: torchrun started {world_size}; start more "
-            "with --nproc-per-node or --nnodes, or lower it"
+            f"--teacher-world-size {' + '.join(str(size) for _, size in others)} leaves no rank for the student: "
+            f"torchrun started {world_size}; start more with --nproc-per-node or --nnodes, or lower it"
         )
     roles = [Role(name=TRAINER, first=0, size=world_size - taken)]
     for name, size in others:

@@ -34,6 +34,7 @@ from megatron_tropd.training.run import Run
 from megatron_tropd.training.run_logger import RolloutReader, RunLogger
 from megatron_tropd.training.stream import Pending, Stream
 from megatron_tropd.training.student import Student, params_dtype
+from megatron_tropd.types import Rollout
 from megatron_tropd.weights.coordinates.parameters import local_parameters
 from megatron_tropd.weights.transport.hf_export import HfExporter
 
@@ -138,7 +139,7 @@ def _make_run(spec: RunSpec, checkpoints: Checkpoints, files: RunFiles, origin: 
         report_top_k=objective.needs.student_top_k,
     )  # fmt: skip
     if pending is not None:
-        _go_on_with(pending, stream, student, source, config)
+        _go_on_with(pending, stream, student, source, spec)
     return Run(
         config=config,
         source=source,
@@ -161,14 +162,22 @@ def _make_run(spec: RunSpec, checkpoints: Checkpoints, files: RunFiles, origin: 
     )
 
 
-def _go_on_with(pending: Pending, stream: Stream, student: Student, source: PromptSource, config: TrainConfig) -> None:
-    """Train next on the batch that the checkpoint holds.  One that older weights wrote is of use to --rollout-lag only:
-    without it, its prompts are taken again."""
+def _go_on_with(pending: Pending, stream: Stream, student: Student, source: PromptSource, spec: RunSpec) -> None:
+    """Train next on the batch that the checkpoint holds, if it can be used: one that older weights wrote is for
+    --rollout-lag only, and it must have the ids that the method asks for, and prompts that are still there.  Otherwise
+    prompts are taken again in its place."""
+    config, prompts, top_k = spec.config, spec.data.prompts.by_uid, spec.objective.needs.student_top_k
     fresh = all(rollout.weight_version[0] == student.version for rollout in pending.rollouts)
-    if fresh or config.rollout.rollout_lag:
+    whole = all(_width(rollout) == top_k or not rollout.logprobs for rollout in pending.rollouts)
+    known = all(rollout.prompt_uid in prompts for rollout in pending.rollouts)
+    if (fresh or config.rollout.rollout_lag) and whole and known:
         stream.resume(pending)
     else:
         source.consumed -= config.rollout.rollout_batch_size
+
+
+def _width(rollout: Rollout) -> int:
+    return 0 if rollout.topk_ids is None else rollout.topk_ids.shape[1]
 
 
 def _progress(config: TrainConfig, start_step: int) -> NullProgress:

@@ -10,6 +10,7 @@ from megatron_tropd.config import TrainConfig
 from megatron_tropd.parallel.fail_together import is_rank_zero, on_all_ranks
 from megatron_tropd.reporting.run_directory import RunDirectory
 from megatron_tropd.reporting.sinks import Sinks, make_sinks
+from megatron_tropd.teacher_files import settings_of_teachers, write_teachers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,7 @@ def _take_directory(config: TrainConfig, start_step: int | None) -> RunDirectory
         defaults=to_flags(TrainConfig()),
     )
     try:
+        write_teachers(config.teachers, Path(config.logging.run_dir))
         directory.rewind(start_step or 0)
     except BaseException:
         directory.close()
@@ -55,7 +57,8 @@ def open_files(config: TrainConfig, start_step: int | None) -> RunFiles:
         return RunFiles(directory=None, sinks=Sinks({}))
     sinks = make_sinks(
         tensorboard_dir=config.logging.tensorboard_dir, wandb_project=config.logging.wandb_project,
-        wandb_exp_name=config.logging.wandb_exp_name, config=to_flags(config), run_dir=Path(config.logging.run_dir),
+        wandb_exp_name=config.logging.wandb_exp_name,
+        config={**to_flags(config), **settings_of_teachers(config.teachers)}, run_dir=Path(config.logging.run_dir),
         start_step=start_step or 0,
     )  # fmt: skip
     return RunFiles(directory=directory, sinks=sinks)

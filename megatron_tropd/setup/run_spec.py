@@ -119,7 +119,8 @@ def _roles(config: TrainConfig, needs: Needs, world_size: int) -> tuple[Role, ..
             continue
         if not needs.teacher:
             raise ValueError(
-                f"--objective {config.objective.objective} has no teacher: leave out --teacher-placement dedicated"
+                f"{where}--objective {config.objective.objective} has no teacher: leave out --teacher-placement "
+                "dedicated"
             )
         if size < 1:
             raise ValueError(

@@ -35,7 +35,6 @@ class Place:
     """Where scorers are made."""
 
     spec: RunSpec
-    student: ModelGroups
     made: dict[ParallelLayout, ModelGroups] = field(default_factory=dict)
     """Groups on the student's ranks, by layout: models of one layout share them."""
 
@@ -111,7 +110,7 @@ def make_scorers(spec: RunSpec, student: ModelGroups, on_failure: ExitStack) -> 
     The reference is on the student's ranks: it is as small as the student.
     """
     models, config, needs = spec.models, spec.config, spec.objective.needs
-    place = Place(spec=spec, student=student)
+    place = Place(spec=spec)
 
     def teacher_wants(step: int) -> ScoreRequest:
         want = request_of(needs, seed=config.training.seed, step=step)

@@ -55,8 +55,8 @@ def check_teacher_scores(
     )
     problems.require(
         manifest.vocab_size == vocab_size,
-        f"--teacher-scores {name} is over {manifest.vocab_size} ids, teacher and student have {vocab_size} in common: "
-        f"{again}",
+        f"--teacher-scores {name} is over {manifest.vocab_size} ids, the models of this run have {vocab_size} in "
+        f"common: {again}; or, if it is another teacher that has fewer ids, leave that one out",
     )
     missing, first = 0, None
     for part in response_parts(prompts):

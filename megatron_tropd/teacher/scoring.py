@@ -50,10 +50,10 @@ def score_rollouts(
     memory, and the host waits for the last.  (Megatron's experts and pipeline stages wait in every layer and message.)
 
     Raises:
-        ValueError: on every rank, with ``refuse_nan`` where a log-probability is NaN; the message names the prompts.
+        ValueError: on every rank: a rollout lacks ids or, with ``refuse_nan``, is given a NaN; it names the prompts.
     """
     mine = plan.microbatches[groups.coords.dp]
-    batches = [_pack([rollouts[i] for i in indices], plan, given_top_k) for indices in mine]
+    batches = _pack_all(rollouts, plan, mine, given_top_k)
 
     def forward_step(batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
         """Return output and loss function as Megatron's schedule requires; the loss function only collects."""
@@ -91,6 +91,17 @@ def score_rollouts(
             logprob = scores.logprob[response : (response := response + rollout.response_len)]
             scored[index] = replace(part, logprob=logprob)
     return scored
+
+
+def _pack_all(
+    rollouts: Sequence[Rollout], plan: PackPlan, mine: Sequence[Sequence[int]], given_top_k: int
+) -> list[Microbatch]:
+    """Pack this replica's micro-batches; with ``given_top_k`` collective over the world, because it may fail."""
+
+    def packed() -> list[Microbatch]:
+        return [_pack([rollouts[i] for i in indices], plan, given_top_k) for indices in mine]
+
+    return on_all_ranks(packed, ValueError) if given_top_k else packed()
 
 
 def _pack(rollouts: Sequence[Rollout], plan: PackPlan, given_top_k: int) -> Microbatch:

@@ -86,7 +86,7 @@ class SeveralTeachers:
         """See Scorer.
 
         Raises:
-            ScorerError: the message begins with the teacher's name.
+            ScorerError, ValueError: on every rank alike; the message begins with the teacher's name.
         """
         split, found = self._split(rollouts), {}
         for name, own in split.items():
@@ -94,6 +94,8 @@ class SeveralTeachers:
                 found[name] = self._parts[name].scores(step, own, self._want(name, want), destination)
             except ScorerError as error:
                 raise ScorerError(f"teacher {name}: {error}") from error
+            except ValueError as error:
+                raise ValueError(f"teacher {name}: {error}") from error
         self._measure(rollouts, found, destination)
         mine = [index for index in rollouts if any(index in part for part in found.values())]
         return {index: self._joined(rollouts[index], index, found) for index in mine}
@@ -111,7 +113,7 @@ class SeveralTeachers:
     ) -> None:
         """Add up what the teachers gave on all ranks.  Collective over the trainer's ranks."""
         mine = {name: _Sums() for name in found}
-        if destination.groups.reports:
+        if destination.groups.reports_replica:
             for name, scores in found.items():
                 for index, part in scores.items():
                     mine[name].add(rollouts[index], part)

@@ -141,9 +141,10 @@ def _top_ids(meta: Any, num_written: int, top_k: int, rules: TokenRules) -> Tens
         entries = items(row, "top log-probabilities of a token")
         if len(entries) != top_k:
             raise BadResponse(f"{len(entries)} top log-probabilities of a token; expected {top_k}")
-        found = [
-            integer(items(entry, "an entry")[1], "a top id", low=0, high=rules.vocab_size - 1) for entry in entries
-        ]
+        pairs = [items(entry, "an entry") for entry in entries]
+        if any(len(pair) < 2 for pair in pairs):
+            raise BadResponse(f"a top log-probability is {shown(entries)}; expected [log-probability, id, text]")
+        found = [integer(pair[1], "a top id", low=0, high=rules.vocab_size - 1) for pair in pairs]
         if len(set(found)) != top_k:
             raise BadResponse("a top id is there twice in one position")
         ids.append(found)
