@@ -118,8 +118,8 @@ def settings_of_teachers(teachers: Sequence[NamedTeacher]) -> dict[str, Any]:
 
 
 def write_teachers(teachers: Sequence[NamedTeacher], run_dir: Path) -> None:
-    """Write what the files say, with the commits of models of the Hub, to RUN_DIR/teachers/NAME.yaml, for people and for
-    --teacher-config of another run."""
+    """Write what the files say, with the commits of models of the Hub, to RUN_DIR/teachers/NAME.yaml, for people and
+    for --teacher-config of another run."""
     for one in teachers:
         prefix = f"teacher-config {one.name} "
         settings = {name.removeprefix(prefix): value for name, value in settings_of_teachers([one]).items()}
