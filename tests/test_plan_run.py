@@ -102,6 +102,11 @@ def test_offload_keeps_the_teacher_for_its_phase_only():
         ("--context-parallel-size 4", "teacher: forward pass", 1),
         ("--teacher-tensor-model-parallel-size 4", "teacher: weights", 4),
         ("--teacher-pipeline-model-parallel-size 2", "teacher: weights", 2),
+        (
+            "--teacher-pipeline-model-parallel-size 2 --teacher-decoder-first-pipeline-num-layers 9",
+            "teacher: weights",
+            3.5,
+        ),
         ("--max-tokens-per-microbatch 32768", "student: activations", 1 / 2),
         ("--logits-chunk-tokens 2048", "teacher: logits of a chunk", 4),
     ],
@@ -111,6 +116,28 @@ def test_flags_divide_what_they_say(flags, item, factor):
         {i.name: i.bytes for i in plan_run.plan(words).memory[0].items} for words in (SGLANG, [*SGLANG, *flags.split()])
     )
     assert before[item] / after[item] == pytest.approx(factor, rel=0.03)
+
+
+def test_stages_of_a_pipeline_are_planned_as_they_are_cut():
+    """Uneven stages go at the pace of the largest; virtual ones wait less and hold more."""
+    cut = ["--pipeline-model-parallel-size", "4", "--recompute-granularity", "full"]
+    even, uneven, virtual = (
+        plan_run.plan([*SGLANG, *cut, *more.split()])
+        for more in ("", "--decoder-first-pipeline-num-layers 4", "--num-virtual-stages-per-pipeline-rank 7")
+    )  # 28 layers: 7 in each stage; 4, 8, 8, 8; seven chunks of one layer
+    weights = [
+        {m.who: m for m in plan.memory}["student, stage 0, with a server"].items[0].bytes for plan in (even, uneven)
+    ]
+    assert weights[0] > weights[1]
+    assert uneven.step.train_s / even.step.train_s == pytest.approx(8 / 7, rel=0.02)
+    assert virtual.step.train_s < even.step.train_s
+
+    def activations(plan):
+        found = {m.who: {i.name: i.bytes for i in m.items} for m in plan.memory}
+        return found["student, stage 0, with a server"]["student: activations"]
+
+    # 4 micro-batches of 7 layers in flight; of chunks of one layer 2 * 3 + 6 * 4 + 1 = 31
+    assert activations(virtual) / activations(even) == pytest.approx(31 / 28, rel=0.1)
 
 
 def test_a_server_has_the_fraction_that_it_is_given():

@@ -93,10 +93,12 @@ def training_bytes(
 ) -> int:
     """Return the most bytes of activations on a rank of a pipeline stage, without the head's.
 
-    Stage s holds the activations of min(micro-batches, PP - s) micro-batches at one time (the 1F1B schedule,
-    arXiv 2104.04473).
+    Stage s holds the activations of min(m, PP - s) of the m micro-batches at one time (the 1F1B schedule,
+    arXiv 2104.04473).  With v virtual stages it holds those of min(m v, 2 (PP - s - 1) + (v - 1) PP + 1) chunks, each
+    1 / v of the stage.
     """
-    layers = len(layout.stage_layers(arch.num_layers, stage))
+    chunks = layout.chunks
+    layers = chunks * len(layout.stage_layers(arch.num_layers, stage))
     hidden = shape.tokens * shape.itemsize * arch.hidden_size / (layout.tp if shape.sequence_parallel else 1)
     whole = layer_bytes(arch, layout, shape)
     kept = layers * (hidden if recompute == "full" else whole)
@@ -104,7 +106,9 @@ def training_bytes(
         kept += hidden  # the embedding's output
     if stage == layout.pp - 1:
         kept += 2 * hidden  # the last norm
-    in_flight = min(microbatches, layout.pp - stage)
+    in_flight = float(min(microbatches, layout.pp - stage))
+    if chunks > 1:
+        in_flight = min(microbatches * chunks, 2 * (layout.pp - stage - 1) + (chunks - 1) * layout.pp + 1) / chunks
     return round(in_flight * kept + (whole if recompute == "full" else 0))
 
 

@@ -302,12 +302,17 @@ def _layout(config: TrainConfig, arch: Architecture, world: int, owner: Literal[
     flags: dict[str, Any] = to_flags(config)
     sizes = {axis: flags[f"{owner}{axis}-parallel-size"] for axis in ("tensor-model", "pipeline-model", "expert-model")}
     tp, pp, ep = sizes.values()
-    etp = flags[f"{owner}expert-tensor-parallel-size"] or None
+    chunks = 1 if owner else config.parallel.num_virtual_stages_per_pipeline_rank
+    optional = {
+        "etp": flags[f"{owner}expert-tensor-parallel-size"] or None, "vpp": chunks if chunks > 1 else None,
+        "first_layers": flags[f"{owner}decoder-first-pipeline-num-layers"] or None,
+        "last_layers": flags[f"{owner}decoder-last-pipeline-num-layers"] or None,
+    }  # fmt: skip
     layout = ParallelLayout.for_world(
-        world, tp, pp, cp=1 if owner else config.parallel.context_parallel_size, ep=ep, etp=etp, owner=owner,
-        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+        world, tp, pp, cp=1 if owner else config.parallel.context_parallel_size, ep=ep, owner=owner,
+        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by, **optional,
     )  # fmt: skip
-    if errors := arch.check_layout(tp, pp, ep=ep, etp=etp, owner=owner):
+    if errors := arch.check_layout(tp, pp, ep=ep, **optional, owner=owner):
         raise ConfigError([f"{'teacher' if owner else 'student'}: {error}" for error in errors])
     return layout
 

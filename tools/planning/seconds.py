@@ -4,7 +4,8 @@ Scoring and training are products, so their seconds are FLOPs / (ranks x peak x 
 4 P backward (P the parameters in products with it; arXiv 2001.08361), and attention 4 a for each pair of tokens of its
 triangle and layer (a the columns of all query heads).  ``--recompute-granularity full`` computes the layers' forward
 pass twice; ``--head-mode recompute`` multiplies by the output table four times instead of three.  A pipeline of PP
-stages and m micro-batches is busy m / (m + PP - 1) of its time (arXiv 1811.06965).
+stages and m micro-batches is busy m / (m + PP - 1) of its time (arXiv 1811.06965), with v virtual stages
+m / (m + (PP - 1) / v) (arXiv 2104.04473), and goes at the pace of the stage with the most layers.
 
 How phases follow each other:
 
@@ -131,15 +132,22 @@ def _score_flops(scenario: Scenario) -> float:
     return sum(pass_flops(scenario, scenario.teacher))
 
 
-def _bubble(scenario: Scenario, layout: ParallelLayout) -> float:
+def _stretch(arch: Architecture, layout: ParallelLayout, microbatches: float) -> float:
+    """Return the seconds of a pipeline as a multiple of those of its work, evenly split and without a pause."""
+    stages = [layout.chunks * len(layout.stage_layers(arch.num_layers, stage)) for stage in range(layout.pp)]
+    unevenness = max(stages) * layout.pp / arch.num_layers
+    return unevenness * (microbatches + (layout.pp - 1) / layout.chunks) / microbatches
+
+
+def _frozen_stretch(scenario: Scenario, arch: Architecture, layout: ParallelLayout) -> float:
     tokens = scenario.sequences * scenario.lengths.mean / layout.dp
     microbatches = max(1.0, tokens / scenario.config.training.max_tokens_per_microbatch)
-    return (microbatches + layout.pp - 1) / microbatches
+    return _stretch(arch, layout, microbatches)
 
 
 def _frozen_seconds(scenario: Scenario, arch: Architecture, layout: ParallelLayout, flops: float) -> float:
     rate = layout.world_size * scenario.machines.gpu.flops(bf16=scenario.bf16) * scenario.machines.efficiency.score
-    seconds = flops * repeated(arch, layout) * _bubble(scenario, layout) / rate
+    seconds = flops * repeated(arch, layout) * _frozen_stretch(scenario, arch, layout) / rate
     if scenario.config.teacher.teacher_offload:
         largest = max(rank_parameters(arch, layout, stage).total for stage in range(layout.pp))
         seconds += 2 * largest * scenario.itemsize / _host(scenario)
@@ -203,8 +211,7 @@ def _train(scenario: Scenario) -> tuple[float, float]:
     work += layers * (config.model.recompute_granularity == "full") + head * (config.training.head_mode == "recompute")
     work += (layers + head) * scenario.needs.old_policy
     rate = layout.world_size * machines.gpu.flops(bf16=scenario.bf16) * machines.efficiency.train
-    bubble = (scenario.microbatches + layout.pp - 1) / scenario.microbatches
-    seconds = work * bubble / rate
+    seconds = work * _stretch(scenario.student, layout, scenario.microbatches) / rate
     parameters = max(rank_parameters(scenario.student, layout, stage).total for stage in range(layout.pp))
     replicas = layout.dp * layout.cp
     reduced = 2 * 4 * parameters * (replicas - 1) / replicas / _link(scenario, layout.world_size)
