@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_tropd.flag_values import check_text, from_yaml, words_of_yaml
 from megatron_tropd.plain_yaml import PlainYamlError, Value, read_plain_yaml
 from megatron_tropd.teacher_config import NamedTeacher, TeacherConfig
@@ -117,14 +115,9 @@ def settings_of_teachers(teachers: Sequence[NamedTeacher]) -> dict[str, Any]:
     return found
 
 
-def write_teachers(teachers: Sequence[NamedTeacher], run_dir: Path) -> None:
-    """Write what the files say, with the commits of models of the Hub, to RUN_DIR/teachers/NAME.yaml, for people and
-    for --teacher-config of another run."""
-    for one in teachers:
-        prefix = f"teacher-config {one.name} "
-        settings = {name.removeprefix(prefix): value for name, value in settings_of_teachers([one]).items()}
-        given = {name: value for name, value in settings.items() if value not in ("", [])}
-        directory = run_dir / "teachers"
-        directory.mkdir(exist_ok=True)
-        text = yaml.safe_dump(given, sort_keys=False, width=100)
-        (directory / f"{one.name}.yaml").write_text(text, encoding="utf-8")
+def file_of_teacher(teacher: NamedTeacher) -> dict[str, Any]:
+    """Return the content of a file that describes the teacher, whatever the run's own flags say; models of the Hub are
+    named with their commits once the run has looked them up."""
+    prefix = f"teacher-config {teacher.name} "
+    settings = {name.removeprefix(prefix): value for name, value in settings_of_teachers([teacher]).items()}
+    return {name: value for name, value in settings.items() if value not in ("", [])}

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from megatron_tropd.cli import ConfigError, parse
+from megatron_tropd.reporting.run_directory import RunDirectory
 from megatron_tropd.setup.run_spec import make_run_spec
 from megatron_tropd.teacher.several.scorer import SeveralTeachers
 from megatron_tropd.teacher.several.shares import Shares
 from megatron_tropd.teacher_config import NamedTeacher, TeacherConfig
-from megatron_tropd.teacher_files import write_teachers
+from megatron_tropd.teacher_files import file_of_teacher
 from megatron_tropd.types import Rollout, ScoreRequest, TopkUse
 from tests.hf_models import save_hf_checkpoint
 from tests.tiny_run import _sharpen, flags, make_world, reports_here
@@ -101,8 +102,10 @@ def _without_paths(one):
 
 def _written(config, tmp_path):
     """The files that a run of ``config`` keeps."""
-    write_teachers(config.teachers, tmp_path)
-    return [str(tmp_path / "teachers" / f"{one.name}.yaml") for one in config.teachers]
+    with RunDirectory.create(tmp_path / "kept", config={}, resume=False) as directory:
+        for one in config.teachers:
+            directory.teacher(one.name, file_of_teacher(one))
+    return [str(tmp_path / "kept" / "teachers" / f"{one.name}.yaml") for one in config.teachers]
 
 
 BAD_FILES = {
@@ -246,6 +249,7 @@ def test_each_teacher_scores_its_own_domain_wherever_it_is(ranks, world, tmp_pat
             key = f"teacher/{name}/logprob_mean"
             assert step["metrics"].get(key) == pytest.approx(report.metrics.get(key), rel=1e-5)
     assert any(f"teacher/{name}/busy_frac" in steps[-1]["metrics"] for name in ("math", "code"))
+    assert sorted(path.name for path in (tmp_path / "there" / "teachers").iterdir()) == ["code.yaml", "math.yaml"]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 Files::
 
     config.yaml              resolved configuration, keys are flag names (secrets hidden)
+    teachers/NAME.yaml       one of several teachers, as a file of --teacher-config
     env.json                 code, versions, machine, command line; changed flags; earlier launches
     metrics.jsonl            one line for each step and each evaluation
     rollouts/step_*.jsonl    a few rollouts as text
@@ -74,6 +75,12 @@ class RunDirectory:
             lock.release()
             raise
         return cls(path, lock)
+
+    def teacher(self, name: str, settings: Mapping[str, object]) -> None:
+        """Write what describes one of several teachers."""
+        (self.path / "teachers").mkdir(exist_ok=True)
+        text = yaml.safe_dump(plain(redact_mapping(dict(settings))), sort_keys=False, width=100)
+        write_atomic(self.path / "teachers" / f"{name}.yaml", text)
 
     def rewind(self, step: int) -> int:
         """Delete everything after ``step``, so that no curve has a point twice; returns how many lines were dropped."""

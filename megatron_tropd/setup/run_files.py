@@ -10,7 +10,7 @@ from megatron_tropd.config import TrainConfig
 from megatron_tropd.parallel.fail_together import is_rank_zero, on_all_ranks
 from megatron_tropd.reporting.run_directory import RunDirectory
 from megatron_tropd.reporting.sinks import Sinks, make_sinks
-from megatron_tropd.teacher_files import settings_of_teachers, write_teachers
+from megatron_tropd.teacher_files import file_of_teacher, settings_of_teachers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,8 @@ def _take_directory(config: TrainConfig, start_step: int | None) -> RunDirectory
         defaults=to_flags(TrainConfig()),
     )
     try:
-        write_teachers(config.teachers, Path(config.logging.run_dir))
+        for teacher in config.teachers:
+            directory.teacher(teacher.name, file_of_teacher(teacher))
         directory.rewind(start_step or 0)
     except BaseException:
         directory.close()
