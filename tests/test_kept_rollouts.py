@@ -79,8 +79,8 @@ def _numbers(reports):
 
 @pytest.mark.parametrize(
     ("killed_before", "fails_in", "changes"),
-    [(2, {2}, {"tensor_model_parallel_size": 2}), (2, {2, 3}, {"rollout_lag": 1}), (0, {0}, {})],
-    ids=["TP2", "DP2, lag 1", "the first step"],
+    [(2, {2, 3}, {"rollout_lag": 1}), (0, {0}, {"tensor_model_parallel_size": 2})],
+    ids=["DP2, lag 1", "TP2, the first step"],
 )
 def test_a_run_goes_on_from_the_rollouts_that_it_could_not_score(
     ranks, world, tmp_path, measured, killed_before, fails_in, changes

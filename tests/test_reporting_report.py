@@ -29,6 +29,7 @@ METRICS = {
     "parity/logprob_abs_diff_mean": 1e-6,
     "teacher/busy_frac": 0.5,
     "teacher/wait_s": 0.2,
+    "teacher/math/reward_mean": -0.3,
     "engine/idle_frac": 0.25,
     "parity/logprob_abs_diff_max": 1e-4,
 }

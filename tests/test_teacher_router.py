@@ -97,7 +97,7 @@ def test_a_router_that_is_killed_in_the_middle_is_named(hf_dir, handles, tmp_pat
     urls = [handle.url for handle in handles]
     with (
         routing(urls, tmp_path / "log") as mine,
-        Fleet(hf_dir, tmp_path, **_behind(handles, mine.url, start_timeout_s=20.0)) as fleet,
+        Fleet(hf_dir, tmp_path, **_behind(handles, mine.url, start_timeout_s=10.0)) as fleet,
     ):
         futures = fleet.up().begin(rollouts_to_score(300))
         while fleet.fleet.router.received_bytes == 0:
@@ -105,7 +105,7 @@ def test_a_router_that_is_killed_in_the_middle_is_named(hf_dir, handles, tmp_pat
         mine.kill()
         errors = [future.exception(timeout=200) for future in futures]
         assert any(errors), "the router was killed too late"
-        named = f"the router (--teacher-router-url {mine.url}) did not answer within 20 s"
+        named = f"the router (--teacher-router-url {mine.url}) did not answer within 10 s"
         assert all(error is None or named in str(error) for error in errors), errors
         assert all(server.is_up and not server.failures for server in fleet.fleet.servers), "it is not their fault"
 
