@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tropd.flag_values import check_text, from_yaml, words_of_yaml
+from megatron_tropd.flag_values import check_text, from_yaml, shortened, words_of_yaml
 from megatron_tropd.plain_yaml import PlainYamlError, Value, read_plain_yaml
 from megatron_tropd.teacher_config import NamedTeacher, TeacherConfig
 
@@ -38,14 +38,14 @@ def read_teachers(
     """
     teachers: dict[str, NamedTeacher] = {}
     for path in paths:
-        where, name = f"--teacher-config {path}", Path(path).stem
+        where, name = f"--teacher-config {shortened(path)}", Path(path).stem
         if not _NAME.fullmatch(name):
             errors.append(
                 f"{where}: the file's name is the teacher's, in metrics and directories: expected small letters, "
                 "digits, - and _ before .yaml"
             )
         elif name in teachers:
-            errors.append(f"{where}: {teachers[name].file} has the same name; rename one, teachers go by it")
+            errors.append(f"{where}: {shortened(teachers[name].file)} has the same name; rename one, teachers go by it")
         else:
             teachers[name] = _read(path, name, given, sglang_flags, errors)
             passed = {_SGLANG + flag: words for flag, words in teachers[name].sglang_flags.items()}
@@ -54,7 +54,7 @@ def read_teachers(
 
 
 def _read(path: str, name: str, given: TeacherConfig, sglang_flags: Words, errors: list[str]) -> NamedTeacher:
-    where, passed = f"--teacher-config {path}", dict(sglang_flags)
+    where, passed = f"--teacher-config {shortened(path)}", dict(sglang_flags)
     values: dict[str, Any] = {"domains": [], "weight": 1.0}
     kinds = {"domains": list[str], "weight": float, **_flags()}
     for key, value in _settings(path, where, errors).items():
@@ -66,7 +66,7 @@ def _read(path: str, name: str, given: TeacherConfig, sglang_flags: Words, error
             elif key in _OF_THE_RUN:
                 errors.append(f"{where}: {key} is the same for all teachers: give it as a flag of the run")
             else:
-                errors.append(f"{where}: unknown key {key}; expected domains, weight or a flag of a teacher")
+                errors.append(f"{where}: unknown key {shortened(key)}; expected domains, weight or a flag of a teacher")
         except ValueError as error:
             errors.append(f"{where}: {key}: {error}")
     domains, weight = tuple(dict.fromkeys(values.pop("domains"))), values.pop("weight")
