@@ -304,15 +304,13 @@ class TrainConfig:
         if not self.teachers:
             return {"teacher": self}
         return {
-            f"teacher-{one.name}": replace(
-                self, teacher=one.settings, teacher_sglang_flags=one.sglang_flags, teachers=()
-            )
+            one.role: replace(self, teacher=one.settings, teacher_sglang_flags=one.sglang_flags, teachers=())
             for one in self.teachers
         }
 
     def file_of(self, role: str) -> str:
         """How messages name the file that describes the teacher of ``role``; "" for the run's own flags."""
-        return next((f"--teacher-config {one.file}" for one in self.teachers if role == f"teacher-{one.name}"), "")
+        return next((f"--teacher-config {one.file}" for one in self.teachers if role == one.role), "")
 
     @property
     def parity_limit(self) -> float:

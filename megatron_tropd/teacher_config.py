@@ -63,3 +63,13 @@ class NamedTeacher:
     """Its share in the mixture of the teachers that score a prompt, before the shares are made to sum to 1."""
     settings: TeacherConfig
     sglang_flags: Mapping[str, tuple[str, ...]]
+
+    @property
+    def role(self) -> str:
+        """What its ranks, its record and its directory are called."""
+        return role_of(self.name)
+
+
+def role_of(name: str) -> str:
+    """Return the role of the teacher ``name``, one of several."""
+    return f"teacher-{name}"

@@ -104,20 +104,18 @@ def _settings(path: str, where: str, errors: list[str]) -> Mapping[str, Value]:
     return {}
 
 
+def _settings_of(one: NamedTeacher) -> dict[str, Any]:
+    values = {"domains": list(one.domains), "weight": one.weight}
+    values |= {name: getattr(one.settings, name.replace("-", "_")) for name in _flags()}
+    return values | {_SGLANG + name: list(words) for name, words in one.sglang_flags.items()}
+
+
 def settings_of_teachers(teachers: Sequence[NamedTeacher]) -> dict[str, Any]:
     """Return what the files say, as settings that can be compared: ``teacher-config NAME KEY`` -> value."""
-    found: dict[str, Any] = {}
-    for one in teachers:
-        values = {"domains": list(one.domains), "weight": one.weight}
-        values |= {name: getattr(one.settings, name.replace("-", "_")) for name in _flags()}
-        values |= {_SGLANG + name: list(words) for name, words in one.sglang_flags.items()}
-        found |= {f"teacher-config {one.name} {key}": value for key, value in values.items()}
-    return found
+    return {f"teacher-config {one.name} {key}": value for one in teachers for key, value in _settings_of(one).items()}
 
 
 def file_of_teacher(teacher: NamedTeacher) -> dict[str, Any]:
     """Return the content of a file that describes the teacher, whatever the run's own flags say; models of the Hub are
     named with their commits once the run has looked them up."""
-    prefix = f"teacher-config {teacher.name} "
-    settings = {name.removeprefix(prefix): value for name, value in settings_of_teachers([teacher]).items()}
-    return {name: value for name, value in settings.items() if value not in ("", [])}
+    return {name: value for name, value in _settings_of(teacher).items() if value not in ("", [])}

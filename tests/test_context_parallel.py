@@ -10,6 +10,7 @@ from megatron_tropd.config import ModelConfig, TrainConfig
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.training.megatron_configs import combination_errors
+from tests.one_rank import OneRank, curve_of, difference
 from tests.tiny_run import flags, make_world, train_here
 
 STEPS, STOP = 3, 2
@@ -37,10 +38,6 @@ WHOLE_SAMPLES = {
 """Masks samples by a mean over their tokens, from an extra pass; with rollouts of older weights some are masked."""
 
 
-def _train(argv, stop_after=None):
-    return train_here(argv, stop_after)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"), student="qwen3_tied", student_layers=4)
@@ -48,45 +45,24 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(ranks, world, tmp_path_factory):
-    """By other flags, made on demand: the curve of one rank."""
-    root, curves = tmp_path_factory.mktemp("one"), {}
-
-    def curve(**changes):
-        key = repr(changes)
-        if key not in curves:
-            argv = flags(world, root / str(len(curves)), train_iters=STEPS, **changes)
-            curves[key] = ranks(1).run(_train, argv)[0]
-        return curves[key]
-
-    return curve
-
-
-def _curve(ranks, size, argv, stop_after=None):
-    curves = ranks(size).run(_train, argv, stop_after)
-    assert all(curve == curves[0] for curve in curves), "ranks report different numbers"
-    return curves[0]
-
-
-def _difference(mine, theirs):
-    assert len(mine) == len(theirs)
-    return max(abs(a - b) / abs(b) for x, y in zip(mine, theirs, strict=True) for a, b in zip(x, y, strict=True))
+    return OneRank(ranks, world, tmp_path_factory.mktemp("one"), STEPS)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_gives_the_same_curve(ranks, world, reference, tmp_path, name, measured):
+def test_every_layout_gives_the_samecurve_of(ranks, world, reference, tmp_path, name, measured):
     size, changes = LAYOUTS[name]
-    curve = _curve(ranks, size, flags(world, tmp_path / "run", train_iters=STEPS, **changes))
-    worst = _difference(curve, reference())
+    curve = curve_of(ranks, size, flags(world, tmp_path / "run", train_iters=STEPS, **changes))
+    worst = difference(curve, reference())
     measured(f"loss and gradient norm of {STEPS} steps equal those of one rank, {name} (relative)", worst, 1e-5)
 
 
 def test_a_mean_over_a_sample_is_over_all_of_its_parts(ranks, world, reference, tmp_path, measured):
     changes = {**WHOLE_SAMPLES, **CP, **TP}
-    curve = _curve(ranks, 4, flags(world, tmp_path / "run", train_iters=STEPS, **changes))
+    curve = curve_of(ranks, 4, flags(world, tmp_path / "run", train_iters=STEPS, **changes))
     expected = reference(**WHOLE_SAMPLES)
-    worst = _difference(curve, expected)
+    worst = difference(curve, expected)
     measured(f"seq_err, {STEPS} steps at CP2 TP2 equal those of one rank (relative)", worst, 1e-5)
-    assert _difference(expected, reference(**{**WHOLE_SAMPLES, "sequence_error_max": 1e6})) > 1e-3  # it masks some
+    assert difference(expected, reference(**{**WHOLE_SAMPLES, "sequence_error_max": 1e6})) > 1e-3  # it masks some
 
 
 def _probe_differences(argv):
@@ -128,7 +104,7 @@ def _train_in_another_order(argv):
         return train_here(argv)
 
 
-def test_another_order_of_chunks_gives_another_curve(ranks, world, reference, tmp_path):
+def test_another_order_of_chunks_gives_anothercurve_of(ranks, world, reference, tmp_path):
     """Negative control: the comparisons above can fail."""
     curve = ranks(2).run(
         _train_in_another_order, flags(world, tmp_path / "run", train_iters=1, on_parity="warn", **CP)
@@ -158,10 +134,10 @@ def _weights(argv):
 def test_a_checkpoint_goes_on_at_another_context_size(ranks, world, reference, tmp_path, saved, loaded, measured):
     common = {"train_iters": STEPS, "save_interval": STOP}
     argv = {part[0]: flags(world, tmp_path / "run", **common, **part[1]) for part in (saved, loaded)}
-    _curve(ranks, saved[0], argv[saved[0]], STOP)
+    curve_of(ranks, saved[0], argv[saved[0]], STOP)
     before, after = (ranks(size).run(_weights, argv[size])[0] for size in (saved[0], loaded[0]))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    worst = _difference(_curve(ranks, loaded[0], argv[loaded[0]]), reference()[STOP:])
+    worst = difference(curve_of(ranks, loaded[0], argv[loaded[0]]), reference()[STOP:])
     measured("resume at another context size (relative)", worst, 1e-5)
 
 

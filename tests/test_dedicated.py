@@ -81,23 +81,15 @@ def test_a_teacher_with_experts(ranks, tmp_path, measured):
     measured("loss and gradient norm with a dedicated teacher, EP 2 (relative)", _worst(there, here), TOLERANCE)
 
 
-def test_full_distributions_cross_over_too(ranks, world, tmp_path, measured):
-    """Hidden states and the output table of a TP 2 teacher, to a student with TP 2."""
-    changes = {"objective": "full_rkl", "tensor_model_parallel_size": 2}
+@pytest.mark.parametrize("objective", ["full_rkl", "topk_rkl"])
+def test_what_other_methods_ask_for_crosses_over_too(ranks, world, tmp_path, measured, objective):
+    """Between a TP 2 teacher and a TP 2 student: hidden states and the output table, and the student's own top-k."""
+    changes = {"objective": objective, "tensor_model_parallel_size": 2}
     here = ranks(2).run(train_here, flags(world, tmp_path / "here", train_iters=STEPS, **changes))[0]
     there = _dedicated(
         world, tmp_path / "there", tmp_path, 2, 4, teacher_tensor_model_parallel_size=2, **changes
     )  # fmt: skip
-    measured("full reverse KL with a dedicated teacher (relative)", _worst(there, here), TOLERANCE)
-
-
-def test_the_students_own_top_k_is_scored_there_too(ranks, world, tmp_path, measured):
-    changes = {"objective": "topk_rkl", "tensor_model_parallel_size": 2}
-    here = ranks(2).run(train_here, flags(world, tmp_path / "here", train_iters=STEPS, **changes))[0]
-    there = _dedicated(
-        world, tmp_path / "there", tmp_path, 2, 4, teacher_tensor_model_parallel_size=2, **changes
-    )  # fmt: skip
-    measured("reverse KL on the student's top-k with a dedicated teacher (relative)", _worst(there, here), TOLERANCE)
+    measured(f"{objective} with a dedicated teacher (relative)", _worst(there, here), TOLERANCE)
 
 
 def test_a_teacher_that_gives_nan_ends_the_run_with_its_name(world, tmp_path):

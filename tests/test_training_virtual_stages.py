@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from megatron_tropd.parallel.layout import ParallelLayout
 from tests.hf_models import read_tensors, save_hf_checkpoint
-from tests.tiny_run import flags, make_world, train_here
+from tests.one_rank import OneRank, curve_of, difference
+from tests.tiny_run import flags, make_world
 
 STEPS, STOP = 3, 2
 VIRTUAL = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
@@ -29,10 +30,6 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def _train(argv, stop_after=None):
-    return train_here(argv, stop_after)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"), student="qwen3_tied", student_layers=4)
@@ -40,35 +37,14 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(ranks, world, tmp_path_factory):
-    """By other flags, made on demand: the curve of one rank."""
-    root, curves = tmp_path_factory.mktemp("one"), {}
-
-    def curve(**changes):
-        key = repr(changes)
-        if key not in curves:
-            argv = flags(world, root / str(len(curves)), train_iters=STEPS, **changes)
-            curves[key] = ranks(1).run(_train, argv)[0]
-        return curves[key]
-
-    return curve
-
-
-def _curve(ranks, size, argv, stop_after=None):
-    curves = ranks(size).run(_train, argv, stop_after)
-    assert all(curve == curves[0] for curve in curves), "ranks report different numbers"
-    return curves[0]
-
-
-def _difference(mine, theirs):
-    assert len(mine) == len(theirs)
-    return max(abs(a - b) / abs(b) for x, y in zip(mine, theirs, strict=True) for a, b in zip(x, y, strict=True))
+    return OneRank(ranks, world, tmp_path_factory.mktemp("one"), STEPS)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_gives_the_same_curve(ranks, world, reference, tmp_path, name, measured):
+def test_every_layout_gives_the_samecurve_of(ranks, world, reference, tmp_path, name, measured):
     size, changes = LAYOUTS[name]
-    curve = _curve(ranks, size, flags(world, tmp_path / "run", train_iters=STEPS, **changes))
-    worst = _difference(curve, reference())
+    curve = curve_of(ranks, size, flags(world, tmp_path / "run", train_iters=STEPS, **changes))
+    worst = difference(curve, reference())
     measured(f"loss and gradient norm of {STEPS} steps equal those of one rank, {name} (relative)", worst, 1e-4)
 
 
@@ -76,7 +52,7 @@ def test_every_layout_gives_the_same_curve(ranks, world, reference, tmp_path, na
 def test_passes_without_gradients_go_through_virtual_stages(ranks, world, reference, tmp_path, objective, measured):
     """The old policy is scored in the student's chunks; the reference in the student's layout, without chunks."""
     argv = flags(world, tmp_path / "run", train_iters=STEPS, objective=objective, **VIRTUAL)
-    worst = _difference(_curve(ranks, 2, argv), reference(objective=objective))
+    worst = difference(curve_of(ranks, 2, argv), reference(objective=objective))
     measured(f"{objective} in two virtual stages equals one rank (relative)", worst, 1e-4)
 
 
@@ -89,9 +65,9 @@ def test_passes_without_gradients_go_through_virtual_stages(ranks, world, refere
 )  # fmt: skip
 def test_a_checkpoint_goes_on_in_any_layout(ranks, world, reference, tmp_path, saved, loaded, measured):
     common = {"train_iters": STEPS, "save_interval": STOP}
-    _curve(ranks, saved[0], flags(world, tmp_path / "run", **common, **saved[1]), STOP)
-    rest = _curve(ranks, loaded[0], flags(world, tmp_path / "run", **common, **loaded[1]))
-    worst = _difference(rest, reference()[STOP:])
+    curve_of(ranks, saved[0], flags(world, tmp_path / "run", **common, **saved[1]), STOP)
+    rest = curve_of(ranks, loaded[0], flags(world, tmp_path / "run", **common, **loaded[1]))
+    worst = difference(rest, reference()[STOP:])
     measured("resume in another number of chunks or layers per stage (relative)", worst, 1e-4)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from megatron_tropd.objectives.forward_kl import top_k_logprobs
 from megatron_tropd.objectives.labels import Labels, Term
@@ -45,18 +44,14 @@ class ReverseKlOnOwnTopK:
         log_q, log_p = top_k_logprobs(labels.stats, labels.tokens)
         there = log_q > -torch.inf
         log_q, log_p = torch.where(there, log_q, 0.0), torch.where(there, log_p, 0.0)
-        p = torch.where(there, log_p.exp(), 0.0)
-        if self.support == "renorm_both":
-            mass_p, mass_q = _mass(log_p, there), _mass(log_q, there)
-            return Term(loss_T=(p * (log_p - log_q)).sum(-1) / mass_p - mass_p.log() + mass_q.log())
+        p, q = torch.where(there, log_p.exp(), 0.0), torch.where(there, log_q.exp(), 0.0)
+        mass_p, mass_q = p.sum(-1), q.sum(-1)
         loss_T = (p * (log_p - log_q)).sum(-1)
-        if self.support == "tail":
-            rest_p = 1 - p.sum(-1).clamp(max=_MAX_MASS)
-            rest_q = 1 - torch.where(there, log_q.exp(), 0.0).sum(-1).clamp(max=_MAX_MASS)
+        if self.support == "renorm_both":
+            some = there.any(-1)
+            mass_p, mass_q = torch.where(some, mass_p, 1.0), torch.where(some, mass_q, 1.0)
+            loss_T = loss_T / mass_p - mass_p.log() + mass_q.log()
+        elif self.support == "tail":
+            rest_p, rest_q = 1 - mass_p.clamp(max=_MAX_MASS), 1 - mass_q.clamp(max=_MAX_MASS)
             loss_T = loss_T + rest_p * (rest_p / rest_q).log()
         return Term(loss_T=loss_T)
-
-
-def _mass(logprob_TK: Tensor, there: Tensor) -> Tensor:
-    """Mass on V, [T]; 1 where V is empty."""
-    return torch.where(there.any(-1), torch.where(there, logprob_TK.exp(), 0.0).sum(-1), 1.0)

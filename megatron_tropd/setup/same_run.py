@@ -24,6 +24,7 @@ from megatron_tropd.reporting.redaction import redact_mapping
 from megatron_tropd.reporting.run_directory import plain
 from megatron_tropd.setup.model_digests import model_digests
 from megatron_tropd.setup.run_spec import RunSpec
+from megatron_tropd.teacher_config import role_of
 from megatron_tropd.teacher_files import OF_THE_FILE, settings_of_teachers
 from megatron_tropd.training.checkpointing import Checkpoints
 
@@ -169,7 +170,7 @@ def _role_of(name: str) -> str | None:
     """Return the role of the model that a setting names; None for any other setting."""
     *teacher, key = name.split()  # "teacher-config math teacher-load" is of one of several
     role = MODEL_FLAGS.get(key)
-    return f"teacher-{teacher[1]}" if role and teacher else role
+    return role_of(teacher[1]) if role and teacher else role
 
 
 def _experiment_flags(record: RunRecord) -> set[str]:

@@ -99,8 +99,8 @@ def _together(spec: RunSpec, by_role: Mapping[str, Scorer]) -> Scorer:
     """Return the run's teachers as one scorer."""
     shares, prompts = Shares(spec.config.teachers), spec.data.prompts.by_uid
     # One on the trainer's ranks works when it is asked; those elsewhere work meanwhile.
-    order = sorted(spec.models.teachers, key=lambda teacher: teacher.placement != "colocated")
-    parts = {teacher.role.removeprefix("teacher-"): by_role[teacher.role] for teacher in order}
+    order = sorted(spec.config.teachers, key=lambda one: one.settings.teacher_placement != "colocated")
+    parts = {one.name: by_role[one.role] for one in order}
     return SeveralTeachers(parts, shares, lambda uid: prompts[uid].domain)
 
 

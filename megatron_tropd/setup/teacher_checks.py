@@ -88,14 +88,13 @@ def check_all_scores(
     config: TrainConfig, objective: Objective, prompts: PromptSet, vocab_size: int, problems: Problems
 ) -> None:
     """Check the stored scores of every teacher that has some."""
-    shares = Shares(config.teachers)
+    shares, names = Shares(config.teachers), {one.role: one.name for one in config.teachers}
     for role, own in config.by_teacher.items():
         if own.teacher.teacher_placement != "file":
             continue
-        name = role.removeprefix("teacher-")
 
-        def scores_domain(domain: str, name: str = name) -> bool:
-            return not config.teachers or name in shares.of(domain)
+        def scores_domain(domain: str, role: str = role) -> bool:
+            return not config.teachers or names[role] in shares.of(domain)
 
         with problems.named(config.file_of(role)):
             check_teacher_scores(own, objective, prompts, vocab_size, problems, scores_domain)

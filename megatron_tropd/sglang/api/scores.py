@@ -97,7 +97,14 @@ def read_top(body: Any, *, num_tokens: int, top_k: int, num_rows: int) -> tuple[
             )
         ids, values = ids.reshape(num_tokens, top_k), values.reshape(num_tokens, top_k)
     else:
-        ids, values = _nested(items(field(meta, "input_top_logprobs"), "input_top_logprobs"), num_tokens, top_k)
+        rows = items(field(meta, "input_top_logprobs"), "input_top_logprobs")
+        ids, values = read_nested(rows[1:], num_tokens, top_k)
+    check_top(ids, values, num_rows)
+    return ids, values
+
+
+def check_top(ids: NDArray[Any], values: NDArray[Any], num_rows: int) -> None:
+    """Check the ids and log-probabilities of tops, [N, K] each, by a model of ``num_rows`` ids."""
     if ids.size and not (ids.min() >= 0 and ids.max() < num_rows):
         wrong = ids[(ids < 0) | (ids >= num_rows)]
         raise BadResponse(f"a top id is {int(wrong[0])}; expected one in [0, {num_rows})")
@@ -106,7 +113,6 @@ def read_top(body: Any, *, num_tokens: int, top_k: int, num_rows: int) -> tuple[
         raise BadResponse(f"a top log-probability is {float(wrong[0])!r}; expected a finite number not above 0")
     if ids.size and (np.diff(np.sort(ids, axis=1), axis=1) == 0).any():
         raise BadResponse("a top id is there twice in one position")
-    return ids, values
 
 
 def _flat(meta: dict[str, Any], part: str, dtype: str) -> NDArray[Any]:
@@ -121,12 +127,13 @@ def _flat(meta: dict[str, Any], part: str, dtype: str) -> NDArray[Any]:
         raise BadResponse(f"{name} is no base64 of {dtype}: {shown(str(error))}") from None
 
 
-def _nested(rows: list[Any], num_tokens: int, top_k: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    if len(rows) != num_tokens + 1:
-        raise BadResponse(f"top log-probabilities of {len(rows) - 1} tokens; expected {num_tokens}")
+def read_nested(rows: list[Any], num_tokens: int, top_k: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return (ids int32, log-probabilities float32), [num_tokens, top_k] each, from lists of SGLang's triples."""
+    if len(rows) != num_tokens:
+        raise BadResponse(f"top log-probabilities of {len(rows)} tokens; expected {num_tokens}")
     ids = np.empty((num_tokens, top_k), dtype=np.int32)
     values = np.empty((num_tokens, top_k), dtype=np.float32)
-    for place, row in enumerate(rows[1:]):
+    for place, row in enumerate(rows):
         given = items(row, "top log-probabilities of a token")
         if len(given) != top_k:
             raise BadResponse(f"{len(given)} top log-probabilities of a token; expected {top_k}")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.rollout.engine import SamplingParams
-from megatron_tropd.sglang.api.fields import field, integer, items, shown, text
-from megatron_tropd.sglang.api.scores import read_given, read_logprobs
+from megatron_tropd.sglang.api.fields import field, items, shown, text
+from megatron_tropd.sglang.api.scores import check_top, read_given, read_logprobs, read_nested
 from megatron_tropd.sglang.errors import BadResponse, StaleWeights
 from megatron_tropd.types import Finish, GenerationRequest, Rollout
 
@@ -134,21 +134,9 @@ def _sample(
 def _top_ids(meta: Any, num_written: int, top_k: int, rules: TokenRules) -> Tensor:
     """Return the most probable ids where each written token stands, int32 [W, K]."""
     rows = items(field(meta, "output_top_logprobs"), "output_top_logprobs")
-    if len(rows) != num_written:
-        raise BadResponse(f"top log-probabilities of {len(rows)} tokens; expected {num_written}")
-    ids = []
-    for row in rows:
-        entries = items(row, "top log-probabilities of a token")
-        if len(entries) != top_k:
-            raise BadResponse(f"{len(entries)} top log-probabilities of a token; expected {top_k}")
-        pairs = [items(entry, "an entry") for entry in entries]
-        if any(len(pair) < 2 for pair in pairs):
-            raise BadResponse(f"a top log-probability is {shown(entries)}; expected [log-probability, id, text]")
-        found = [integer(pair[1], "a top id", low=0, high=rules.vocab_size - 1) for pair in pairs]
-        if len(set(found)) != top_k:
-            raise BadResponse("a top id is there twice in one position")
-        ids.append(found)
-    return torch.tensor(ids, dtype=torch.int32)
+    ids, values = read_nested(rows, num_written, top_k)
+    check_top(ids, values, rules.vocab_size)
+    return torch.from_numpy(ids)
 
 
 def read_samples(
