@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from megatron_tropd.config import TrainConfig
+from megatron_tropd.config_fields import BY_ROLE
 from megatron_tropd.flag_values import check_text, choices_of, from_flag, from_yaml, shortened, show, words_of_yaml
 from megatron_tropd.parallel.megatron_flags import find_field, megatron_fields, refusal
 from megatron_tropd.parallel.print_once import Importance, print_once
@@ -27,6 +28,8 @@ SGLANG_PREFIXES = {"sglang-": "sglang_flags", "teacher-sglang-": "teacher_sglang
 """Prefix of the flags that are passed to SGLang, unless config.py defines them -> their field of TrainConfig."""
 _MISSPELLED = 0.9
 """Similarity from which a name counts as a misspelled flag of ours; SGLang's ep-size and our tp-size have 0.86."""
+_METAVARS = {"urls": "URL", "ids": "GPU"}
+"""What ``--help`` calls the values of a list, by the last word of the flag; others are files."""
 _SGLANG_NAME = re.compile(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
 
 
@@ -101,6 +104,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--config", metavar="YAML", action=_Once, help="file whose keys are flag names; flags override it"
     )
     groups = {name: parser.add_argument_group(name, (cls.__doc__ or "").strip()) for name, cls in sections().items()}
+    groups[BY_ROLE] = parser.add_argument_group(
+        BY_ROLE, "How many ranks or GPUs student, teacher and engines have.  They are compared with what torchrun "
+        "started and with this machine's GPUs; docs/scaling.md",
+    )  # fmt: skip
     for name, (section, f, kind) in _flags().items():
         text = f"{f.metadata['help']} (default: {_default(f)!r})".replace("%", "%%")
         options: dict[str, Any] = {"dest": f.name, "default": None, "help": text}
@@ -109,8 +116,8 @@ def make_parser() -> argparse.ArgumentParser:
         elif choices := choices_of(kind):
             options["metavar"] = "{" + ",".join(choices) + "}"
         elif kind == list[str]:
-            options.update(nargs="+", metavar="FILE", action=_Once)
-        groups[section].add_argument(f"--{name}", **options)
+            options.update(nargs="+", metavar=_METAVARS.get(name.rpartition("-")[2], "FILE"), action=_Once)
+        groups[f.metadata.get("group") or section].add_argument(f"--{name}", **options)
     return parser
 
 

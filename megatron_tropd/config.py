@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from megatron_tropd.config_fields import setting
+from megatron_tropd.config_fields import BY_ROLE, setting
 from megatron_tropd.data.advantages import Baseline
 from megatron_tropd.data.guidance import GuidanceConfig
 from megatron_tropd.objectives.methods import is_guided
@@ -37,6 +37,9 @@ class ParallelConfig:
     """How the student is split over ranks; the ranks that are left are data parallel.  Other fields of Megatron's
     TransformerConfig, DistributedDataParallelConfig and OptimizerConfig are flags of the same name."""
 
+    student_world_size: int = setting(
+        0, "ranks of the student, to be compared with torchrun's; 0: all that no dedicated teacher has", group=BY_ROLE
+    )
     tensor_model_parallel_size: int = setting(1, "tensor-parallel ranks of the student")
     pipeline_model_parallel_size: int = setting(1, "pipeline stages of the student")
     num_virtual_stages_per_pipeline_rank: int = setting(
@@ -134,15 +137,23 @@ class EngineConfig:
     rollout_engine: Literal["embedded", "sglang"] = setting(
         "embedded", "embedded: transformers inside every rank; sglang: SGLang servers"
     )
-    rollout_num_engines: int = setting(1, "SGLang servers to start on the machine of rank 0")
-    rollout_num_engines_per_node: int = setting(0, "SGLang servers to start on every machine of the job instead")
+    rollout_num_engines: int = setting(1, "SGLang servers to start on the machine of rank 0", group=BY_ROLE)
+    rollout_num_engines_per_node: int = setting(
+        0, "SGLang servers to start on every machine of the job instead", group=BY_ROLE
+    )
     rollout_num_gpus_per_node: int = setting(
-        0, "GPUs of every machine that only SGLang servers use, its last ones; 0: servers share the trainer's"
+        0,
+        "GPUs of every machine that only these servers use, its last ones; 0: they share the ranks'",
+        group=BY_ROLE,
     )
     rollout_release_memory: bool = setting(
         False, "SGLang servers free their GPU memory while the trainer scores and trains"
     )
-    rollout_gpu_ids: list[str] = setting([], "GPUs of the servers started here, in order; default: from 0 on")
+    rollout_gpu_ids: list[str] = setting(
+        [],
+        "GPUs of these servers, in order; default: the last ones with --rollout-num-gpus-per-node, else from 0 on",
+        group=BY_ROLE,
+    )
     rollout_engine_urls: list[str] = setting([], "SGLang servers that run already, instead of starting some")
     rollout_router_url: str = setting("", "sglang-router before the servers of --rollout-engine-urls, for prompts")
     update_weight_transport: Literal["auto", "shared", "bytes", "planned", "planned-shared"] = setting(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_tropd.config_fields import setting
+from megatron_tropd.config_fields import BY_ROLE, setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +20,9 @@ class TeacherConfig:
         "megatron_tropd.score_responses; docs/teachers.md",
     )
     teacher_scores: str = setting("", "directory of the scores of --teacher-placement file")
-    teacher_world_size: int = setting(0, "ranks of a dedicated teacher; the student has the others")
+    teacher_world_size: int = setting(
+        0, "ranks of a dedicated teacher, the job's last; the student has the others", group=BY_ROLE
+    )
     teacher_hf_checkpoint: str = setting("", "HF directory of the teacher, or its name on the Hub")
     teacher_load: str = setting("", "Megatron checkpoint of the teacher instead of the HF weights")
     teacher_tensor_model_parallel_size: int = setting(1, "tensor-parallel ranks of the teacher")
@@ -36,8 +38,12 @@ class TeacherConfig:
         0, "ranks that share one expert of the teacher; 0 for --teacher-tensor-model-parallel-size"
     )
     teacher_offload: bool = setting(False, "keep teacher and reference in host memory between uses, to free a GPU's")
-    teacher_num_servers: int = setting(1, "SGLang servers of the teacher to start on the machine of rank 0")
-    teacher_gpu_ids: list[str] = setting([], "GPUs of the teacher's servers, in order; default: from 0 on")
+    teacher_num_servers: int = setting(
+        1, "SGLang servers of the teacher to start on the machine of rank 0", group=BY_ROLE
+    )
+    teacher_gpu_ids: list[str] = setting(
+        [], "GPUs of the teacher's servers, in order; default: the first that nothing else uses", group=BY_ROLE
+    )
     teacher_urls: list[str] = setting([], "SGLang servers of the teacher that run already, instead of starting some")
     teacher_router_url: str = setting("", "sglang-router before the servers of --teacher-urls, which takes the scoring")
     teacher_sglang_tp_size: int = setting(1, "tensor-parallel ranks of each of the teacher's servers")

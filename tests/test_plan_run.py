@@ -212,6 +212,7 @@ def test_json_has_the_numbers_of_the_text(capsys):
         ),
         ([*SGLANG, "--rollout-num-engines", "9"], ["--rollout-num-engines 9", "do not fit the 8 GPUs"]),
         ([*SGLANG, "--sglang-mem-fraction-static", "much"], ["--sglang-mem-fraction-static much is not a number"]),
+        ([*SMALL, "--student-world-size", "4"], ["--student-world-size 4", "leaves the student 8"]),
         ([*SGLANG, "--rollout-gpu-ids", "0", "one"], ["--rollout-gpu-ids one: expected numbers of GPUs"]),
         ([*SGLANG, "--sglang-start-timeout", "900"], ["--distributed-timeout-minutes 10", "--sglang-start-timeout 900"]),
         ([*SMALL, "--train-efficiency", "2"], ["--train-efficiency 2 must be above 0 and at most 1"]),
@@ -231,6 +232,8 @@ def test_servers_beyond_the_trainers_gpus_have_gpus_of_their_own():
     assert plan_run.plan(words).scenario.total_gpus == 4
     beyond = plan_run.plan([*words, "--rollout-gpu-ids", "4", "5", "6", "7", "--rollout-lag", "1"])
     assert beyond.scenario.total_gpus == 8 and beyond.step.overlaps
+    by_number = plan_run.plan([*words, "--rollout-num-gpus-per-node", "4", "--rollout-lag", "1"])
+    assert by_number.step == beyond.step and by_number.memory == beyond.memory
     unused = plan_run.plan([*SMALL, "--sglang-mem-fraction-static", "0.3"])
     assert "--rollout-engine embedded does not use --sglang-mem-fraction-static" in plan_run.text(unused)
 

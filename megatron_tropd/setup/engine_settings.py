@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.parallel import platform
@@ -22,8 +18,8 @@ def is_planned(config: TrainConfig) -> bool:
     return config.engine.update_weight_transport in ("planned", "planned-shared")
 
 
-def sglang_settings(config: TrainConfig, student: ModelSpec) -> SGLangSettings:
-    """Return the settings of this run's SGLang servers.
+def sglang_settings(config: TrainConfig, student: ModelSpec, gpu_ids: tuple[int, ...] = ()) -> SGLangSettings:
+    """Return the settings of this run's SGLang servers, which have the GPUs ``gpu_ids``; () leaves them to SGLang.
 
     Raises:
         ValueError: a setting cannot be used.
@@ -43,8 +39,7 @@ def sglang_settings(config: TrainConfig, student: ModelSpec) -> SGLangSettings:
         host=reachable_host(engine.sglang_host, nodes),
         keys=load_keys(file=Path(engine.sglang_key_file) if engine.sglang_key_file else None),
         tp_size=engine.sglang_tp_size,
-        gpu_ids=gpu_numbers(engine.rollout_gpu_ids, "--rollout-gpu-ids")
-        or _last_gpus(engine.rollout_num_gpus_per_node),
+        gpu_ids=gpu_ids,
         release_memory=engine.rollout_release_memory,
         flags=tuple(word for name, words in config.sglang_flags.items() for word in (f"--{name}", *words)),
         weight_loader=LOADER if is_planned(config) else "",
@@ -59,31 +54,3 @@ def sglang_settings(config: TrainConfig, student: ModelSpec) -> SGLangSettings:
 def reachable_host(given: str, nodes: int) -> str:
     """Return the address of this machine's servers: on several machines one that the others reach."""
     return own_address(meeting_host()) if nodes > 1 and is_loopback(given) else given
-
-
-def _last_gpus(count: int) -> tuple[int, ...]:
-    """Return the numbers of this machine's last GPUs.
-
-    Raises:
-        ValueError: torchrun started ranks on some of them, or there are fewer.
-    """
-    if not count or not platform.is_cuda():
-        return ()
-    there, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if ranks + count > there:
-        raise ValueError(
-            f"--rollout-num-gpus-per-node {count} and the {ranks} ranks of this machine (--nproc-per-node) need "
-            f"{ranks + count} GPUs; it has {there}: lower one of them"
-        )
-    return tuple(range(there - count, there))
-
-
-def gpu_numbers(given: Sequence[str], flag: str) -> tuple[int, ...]:
-    """Return the numbers of GPUs that ``flag`` names.
-
-    Raises:
-        ValueError: a word is no number.
-    """
-    if wrong := [gpu for gpu in given if not gpu.isdecimal()]:
-        raise ValueError(f"{flag} {' '.join(wrong)}: expected numbers of GPUs, such as 4 5 6 7")
-    return tuple(map(int, given))

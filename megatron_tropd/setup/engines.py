@@ -38,7 +38,7 @@ def _embedded(spec: RunSpec, student: Student, export: Export, probes: Sequence[
 
 def _sglang(spec: RunSpec, student: Student, export: Export, probes: Sequence[Rollout]) -> EnginePool:
     config, source, tokens = spec.config, spec.models.student, spec.tokens
-    settings, planned = sglang_settings(config, source), None
+    settings, planned = sglang_settings(config, source, spec.gpus.engines), None
     if is_planned(config):
         shared = config.engine.update_weight_transport == "planned-shared"
         planned = PlannedPush(settings, source.arch, _trainer_weights(student), shared=shared)
@@ -66,7 +66,7 @@ def make_keeper(spec: RunSpec) -> Keeper | None:
         return None
     if not writes or not leads_node() or node() == 0:
         return None
-    settings = sglang_settings(config, spec.models.student)
+    settings = sglang_settings(config, spec.models.student, spec.gpus.engines)
     arch, timeout_s = spec.models.student.arch, config.parallel.distributed_timeout_s
     return Keeper(node(), settings, arch.max_position_embeddings, lambda: another_connection(timeout_s))
 

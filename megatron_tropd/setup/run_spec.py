@@ -18,6 +18,7 @@ from megatron_tropd.rewards import RewardFunction, load_reward_function
 from megatron_tropd.setup.checks import check_attention, check_lengths, check_method, check_numbers
 from megatron_tropd.setup.engine_checks import check_engine_flags, check_engine_layout
 from megatron_tropd.setup.engine_settings import sglang_settings
+from megatron_tropd.setup.gpus import ServerGpus, assign_gpus
 from megatron_tropd.setup.model_specs import Models, find_models, pin_models
 from megatron_tropd.setup.path_checks import check_directories
 from megatron_tropd.setup.problems import Problems
@@ -43,6 +44,8 @@ class RunSpec:
     grader: Grader
     roles: tuple[Role, ...]
     """Which ranks of the job do what; the first are the trainer's."""
+    gpus: ServerGpus
+    """Which GPUs of this machine the servers have that the run starts."""
     warnings: tuple[str, ...]
 
 
@@ -65,16 +68,18 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     reward_function = problems.attempt(lambda: load_reward_function(reward_path)) if reward_path else None
     grader = problems.attempt(lambda: make_grader(config.evaluation.grader, config.evaluation.answer_pattern))
     roles = problems.attempt(lambda: _roles(config, needs, world_size)) or split(world_size, ())
+    gpus = assign_gpus(config, problems)
     models = find_models(config, needs, roles[0].size, problems)
     problems.stop_if_any()
     assert models and objective and grader
     check_lengths(config, models, objective, problems)
     if config.engine.rollout_engine == "sglang":
-        problems.attempt(lambda: sglang_settings(config, models.student))
+        problems.attempt(lambda: sglang_settings(config, models.student, gpus.engines))
     for teacher in models.teachers:
         if teacher.placement == "server":
             with problems.named(config.file_of(teacher.role)):
-                problems.attempt(lambda teacher=teacher: teacher_server_settings(teacher))  # type: ignore[misc]
+                ids = gpus.teachers.get(teacher.role, ())
+                problems.attempt(lambda teacher=teacher, ids=ids: teacher_server_settings(teacher, ids))  # type: ignore[misc]
     check_engine_layout(config, models, problems)
     check_attention(config, models, problems)
     problems.attempt(lambda: _check_resume(config, models.student.arch))
@@ -96,7 +101,7 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     return RunSpec(
         config=pin_models(config, models), models=models, tokens=tokens, tokenizer=tokenizer, data=data,
         objective=objective, reward_function=reward_function, grader=grader, roles=roles,
-        warnings=tuple(problems.warnings),
+        gpus=gpus, warnings=tuple(problems.warnings),
     )  # fmt: skip
 
 
@@ -104,7 +109,8 @@ def _roles(config: TrainConfig, needs: Needs, world_size: int) -> tuple[Role, ..
     """Split the job's ranks between the student and the dedicated teachers.
 
     Raises:
-        ValueError: a placement does not fit its --teacher-world-size, or that the job.
+        ValueError: a placement does not fit its --teacher-world-size, or these and --student-world-size do not fit
+            the job.
     """
     others = []
     for role, own in config.by_teacher.items():
@@ -128,7 +134,15 @@ def _roles(config: TrainConfig, needs: Needs, world_size: int) -> tuple[Role, ..
                 f"{world_size} ranks that torchrun started are the teacher's"
             )
         others.append((role, size))
-    return split(world_size, others)
+    roles = split(world_size, others)
+    student, given = roles[0].size, config.parallel.student_world_size
+    if given and given != student:
+        taken = f", of which {world_size - student} are teachers' (--teacher-world-size)" if others else ""
+        raise ValueError(
+            f"--student-world-size {given}: torchrun started {world_size} ranks{taken}, so the student has {student}: "
+            "change one of them, or --nproc-per-node or --nnodes"
+        )
+    return roles
 
 
 def _tokens(config: TrainConfig, models: Models) -> TokenizerReport:

@@ -7,7 +7,6 @@ from collections import Counter
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.prompts import PromptSet
 from megatron_tropd.objectives.base import Objective
-from megatron_tropd.parallel import platform
 from megatron_tropd.setup.problems import Problems
 from megatron_tropd.setup.ranges import check_ranges
 from megatron_tropd.setup.stored_scores import check_placement, check_teacher_scores
@@ -50,11 +49,6 @@ def _check_together(config: TrainConfig, objective: Objective, problems: Problem
     )
     started = [own.teacher for own in on_servers.values() if not own.teacher.teacher_urls]
     _refuse_shared(Counter(gpu for own in started for gpu in set(own.teacher_gpu_ids)), "teacher-gpu-ids", problems)
-    problems.require(
-        not platform.is_cuda() or len(started) < 2 or all(own.teacher_gpu_ids for own in started),
-        "several teachers of --teacher-config start servers, and each would take the GPUs from 0 on: give each "
-        "teacher-gpu-ids of its own",
-    )
 
 
 def _refuse_shared(uses: Counter[str], key: str, problems: Problems) -> None:

@@ -9,7 +9,7 @@ from megatron_tropd.config import TrainConfig
 from megatron_tropd.models.hf_config import load_hf_config
 from megatron_tropd.parallel import platform
 from megatron_tropd.parallel.roles import num_nodes
-from megatron_tropd.setup.engine_settings import gpu_numbers, reachable_host
+from megatron_tropd.setup.engine_settings import reachable_host
 from megatron_tropd.setup.model_specs import TeacherSpec
 from megatron_tropd.setup.problems import Problems
 from megatron_tropd.sglang.server_flags import TEACHER_FLAGS
@@ -93,8 +93,8 @@ def _is_set(config: TrainConfig, name: str) -> bool:
     return bool(getattr(config.teacher, name) != getattr(TrainConfig().teacher, name))
 
 
-def teacher_server_settings(teacher: TeacherSpec) -> ServerSettings:
-    """Return the settings of a teacher's SGLang servers.
+def teacher_server_settings(teacher: TeacherSpec, gpu_ids: tuple[int, ...] = ()) -> ServerSettings:
+    """Return the settings of a teacher's SGLang servers, which have the GPUs ``gpu_ids``; () leaves them to SGLang.
 
     Raises:
         ValueError: a setting cannot be used.
@@ -114,7 +114,7 @@ def teacher_server_settings(teacher: TeacherSpec) -> ServerSettings:
         host=reachable_host(engine.sglang_host, num_nodes()),
         keys=load_keys(file=Path(engine.sglang_key_file) if engine.sglang_key_file else None),
         tp_size=given.teacher_sglang_tp_size,
-        gpu_ids=gpu_numbers(given.teacher_gpu_ids, TEACHER_FLAGS.gpu_ids),
+        gpu_ids=gpu_ids,
         flags=tuple(word for name, words in config.teacher_sglang_flags.items() for word in (f"--{name}", *words)),
         cuda=platform.is_cuda(),
         start_timeout_s=engine.sglang_start_timeout,

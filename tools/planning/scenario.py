@@ -282,6 +282,11 @@ class _Layouts:
         """Return the layouts; what does not fit goes to ``problems``."""
         dedicated = machines.teacher_world_size if machines.teacher_placement == "dedicated" else 0
         ranks = machines.num_gpus - dedicated
+        given = config.parallel.student_world_size
+        problems.require(
+            given in (0, ranks),
+            f"--student-world-size {given}: --num-gpus {machines.num_gpus} leaves the student {ranks}; change one",
+        )
         own = problems.attempt(lambda: _layout(config, student, ranks, ""))
         if own:
             sequence_parallel = config.parallel.sequence_parallel
@@ -349,11 +354,13 @@ def _engines(config: TrainConfig, machines: Machines, student: Architecture, pro
         problems.errors.append(f"--rollout-gpu-ids {' '.join(wrong)}: expected numbers of GPUs, such as 4 5 6 7")
         return None
     first = min(map(int, ids), default=0)
-    shared = not engine.rollout_engine_urls and first < min(ranks, machines.gpus_per_node)
+    alone = bool(engine.rollout_engine_urls or engine.rollout_num_gpus_per_node)
+    shared = not alone and first < min(ranks, machines.gpus_per_node)
     problems.require(
         not shared or first + number * layout.tp <= ranks,
         f"--rollout-num-engines {number} x --sglang-tp-size {layout.tp} = {number * layout.tp} GPUs, from GPU {first} "
-        f"on, do not fit the {ranks} GPUs of the student that they share; lower them, or give --rollout-engine-urls",
+        f"on, do not fit the {ranks} GPUs of the student that they share; lower them, or give "
+        "--rollout-num-gpus-per-node or --rollout-engine-urls",
     )
     fraction = _flag_number(config, "mem-fraction-static", _SGLANG_FRACTION if shared else _ALONE_FRACTION, problems)
     problems.require(

@@ -1,0 +1,214 @@
+"""Which GPUs of a machine ranks, engines and teachers' servers get, and what a machine does not have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from megatron_tropd.cli import ConfigError, make_parser, parse
+from megatron_tropd.config_fields import BY_ROLE
+from megatron_tropd.parallel import platform
+from megatron_tropd.setup.engine_settings import sglang_settings
+from megatron_tropd.setup.gpus import ServerGpus, assign_gpus
+from megatron_tropd.setup.problems import Problems
+from megatron_tropd.setup.run_spec import make_run_spec
+from megatron_tropd.setup.teacher_servers import teacher_server_settings
+from tests.sglang_helpers import KEYS
+from tests.tiny_run import flags, make_world
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine that has eight GPUs as far as the checks can tell; nothing is started."""
+    monkeypatch.setattr(platform, "is_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("TROPD_SGLANG_API_KEY", KEYS.api)
+    monkeypatch.setenv("TROPD_SGLANG_ADMIN_API_KEY", KEYS.admin)
+
+    def with_ranks(number, *, node=0, nodes=1):
+        for name, value in {
+            "LOCAL_WORLD_SIZE": number, "WORLD_SIZE": number * nodes, "GROUP_RANK": node, "GROUP_WORLD_SIZE": nodes,
+            "MASTER_ADDR": "127.0.0.1",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, str(value))
+
+    return with_ranks
+
+
+@dataclass
+class _Found:
+    gpus: ServerGpus
+    errors: list[str]
+    warnings: list[str]
+
+    @property
+    def message(self):
+        assert len(self.errors) == 1, self.errors
+        return self.errors[0]
+
+
+def _assign(tmp_path, **changes):
+    lists = {name: changes.pop(name, "").split() for name in ("rollout_gpu_ids", "teacher_gpu_ids")}
+    argv = flags(tmp_path, tmp_path / "run", sglang_python=__file__, **changes)
+    for name, ids in lists.items():
+        argv += [f"--{name.replace('_', '-')}", *ids] if ids else []
+    problems = Problems()
+    return _Found(assign_gpus(parse(argv), problems), problems.errors, problems.warnings)
+
+
+ENGINES = {"rollout_engine": "sglang"}
+TEACHER = {"teacher_placement": "server"}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes", "engines", "teacher"),
+    [
+        (8, {}, (), None),
+        (8, {**ENGINES, "rollout_num_engines": 2, "sglang_tp_size": 2}, (0, 1, 2, 3), None),
+        (4, {**ENGINES, "rollout_num_gpus_per_node": 4, "rollout_num_engines": 2, "sglang_tp_size": 2}, (4, 5, 6, 7),
+         None),
+        (4, {**TEACHER, "teacher_num_servers": 2, "teacher_sglang_tp_size": 2}, (), (4, 5, 6, 7)),
+        (2, {**ENGINES, **TEACHER, "rollout_num_gpus_per_node": 4, "rollout_num_engines": 4,
+             "teacher_sglang_tp_size": 2}, (4, 5, 6, 7), (2, 3)),
+        (4, {**ENGINES, **TEACHER, "rollout_num_engines": 4}, (0, 1, 2, 3), (4,)),
+        (1, {**ENGINES, **TEACHER, "rollout_num_engines": 2}, (0, 1), (2,)),
+        (2, {**ENGINES, **TEACHER, "rollout_gpu_ids": "2 7", "rollout_num_engines": 2, "teacher_num_servers": 3}, (2, 7),
+         (3, 4, 5)),
+        (2, {**ENGINES, "rollout_engine_urls": "http://127.0.0.1:3", "rollout_num_gpus_per_node": 9}, (), None),
+        (8, {**TEACHER, "teacher_urls": "http://127.0.0.1:3"}, (), None),
+    ],
+)  # fmt: skip
+def test_roles_have_gpus_by_number(machine, tmp_path, ranks, changes, engines, teacher):
+    machine(ranks)
+    found = _assign(tmp_path, **changes)
+    assert not found.errors and not found.warnings
+    assert found.gpus == ServerGpus(engines=engines, teachers={} if teacher is None else {"teacher": teacher})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes", "message"),
+    [
+        (5, {**ENGINES, "rollout_num_gpus_per_node": 4, "rollout_num_engines": 4},
+         "--rollout-num-gpus-per-node 4 and the 5 ranks of this machine (--nproc-per-node) need 9 GPUs; it has 8: "
+         "lower one of them"),
+        (4, {**ENGINES, "rollout_num_gpus_per_node": 4, "rollout_num_engines": 3},
+         "--rollout-num-engines 3 of --sglang-tp-size 1 need 3 GPUs, and --rollout-num-gpus-per-node gives them 4: make "
+         "them equal"),
+        (8, {**ENGINES, "rollout_num_engines_per_node": 2, "sglang_tp_size": 8},
+         "--rollout-num-engines-per-node 2 of --sglang-tp-size 8 need 16 GPUs; this machine has 8: lower one of them"),
+        (6, {**TEACHER, "teacher_num_servers": 2, "teacher_sglang_tp_size": 2},
+         "--teacher-num-servers 2 of --teacher-sglang-tp-size 2 need 4 GPUs of their own; of this machine's 8 the 6 "
+         "ranks (--nproc-per-node), the rollout engines and other teachers leave 2: start fewer, or name GPUs to share "
+         "with --teacher-gpu-ids"),
+        (2, {**ENGINES, "rollout_gpu_ids": "8 9", "rollout_num_engines": 2},
+         "--rollout-gpu-ids 8 9: this machine has 8 GPUs, from 0 to 7"),
+        (2, {**TEACHER, "teacher_gpu_ids": "11"}, "--teacher-gpu-ids 11: this machine has 8 GPUs, from 0 to 7"),
+        (2, {**ENGINES, "rollout_gpu_ids": "3 3", "rollout_num_engines": 2},
+         "--rollout-gpu-ids 3 3: a GPU is named twice; name 2 different ones"),
+        (2, {**ENGINES, "rollout_gpu_ids": "x"}, "--rollout-gpu-ids x: expected numbers of GPUs, such as 4 5 6 7"),
+        (2, {**ENGINES, **TEACHER, "rollout_num_gpus_per_node": 4, "rollout_num_engines": 4, "teacher_gpu_ids": "5"},
+         "--teacher-gpu-ids 5: the rollout engines have the last 4 GPUs for themselves (--rollout-num-gpus-per-node); "
+         "name others"),
+    ],
+)  # fmt: skip
+def test_what_the_machine_does_not_have(machine, tmp_path, ranks, changes, message):
+    machine(ranks)
+    assert _assign(tmp_path, **changes).message == message
+
+
+def test_gpus_may_be_shared_by_name_with_a_warning(machine, tmp_path):
+    machine(1)
+    found = _assign(tmp_path, **ENGINES, **TEACHER, teacher_gpu_ids="0")
+    assert found.gpus == ServerGpus(engines=(0,), teachers={"teacher": (0,)}) and not found.errors
+    assert (
+        len(found.warnings) == 1 and "--teacher-gpu-ids 0: ranks or rollout engines are there too" in found.warnings[0]
+    )
+
+
+def test_several_teachers_have_gpus_one_after_the_other(machine, tmp_path):
+    files = []
+    for name, more in (("math", "teacher-sglang-tp-size: 2"), ("code", "teacher-gpu-ids: [4]"), ("rest", "")):
+        file = tmp_path / f"{name}.yaml"
+        domains = "" if name == "rest" else f"domains: [{name}]\n"
+        file.write_text(f"{domains}teacher-placement: server\nteacher-hf-checkpoint: t\n{more}\n")
+        files.append(str(file))
+    config = parse([*flags(tmp_path, tmp_path / "run"), "--teacher-config", *files])
+    machine(3)
+    problems = Problems()
+    gpus = assign_gpus(config, problems)
+    assert gpus.teachers == {"teacher-math": (3, 5), "teacher-code": (4,), "teacher-rest": (6,)}
+    assert not problems.errors and not problems.warnings
+    machine(6)
+    assign_gpus(config, problems)
+    assert [error for error in problems.errors if files[2] in error] == problems.errors and len(problems.errors) == 1
+    assert "need 1 GPUs of their own" in problems.errors[0] and "leave 0" in problems.errors[0]
+    assert problems.warnings[0].startswith(
+        f"--teacher-config {files[1]}: --teacher-gpu-ids 4: ranks or rollout engines"
+    )
+
+
+def test_other_machines_have_engines_and_no_teacher(machine, tmp_path):
+    machine(7, node=1, nodes=2)
+    found = _assign(tmp_path, **ENGINES, **TEACHER, rollout_num_engines_per_node=1, teacher_num_servers=9)
+    assert found.gpus == ServerGpus(engines=(0,), teachers={"teacher": ()}) and not found.errors
+
+
+def test_every_machine_numbers_its_gpus_anew(machine, tmp_path):
+    machine(4, nodes=2)
+    changes = {"rollout_num_gpus_per_node": 4, "rollout_num_engines_per_node": 2, "sglang_tp_size": 2}
+    config = parse(flags(tmp_path, tmp_path / "run", **ENGINES, sglang_python=__file__, **changes))
+    gpus = assign_gpus(config, Problems()).engines
+
+    class Student:
+        hf_dir = tmp_path
+
+    made = sglang_settings(config, Student(), gpus)
+    assert made.num_servers == 4 and [made.node_of(index) for index in range(4)] == [0, 0, 1, 1]
+    assert [made.gpus_of(index) for index in range(4)] == [(4, 5), (6, 7), (4, 5), (6, 7)]
+
+
+def test_without_gpus_only_names_count(tmp_path):
+    assert _assign(tmp_path, **ENGINES, rollout_num_engines=99).gpus == ServerGpus()
+    named = _assign(tmp_path, **ENGINES, **TEACHER, rollout_gpu_ids="77", teacher_gpu_ids="78")
+    assert named.gpus == ServerGpus(engines=(77,), teachers={"teacher": (78,)}) and not named.errors
+
+
+def test_a_run_compares_its_roles_with_the_machine(machine, tmp_path):
+    """The whole check of a run, as every rank makes it."""
+    world = make_world(tmp_path / "world")
+    machine(2)
+
+    def spec(**changes):
+        argv = flags(world, tmp_path / "run", **ENGINES, **TEACHER, sglang_python=__file__, **changes)
+        return make_run_spec(parse(argv), 2)
+
+    made = spec(rollout_num_gpus_per_node=4, rollout_num_engines=4, teacher_num_servers=2, student_world_size=2)
+    assert sglang_settings(made.config, made.models.student, made.gpus.engines).gpus_of(3) == (7,)
+    teacher = made.models.teachers[0]
+    assert teacher_server_settings(teacher, made.gpus.teachers[teacher.role]).gpus_of(1) == (3,)
+    with pytest.raises(ConfigError) as error:
+        spec(rollout_num_gpus_per_node=7, rollout_num_engines=7, student_world_size=4)
+    assert "--rollout-num-gpus-per-node 7 and the 2 ranks" in str(error.value)
+    assert (
+        "--student-world-size 4: torchrun started 2 ranks, so the student has 2: change one of them, or "
+        "--nproc-per-node or --nnodes"
+    ) in str(error.value)
+
+
+def test_ranks_of_the_student_beside_those_of_a_teacher(tmp_path):
+    world = make_world(tmp_path)
+    dedicated = {"teacher_placement": "dedicated", "teacher_world_size": 2}
+    argv = flags(world, tmp_path / "run", student_world_size=2, **dedicated)
+    assert [role.size for role in make_run_spec(parse(argv), 4).roles] == [2, 2]
+    with pytest.raises(ConfigError, match=r"started 8 ranks, of which 2 are teachers' \(--teacher-world-size\), so"):
+        make_run_spec(parse(argv), 8)
+
+
+def test_the_flags_stand_together_in_the_help():
+    groups = {group.title: group for group in make_parser()._action_groups}
+    assert {option for action in groups[BY_ROLE]._group_actions for option in action.option_strings} == {
+        "--student-world-size", "--teacher-world-size", "--teacher-num-servers", "--teacher-gpu-ids",
+        "--rollout-num-engines", "--rollout-num-engines-per-node", "--rollout-num-gpus-per-node", "--rollout-gpu-ids",
+    }  # fmt: skip
