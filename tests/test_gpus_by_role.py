@@ -153,6 +153,11 @@ def test_other_machines_have_engines_and_no_teacher(machine, tmp_path):
     machine(7, node=1, nodes=2)
     found = _assign(tmp_path, **ENGINES, **TEACHER, rollout_num_engines_per_node=1, teacher_num_servers=9)
     assert found.gpus == ServerGpus(engines=(0,), teachers={"teacher": ()}) and not found.errors
+    machine(8, node=1, nodes=2)
+    engines_of_rank_0 = {**ENGINES, "rollout_num_engines": 4, "rollout_num_gpus_per_node": 4}
+    assert not _assign(tmp_path, **engines_of_rank_0).errors
+    machine(8, nodes=2)
+    assert "need 12 GPUs; it has 8" in _assign(tmp_path, **engines_of_rank_0).message
 
 
 def test_every_machine_numbers_its_gpus_anew(machine, tmp_path):

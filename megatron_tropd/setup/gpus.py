@@ -22,7 +22,7 @@ from megatron_tropd.sglang.server_flags import ENGINE_FLAGS, TEACHER_FLAGS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerGpus:
-    """GPUs of the servers that this run starts, by number as this process sees them; () leaves the choice to SGLang."""
+    """GPUs of the servers that run on this machine, by number as this process sees them; () leaves them to SGLang."""
 
     engines: tuple[int, ...] = ()
     teachers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -80,7 +80,10 @@ def _numbers(given: Sequence[str], flag: str) -> tuple[int, ...]:
 
 
 def _starts_engines(config: TrainConfig) -> bool:
-    return config.engine.rollout_engine == "sglang" and not config.engine.rollout_engine_urls
+    """Whether this run starts engines on this machine: on every one, or on that of rank 0."""
+    engine = config.engine
+    here = engine.rollout_num_engines_per_node or node() == 0
+    return bool(engine.rollout_engine == "sglang" and not engine.rollout_engine_urls and here)
 
 
 def _serving(config: TrainConfig) -> dict[str, TrainConfig]:
