@@ -9,8 +9,15 @@ from pathlib import Path
 
 def num_threads() -> int:
     """Of gloo: one of a group's connections, and those that carry out its collectives."""
-    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
-    return sum("gloo" in name for name in names)
+    return sum("gloo" in _name(task) for task in Path("/proc/self/task").iterdir())
+
+
+def _name(task: Path) -> str:
+    """Name of a thread; "" of one that ended since it was listed."""
+    try:
+        return (task / "comm").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def main() -> None:
