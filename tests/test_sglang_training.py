@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,11 +16,13 @@ from megatron_tropd.setup.problems import Problems
 from megatron_tropd.setup.run_spec import make_run_spec
 from megatron_tropd.training.parity import ParityAlarm, ParityError, probe_sequences
 from megatron_tropd.types import Prompt
+from tests.routers import routing, unavailable
 from tests.sglang_helpers import KEYS, PYTHON
 from tests.tiny_run import flags, make_world
 from tests.torchrun_jobs import process, start, wait_for_steps
 
 pytestmark = pytest.mark.slow
+NO_ROUTER = unavailable()
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,8 @@ def test_a_run_with_lag_on_a_server_that_is_killed_while_it_writes_the_next_batc
 
 
 def _steps_then_other_weights(argv):
-    """On this rank: the metrics of every step, and what a push of weights that were not trained comes to."""
+    """On this rank: the metrics of every step, what a push of weights that were not trained comes to, and whether a
+    router answered prompts."""
     import torch.distributed as dist
 
     from megatron_tropd.setup.assemble import assemble, close
@@ -101,14 +105,19 @@ def _steps_then_other_weights(argv):
         run.student.version += 1
         with pytest.raises(ParityError) as error:
             push_weights(replace(run, export=other))
+        fleet = run.engines._fleet  # of rank 0
+        routed = fleet is not None and fleet.router is not None and fleet.router.received_bytes > 0
     finally:
         close(assembled)
-    return steps, str(error.value)
+    return steps, str(error.value), routed
 
 
-def test_servers_given_by_url_and_weights_that_were_not_trained(ranks, sglang, world, tmp_path):
-    """Two servers of somebody else, weights as bytes.  Whole and hashed as they were sent, wrong weights are still
-    found before anything is written by them."""
+@pytest.mark.parametrize(
+    "router", [False, pytest.param(True, marks=pytest.mark.skipif(bool(NO_ROUTER), reason=NO_ROUTER))]
+)
+def test_servers_given_by_url_and_weights_that_were_not_trained(ranks, sglang, world, tmp_path, router):
+    """Two servers of somebody else, with a router before them or without, weights as bytes.  Whole and hashed as they
+    were sent, wrong weights are still found before anything is written by them."""
     keys = tmp_path / "keys.yaml"
     keys.write_text(f"api-key: {KEYS.api}\nadmin-api-key: {KEYS.admin}\n")
     keys.chmod(0o600)
@@ -116,9 +125,12 @@ def test_servers_given_by_url_and_weights_that_were_not_trained(ranks, sglang, w
         world, tmp_path / "run", hf_checkpoint=sglang.settings.hf_dir, train_iters=2, tensor_model_parallel_size=2,
         rollout_engine="sglang", sglang_key_file=keys, parity_limit=1e-4,
     )  # fmt: skip
-    argv += ["--rollout-engine-urls", *(engine.server.url for engine in sglang.engines)]
-    (steps, message), _ = ranks(2).run(_steps_then_other_weights, argv)
-    assert all(metrics["parity/logprob_abs_diff_max"] <= 1e-4 for metrics in steps)
+    urls = [engine.server.url for engine in sglang.engines]
+    argv += ["--rollout-engine-urls", *urls]
+    with routing(urls, tmp_path / "log", key=KEYS.api) if router else contextlib.nullcontext() as before:
+        argv += ["--rollout-router-url", before.url] if before else []
+        (steps, message, routed), _ = ranks(2).run(_steps_then_other_weights, argv)
+    assert all(metrics["parity/logprob_abs_diff_max"] <= 1e-4 for metrics in steps) and routed == router
     assert "weight version 3, engine 0" in message and "above --parity-limit 0.0001" in message
 
 
