@@ -89,6 +89,29 @@ def test_what_is_allowed_is_shown_once(ranks, world, run):
     assert "--lr" not in printed and "--tensor-model-parallel-size: 2 -> 1" in printed
 
 
+@pytest.mark.parametrize(
+    ("changes", "new"),
+    [
+        ({"use_distributed_optimizer": True, "allow_changed_run": True}, "--use-distributed-optimizer"),
+        ({"bf16": True}, "--no-use-distributed-optimizer --bf16"),
+    ],
+)
+def test_optimizer_state_of_another_form_is_refused(ranks, world, run, changes, new):
+    """Megatron's own errors for it are a KeyError or hundreds of unexpected keys."""
+    error, _, _ = _resume(ranks, world, run, **changes)
+    assert f"is that of --no-use-distributed-optimizer --no-bf16, and {new} cannot read it: give the former" in error
+
+
+def test_the_distributed_optimizers_state_serves_both_precisions(ranks, world, tmp_path):
+    argv = {"use_distributed_optimizer": True, "save_interval": 1}
+    ((error, *_),) = ranks(1).run(_train, flags(world, tmp_path / "run", **argv), STOP)
+    assert error is None
+    error, printed, step = _resume(ranks, world, tmp_path / "run", bf16=True, **argv)
+    assert error is None and step == STOP + 1 and "--bf16: False -> True" in printed
+    error, _, _ = _resume(ranks, world, tmp_path / "run", bf16=True)
+    assert "is that of --use-distributed-optimizer, and --no-use-distributed-optimizer --bf16 cannot read it" in error
+
+
 def test_an_allowed_change_goes_on_and_is_what_the_next_resume_compares_with(ranks, world, run):
     changes = {"objective": "opd", "seed": 8}
     error, printed, step = _resume(ranks, world, run, **changes, allow_changed_run=True)

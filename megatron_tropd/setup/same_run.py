@@ -2,7 +2,7 @@
 
 Every setting is in one of three groups.  Method, data, models, rewards and seed make an experiment: a change is refused
 without --allow-changed-run.  Everything else may change and is shown, one line per flag: layout, engines, intervals,
-length, optimizer.  Where a run writes and reads its checkpoints is not compared.
+length, optimizer (but not the form of its state).  Where a run writes and reads its checkpoints is not compared.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def find_origin(spec: RunSpec, checkpoints: Checkpoints) -> Origin:
     if before is None:
         note = f"the checkpoint ({where}) does not record its settings; whether they changed is not known"
         return Origin(start_step=origin[1], record=record, before=None, new_prompts=True, notes=(note,))
+    _check_optimizer(before, record, where)
     changes = compare(before, record)
     if changes.refused and not config.checkpoint.allow_changed_run:
         refused = "".join(f"\n      {line}" for line in changes.refused)
@@ -94,6 +95,34 @@ def find_origin(spec: RunSpec, checkpoints: Checkpoints) -> Origin:
     notes = (f"changed since the checkpoint ({where}):" + "".join(f"\n  {line}" for line in lines),) if lines else ()
     new_prompts = before.settings.get("prompt-data") != record.settings["prompt-data"]
     return Origin(start_step=origin[1], record=record, before=before, new_prompts=new_prompts, notes=notes)
+
+
+def _check_optimizer(before: RunRecord, now: RunRecord, where: str) -> None:
+    """Compare what Megatron's optimizers save: each of the three forms is read by its own kind only.
+
+    Raises:
+        ConfigError: the checkpoint's is another than this launch's.
+    """
+    defaults = to_flags(TrainConfig())
+    forms = []
+    for record in (before, now):
+        distributed, bf16 = (
+            record.settings.get(name, defaults[name]) for name in ("use-distributed-optimizer", "bf16")
+        )
+        forms.append(
+            "--use-distributed-optimizer"
+            if distributed
+            else f"--no-use-distributed-optimizer --{'' if bf16 else 'no-'}bf16"
+        )
+    old, new = forms
+    if old != new:
+        raise ConfigError(
+            [
+                f"the optimizer state of the checkpoint ({where}) is that of {old}, and {new} cannot read it: give the "
+                "former, or start a new run with another --run-dir from its weights (give the checkpoint directory to "
+                "--pretrained-checkpoint)"
+            ]
+        )
 
 
 def describe_run(spec: RunSpec, digests: dict[str, str]) -> RunRecord:
