@@ -81,7 +81,9 @@ def test_a_run_with_lag_on_a_server_that_is_killed_while_it_writes_the_next_batc
     lags = [step["metrics"]["rollout/lag_mean"] for step in steps]
     assert lags[0] == 0 and lags[1] == 1 and all(0 <= lag <= 1 for lag in lags)
     assert steps[-1]["metrics"]["engine/restarts"] >= 1
-    assert all(step["metrics"]["parity/probe_abs_diff_mean"] <= 1e-4 for step in steps[1:-1])
+    gaps = [step["metrics"].get("parity/probe_abs_diff_mean") for step in steps[1:-1]]
+    # A server that was given its weights again for what it had not written needs no push before the next batch.
+    assert gaps.count(None) <= 1 and all(gap <= 1e-4 for gap in gaps if gap is not None), gaps
 
 
 def _steps_then_other_weights(argv):
