@@ -13,6 +13,7 @@ import pytest
 
 from tests.sglang_helpers import KEYS, PYTHON
 from tests.tiny_run import flags, make_world
+from tests.torchrun_jobs import command_of
 from tests.two_machines import Machine, two_machines, unavailable
 
 pytestmark = [pytest.mark.slow, pytest.mark.servers]
@@ -36,15 +37,15 @@ def _processes(machine: Machine) -> list[psutil.Process]:
 def _server(machine: Machine) -> psutil.Process:
     """The leader of the process group of the machine's SGLang server."""
     for process in _processes(machine):
-        if any("launch.py" in word for word in process.cmdline()) and os.getpgid(process.pid) == process.pid:
+        if any("launch.py" in word for word in command_of(process)) and os.getpgid(process.pid) == process.pid:
             return process
     raise AssertionError("the second machine has no server")
 
 
 def _left(machines) -> list[list[str]]:
-    """Command lines of what still runs after the end; killed servers are given a moment."""
+    """Command lines of what still runs after the end (a zombie has none); killed servers are given a moment."""
     deadline = time.monotonic() + 30
-    while left := [p.cmdline() for machine in machines for p in _processes(machine) if p.status() != "zombie"]:
+    while left := [words for machine in machines for p in _processes(machine) if (words := command_of(p))]:
         if time.monotonic() > deadline:
             break
         time.sleep(0.2)

@@ -100,4 +100,12 @@ def wait_for_steps(metrics: Path, count: int, job, timeout: float = 150.0) -> in
 def process(launcher: int, word: str) -> int:
     """A process under ``launcher`` whose command line holds ``word``."""
     children = psutil.Process(launcher).children(recursive=True)
-    return next(p.pid for p in children if any(word in argument for argument in p.cmdline()))
+    return next(p.pid for p in children if any(word in argument for argument in command_of(p)))
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    """The words of its command line; [] of a zombie, and if it ended since it was listed."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
