@@ -70,10 +70,10 @@ def ranks():
 @pytest.fixture(scope="session")
 def sglang(tmp_path_factory, ranks):
     """Two real SGLang servers with a pool on them; each test pushes weights of its own."""
-    from tests.sglang_helpers import PYTHON, start_servers
+    from tests.sglang_helpers import NO_SGLANG, PYTHON, start_servers
 
     if not PYTHON.exists():
-        pytest.skip(f"{PYTHON} does not exist; `make sglang-env` makes SGLang's environment")
+        pytest.skip(NO_SGLANG)
     ranks.close()  # whoever needs ranks from here on starts them anew
     servers = start_servers(tmp_path_factory.mktemp("sglang"))
     yield servers

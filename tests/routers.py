@@ -9,23 +9,27 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
+import pytest
+
 from tests.ranks import free_port
-from tests.sglang_helpers import PYTHON
+from tests.sglang_helpers import NO_SGLANG, PYTHON
 
 START_S = 120.0
 
 
-@cache
-def unavailable() -> str:
+def _unavailable() -> str:
     """Why there is no router here; empty if there is one."""
     if not PYTHON.exists():
-        return f"{PYTHON} does not exist; `make sglang-env` makes it"
+        return NO_SGLANG
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang_router') is None)"
     done = subprocess.run([PYTHON, "-c", look], timeout=60, check=False)
     return "" if done.returncode == 0 else "SGLang's environment has no sglang-router (requirements/sglang-cpu.txt)"
+
+
+_REASON = _unavailable()
+needs_router = pytest.mark.skipif(bool(_REASON), reason=_REASON)
 
 
 @dataclass(frozen=True)

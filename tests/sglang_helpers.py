@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from megatron_tropd.models.architecture import Architecture
@@ -17,6 +18,8 @@ from megatron_tropd.weights.engine_loader import LOADER
 from tests.hf_models import VOCAB_SIZE, make_hf_model, save_hf_checkpoint
 
 PYTHON = Path(__file__).resolve().parent.parent / ".venv-sglang" / "bin" / "python"
+NO_SGLANG = f"{PYTHON} does not exist; `make sglang-env` makes it"
+needs_sglang = pytest.mark.skipif(not PYTHON.exists(), reason=NO_SGLANG)
 KEYS = Keys(api="test-key-for-generation", admin="test-key-for-weights")
 STOP = 2
 

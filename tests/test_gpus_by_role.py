@@ -142,8 +142,8 @@ def test_several_teachers_have_gpus_one_after_the_other(machine, tmp_path):
     assert not problems.errors and not problems.warnings
     machine(6)
     assign_gpus(config, problems)
-    assert [error for error in problems.errors if files[2] in error] == problems.errors and len(problems.errors) == 1
-    assert "need 1 GPUs of their own" in problems.errors[0] and "leave 0" in problems.errors[0]
+    (error,) = problems.errors
+    assert files[2] in error and "need 1 GPUs of their own" in error and "leave 0" in error
     assert problems.warnings[0].startswith(
         f"--teacher-config {files[1]}: --teacher-gpu-ids 4: ranks or rollout engines"
     )
@@ -153,6 +153,10 @@ def test_other_machines_have_engines_and_no_teacher(machine, tmp_path):
     machine(7, node=1, nodes=2)
     found = _assign(tmp_path, **ENGINES, **TEACHER, rollout_num_engines_per_node=1, teacher_num_servers=9)
     assert found.gpus == ServerGpus(engines=(0,), teachers={"teacher": ()}) and not found.errors
+    machine(4, node=1, nodes=2)
+    shared = {"rollout_num_engines_per_node": 4, "rollout_num_gpus_per_node": 4, "teacher_gpu_ids": "7"}
+    found = _assign(tmp_path, **ENGINES, **TEACHER, **shared)
+    assert not found.errors and not found.warnings, "the teacher is on another machine"
     machine(8, node=1, nodes=2)
     engines_of_rank_0 = {**ENGINES, "rollout_num_engines": 4, "rollout_num_gpus_per_node": 4}
     assert not _assign(tmp_path, **engines_of_rank_0).errors
@@ -192,7 +196,7 @@ def test_a_run_compares_its_roles_with_the_machine(machine, tmp_path):
     made = spec(rollout_num_gpus_per_node=4, rollout_num_engines=4, teacher_num_servers=2, student_world_size=2)
     assert sglang_settings(made.config, made.models.student, made.gpus.engines).gpus_of(3) == (7,)
     teacher = made.models.teachers[0]
-    assert teacher_server_settings(teacher, made.gpus.teachers[teacher.role]).gpus_of(1) == (3,)
+    assert teacher_server_settings(teacher, made.gpus.of_teacher(teacher.role)).gpus_of(1) == (3,)
     with pytest.raises(ConfigError) as error:
         spec(rollout_num_gpus_per_node=7, rollout_num_engines=7, student_world_size=4)
     assert "--rollout-num-gpus-per-node 7 and the 2 ranks" in str(error.value)

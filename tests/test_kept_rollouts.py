@@ -8,16 +8,12 @@ import signal
 import pytest
 
 from megatron_tropd.teacher.scorer import ScorerError
-from tests.sglang_helpers import PYTHON
+from tests.sglang_helpers import needs_sglang
 from tests.teacher_servers import serving
 from tests.tiny_run import flags, make_world, reports_here
 from tests.torchrun_jobs import start, wait_for_steps
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.servers,
-    pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} does not exist; `make sglang-env` makes it"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.servers, needs_sglang]
 
 TOTAL = 5
 

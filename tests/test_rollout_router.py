@@ -15,12 +15,11 @@ from megatron_tropd.models.hf_config import load_architecture
 from megatron_tropd.sglang.settings import ServerSettings, SGLangSettings
 from tests.hf_models import VOCAB_SIZE, make_hf_model, save_hf_checkpoint
 from tests.ranks import free_port
-from tests.routers import routing, unavailable
+from tests.routers import needs_router, routing
 from tests.sglang_helpers import KEYS, Student, check_rollouts, make_pool, params, requests_of
 from tests.teacher_servers import settings_of
 
 FLAG = "--rollout-router-url"
-real = pytest.mark.skipif(bool(_REASON := unavailable()), reason=_REASON)
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def _check(sglang, pool, version, requests) -> None:
     assert check_rollouts(rollouts, requests, sglang.student.model, version) < 1e-5
 
 
-@real
+@needs_router
 def test_prompts_go_to_the_router_and_weights_to_the_servers(sglang, routed):
     pool, _ = routed
     requests = requests_of(10, samples=3, max_new=20)
@@ -59,7 +58,7 @@ def test_prompts_go_to_the_router_and_weights_to_the_servers(sglang, routed):
     assert not any(engine.prompts_in_flight for engine in fleet.engines) and not any(pool.counts.values()), pool.counts
 
 
-@real
+@needs_router
 def test_a_server_behind_it_with_other_weights_gets_them_before_more_is_written(sglang, routed):
     pool, _ = routed
     version = _push(sglang, pool)
@@ -71,7 +70,7 @@ def test_a_server_behind_it_with_other_weights_gets_them_before_more_is_written(
     assert {engine.version for engine in pool._fleet.engines} == {version}
 
 
-@real
+@needs_router
 def test_a_router_that_is_killed_is_named(sglang, routed):
     pool, router = routed
     version = _push(sglang, pool)
@@ -84,7 +83,7 @@ def test_a_router_that_is_killed_is_named(sglang, routed):
     assert not any(pool.counts.values()), "the servers have no part in it"
 
 
-@real
+@needs_router
 def test_a_server_that_is_killed_behind_it_loses_nothing(sglang, routed):
     pool, _ = routed
     version = _push(sglang, pool)

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 
-from tests.sglang_helpers import PYTHON
+from tests.sglang_helpers import PYTHON, needs_sglang
 
 pytestmark = pytest.mark.slow
 
@@ -44,9 +44,8 @@ print(json.dumps({
 """
 
 
+@needs_sglang
 def test_the_stand_ins_refuse_every_call():
-    if not PYTHON.exists():
-        pytest.skip(f"{PYTHON} does not exist; `make sglang-env` makes SGLang's environment")
     result = subprocess.run([str(PYTHON), "-c", _SCRIPT], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)

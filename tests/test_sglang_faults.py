@@ -10,9 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-import pytest
-
-from tests.sglang_helpers import PYTHON, check_rollouts, params, reference_logprobs, requests_of
+from tests.sglang_helpers import PYTHON, check_rollouts, needs_sglang, params, reference_logprobs, requests_of
 
 
 def _kill_when_busy(sglang, victims) -> threading.Thread:
@@ -108,9 +106,8 @@ time.sleep(600)
 """
 
 
+@needs_sglang
 def test_a_server_ends_with_its_trainer_even_if_that_is_killed(tmp_path):
-    if not PYTHON.exists():
-        pytest.skip(f"{PYTHON} does not exist; `make sglang-env` makes SGLang's environment")
     arguments = [sys.executable, "-c", _TRAINER, str(tmp_path), str(PYTHON)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as trainer:
         leader = int(trainer.stdout.readline())

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.sglang_helpers import PYTHON, needs_sglang
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
 CASES = (
     {"family": "qwen3", "tp": 4},  # two key/value heads on four ranks
     {"family": "qwen3", "tp": 1, "tie_word_embeddings": True},
@@ -28,9 +29,7 @@ CASES = (
 )
 
 
-@pytest.mark.skipif(
-    not PYTHON.exists(), reason=f"{PYTHON} does not exist; `make sglang-env` makes SGLang's environment"
-)
+@needs_sglang
 def test_sglang_loads_every_parameter_of_every_rank_into_our_boxes():
     done = subprocess.run(
         [str(PYTHON), "-m", "tests.sglang_modules", *map(json.dumps, CASES)], cwd=ROOT, capture_output=True, text=True,

@@ -16,13 +16,12 @@ from megatron_tropd.setup.problems import Problems
 from megatron_tropd.setup.run_spec import make_run_spec
 from megatron_tropd.training.parity import ParityAlarm, ParityError, probe_sequences
 from megatron_tropd.types import Prompt
-from tests.routers import routing, unavailable
-from tests.sglang_helpers import KEYS, PYTHON
+from tests.routers import needs_router, routing
+from tests.sglang_helpers import KEYS, PYTHON, needs_sglang
 from tests.tiny_run import flags, make_world
 from tests.torchrun_jobs import process, start, wait_for_steps
 
 pytestmark = pytest.mark.slow
-NO_ROUTER = unavailable()
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def _steps_with_a_killed_server(argv, run_dir, tmp_path):
     return [r for r in map(json.loads, metrics.read_text().splitlines()) if r["kind"] == "step"], job.output
 
 
-@pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} does not exist; `make sglang-env` makes it")
+@needs_sglang
 @pytest.mark.parametrize("transport", ["auto", "planned", "planned-shared"])
 def test_a_run_on_a_server_that_is_killed_in_the_middle(world, tmp_path, transport):
     """The server comes back with the weights of the step; every step is made once, on tokens of its own weights."""
@@ -71,7 +70,7 @@ def test_a_run_on_a_server_that_is_killed_in_the_middle(world, tmp_path, transpo
     assert "planned update" not in output, "sent whole tensors instead"
 
 
-@pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} does not exist; `make sglang-env` makes it")
+@needs_sglang
 def test_a_run_with_lag_on_a_server_that_is_killed_while_it_writes_the_next_batch(world, tmp_path):
     """What was not written yet is written by the weights that the trainer has when it asks for the batch."""
     run_dir, num_steps = tmp_path / "run", 8
@@ -114,9 +113,7 @@ def _steps_then_other_weights(argv):
     return steps, str(error.value), routed
 
 
-@pytest.mark.parametrize(
-    "router", [False, pytest.param(True, marks=pytest.mark.skipif(bool(NO_ROUTER), reason=NO_ROUTER))]
-)
+@pytest.mark.parametrize("router", [False, pytest.param(True, marks=needs_router)])
 def test_servers_given_by_url_and_weights_that_were_not_trained(ranks, sglang, world, tmp_path, router):
     """Two servers of somebody else, with a router before them or without, weights as bytes.  Whole and hashed as they
     were sent, wrong weights are still found before anything is written by them."""

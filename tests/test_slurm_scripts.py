@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.sglang_helpers import KEYS, PYTHON
+from tests.sglang_helpers import KEYS, PYTHON, needs_sglang
 from tests.tiny_run import flags, make_world
 from tests.torchrun_jobs import command_of, wait_for, wait_for_steps
 
@@ -210,7 +210,7 @@ def test_some_nodes_must_train_and_some_must_write(tmp_path, engine_nodes):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} does not exist; `make sglang-env` makes it")
+@needs_sglang
 def test_engines_on_a_node_of_their_own(world, tmp_path):
     """A real server on the second node, with keys, which ends with the job; no log shows a key."""
     _write_config(tmp_path, world)

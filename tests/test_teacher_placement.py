@@ -40,7 +40,7 @@ def test_flags_become_the_settings_and_the_command_line_of_a_server(world, tmp_p
     assert dict(spec.config.teacher_sglang_flags) == {"ep-size": ("2",), "quantization": ("fp8",)}
     assert dict(spec.config.sglang_flags) == {"log-level": ("error",)}
     assert to_flags(spec.config)["teacher-sglang-ep-size"] == "2"
-    settings = teacher_server_settings(spec.models.teachers[0], spec.gpus.teachers["teacher"])
+    settings = teacher_server_settings(spec.models.teachers[0], spec.gpus.of_teacher("teacher"))
     words = server_arguments(settings, 1, 4000, 128)
     for pair in ("--load-format auto", "--tp-size 2", "--ep-size 2", "--quantization fp8", "--dtype float32"):
         assert pair in " ".join(words), pair

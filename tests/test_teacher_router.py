@@ -15,11 +15,10 @@ import pytest
 from megatron_tropd.errors import EngineError
 from tests.hf_models import VOCAB_SIZE, save_hf_checkpoint
 from tests.ranks import free_port
-from tests.routers import routing, unavailable
+from tests.routers import needs_router, routing
 from tests.teacher_servers import Fleet, check_scores, model_of, rollouts_to_score, serving, settings_of
 
-_REASON = unavailable()
-pytestmark = [pytest.mark.slow, pytest.mark.servers, pytest.mark.skipif(bool(_REASON), reason=_REASON)]
+pytestmark = [pytest.mark.slow, pytest.mark.servers, needs_router]
 
 TEXT = [[3, 9, 20, 4], [5, 6]]
 

@@ -18,17 +18,13 @@ from megatron_tropd.teacher.scorer import ScorerError
 from megatron_tropd.teacher.server.top_k import SPARE
 from megatron_tropd.types import Rollout, ScoreRequest
 from tests.hf_models import VOCAB_SIZE, make_hf_model
-from tests.routers import routing, unavailable
-from tests.sglang_helpers import PYTHON
+from tests.routers import needs_router, routing
+from tests.sglang_helpers import PYTHON, needs_sglang
 from tests.teacher_servers import model_of, serving, settings_of
 from tests.tiny_run import flags, make_world, reports_here
 from tests.torchrun_jobs import process, start, wait_for_steps
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.servers,
-    pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} does not exist; `make sglang-env` makes it"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.servers, needs_sglang]
 
 TOP_K = 7
 TOLERANCE = 1e-5
@@ -232,7 +228,7 @@ def test_a_run_has_the_losses_of_a_colocated_teacher(ranks, world, teacher_serve
     assert there[0].metrics["teacher/wait_s"] >= 0 and there[0].metrics["teacher/scored_tokens"] > 0
 
 
-@pytest.mark.skipif(bool(_NO_ROUTER := unavailable()), reason=_NO_ROUTER)
+@needs_router
 def test_a_run_behind_a_router_has_the_losses_of_a_colocated_teacher(ranks, world, teacher_servers, tmp_path, measured):
     changes = {"train_iters": STEPS, "tensor_model_parallel_size": 2}
     here = ranks(2).run(reports_here, flags(world, tmp_path / "here", **changes))[0]

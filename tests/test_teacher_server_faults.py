@@ -16,15 +16,11 @@ from megatron_tropd.sglang.loop_thread import LoopThread
 from megatron_tropd.teacher.server.fleet import TeacherFleet
 from megatron_tropd.types import ScoreRequest
 from tests.hf_models import VOCAB_SIZE, make_hf_model, save_hf_checkpoint
-from tests.sglang_helpers import PYTHON, reference_logprobs
+from tests.sglang_helpers import needs_sglang, reference_logprobs
 from tests.sglang_replies import FakeEngine, Reply, answer, http
 from tests.teacher_servers import Fleet, check_scores, model_of, rollouts_to_score, settings_of
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.servers,
-    pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} does not exist; `make sglang-env` makes it"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.servers, needs_sglang]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,11 @@ class ServerGpus:
 
     engines: tuple[int, ...] = ()
     teachers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """By the teacher's role."""
+    """By the role of a teacher whose servers are started."""
+
+    def of_teacher(self, role: str) -> tuple[int, ...]:
+        """GPUs of the servers of the teacher ``role``."""
+        return self.teachers.get(role, ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +54,11 @@ def assign_gpus(config: TrainConfig, problems: Problems) -> ServerGpus:
             named[role] = problems.attempt(lambda ids=ids: _numbers(ids, TEACHER_FLAGS.gpu_ids)) or ()  # type: ignore[misc]
     if machine is None or len(problems.errors) > before:
         return ServerGpus(engines=named_engines, teachers=named)
-    engines = named_engines
-    if _starts_engines(config):
-        engines = named_engines or _engines_by_number(config, machine, problems)
-        _check_exist(named_engines, ENGINE_FLAGS.gpu_ids, machine, problems)
-    teachers = _teachers(config, machine, engines, named, problems)
-    _check_shared(config, machine, ServerGpus(engines=engines, teachers=named), problems)
-    return ServerGpus(engines=engines, teachers=teachers)
+    engines = _engines(config, named_engines, machine, problems) if _starts_engines(config) else named_engines
+    if node() == 0:  # the teachers' servers are here
+        _check_shared(config, machine, engines, named, problems)
+        named = _teachers(config, machine, engines, named, problems)
+    return ServerGpus(engines=engines, teachers=named)
 
 
 def _this_machine() -> _Machine | None:
@@ -95,8 +97,13 @@ def _serving(config: TrainConfig) -> dict[str, TrainConfig]:
     }
 
 
-def _engines_by_number(config: TrainConfig, machine: _Machine, problems: Problems) -> tuple[int, ...]:
-    """Return the machine's last GPUs if the engines have some for themselves, else the first, which the ranks have."""
+def _engines(
+    config: TrainConfig, named: tuple[int, ...], machine: _Machine, problems: Problems
+) -> tuple[int, ...]:  # fmt: skip
+    """Return the GPUs named, the machine's last if the engines have some for themselves, or the first, the ranks'."""
+    if named:
+        _check_exist(named, ENGINE_FLAGS.gpu_ids, machine, problems)
+        return named
     engine = config.engine
     number = engine.rollout_num_engines_per_node or engine.rollout_num_engines
     need = number * engine.sglang_tp_size
@@ -119,8 +126,6 @@ def _teachers(
     problems: Problems,
 ) -> dict[str, tuple[int, ...]]:  # fmt: skip
     """Return the GPUs of each teacher's servers: those named, or the next that nobody has."""
-    if node() != 0:  # they are started on the machine of rank 0
-        return dict(named)
     taken = {*range(machine.ranks), *engines, *(gpu for gpus in named.values() for gpu in gpus)}
     free = [gpu for gpu in range(machine.gpus) if gpu not in taken]
     given: dict[str, tuple[int, ...]] = {}
@@ -149,19 +154,21 @@ def _check_exist(gpus: Sequence[int], flag: str, machine: _Machine, problems: Pr
     )
 
 
-def _check_shared(config: TrainConfig, machine: _Machine, gpus: ServerGpus, problems: Problems) -> None:
+def _check_shared(
+    config: TrainConfig, machine: _Machine, engines: Sequence[int], named: Mapping[str, tuple[int, ...]],
+    problems: Problems,
+) -> None:  # fmt: skip
     """Refuse what takes GPUs that the engines have for themselves, and warn of others that are shared by name."""
     alone = config.engine.rollout_num_gpus_per_node if _starts_engines(config) else 0
-    ranks, engines = set(range(machine.ranks)), set(gpus.engines)
-    for role, named in gpus.teachers.items():
+    for role, gpus in named.items():
         with problems.named(config.file_of(role)):
-            both = _words(engines & set(named))
+            both = _words({*engines} & {*gpus})
             problems.require(
                 not (alone and both),
                 f"{TEACHER_FLAGS.gpu_ids} {both}: the rollout engines have the last {alone} GPUs for themselves "
                 "(--rollout-num-gpus-per-node); name others",
             )
-            if shared := _words((engines | ranks) & set(named)):
+            if shared := _words({*engines, *range(machine.ranks)} & {*gpus}):
                 problems.warnings.append(
                     f"{TEACHER_FLAGS.gpu_ids} {shared}: ranks or rollout engines are there too; keep the servers' "
                     "memory low enough for all: --teacher-sglang-mem-fraction-static, --sglang-mem-fraction-static"

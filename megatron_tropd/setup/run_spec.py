@@ -78,8 +78,9 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     for teacher in models.teachers:
         if teacher.placement == "server":
             with problems.named(config.file_of(teacher.role)):
-                ids = gpus.teachers.get(teacher.role, ())
-                problems.attempt(lambda teacher=teacher, ids=ids: teacher_server_settings(teacher, ids))  # type: ignore[misc]
+                problems.attempt(
+                    lambda teacher=teacher: teacher_server_settings(teacher, gpus.of_teacher(teacher.role))  # type: ignore[misc]
+                )
     check_engine_layout(config, models, problems)
     check_attention(config, models, problems)
     problems.attempt(lambda: _check_resume(config, models.student.arch))

@@ -103,18 +103,7 @@ def _check_optimizer(before: RunRecord, now: RunRecord, where: str) -> None:
     Raises:
         ConfigError: the checkpoint's is another than this launch's.
     """
-    defaults = to_flags(TrainConfig())
-    forms = []
-    for record in (before, now):
-        distributed, bf16 = (
-            record.settings.get(name, defaults[name]) for name in ("use-distributed-optimizer", "bf16")
-        )
-        forms.append(
-            "--use-distributed-optimizer"
-            if distributed
-            else f"--no-use-distributed-optimizer --{'' if bf16 else 'no-'}bf16"
-        )
-    old, new = forms
+    old, new = _optimizer_form(before), _optimizer_form(now)
     if old != new:
         raise ConfigError(
             [
@@ -123,6 +112,13 @@ def _check_optimizer(before: RunRecord, now: RunRecord, where: str) -> None:
                 "--pretrained-checkpoint)"
             ]
         )
+
+
+def _optimizer_form(record: RunRecord) -> str:
+    """Return the flags that decide in which form the optimizer's state is saved."""
+    if record.settings.get("use-distributed-optimizer"):
+        return "--use-distributed-optimizer"
+    return "--no-use-distributed-optimizer " + ("--bf16" if record.settings.get("bf16") else "--no-bf16")
 
 
 def describe_run(spec: RunSpec, digests: dict[str, str]) -> RunRecord:

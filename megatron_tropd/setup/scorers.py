@@ -65,7 +65,7 @@ def _dedicated(place: Place, teacher: TeacherSpec) -> Scorer:
 
 def _server(place: Place, teacher: TeacherSpec) -> Scorer:
     return ServerScorer(
-        teacher_server_settings(teacher, place.spec.gpus.teachers.get(teacher.role, ())),
+        teacher_server_settings(teacher, place.spec.gpus.of_teacher(teacher.role)),
         teacher_server_model(teacher, place.spec.tokens.common_vocab_size),
         agreement=place.spec.config.parity_limit,
     )
