@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_tropd.cli import ConfigError, make_parser, parse
 from megatron_tropd.config_fields import BY_ROLE
 from megatron_tropd.parallel import platform
-from megatron_tropd.setup.engine_settings import sglang_settings
+from megatron_tropd.setup import engines, scorers
 from megatron_tropd.setup.gpus import ServerGpus, assign_gpus
 from megatron_tropd.setup.problems import Problems
 from megatron_tropd.setup.run_spec import make_run_spec
-from megatron_tropd.setup.teacher_servers import teacher_server_settings
 from tests.sglang_helpers import KEYS
 from tests.tiny_run import flags, make_world
 
@@ -164,50 +164,61 @@ def test_other_machines_have_engines_and_no_teacher(machine, tmp_path):
     assert "need 12 GPUs; it has 8" in _assign(tmp_path, **engines_of_rank_0).message
 
 
-def test_every_machine_numbers_its_gpus_anew(machine, tmp_path):
-    machine(4, nodes=2)
-    changes = {"rollout_num_gpus_per_node": 4, "rollout_num_engines_per_node": 2, "sglang_tp_size": 2}
-    config = parse(flags(tmp_path, tmp_path / "run", **ENGINES, sglang_python=__file__, **changes))
-    gpus = assign_gpus(config, Problems()).engines
-
-    class Student:
-        hf_dir = tmp_path
-
-    made = sglang_settings(config, Student(), gpus)
-    assert made.num_servers == 4 and [made.node_of(index) for index in range(4)] == [0, 0, 1, 1]
-    assert [made.gpus_of(index) for index in range(4)] == [(4, 5), (6, 7), (4, 5), (6, 7)]
-
-
 def test_without_gpus_only_names_count(tmp_path):
     assert _assign(tmp_path, **ENGINES, rollout_num_engines=99).gpus == ServerGpus()
     named = _assign(tmp_path, **ENGINES, **TEACHER, rollout_gpu_ids="77", teacher_gpu_ids="78")
     assert named.gpus == ServerGpus(engines=(77,), teachers={"teacher": (78,)}) and not named.errors
 
 
-def test_a_run_compares_its_roles_with_the_machine(machine, tmp_path):
-    """The whole check of a run, as every rank makes it."""
-    world = make_world(tmp_path / "world")
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def _spec(world, run_dir, **changes):
+    """The whole check of a run, as each of its two ranks makes it."""
+    return make_run_spec(parse(flags(world, run_dir, **ENGINES, **TEACHER, sglang_python=__file__, **changes)), 2)
+
+
+def test_servers_are_made_with_the_gpus_of_their_role(machine, world, tmp_path, monkeypatch):
+    """There is no GPU here to start one on: what would start them says which settings it was given."""
+    monkeypatch.setattr(engines, "SGLangPool", lambda settings, **_: settings)
+    monkeypatch.setattr(scorers, "ServerScorer", lambda settings, *_, **__: settings)
     machine(2)
+    changes = {"rollout_num_gpus_per_node": 4, "rollout_num_engines": 4, "teacher_num_servers": 2}
+    spec = _spec(world, tmp_path / "run", student_world_size=2, **changes)
+    made = engines.ENGINES["sglang"](spec, None, None, ())
+    assert [made.gpus_of(index) for index in range(4)] == [(4,), (5,), (6,), (7,)]
+    made = scorers.PLACEMENTS["server"](scorers.Place(spec=spec), spec.models.teachers[0])
+    assert [made.gpus_of(index) for index in range(2)] == [(2,), (3,)]
 
-    def spec(**changes):
-        argv = flags(world, tmp_path / "run", **ENGINES, **TEACHER, sglang_python=__file__, **changes)
-        return make_run_spec(parse(argv), 2)
 
-    made = spec(rollout_num_gpus_per_node=4, rollout_num_engines=4, teacher_num_servers=2, student_world_size=2)
-    assert sglang_settings(made.config, made.models.student, made.gpus.engines).gpus_of(3) == (7,)
-    teacher = made.models.teachers[0]
-    assert teacher_server_settings(teacher, made.gpus.of_teacher(teacher.role)).gpus_of(1) == (3,)
+def test_another_machines_keeper_starts_servers_on_its_last_gpus(machine, world, tmp_path, monkeypatch):
+    machine(1, node=1, nodes=2)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # of the job, for orders
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    per_node = {"rollout_num_gpus_per_node": 4, "rollout_num_engines_per_node": 2, "sglang_tp_size": 2}
+    keeper = engines.make_keeper(_spec(world, tmp_path / "run", **per_node))
+    try:
+        assert [keeper._settings.gpus_of(index) for index in (2, 3)] == [(4, 5), (6, 7)]
+    finally:
+        keeper.close()
+
+
+def test_a_run_compares_its_roles_with_the_machine(machine, world, tmp_path):
+    machine(2)
     with pytest.raises(ConfigError) as error:
-        spec(rollout_num_gpus_per_node=7, rollout_num_engines=7, student_world_size=4)
+        _spec(world, tmp_path / "run", rollout_num_gpus_per_node=7, rollout_num_engines=7, student_world_size=4)
     assert "--rollout-num-gpus-per-node 7 and the 2 ranks" in str(error.value)
     assert (
         "--student-world-size 4: torchrun started 2 ranks, so the student has 2: change one of them, or "
         "--nproc-per-node or --nnodes"
     ) in str(error.value)
+    with pytest.raises(ConfigError, match=r"1 GPU ids \(--rollout-gpu-ids\) for 2 engines"):
+        _spec(world, tmp_path / "run", rollout_gpu_ids="5", rollout_num_engines=2)
 
 
-def test_ranks_of_the_student_beside_those_of_a_teacher(tmp_path):
-    world = make_world(tmp_path)
+def test_ranks_of_the_student_beside_those_of_a_teacher(world, tmp_path):
     dedicated = {"teacher_placement": "dedicated", "teacher_world_size": 2}
     argv = flags(world, tmp_path / "run", student_world_size=2, **dedicated)
     assert [role.size for role in make_run_spec(parse(argv), 4).roles] == [2, 2]

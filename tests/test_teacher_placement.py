@@ -92,8 +92,8 @@ def test_routers_become_settings(world, tmp_path):
     routers = {"teacher_router_url": "http://127.0.0.1:3", "rollout_router_url": "http://127.0.0.1:4"}
     urls = {"teacher_urls": "http://127.0.0.1:5", "rollout_engine_urls": "http://127.0.0.1:6"}
     spec = make_run_spec(parse(_argv(world, tmp_path / "run", rollout_engine="sglang", **routers, **urls)), 2)
-    assert teacher_server_settings(spec.models.teachers[0]).router_url == routers["teacher_router_url"]
-    assert sglang_settings(spec.config, spec.models.student).router_url == routers["rollout_router_url"]
+    assert teacher_server_settings(spec.models.teachers[0], ()).router_url == routers["teacher_router_url"]
+    assert sglang_settings(spec.config, spec.models.student, ()).router_url == routers["rollout_router_url"]
 
 
 def test_mistakes_come_in_one_message(world, tmp_path):

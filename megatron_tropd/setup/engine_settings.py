@@ -18,7 +18,7 @@ def is_planned(config: TrainConfig) -> bool:
     return config.engine.update_weight_transport in ("planned", "planned-shared")
 
 
-def sglang_settings(config: TrainConfig, student: ModelSpec, gpu_ids: tuple[int, ...] = ()) -> SGLangSettings:
+def sglang_settings(config: TrainConfig, student: ModelSpec, gpu_ids: tuple[int, ...]) -> SGLangSettings:
     """Return the settings of this run's SGLang servers, which have the GPUs ``gpu_ids``; () leaves them to SGLang.
 
     Raises:

@@ -93,7 +93,7 @@ def _is_set(config: TrainConfig, name: str) -> bool:
     return bool(getattr(config.teacher, name) != getattr(TrainConfig().teacher, name))
 
 
-def teacher_server_settings(teacher: TeacherSpec, gpu_ids: tuple[int, ...] = ()) -> ServerSettings:
+def teacher_server_settings(teacher: TeacherSpec, gpu_ids: tuple[int, ...]) -> ServerSettings:
     """Return the settings of a teacher's SGLang servers, which have the GPUs ``gpu_ids``; () leaves them to SGLang.
 
     Raises:
