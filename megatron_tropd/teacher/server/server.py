@@ -12,8 +12,8 @@ from megatron_tropd.sglang.api.control import ServerInfo, read_model_type
 from megatron_tropd.sglang.api.fields import shown
 from megatron_tropd.sglang.api.scores import read_at, read_given, read_top, score_body
 from megatron_tropd.sglang.errors import RequestRefused, UnfitServer
+from megatron_tropd.sglang.server.balanced import AskedServer
 from megatron_tropd.sglang.server.handle import ServerHandle
-from megatron_tropd.sglang.server.server import Server
 from megatron_tropd.sglang.settings import ServerSettings
 from megatron_tropd.teacher.server.top_k import SPARE, cut_top_k
 from megatron_tropd.types import Rollout, TeacherScores
@@ -32,7 +32,7 @@ class TeacherModel:
     """Tokens of the longest sequence of the run."""
 
 
-class TeacherServer(Server):
+class TeacherServer(AskedServer):
     """Server number ``index`` of the teacher.
 
     Errors of every method that asks: EngineDown, RequestRefused, BadResponse, naming the server and the work.
@@ -44,14 +44,6 @@ class TeacherServer(Server):
     ) -> None:  # fmt: skip
         super().__init__(index, settings, server, url, behind)
         self._model = model
-        self.requests_in_flight = self.tokens_in_flight = 0
-        self.bad_answers = 0
-        """Answers that could not be used, since the last one that could."""
-
-    async def start(self) -> None:
-        """Start (again) what was started here; does not wait."""
-        self.bad_answers = 0
-        await super().start()
 
     def move_to(self, url: str, starts: int) -> None:
         """Take the address of the last start, which another rank made; :meth:`start` then connects to it."""
