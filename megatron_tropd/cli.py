@@ -151,7 +151,7 @@ def _sglang_prefix(name: str) -> str:
     return next((prefix for prefix in SGLANG_PREFIXES if name.startswith(prefix)), "")
 
 
-def _split(argv: Sequence[str], passes: Callable[[str], bool]) -> tuple[Passed, list[str]]:
+def split_flags(argv: Sequence[str], passes: Callable[[str], bool]) -> tuple[Passed, list[str]]:
     """Return (flags whose name ``passes``, with the words after each; all other words), so that argparse sees only the
     latter."""
     passed: Passed = {}
@@ -287,10 +287,10 @@ def parse(argv: Sequence[str]) -> TrainConfig:
         ConfigError: there are unknown flags or keys, or values of a wrong type; one message lists them.
     """
     flags = _flags()
-    sglang, argv = _split(argv, lambda name: _sglang_prefix(name) != "" and name not in flags)
+    sglang, argv = split_flags(argv, lambda name: _sglang_prefix(name) != "" and name not in flags)
     if quoted := _quoted_flags(argv):
         raise ConfigError(quoted)
-    of_megatron, argv = _split(argv, lambda name: not _is_own(name) and find_field(name) is not None)
+    of_megatron, argv = split_flags(argv, lambda name: not _is_own(name) and find_field(name) is not None)
     namespace, rest = make_parser().parse_known_args(argv)
     errors = [
         _unknown(word.removeprefix("--").split("=")[0], "flag", [*flags, *megatron_fields()]) if word.startswith("--")

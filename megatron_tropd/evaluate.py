@@ -24,10 +24,7 @@ from megatron_tropd.grading.grader import Grader, make_grader
 from megatron_tropd.grading.math_process import GradingError
 from megatron_tropd.hub import MODEL_CONFIG_FILES, MODEL_FILES, resolve
 from megatron_tropd.reports import EvalReport
-from megatron_tropd.rollout.embedded.engine import EmbeddedEngine
-from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from megatron_tropd.rollout.embedded.load import DTYPES, check_device, load_engine
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--teacher-hf-checkpoint", help="stop on this model's stop tokens too, as training")
     flags.add_argument("--max-batch-size", type=int, default=256, help="sequences decoded at once")
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    flags.add_argument("--dtype", choices=list(_DTYPES), help="default: float32 on a CPU, the checkpoint's elsewhere")
+    flags.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on a CPU, the checkpoint's elsewhere")
     flags.add_argument("--output", type=Path, help="write the reports here as JSON")
     return flags
 
@@ -79,9 +76,9 @@ def _checked(args: argparse.Namespace) -> Grader:
     if args.output is not None and not args.output.parent.is_dir():
         problems.append(f"--output {args.output}: {args.output.parent} is not a directory")
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # not a device's name; torch has no such device here
-        problems.append(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+        check_device(args.device)
+    except ValueError as error:
+        problems.append(str(error))
     try:
         grader = make_grader(args.grader, args.answer_pattern)
     except ValueError as error:
@@ -97,24 +94,6 @@ def _find(name: str, flag: str, patterns: Sequence[str]) -> Path:
     if model.source:
         print(f"{flag} {model.source}", file=sys.stderr)
     return model.path
-
-
-def _load_engine(args: argparse.Namespace, directory: Path, teacher: Path | None) -> EmbeddedEngine:
-    checkpoint = HfCheckpoint.open(directory)
-    on_cpu = torch.device(args.device).type == "cpu"
-    dtype = _DTYPES[args.dtype] if args.dtype else torch.float32 if on_cpu else checkpoint.widest_dtype
-    stop_ids = itertools.chain.from_iterable(eos_token_ids(path) for path in (directory, teacher) if path)
-    engine = EmbeddedEngine(
-        directory,
-        stop_token_ids=set(stop_ids),
-        dtype=dtype,
-        device=args.device,
-        max_batch_size=args.max_batch_size,
-    )
-    engine.begin_update(0)
-    engine.update((name, checkpoint.read(name)) for name in checkpoint.tensors)
-    engine.end_update(0)
-    return engine
 
 
 def run(args: argparse.Namespace) -> list[EvalReport]:
@@ -137,8 +116,13 @@ def run(args: argparse.Namespace) -> list[EvalReport]:
     teacher = _find(teacher, "--teacher-hf-checkpoint", MODEL_CONFIG_FILES) if teacher else None
     tokenizer = load_tokenizer(directory)
     prompts = load_prompts(args.eval_data, tokenizer, fmt, flag="--eval-data")[: args.num_prompts]
+    stop_ids = itertools.chain.from_iterable(eos_token_ids(path) for path in (directory, teacher) if path)
+    engine = load_engine(
+        directory, stop_token_ids=set(stop_ids), device=args.device, dtype=args.dtype,
+        max_batch_size=args.max_batch_size,
+    )  # fmt: skip
     return evaluate(
-        _load_engine(args, directory, teacher).generate,
+        engine.generate,
         prompts,
         tokenizer,
         [DECODINGS[name] for name in args.decodings],

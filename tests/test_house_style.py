@@ -62,9 +62,9 @@ def _imports(path):
 
 
 ROWS = [  # a room may import from its own row and from the rows below
-    {"train", "evaluate", "score_responses", "doctor"},
+    {"train", "evaluate", "score_responses", "generate", "doctor"},
     {"setup"},
-    {"training"},
+    {"training", "generation"},
     {"evaluation", "reporting", "rewards", "checkpoints"},
     {"rollout", "teacher", "grading"},
     {"weights.engine_loader", "sglang"},
@@ -74,7 +74,18 @@ ROWS = [  # a room may import from its own row and from the rows below
     {"models"},
     {"ops"},
     {"objectives", "parallel"},
-    {"types", "rng", "hub", "plain_yaml", "flag_values", "json_files", "errors", "config_fields", "reports"},
+    {
+        "types",
+        "rng",
+        "hub",
+        "plain_yaml",
+        "flag_values",
+        "json_files",
+        "errors",
+        "config_fields",
+        "reports",
+        "atomic_files",
+    },
 ]
 
 

@@ -103,7 +103,14 @@ def test_the_version_has_one_source():
 
 def test_commands_are_functions_that_exist():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-    assert set(scripts) == {"tropd-train", "tropd-evaluate", "tropd-convert", "tropd-doctor", "tropd-score"}
+    assert set(scripts) == {
+        "tropd-train",
+        "tropd-evaluate",
+        "tropd-convert",
+        "tropd-doctor",
+        "tropd-generate",
+        "tropd-score",
+    }
     for target in scripts.values():
         module, function = target.split(":")
         assert f"def {function}(" in (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")

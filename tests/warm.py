@@ -7,6 +7,7 @@ itself are started by ``subprocess`` (tests/torchrun_jobs.py).
 from __future__ import annotations
 
 import atexit
+import importlib
 import multiprocessing as mp
 import os
 import signal
@@ -23,13 +24,16 @@ class WarmJob:
     """A torchrun job, with the methods of ``subprocess.Popen`` that tests use; as a context, it is killed at the end.
 
     Args:
-        words: torchrun's arguments.
+        words: torchrun's arguments, or those of ``program``.
         cwd: its directory; its output is in the file ``log`` there.
+        program: module whose ``main(words)`` is run instead of torchrun.
     """
 
-    def __init__(self, words: list[str], *, cwd: Path, env: dict[str, str]) -> None:
+    def __init__(
+        self, words: list[str], *, cwd: Path, env: dict[str, str], program: str = "torch.distributed.run"
+    ) -> None:
         self._log = cwd / "log"
-        self._process = CONTEXT.Process(target=_torchrun, args=(words, str(cwd), env))
+        self._process = CONTEXT.Process(target=_run, args=(program, words, str(cwd), env))
         self._process.start()
         self.pid: int = self._process.pid
 
@@ -63,8 +67,8 @@ class WarmJob:
         self._process.kill()
 
 
-def _torchrun(words: list[str], cwd: str, env: dict[str, str]) -> None:
-    """Be torchrun, with the environment, the directory and the output of a process of its own."""
+def _run(program: str, words: list[str], cwd: str, env: dict[str, str]) -> None:
+    """Be the program, with the environment, the directory and the output of a process of its own."""
     os.chdir(cwd)
     file = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
     for standard, stream in ((1, sys.stdout), (2, sys.stderr)):
@@ -72,10 +76,8 @@ def _torchrun(words: list[str], cwd: str, env: dict[str, str]) -> None:
         stream.reconfigure(write_through=True)
     os.environ.clear()
     os.environ.update(env)
-    util.register_after_fork(_torchrun, _exit_as_a_program)  # in the ranks
-    from torch.distributed.run import main
-
-    main(words)
+    util.register_after_fork(_run, _exit_as_a_program)  # in the ranks
+    sys.exit(importlib.import_module(program).main(words))
 
 
 def _exit_as_a_program(_: object) -> None:

@@ -10,8 +10,8 @@ from typing import TypedDict
 import numpy as np
 
 from megatron_tropd import rng
+from megatron_tropd.atomic_files import replacing
 from megatron_tropd.data.prompts import PromptSet, digest
-from megatron_tropd.data.token_cache.shard import replacing
 from megatron_tropd.types import Prompt
 
 _IN_MEMORY = 1 << 20

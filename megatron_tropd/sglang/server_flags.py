@@ -93,3 +93,26 @@ TEACHER_FLAGS = ServerFlags(
         "--custom-weight-loader": "weights are those of --teacher-hf-checkpoint",
     },
 )
+
+WRITER_FLAGS = ServerFlags(
+    what="server",
+    number="--num-servers",
+    urls="--server-urls",
+    router="--router-url",
+    gpu_ids="--gpu-ids",
+    tp_size="--sglang-tp-size",
+    prefix="--sglang-",
+    refused={
+        **_refused(
+            tp_size="--sglang-tp-size",
+            model="it is --hf-checkpoint",
+            dp_size="use --num-servers: prompts are balanced over servers",
+            gpu_ids="--gpu-ids",
+            pp_size="pipeline stages are not supported: use --sglang-tp-size",
+        ),
+        "--dtype": "use --dtype",
+        "--load-format": "weights are those of --hf-checkpoint",
+        "--custom-weight-loader": "weights are those of --hf-checkpoint",
+    },
+)
+"""Of the command that writes responses (generate.py)."""

@@ -6,9 +6,7 @@ JSON file exists is whole, whenever a process was killed.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from megatron_tropd.atomic_files import replacing
 from megatron_tropd.data.encoding.encode import EncodedRow, Encoder
 from megatron_tropd.data.reading.readers import read_span
 from megatron_tropd.data.reading.rows import BadRow, Row
@@ -58,19 +57,6 @@ class ShardRecord:
     """The first bad rows; lines count from 1 in the span, and 0 is the whole file."""
     num_bytes: int
     """Size of the Arrow file."""
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give the name of a temporary file, which becomes ``path`` if no error is raised."""
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def arrow_path(directory: Path, index: int) -> Path:

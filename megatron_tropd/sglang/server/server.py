@@ -134,11 +134,15 @@ class Server:
         """Ask the server what it is, and check that."""
         answer = await self._get("/server_info")
         with self._named("/server_info"):
-            self._take_info(read_server_info(answer))
+            info = read_server_info(answer)
+            self._check_dtype(info)
+            self._take_info(info)
 
     def _take_info(self, info: ServerInfo) -> None:
         self.is_cpu, self.tp_size, self.ep_size = info.is_cpu, info.tp_size, info.ep_size
         self.max_tokens = info.max_tokens
+
+    def _check_dtype(self, info: ServerInfo) -> None:
         if info.dtype != self._settings.dtype:
             raise UnfitServer(
                 f"{self.name} holds weights in {shown(info.dtype)}, this run's are {self._settings.dtype}: "

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_tropd.data.token_cache.shard import replacing
+from megatron_tropd.atomic_files import replacing
 from megatron_tropd.json_files import read_json_object, shown
 from megatron_tropd.types import TeacherScores
 

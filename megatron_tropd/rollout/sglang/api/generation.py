@@ -59,8 +59,13 @@ def group_requests(requests: Sequence[GenerationRequest]) -> list[PromptGroup]:
     return sorted(groups, key=lambda group: -group.max_new_tokens)
 
 
-def generate_body(group: PromptGroup, params: SamplingParams, rules: TokenRules) -> dict[str, Any]:
-    """Body of one /generate call.  Temperature 0 is greedy; SGLang then reports log-probabilities at 1."""
+def generate_body(
+    group: PromptGroup, params: SamplingParams, rules: TokenRules, *, logprobs: bool = True
+) -> dict[str, Any]:
+    """Body of one /generate call, with the log-probabilities of written tokens in its answer or without.
+
+    Temperature 0 is greedy; SGLang then reports log-probabilities at 1.
+    """
     sampling: dict[str, Any] = {
         "n": len(group.indices),
         "max_new_tokens": group.max_new_tokens,
@@ -72,7 +77,7 @@ def generate_body(group: PromptGroup, params: SamplingParams, rules: TokenRules)
         banned = range(rules.vocab_size, rules.model_vocab_size)
         sampling["logit_bias"] = {str(token): _NEVER for token in banned}
     body: dict[str, Any] = {
-        "input_ids": list(group.token_ids), "sampling_params": sampling, "return_logprob": True
+        "input_ids": list(group.token_ids), "sampling_params": sampling, "return_logprob": logprobs
     }  # fmt: skip
     if params.report_top_k:
         body["top_logprobs_num"] = params.report_top_k
@@ -112,12 +117,34 @@ def _written(value: Any, group: PromptGroup, rules: TokenRules) -> list[int]:
     return value
 
 
+def read_written(answer: Any, group: PromptGroup, rules: TokenRules) -> tuple[list[int], Finish]:
+    """Return the written tokens of one sample, and how it finished.
+
+    Raises:
+        BadResponse: they do not fit what was asked.
+    """
+    written = _written(field(answer, "output_ids"), group, rules)
+    return written, _finish(field(answer, "meta_info"), written, group.max_new_tokens, rules.stop_token_ids)
+
+
+def read_answers(body: Any, group: PromptGroup) -> list[Any]:
+    """Return the answer of each sample of the group.
+
+    Raises:
+        BadResponse: there are more or fewer.
+    """
+    answers = body if isinstance(body, list) else [body]
+    if len(answers) != len(group.indices):
+        raise BadResponse(f"{len(answers)} samples; expected {len(group.indices)}")
+    return answers
+
+
 def _sample(
     answer: Any, group: PromptGroup, request: GenerationRequest, version: int, rules: TokenRules, report_top_k: int
 ) -> Rollout:
     meta = field(answer, "meta_info")
     _check_version(meta, version)
-    written = _written(field(answer, "output_ids"), group, rules)
+    written, finish = read_written(answer, group, rules)
     return Rollout(
         prompt_uid=request.prompt_uid,
         sample_index=request.sample_index,
@@ -126,7 +153,7 @@ def _sample(
         guidance_len=request.guidance_len,
         logprobs=read_logprobs(field(meta, "output_token_logprobs"), written, "written", written),
         weight_version=(version, version),
-        finish=_finish(meta, written, group.max_new_tokens, rules.stop_token_ids),
+        finish=finish,
         topk_ids=_top_ids(meta, len(written), report_top_k, rules) if report_top_k else None,
     )
 
@@ -154,12 +181,9 @@ def read_samples(
         StaleWeights: a token was written with other weights than ``version``.
         BadResponse: the response is not a valid rollout in any other way.
     """
-    answers = body if isinstance(body, list) else [body]
-    if len(answers) != len(group.indices):
-        raise BadResponse(f"{len(answers)} samples; expected {len(group.indices)}")
     return {
         index: _sample(answer, group, requests[index], version, rules, report_top_k)
-        for index, answer in zip(group.indices, answers, strict=True)
+        for index, answer in zip(group.indices, read_answers(body, group), strict=True)
     }
 
 

@@ -1,0 +1,117 @@
+"""The rows of the output: what is said of a response, whether it is kept, and Parquet files of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from megatron_tropd.generation.journal import Written
+from megatron_tropd.generation.prompts import SourcePrompt
+from megatron_tropd.grading.grader import Grader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Keep = Literal["all", "finished", "right"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseRow:
+    """One row of the output.  ``prompt``, ``answer``, ``domain`` and ``tools`` are those of the data."""
+
+    uid: str
+    """PROMPT_UID/SAMPLE, which no other row has."""
+    prompt_uid: str
+    sample: int
+    prompt: str
+    response: str
+    """Text without special tokens."""
+    answer: str | None
+    domain: str
+    tools: str | None
+    finish: str
+    """"stop", or "length" where the response was cut."""
+    right: bool | None
+    """Whether it gives the answer; None where it was not graded."""
+    response_ids: tuple[int, ...]
+    """Tokens as they were written, with the stop token."""
+    num_tokens: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Counts of responses, and of their tokens."""
+
+    responses: int = 0
+    tokens: int = 0
+    finished: int = 0
+    graded: int = 0
+    right: int = 0
+    kept: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowMaker:
+    """Makes the rows of the output."""
+
+    tokenizer: PreTrainedTokenizerBase
+    model: str
+    """What the rows say of who wrote them."""
+    keep: Keep
+    grader: Grader | None
+    """Grades responses to prompts that have an answer; None: nothing is graded."""
+
+    def row(self, prompt: SourcePrompt, written: Written) -> ResponseRow:
+        """Return the row of one response.
+
+        Raises:
+            GradingError: it cannot be graded.
+        """
+        text = str(self.tokenizer.decode(list(written.token_ids), skip_special_tokens=True))
+        right = None
+        if self.grader is not None and prompt.answer is not None:
+            right = self.grader.right(text, written.finish == "stop", prompt.answer)
+        return ResponseRow(
+            uid=f"{prompt.uid}/{written.sample}", prompt_uid=prompt.uid, sample=written.sample, prompt=prompt.prompt,
+            response=text, answer=prompt.answer, domain=prompt.domain, tools=prompt.tools, finish=written.finish,
+            right=right, response_ids=written.token_ids, num_tokens=len(written.token_ids), model=self.model,
+        )  # fmt: skip
+
+    def keeps(self, row: ResponseRow) -> bool:
+        """Return whether the row goes into the data.  One without text never does: no run could read it."""
+        wanted = {"all": True, "finished": row.finish == "stop", "right": row.right is True}[self.keep]
+        return wanted and bool(row.response.strip())
+
+    def counts(self, rows: Sequence[ResponseRow]) -> Counts:
+        """Return the counts of rows."""
+        return Counts(
+            responses=len(rows),
+            tokens=sum(row.num_tokens for row in rows),
+            finished=sum(row.finish == "stop" for row in rows),
+            graded=sum(row.right is not None for row in rows),
+            right=sum(row.right is True for row in rows),
+            kept=sum(map(self.keeps, rows)),
+        )
+
+
+def write_parquet(path: Path, rows: Sequence[ResponseRow]) -> None:
+    """Write rows as one Parquet file; equal rows give equal bytes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    types = {"sample": pyarrow.int32(), "num_tokens": pyarrow.int32(), "right": pyarrow.bool_()}
+    types["response_ids"] = pyarrow.list_(pyarrow.int32())
+    names = [field.name for field in fields(ResponseRow)]
+    schema = pyarrow.schema([(name, types.get(name, pyarrow.string())) for name in names])
+    columns = [pyarrow.array([getattr(row, name) for row in rows], type=schema.field(name).type) for name in names]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, schema=schema), path, compression="zstd")
