@@ -226,7 +226,7 @@ def test_finetuning_claims_nothing_about_rollouts(ranks, world, tmp_path):
         assert "loss" in line and not line.keys() & {"rollouts right", "guidance", "trusted"}
     assert not list((tmp_path / "rollouts").iterdir())
     page = write_report(tmp_path).read_text()
-    assert not re.search("Rollouts|viewer|Response length|by the teacher", page)
+    assert not re.search("Rollouts|<script|Response length|by the teacher", page)
 
 
 def _reader():

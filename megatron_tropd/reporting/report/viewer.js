@@ -39,10 +39,10 @@
 
   const REJECTED = {
     coin: "rejected by the gate's coin",
-    weight: "trusted by less than half",
+    weight: "accepted with less than 50%",
     rule: "rejected by the gate",
   };
-  const TRUSTED = { coin: "accepted by the gate's coin", weight: "trusted by at least half", rule: "accepted by the gate" };
+  const TRUSTED = { coin: "accepted by the gate's coin", weight: "accepted with 50% or more", rule: "accepted by the gate" };
 
   function lookOf(tokens, index) {
     if (tokens.region[index] === "guidance") return "guidance";
@@ -108,11 +108,11 @@
   function gateRows(tokens, index) {
     const weight = tokens.trust[index], coin = tokens.coin[index], reward = tokens.reward[index];
     if (weight === null) return [];
-    if (coin === null) return [row("gate's weight", String(weight))];
-    const chance = Math.min(1, Math.exp(asNumber(reward)));
     const verdict = weight < 0.5 ? "rejected" : "accepted";
+    if (coin === null)
+      return [gateOf(tokens) === "weight" ? row("acceptance probability", percent(weight)) : row("gate", verdict)];
     return [
-      row("acceptance probability", percent(chance)),
+      row("acceptance probability", percent(Math.min(1, Math.exp(asNumber(reward))))),
       row("coin", "u = " + coin + ", log u = " + Math.log(coin).toFixed(4) + ": " + verdict),
     ];
   }
@@ -204,7 +204,10 @@
     const asked = new URLSearchParams(location.hash.slice(1));
     const whole = (name) => (/^\d+$/.test(asked.get(name) || "") ? Number(asked.get(name)) : -1);
     show(asked.has("step") ? whole("step") : steps[steps.length - 1].step, whole("sample"), whole("token"));
-    if (asked.has("step")) at("viewer").scrollIntoView();
+    if (!asked.has("step")) return;
+    at("viewer").scrollIntoView();
+    const current = view.querySelector(".current");
+    if (current) current.scrollIntoView({ block: "nearest" });
   }
 
   const indexOf = (event) => {

@@ -6,7 +6,7 @@ The page holds the samples as JSON; ``viewer.js`` shows one of them at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +18,7 @@ from megatron_tropd.reporting.run_directory import step_of
 
 PAGE_BYTES = 4_000_000
 """Most bytes of samples in a page; a response of 8192 tokens has at most about 1.3 million."""
+STEPS_SHOWN = 12
 LONGEST_TEXT = 20_000
 """Characters of a prompt, and of a text without numbers."""
 
@@ -40,37 +41,48 @@ class Viewer:
 
 
 def viewer(directory: Path) -> Viewer:
-    """The viewer of the samples in a run's ``rollouts/``: of the last and the first step, then of the latest, as many
-    as ``PAGE_BYTES`` hold."""
+    """The viewer of the samples in a run's ``rollouts/``: of at most ``STEPS_SHOWN`` steps, as many as ``PAGE_BYTES``
+    hold."""
     paths = sorted(directory.glob("step_*.jsonl"))
-    by_step, room = dict[int, list[str]](), PAGE_BYTES
-    for path in dict.fromkeys([*paths[-1:], *paths[:1], *reversed(paths)]):
-        encoded = [_encode(_shown(sample)) for sample in read_samples(path)]
-        kept = encoded[: _count_that_fits(encoded, room)]
-        room -= sum(map(len, kept))
-        if kept:
-            by_step[step_of(path)] = kept
-        if len(kept) < len(encoded):
-            break
-    if not by_step:
+    chosen = _spread(paths)
+    encoded = {step_of(path): [_encode(_shown(sample)) for sample in read_samples(path)] for path in chosen}
+    kept = _that_fit(encoded)
+    if not kept:
         return Viewer(html="", script="")
-    steps = ",".join(f'{{"step":{step},"samples":[{",".join(by_step[step])}]}}' for step in sorted(by_step))
-    note = f"{sum(map(len, by_step.values()))} rollouts of {len(by_step)} of the {len(paths)} steps that have samples; "
-    note += "all are in rollouts/ of the run directory. A link to a token: #step=1&sample=0&token=5."
+    steps = ",".join(f'{{"step":{step},"samples":[{",".join(kept[step])}]}}' for step in sorted(kept))
+    note = (
+        f"{sum(map(len, kept.values()))} rollouts of {len(kept)} of the {len(paths)} steps that have samples; all are "
+        f"in rollouts/ of the run directory. The link to a token is like #step={min(kept)}&sample=0&token=5."
+    )
     body = _BODY.format(note=text(note), data=f'{{"steps":[{steps}]}}')
     return Viewer(html=section("Rollouts", body), script=_script())
 
 
+def _spread(paths: Sequence[Path]) -> Sequence[Path]:
+    """At most ``STEPS_SHOWN`` of them, evenly, with the first and the last."""
+    if len(paths) <= STEPS_SHOWN:
+        return paths
+    return [paths[round(place * (len(paths) - 1) / (STEPS_SHOWN - 1))] for place in range(STEPS_SHOWN)]
+
+
+def _that_fit(encoded: Mapping[int, Sequence[str]]) -> dict[int, list[str]]:
+    """By step the samples that ``PAGE_BYTES`` hold: the first of the last step, of the first and of all others, then
+    the second of each, and so on."""
+    order = list(dict.fromkeys([*list(encoded)[-1:], *encoded]))
+    kept, room = dict[int, list[str]](), PAGE_BYTES
+    for index in range(max(map(len, encoded.values()), default=0)):
+        for step in order:
+            if index >= len(encoded[step]):
+                continue
+            room -= len(encoded[step][index])
+            if room < 0:
+                return kept
+            kept.setdefault(step, []).append(encoded[step][index])
+    return kept
+
+
 def _script() -> str:
     return files(__package__).joinpath("viewer.js").read_text(encoding="ascii")
-
-
-def _count_that_fits(parts: Sequence[str], room: int) -> int:
-    for count, part in enumerate(parts):
-        room -= len(part)
-        if room < 0:
-            return count
-    return len(parts)
 
 
 def _shown(sample: RolloutSample) -> dict[str, Any]:
