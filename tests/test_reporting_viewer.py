@@ -204,6 +204,28 @@ def opened(run_dir, tmp_path_factory):
     return dump
 
 
+SAMPLES = [f"#step=8&sample={sample}" for sample in range(5)]
+TOKENS = ["#step=1&sample=0&token=4", "#step=8&sample=3&token=1", "#step=8&sample=1&token=3"]
+NOWHERE = ["#step=99&sample=-1&token=99", "#step=8&sample=x&token=1e3", "#%3Cimg%3E"]
+VISIT = """
+const seen = {};
+for (const link of LINKS) {
+  history.replaceState(null, "", link);
+  window.dispatchEvent(new HashChangeEvent("hashchange"));
+  seen[link] = document.getElementById("viewer").outerHTML;
+}
+document.body.append(Object.assign(document.createElement("p"), { id: "log", textContent: JSON.stringify(seen) }));
+"""
+
+
+@pytest.fixture(scope="module")
+def visited(opened):
+    """The viewer by the link that leads to it: one browser that goes from link to link."""
+    links = [*SAMPLES, *TOKENS, *NOWHERE]
+    seen = json.loads(opened("", VISIT.replace("LINKS", json.dumps(links))).text["log"])
+    return {link: Page(seen[link]) for link in links}
+
+
 def _looks(shown):
     """Class of every token of the response, in order."""
     return [
@@ -228,11 +250,11 @@ def _looks(shown):
         (4, [], ""),
     ],
 )  # fmt: skip
-def test_a_browser_colours_the_tokens_and_the_legend_is_true(opened, sample, looks, legend):
-    shown = opened(f"#step=8&sample={sample}")
+def test_a_browser_colours_the_tokens_and_the_legend_is_true(visited, sample, looks, legend):
+    shown = visited[SAMPLES[sample]]
     assert _looks(shown) == looks and shown.text.get("legend", "") == legend
     hostile = HOSTILE.replace("\u202e", "\ufffd")
-    assert shown.text["response"].startswith(f"Q {hostile}") and "broken" not in shown.text.get("title", "")
+    assert shown.text["response"].startswith(f"Q {hostile}")
     assert not [tag for tag, _ in shown.tags if tag == "img"]
     if looks:
         assert shown.text["response"].removeprefix(f"Q {hostile}") == (
@@ -248,8 +270,11 @@ def test_a_browser_colours_the_tokens_and_the_legend_is_true(opened, sample, loo
 
 
 @pytest.mark.slow
-def test_a_link_opens_the_numbers_of_a_token(opened):
-    found = opened("#step=1&sample=0&token=3").text["panel"]
+def test_a_link_opens_the_numbers_of_a_token(opened, visited):
+    page = opened("#step=1&sample=0&token=3")
+    assert ("viewer", False) in [(named.get("id"), "hidden" in named) for _, named in page.tags]
+    assert not [tag for tag, _ in page.tags if tag == "img"]
+    found = page.text["panel"]
     shown = json.dumps(HOSTILE.replace("\u202e", "\ufffd"), ensure_ascii=False)
     expected = [
         f"token{shown}, id 8", "place4 of 6", "regionwritten by the student",
@@ -261,21 +286,18 @@ def test_a_link_opens_the_numbers_of_a_token(opened):
     ]  # fmt: skip
     places = [found.index(part) for part in expected]
     assert places[:10] == sorted(places[:10])
-    excluded = opened("#step=1&sample=0&token=4").text["panel"]
+    excluded, given, weighed = (visited[link].text["panel"] for link in TOKENS)
     for part in ("teacher log q-inf (0%)", "R = log q - log p-inf", "acceptance probability0.00%", ": rejected"):
         assert part in excluded
-    given = opened("#step=8&sample=3&token=1").text["panel"]
     assert "regionguidance, repeated" in given and not re.search("R =|coin|gate|student log p|entropy|most prob", given)
-    weighed = opened("#step=8&sample=1&token=3").text["panel"]
     assert "acceptance probability37.5%" in weighed and "coin" not in weighed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("link", ["", "#step=99&sample=-1&token=99", "#step=8&sample=x&token=1e3", "#%3Cimg%3E"])
-def test_a_link_that_leads_nowhere_opens_the_viewer_all_the_same(opened, link):
-    shown = opened(link)
+@pytest.mark.parametrize("link", NOWHERE)
+def test_a_link_that_leads_nowhere_opens_the_viewer_all_the_same(visited, link):
+    shown = visited[link]
     assert "Point at a token" in shown.text["panel"] and _looks(shown)
-    assert ("viewer", False) in [(named.get("id"), "hidden" in named) for _, named in shown.tags]
 
 
 KEYS = """
