@@ -287,7 +287,7 @@ def test_a_link_opens_the_numbers_of_a_token(opened, visited):
     places = [found.index(part) for part in expected]
     assert places[:10] == sorted(places[:10])
     excluded, given, weighed = (visited[link].text["panel"] for link in TOKENS)
-    for part in ("teacher log q-inf (0%)", "R = log q - log p-inf", "acceptance probability0.00%", ": rejected"):
+    for part in ("teacher log q-inf (0.00%)", "R = log q - log p-inf", "acceptance probability0.00%", ": rejected"):
         assert part in excluded
     assert "regionguidance, repeated" in given and not re.search("R =|coin|gate|student log p|entropy|most prob", given)
     assert "acceptance probability37.5%" in weighed and "coin" not in weighed

@@ -22,12 +22,10 @@
   const sample = () => steps[state.step].samples[state.sample];
   const percent = (share) => (100 * share).toPrecision(3) + "%";
 
-  // "-inf" stands for a probability of 0.
-  function logprob(value) {
-    return value === "-inf" ? "-inf (0%)" : value.toFixed(4) + " (" + percent(Math.exp(value)) + ")";
-  }
-
+  // JSON has no infinity: it is "inf" or "-inf" there, the logarithm of 0.
   const asNumber = (value) => (typeof value === "number" ? value : value === "-inf" ? -Infinity : Infinity);
+  const nats = (value) => (typeof value === "number" ? value.toFixed(4) : value);
+  const logprob = (value) => nats(value) + " (" + percent(Math.exp(asNumber(value))) + ")";
 
   // How the gate decided on the sample, in words; "" for a method without a gate.
   function gateOf(tokens) {
@@ -91,7 +89,7 @@
         const made = element("span", textOf(tokens, index), "token " + lookOf(tokens, index));
         if (tokens.texts[index] === "") made.classList.add("nameless");
         made.dataset.index = index;
-        made.tabIndex = index ? -1 : 0;
+        made.tabIndex = index === (state.token || 0) ? 0 : -1;
         parts.push(made);
       });
     } else at("legend").replaceChildren();
@@ -145,13 +143,13 @@
     const numbers = [
       ["student log p", tokens.student_logprob, logprob],
       ["teacher log q", tokens.teacher_logprob, logprob],
-      ["R = log q - log p", tokens.reward, (value) => (value === "-inf" ? value : value.toFixed(4))],
+      ["R = log q - log p", tokens.reward, nats],
     ];
     for (const [name, column, shown] of numbers)
       if (column[index] !== null) table.append(row(name, shown(column[index])));
     table.append(...gateRows(tokens, index));
     if (tokens.teacher_entropy[index] !== null)
-      table.append(row("teacher's entropy", tokens.teacher_entropy[index].toFixed(4) + " nats"));
+      table.append(row("teacher's entropy", nats(tokens.teacher_entropy[index]) + " nats"));
     panel.replaceChildren(table);
     if (tokens.teacher_top[index].length) panel.append(topTable(tokens, index));
   }
