@@ -14,7 +14,7 @@ from megatron_tropd.reports import TokenNumbers
 from megatron_tropd.types import Rollout
 
 TOKENS_KEPT = 8192
-"""Response tokens of a rollout whose numbers are written, about 150 bytes each; the text is whole."""
+"""Response tokens of a rollout whose numbers are written, 60 to 160 bytes each; the text is whole."""
 _BYTES_OF_CHARACTER = 4
 """The most bytes, and so tokens, of a character in UTF-8."""
 _DECIMALS = 5
