@@ -266,7 +266,6 @@ class LoggingConfig:
         60.0,
         "seconds between two writings of RUN_DIR/heartbeat.json, and log lines of a phase that lasts longer; 0: none",
     )
-    log_teacher_entropy: bool = setting(False, "log the teacher's mean entropy, whatever the method asks for")
     log_topk_share: float = setting(
         0.1, "share of the samples whose top-k is sent whole, for metrics of it, where others' tokens need not have one"
     )
@@ -352,7 +351,6 @@ class TrainConfig:
             rollout_lag=self.rollout.rollout_lag,
             topk_margin=5 * self.parity_limit if margin < 0 else margin,
             topk_share=self.logging.log_topk_share,
-            log_teacher_entropy=self.logging.log_teacher_entropy,
         )
 
     @property

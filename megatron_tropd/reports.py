@@ -26,6 +26,30 @@ class StepReport:
     verdict: Literal["stepped", "skipped"]
 
 
+TokenRegion = Literal["guidance", "guidance_copy", "on_policy"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenNumbers:
+    """What the loss read at each of the R response tokens of one rollout; None where there was no such number.
+    Log-probabilities, R and entropy are in nats; -inf where the teacher excludes the token."""
+
+    region: tuple[TokenRegion, ...]
+    student_logprob: tuple[float | None, ...]
+    """log p(x): of a written token that in ``reward``, of guidance that of the trainer now."""
+    teacher_logprob: tuple[float | None, ...]
+    reward: tuple[float | None, ...]
+    """R = log q(x) - log p(x) of what the student wrote."""
+    trust: tuple[float | None, ...]
+    """The gate's weight in [0, 1]."""
+    coin: tuple[float | None, ...]
+    """The uniform number of a gate that throws coins: it accepts where log coin < R."""
+    teacher_entropy: tuple[float | None, ...]
+    """Over the full vocabulary."""
+    teacher_top: tuple[tuple[tuple[int, float], ...], ...]
+    """(id, log-probability) of the teacher's most probable tokens, descending; () where the top-k was not sent."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalReport:
     """Accuracy of the student on held-out prompts with one way of decoding."""

@@ -164,6 +164,8 @@ class Needs:
     selects; the threshold comes from the same extra forward pass."""
     rewards: bool = False
     """Group advantages from a reward function."""
+    coin: bool = False
+    """The gate reads ``TokenStreams.uniform_T``."""
     teacher: bool = True
     """False: the objective does not use the teacher, and none is built."""
     rollouts: bool = True
@@ -365,6 +367,9 @@ class LossOutput:
     ON_POLICY and GUIDANCE labels."""
     trust_T: Tensor | None = None
     """The gate's weight in [0, 1] of every ON_POLICY label, detached; None for an objective without a gate."""
+    behaviour_logprob_T: Tensor | None = None
+    """The student's log p(x) that the reward R of every ON_POLICY label is made with, detached; None where there is no
+    such reward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,10 +58,6 @@ def check_method(config: TrainConfig, objective: Objective, problems: Problems) 
         needs.top_k > needs.student_top_k or not config.logging.log_topk_overlap,
         f"--log-topk-overlap compares with the teacher's top-k, which {name} does not ask for",
     )
-    problems.require(
-        needs.teacher or not config.logging.log_teacher_entropy,
-        f"--log-teacher-entropy: {name} uses no teacher",
-    )
     if not needs.rollouts:
         problems.require(
             config.guidance.mode == "none",

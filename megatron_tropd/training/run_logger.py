@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,10 +11,10 @@ import torch
 from megatron_tropd.grading.grader import Grader
 from megatron_tropd.parallel import platform
 from megatron_tropd.reporting.progress.progress import NullProgress
-from megatron_tropd.reporting.rollout_samples import sample_of
+from megatron_tropd.reporting.rollout_samples import TokenText, sample_of
 from megatron_tropd.reporting.run_directory import RunDirectory
 from megatron_tropd.reporting.sinks import Sinks
-from megatron_tropd.reports import EvalReport, StepReport
+from megatron_tropd.reports import EvalReport, StepReport, TokenNumbers
 from megatron_tropd.types import Prompt, Rollout
 
 ROLLOUTS_KEPT = 8
@@ -26,8 +26,7 @@ ROLLOUTS_READ = 64
 class RolloutReader:
     """Decodes rollouts and, where the answer is known, tells whether they are right."""
 
-    decode: Callable[[Sequence[int]], str]
-    """Ids to text without special tokens."""
+    text: TokenText
     prompts: Mapping[int, Prompt]
     """By uid; may be empty."""
     grader: Grader
@@ -47,9 +46,9 @@ class RolloutReader:
         reference = None if prompt is None else prompt.answer
         if reference is None or not rollout.logprobs:
             return None
-        response = self.decode(rollout.token_ids[rollout.prompt_len :])
+        response = self.text.decode(rollout.token_ids[rollout.prompt_len :])
         if rollout.guidance_len:
-            given = self.decode(rollout.token_ids[rollout.prompt_len : rollout.prompt_len + rollout.guidance_len])
+            given = self.text.decode(rollout.token_ids[rollout.prompt_len : rollout.prompt_len + rollout.guidance_len])
             answer = self.grader.answer(response)
             # A prefix may end inside a character, which is then shown as U+FFFD.
             if answer is not None and answer.start < len(given.rstrip("\ufffd")):
@@ -80,14 +79,13 @@ class RunLogger:
         due = interval and (step % interval == 0 or step in (1, self._last_step))
         return ROLLOUTS_KEPT if due else 0
 
-    def step(self, report: StepReport, rollouts: Sequence[Rollout], trust: Mapping[int, Sequence[float]]) -> None:
+    def step(self, report: StepReport, rollouts: Sequence[Rollout], tokens: Mapping[int, TokenNumbers]) -> None:
         """Log one finished step.
 
         Args:
             report: of the step.
             rollouts: of the step, in the order of the batch.
-            trust: by index of a rollout, the gate's weight of every token that the student wrote; none for a method
-                without a gate.
+            tokens: by index of a rollout that is shown, what the loss read of its tokens; read on rank 0.
         """
         if self._directory is None:
             return
@@ -99,8 +97,8 @@ class RunLogger:
             samples = [
                 sample_of(
                     rollout,
-                    self._reader.decode,
-                    trust=trust.get(index),
+                    self._reader.text,
+                    numbers=tokens.get(index),
                     correct=verdicts[index],
                     name=self._reader.name(rollout),
                 )

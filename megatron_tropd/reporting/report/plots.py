@@ -93,8 +93,9 @@ def grad_norm(records: Records) -> Figure | None:
 
 
 def entropy(records: Records) -> Figure | None:
-    """Entropy of the student: it falls to nothing, or rises without end, when training goes wrong."""
-    return _lines(records, {"student/entropy": "entropy"}, "Entropy of the student", "nats per token")
+    """Entropy of both models; the student's falls to nothing, or rises without end, when training goes wrong."""
+    names = {"student/entropy": "student", "teacher/entropy": "teacher, at the student's tokens"}
+    return _lines(records, names, "Entropy", "nats per token")
 
 
 def response_length(records: Records) -> Figure | None:
