@@ -1,6 +1,6 @@
 """Runs programs that a model wrote, with limits on time, memory, processes, files and network."""
 
 from megatron_tropd.sandbox.outcome import Limits, Outcome, SandboxError, Verdict
-from megatron_tropd.sandbox.run import check, run_python
+from megatron_tropd.sandbox.run import Request, run_many, run_python
 
-__all__ = ["Limits", "Outcome", "SandboxError", "Verdict", "check", "run_python"]
+__all__ = ["Limits", "Outcome", "Request", "SandboxError", "Verdict", "run_many", "run_python"]
