@@ -144,6 +144,7 @@ def _run(program: str) -> None:
         trace = error.__traceback__
         while trace and trace.tb_frame.f_code.co_filename != program:
             trace = trace.tb_next
+        error.__traceback__ = trace
         sys.excepthook(type(error), error, trace)
         sys.exit(1)
 
