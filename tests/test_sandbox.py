@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_tropd.sandbox import Limits
+from megatron_tropd.sandbox import run as runs
 from megatron_tropd.sandbox.machine import this_machine
 from megatron_tropd.sandbox.outcome import MIB
 from tests.sandbox_helpers import ROOT, SECRET, Mine, Nobodys, open_place
@@ -87,19 +88,29 @@ REFUSED = [
 ]  # fmt: skip
 
 
-def test_what_is_refused(run):
-    paths = {
-        "secret": str(run.place.secret),
-        "place": str(run.place.outside),
-        "root": str(ROOT),
-        "home": os.path.expanduser("~"),
-    }
+def refused(place):
+    """A program that prints what of REFUSED was done."""
+    paths = {"secret": place.secret, "place": place.outside, "root": ROOT, "home": os.path.expanduser("~")}
     source = "import fcntl, multiprocessing, os, resource, signal, socket, subprocess, sys\n"
     for statement in REFUSED:
-        done = f"print({statement!r}, 'was done')"
-        source += f"try: {statement.format(**paths)}; {done}\nexcept PermissionError: pass\n"
-    outcome = run(source)
+        statement = statement.format(**{name: str(path) for name, path in paths.items()})
+        source += f"try: {statement}; print({statement!r}, 'was done')\nexcept PermissionError: pass\n"
+    return source
+
+
+def test_what_is_refused(run):
+    outcome = run(refused(run.place))
     assert (outcome.verdict, outcome.stdout) == ("ok", ""), outcome.stderr
+
+
+def test_the_first_version_of_landlock_is_enough(monkeypatch):
+    oldest = replace(this_machine(), landlock_abi=1)
+    monkeypatch.setattr(runs, "this_machine", lambda: oldest)
+    with open_place() as place:
+        before = place.state()
+        outcome = Mine(place)(refused(place))
+        assert (outcome.verdict, outcome.stdout) == ("ok", ""), outcome.stderr
+        assert place.state() == before
 
 
 P, S = "os.getppid()", 0

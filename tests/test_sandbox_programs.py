@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -169,6 +170,16 @@ def test_an_interrupted_run_leaves_no_process(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_python("import time; time.sleep(100)")
     assert started[0].returncode == -9
+
+
+@confined
+def test_a_parent_that_does_not_learn_of_its_children_gets_no_verdict():
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with pytest.raises(SandboxError, match="SIGCHLD"):
+            run_python("print(1)")
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ class Watch:
     def stop(self) -> None:
         """End the process, if it has not been reaped, and close its pipes."""
         if self.process.returncode is None:
-            with contextlib.suppress(ChildProcessError, ProcessLookupError):
+            with contextlib.suppress(ChildProcessError):
+                self._ended()  # raises where others have reaped it: its id may be another's by now
                 self._kill()
             self.process.wait()
         for pipe in (self.process.stdout, self.process.stderr):
