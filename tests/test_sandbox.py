@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from megatron_tropd.sandbox import Limits
 from megatron_tropd.sandbox import run as runs
 from megatron_tropd.sandbox.machine import this_machine
 from megatron_tropd.sandbox.outcome import MIB
+from megatron_tropd.sandbox.watch import Watch
 from tests.sandbox_helpers import ROOT, SECRET, Mine, Nobodys, open_place
 
 pytestmark = pytest.mark.skipif(bool(this_machine().missing), reason=" ".join(this_machine().missing))
@@ -79,7 +81,7 @@ REFUSED = [
     "open('../main.py', 'a')", "open('../stdin', 'a')", "os.fchmod(os.open('../stdin', os.O_RDONLY), 0)",
     "open('/proc/%d/environ' % os.getppid())", "open('/proc/%d/mem' % os.getppid())", "open('/proc/self/mem')",
     "os.open('.', os.O_TMPFILE | os.O_RDWR)", "os.memfd_create('held')",
-    "os.open('../stdin', os.O_TRUNC)", "os.kill(os.getppid(), 0)", "os.kill(-1, 0)", "os.kill(0, 0)", "os.killpg(1, 0)", "os.setsid()", "fcntl.fcntl(1, fcntl.F_SETOWN, os.getppid())",
+    "os.open('../stdin', os.O_TRUNC)", "os.open('shut', os.O_CREAT, 0) and open('shut')", "os.kill(os.getppid(), 0)", "os.kill(-1, 0)", "os.kill(0, 0)", "os.killpg(1, 0)", "os.setsid()", "fcntl.fcntl(1, fcntl.F_SETOWN, os.getppid())",
     "fcntl.ioctl(0, 0x5412, b'x')", "os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
     "os.sched_setaffinity(os.getppid(), [0])", "resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (0, 0))",
     "os.setuid(0)", "os.chroot('.')", "os.forkpty()", "os.execv('/bin/sh', ['sh'])", "os.posix_spawn('/bin/sh', ['sh'], {{}})",
@@ -186,6 +188,10 @@ ATTACKS = {
         "while True: threading.Thread(target=time.sleep, args=(60,)).start()",
         Limits(), {"forbidden"},
     ),
+    "41 threads": (
+        "import threading, time\nfor _ in range(40): threading.Thread(target=time.sleep, args=(60,)).start()",
+        Limits(threads=40, wall_s=5), {"forbidden"},
+    ),
     "sleeps": ("import time; time.sleep(1000)", BRIEF, TIMEOUT),
     "closes its streams": ("import os, time; [os.close(n) for n in range(3)]; time.sleep(1000)", BRIEF, TIMEOUT),
     "stops itself": ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", BRIEF, TIMEOUT),
@@ -227,6 +233,21 @@ def test_more_attacks(run, name):
     assert outcome.verdict in verdicts, outcome
     assert outcome.verdict == "ok" or outcome.detail
     assert len(outcome.stdout) + len(outcome.stderr) <= limits.output_bytes
+    assert limits is not BRIEF or outcome.wall_s < 5
+
+
+def test_the_watch_measures_cpu_time_and_the_kernel_holds_the_limit_without_it(monkeypatch):
+    """In CPU time, which the load of the machine does not change; the program is deaf to the kernel's first signal."""
+    source = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
+    limits = Limits(cpu_s=0.2)
+    spent = []
+    with open_place() as place:
+        for look in (Watch._excess, lambda _watch: None):
+            monkeypatch.setattr(Watch, "_excess", look)
+            before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+            assert Mine(place)(source, limits=limits).verdict == "timeout"
+            spent.append(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before)
+    assert 0.2 <= spent[0] < 1 < spent[1] < 4
 
 
 def test_a_program_dies_with_its_parent():

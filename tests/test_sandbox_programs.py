@@ -103,6 +103,7 @@ def test_honest_programs(name, monkeypatch):
         ("print(1)\0", 1, "", "null bytes"),
         ("'\ud800'", 1, "", "SyntaxError"),
         ("import pytest", 1, "", "ModuleNotFoundError: No module named 'pytest'"),
+        ("import launcher", 1, "", "ModuleNotFoundError"),
         ("import threading\nthreading.Thread(target=lambda: 1 / 0).start()\nexit(2)", 2, "", "ZeroDivisionError"),
         ("def f(): f()\nf()", 1, "", "RecursionError"),
     ],

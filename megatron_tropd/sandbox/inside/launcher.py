@@ -136,8 +136,7 @@ def _run(program: str) -> None:
     sys.modules["__main__"] = main
     try:
         importlib.machinery.SourceFileLoader("__main__", program).exec_module(main)
-    except MemoryError as error:
-        error.__traceback__ = None  # frees what its frames hold
+    except MemoryError:  # a traceback would need memory
         os.write(2, b"MemoryError\n")
         sys.exit(1)
     except Exception as error:
