@@ -44,9 +44,9 @@ def run(runner):
 
 FIVE = Limits(cpu_s=3, wall_s=4, memory_bytes=128 * MIB)
 """Each ends within five seconds, however loaded the machine: the wall clock ends what gets no CPU."""
-SHORT = Limits(cpu_s=0.3, memory_bytes=256 * MIB)
+SHORT = Limits(cpu_s=0.2, memory_bytes=256 * MIB)
 """For what only the CPU clock ends."""
-BRIEF = Limits(wall_s=0.7)
+BRIEF = Limits(wall_s=0.4)
 """For what only the wall clock ends."""
 
 
@@ -64,7 +64,7 @@ BRIEF = Limits(wall_s=0.7)
     ids=["endless loop", "memory", "forks", "socket", "write outside", "kill of the parent", "1 GiB of output"],
 )
 def test_each_attack_is_contained_within_five_seconds(run, source, verdict):
-    limits = replace(FIVE, cpu_s=0.5) if verdict == "timeout" else FIVE
+    limits = replace(FIVE, cpu_s=0.3) if verdict == "timeout" else FIVE
     outcome = run(source.format(secret=str(run.place.secret)), limits=limits)
     assert outcome.verdict == verdict and outcome.detail
     assert outcome.wall_s < 5
@@ -190,7 +190,7 @@ ATTACKS = {
     ),
     "41 threads": (
         "import threading, time\nfor _ in range(40): threading.Thread(target=time.sleep, args=(60,)).start()",
-        Limits(threads=40, wall_s=5), {"forbidden"},
+        Limits(threads=40, wall_s=20), {"forbidden"},
     ),
     "sleeps": ("import time; time.sleep(1000)", BRIEF, TIMEOUT),
     "closes its streams": ("import os, time; [os.close(n) for n in range(3)]; time.sleep(1000)", BRIEF, TIMEOUT),
@@ -237,17 +237,15 @@ def test_more_attacks(run, name):
 
 
 def test_the_watch_measures_cpu_time_and_the_kernel_holds_the_limit_without_it(monkeypatch):
-    """In CPU time, which the load of the machine does not change; the program is deaf to the kernel's first signal."""
-    source = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
-    limits = Limits(cpu_s=0.2)
+    """In CPU time, which the load of the machine does not change."""
     spent = []
     with open_place() as place:
         for look in (Watch._excess, lambda _watch: None):
             monkeypatch.setattr(Watch, "_excess", look)
             before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-            assert Mine(place)(source, limits=limits).verdict == "timeout"
+            assert Mine(place)("while True: pass", limits=Limits(cpu_s=0.2)).verdict == "timeout"
             spent.append(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before)
-    assert 0.2 <= spent[0] < 1 < spent[1] < 4
+    assert 0.2 <= spent[0] < 1 < spent[1] < 3
 
 
 def test_a_program_dies_with_its_parent():

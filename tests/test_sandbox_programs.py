@@ -17,7 +17,7 @@ import pytest
 from megatron_tropd.sandbox import Limits, Request, SandboxError, check, run_many, run_python
 from megatron_tropd.sandbox import __main__ as command
 from megatron_tropd.sandbox import run as runs
-from megatron_tropd.sandbox.directory import remove
+from megatron_tropd.sandbox.directory import excess, remove
 from megatron_tropd.sandbox.machine import Machine, this_machine
 from tests.sandbox_helpers import ROOT
 
@@ -157,20 +157,25 @@ def test_many_run_side_by_side_and_answers_keep_their_order():
 
 @confined
 def test_an_interrupted_run_leaves_no_process(tmp_path, monkeypatch):
-    """Control-C arrives while the parent waits."""
+    """Control-C arrives while the parent waits for a program that has begun."""
     started = []
     popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: started.append(popen(*args, **more)) or started[0])
 
-    def keep(*args, **more):
-        started.append(popen(*args, **more))
-        return started[0]
+    def interrupt():
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("*/work/begun")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(subprocess, "Popen", keep)
-    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), 2))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_python("import time; time.sleep(100)")
-    assert started[0].returncode == -9
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            run_python("import time; open('begun', 'w').close(); time.sleep(1000)", limits=Limits(wall_s=200))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert started[0].returncode == -signal.SIGKILL
 
 
 @confined
@@ -233,6 +238,18 @@ def test_a_kernel_that_does_not_do_what_it_says_is_found_out(monkeypatch):
     monkeypatch.setattr("megatron_tropd.sandbox.trial.this_machine", lambda: bare)
     found = " ".join(check())
     assert "network: a socket" in found and "files: a file outside" in found and "signals" in found
+
+
+def test_what_is_too_much_in_a_directory(tmp_path):
+    def found(**limits):
+        return excess(str(tmp_path), **{"file_bytes": 10_000, "files": 60} | limits)
+
+    (tmp_path / "/".join("d" * 32)).mkdir(parents=True)
+    (tmp_path / "d" / "f").write_bytes(b"x" * 4000)
+    assert found() == ""
+    assert "bytes" in found(file_bytes=3999) and "32 files" in found(files=32) and found(files=33) == ""
+    (tmp_path / "/".join("d" * 33)).mkdir()
+    assert "inside each other" in found()
 
 
 def test_a_tree_of_any_depth_and_mode_is_removed(tmp_path):

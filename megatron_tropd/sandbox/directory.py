@@ -5,23 +5,29 @@ from __future__ import annotations
 import os
 import stat
 
+_DEEPEST = 32
+"""Directories inside each other; looking at thousands would take the watch seconds."""
+
 
 def excess(directory: str, *, file_bytes: int, files: int) -> str:
     """Return which limit the files in ``directory`` break, or an empty text."""
-    waiting = [directory]
+    waiting = [(directory, 0)]
     size = count = 0
     while waiting:
+        place, depth = waiting.pop()
+        if depth > _DEEPEST:
+            return f"more than {_DEEPEST} directories inside each other"
         try:
-            with os.scandir(waiting.pop()) as entries:
+            with os.scandir(place) as entries:
                 for entry in entries:
                     count += 1
                     about = entry.stat(follow_symlinks=False)
                     size += max(about.st_size, 512 * about.st_blocks) if stat.S_ISREG(about.st_mode) else 0
                     if stat.S_ISDIR(about.st_mode):
-                        waiting.append(entry.path)
+                        waiting.append((entry.path, depth + 1))
                     if count > files:
                         return f"more than {files} files"
-        except OSError as error:  # also a path that is too long
+        except OSError as error:
             return f"files that cannot be looked at: {error.strerror}"
         if size > file_bytes:
             return f"more than {file_bytes} bytes in files"

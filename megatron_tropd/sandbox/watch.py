@@ -103,7 +103,10 @@ class Watch:
 
     def _cpu_s(self) -> float:
         """Return the CPU time of all threads of the process, also of a zombie (clock ids: clock_getcpuclockid(3))."""
-        return time.clock_gettime((~self.process.pid << 3) | 2)
+        try:
+            return time.clock_gettime((~self.process.pid << 3) | 2)
+        except OSError as error:
+            raise ChildProcessError("the process is gone") from error
 
     def _excess(self) -> tuple[Verdict, str] | None:
         limits = self.limits
