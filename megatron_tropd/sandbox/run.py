@@ -21,7 +21,7 @@ from megatron_tropd.sandbox.outcome import Limits, Outcome, SandboxError, Verdic
 from megatron_tropd.sandbox.watch import End, Watch
 
 _LAUNCHER = Path(__file__).with_name("inside") / "launcher.py"
-_OPEN_FILES, _SIGNALS, _STACK_BYTES = 64, 128, 64 << 20
+_OPEN_FILES, _SIGNALS, _STACK_BYTES = 64, 1024, 64 << 20
 _DETAIL_LENGTH = 300
 _KERNEL_GRACE_S = 1
 """The kernel's own limit of CPU time is this much later than that of the watch, in case the watch gets no CPU."""

@@ -136,9 +136,8 @@ def _run(program: str) -> None:
     sys.modules["__main__"] = main
     try:
         importlib.machinery.SourceFileLoader("__main__", program).exec_module(main)
-    except MemoryError:  # a traceback would need memory
-        os.write(2, b"MemoryError\n")
-        sys.exit(1)
+    except MemoryError:
+        pass  # out of this block first, which holds the frames of the program
     except Exception as error:
         trace = error.__traceback__
         while trace and trace.tb_frame.f_code.co_filename != program:
@@ -146,6 +145,11 @@ def _run(program: str) -> None:
         error.__traceback__ = trace
         sys.excepthook(type(error), error, trace)
         sys.exit(1)
+    else:
+        return
+    vars(main).clear()  # the end of the interpreter needs memory too
+    os.write(2, b"MemoryError\n")
+    sys.exit(1)
 
 
 def main() -> None:
