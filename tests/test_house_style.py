@@ -73,19 +73,9 @@ ROWS = [  # a room may import from its own row and from the rows below
     {"weights.coordinates", "data", "cli", "config", "teacher_config", "teacher_files"},
     {"models"},
     {"ops"},
-    {"objectives", "parallel"},
-    {
-        "types",
-        "rng",
-        "hub",
-        "plain_yaml",
-        "flag_values",
-        "json_files",
-        "errors",
-        "config_fields",
-        "reports",
-        "atomic_files",
-    },
+    {"objectives", "parallel", "sandbox"},
+    {"types", "rng", "hub", "plain_yaml", "flag_values", "json_files", "errors", "config_fields", "reports"}
+    | {"atomic_files"},
 ]
 
 
