@@ -73,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error)
         _say("no row is left; nothing was saved")
         return 1
+    except KeyboardInterrupt:
+        _say("interrupted; nothing was saved")
+        return 1
     except OSError as error:
         _say(f"--save {settings.save} cannot be written ({error.strerror or error}); nothing was saved")
         return 1

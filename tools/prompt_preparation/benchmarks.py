@@ -71,6 +71,8 @@ class Benchmarks:
 
     def collision(self, messages: Sequence[Message]) -> Collision | None:
         """Return the first question that the prompt holds, longest sequences first; None if it holds none."""
+        if not self._grams:
+            return None
         words = words_of("\n".join(message["content"] for message in messages))
         pieces = list(self._pieces(words))
         for size in sorted(self._grams, reverse=True):

@@ -150,7 +150,9 @@ class FirstPass:
             raise LeftOut("domain", domain)
         reference = self._reference(draft.reference)
         uid = draft.uid if settings.uid_key is None else text_or_none(required(row, settings.uid_key), "uid")
-        messages = last_user_changed(draft.messages, self._stripped)
+        messages = draft.messages
+        if settings.strip_prefix or settings.strip_suffix:
+            messages = last_user_changed(messages, self._stripped)
         draft = replace(draft, messages=messages, domain=domain, reference=reference, uid=uid)
         prompt = self._prompt(draft)
         return Candidate(row=row, place=place, draft=draft, key=key_of(messages), prompt=prompt)
@@ -234,18 +236,23 @@ class FirstPass:
 
     def _keep(self, candidate: Candidate, sizes: Sizes) -> None:
         self.repeats.keep(candidate.key)
-        self._copies[candidate.key] += self._settings.duplicates == "keep"
-        copy = self._copies[candidate.key]
         draft = candidate.draft
         record: Record = {
             "prompt": _written(candidate.prompt), "response": draft.response, "answer": draft.reference.answer,
             "grader": draft.reference.grader, "domain": draft.domain,
-            "uid": uid_of(candidate.key) + (f"-{copy}" if copy > 1 else ""), "source_uid": draft.uid,
+            "uid": self._uid(candidate.key), "source_uid": draft.uid,
             "row": candidate.place, "prompt_length": sizes.prompt, "response_length": sizes.response,
         }  # fmt: skip
         if self.spool is None:
             self.spool = Spool(self._spool_path, schema_of(self._form, self._settings.responses))
         self.spool.write(record)
+
+    def _uid(self, key: int) -> str:
+        """Return the uid of a row that is kept: that of its prompt, with a number after the first copy."""
+        if self._settings.duplicates == "drop":
+            return uid_of(key)
+        self._copies[key] += 1
+        return f"{uid_of(key)}-{self._copies[key]}" if self._copies[key] > 1 else uid_of(key)
 
     def _fault(self, row: Row, place: str, fault: Fault, uid: str | None = None) -> None:
         ours = _OUR_FLAGS | (_FLAGS_OF_ROWS if self._layout.name == "rows" else set())

@@ -9,6 +9,7 @@ from typing import Any, Literal
 Format = Literal["auto", "openthoughts3", "rl", "nemotron-sft", "nemotron-rl", "rows"]
 SINGLE_FILES = (".jsonl", ".parquet")
 """Suffixes of --save that give one file instead of a directory of shards."""
+_OTHER_FILES = (".json", ".ndjson", ".csv", ".gz", ".zst", ".bz2", ".xz")
 DEFAULT_NGRAM = 13
 _OF_ROWS = ("prompt_key", "response_key", "answer_key", "grader_key")
 _OF_DECONTAMINATION = ("question_key", "ngram", "short_question")
@@ -69,6 +70,8 @@ class Settings:
         for name in ("max_prompt_length", "max_response_length", "max_rows", "shard_rows", "ngram"):
             if (value := getattr(self, name)) is not None and value < 1:
                 yield f"{flag_of(name)} {value} must be at least 1"
+        if self.save.endswith(_OTHER_FILES):
+            yield f"--save {self.save}: expected a directory, or a file that ends in {' or '.join(SINGLE_FILES)}"
         if self.domain is not None and self.domain_key is not None:
             yield "--domain and --domain-key: give one of them"
         for name in ("where", "domain_map", "take"):

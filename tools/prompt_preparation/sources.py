@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def find_files(given: str, flag: str) -> list[FoundFile]:
     try:
         source = find_source(given, flag)
         paths = [Path(file.path) for file in source.files]
-        names = _names(given, paths)
+        names = _names(given, paths, source.revision)
         return [
             FoundFile(file=file, given=given, name=name, num_bytes=_size(path), revision=source.revision)
             for file, path, name in zip(source.files, paths, names, strict=True)
@@ -49,13 +48,13 @@ def find_files(given: str, flag: str) -> list[FoundFile]:
         raise UsageError(f"{flag} {given}: cannot be read ({error.strerror})") from error
 
 
-def _names(given: str, paths: list[Path]) -> list[str]:
+def _names(given: str, paths: list[Path], revision: str) -> list[str]:
     """Return the names of the files of one entry: where it is one file, the entry itself."""
     if [str(path) for path in paths] == [given]:
         return [given]
     base = Path(given.partition("::")[0])
-    if not base.is_dir():  # of the Hub: the snapshot's own directory says where it is cached, not what it is
-        base = Path(os.path.commonpath([path.parent for path in paths]))
+    if revision:  # the snapshot of a commit has its name
+        base = next(parent for parent in paths[0].parents if parent.name == revision)
     return [f"{given}/{path.relative_to(base)}" if path != base else given for path in paths]
 
 

@@ -121,7 +121,7 @@ def write_text(path: Path, text: str) -> None:
 
 def check_free(settings: Settings) -> None:
     """Raise UsageError if something is where the output goes."""
-    for path in _places(settings).values():
+    for path in reversed(_places(settings).values()):
         if os.path.lexists(path):
             raise UsageError(
                 f"--save {settings.save}: {path} exists; nothing is overwritten: remove it or save elsewhere"

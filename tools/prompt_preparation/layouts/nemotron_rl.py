@@ -40,7 +40,7 @@ def _read(row: Row, settings: Settings) -> Draft:
         turns.insert(0, {"role": "system", "content": system})
     draft = draft_of(turns, with_response=settings.responses, keep_system=settings.system_messages == "keep")
     metadata = as_object(row.value.get("verifier_metadata"), "verifier_metadata")
-    fields = {key: metadata.get(key, row.value.get(key)) for key in _VERIFIED}
+    fields = {key: row.value.get(key) if metadata.get(key) is None else metadata[key] for key in _VERIFIED}
     reference = _reference(fields)
     named = next((row.value[key] for key in _DOMAIN_KEYS if row.value.get(key) is not None), None)
     domain = plain_value(named, "domain", "") or _DOMAINS.get(reference.grader or "", "")
