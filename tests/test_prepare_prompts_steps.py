@@ -71,7 +71,7 @@ PIECES = st.sampled_from(
 TEXTS = st.lists(PIECES, min_size=1, max_size=3).map("".join).map(lambda text: f"q {text}")
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(rows=st.lists(st.tuples(TEXTS, st.sampled_from(["7", " 7", "8"])), min_size=1, max_size=12), drop=st.booleans())
 def test_repeats_against_comparing_all_pairs(tmp_path_factory, rows, drop):
     directory = tmp_path_factory.mktemp("repeats")
@@ -189,7 +189,7 @@ def slow_collision(prompt, questions, ngram, short):
 SENTENCES = st.lists(st.sampled_from("abcx"), min_size=1, max_size=9).map(" ".join)
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(
     prompt=SENTENCES, questions=st.lists(SENTENCES, min_size=1, max_size=4), ngram=st.integers(1, 5),
     short=st.sampled_from(["contained", "equal"]),

@@ -95,7 +95,7 @@ class Spool:
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Yield the rows in order, once the spool is closed."""
         with pq.ParquetFile(self._path) as file:
-            yield from file.iter_batches(batch_size=1024, columns=columns)
+            yield from file.iter_batches(batch_size=256, columns=columns)
 
 
 def _size(record: Record) -> int:
