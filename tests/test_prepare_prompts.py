@@ -122,15 +122,22 @@ def test_nemotron_sft_pairs(tmp_path):
     rows = [
         {"input": user("Q"), "output": "A", "system_prompt": "detailed thinking on", **common},
         {"input": "plain", "output": "B", "system_prompt": "", **common},
+        {
+            "input": [{"role": "system", "content": "own"}, *user("R")],
+            "output": "C",
+            "system_prompt": "row's",
+            **common,
+        },
     ]
     data = write_rows(tmp_path / "n.jsonl", rows)
     system = [{"role": "system", "content": "detailed thinking on"}]
     assert without_uids(prepare(data, tmp_path / "out", "--responses")) == [
         {"prompt": [*system, *user("Q")], "response": "A", "domain": "math"},
         {"prompt": user("plain"), "response": "B", "domain": "math"},
+        {"prompt": [{"role": "system", "content": "own"}, *user("R")], "response": "C", "domain": "math"},
     ]
     assert [row["prompt"] for row in prepare(data, tmp_path / "b", "--system-messages", "drop")] == [
-        user("Q"), user("plain")
+        user("Q"), user("plain"), user("R")
     ]  # fmt: skip
 
 

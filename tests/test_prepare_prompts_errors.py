@@ -14,6 +14,9 @@ from tests.prompt_files import prepare, report_of, rl_row, user, write_rows
 from tests.test_data_tokenizer import save_tokenizer
 from tests.torchrun_jobs import ROOT, environment
 from tools.prepare_prompts import main
+from tools.prompt_preparation.flags import parse
+from tools.prompt_preparation.settings import UsageError
+from tools.prompt_preparation.writing import publish, staging
 
 
 @pytest.fixture
@@ -78,6 +81,17 @@ def test_nothing_is_overwritten(tmp_path, dapo, refused, name):
 def test_a_report_in_the_way_is_not_overwritten(tmp_path, dapo, refused):
     (tmp_path / "out.report.json").touch()
     assert "out.report.json exists" in refused("--prompt-data", dapo, "--save", tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize("name", ["out", "out.jsonl"])
+def test_what_came_meanwhile_is_not_overwritten(tmp_path, name):
+    settings = parse(["--prompt-data", "x", "--save", str(tmp_path / name)])
+    with pytest.raises(UsageError, match="exists"), staging(settings) as directory:
+        (directory / "out" / name).touch()
+        (directory / "out" / "report.json").touch()
+        (tmp_path / name).write_text("theirs")
+        publish(directory, settings)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "theirs")]
 
 
 # ---- sources and columns ----

@@ -103,13 +103,17 @@ def test_a_copy_with_a_shorter_response_is_kept_and_a_dropped_row_still_conflict
         {"prompt": "three", "response": "far too long"},
         {"prompt": "four", "response": "short"},
         {"prompt": "four", "response": "shorter", "answer": "9"},
+        {"prompt": "five", "response": "short", "answer": "9"},
+        {"prompt": "five", "response": "short"},
     ]
     flags = ["--responses", "--max-response-length", "6"]
     written = prepare(write_rows(tmp_path / "d.jsonl", rows), tmp_path / "out", *flags)
-    assert [(row["prompt"], row["response"]) for row in written] == [("one", "short"), ("four", "short")]
-    assert counts(tmp_path / "out") == {"long_response": 3, "conflict": 1, "duplicate": 1}
+    assert [(row["prompt"], row["response"]) for row in written] == [
+        ("one", "short"), ("four", "short"), ("five", "short"),
+    ]  # fmt: skip
+    assert counts(tmp_path / "out") == {"long_response": 3, "conflict": 1, "duplicate": 2}
     kept = prepare(tmp_path / "d.jsonl", tmp_path / "kept", *flags, "--on-long-response", "keep")
-    assert [row["prompt"] for row in kept] == ["one", "three", "four"]
+    assert [row["prompt"] for row in kept] == ["one", "three", "four", "five"]
 
 
 # ---- answers, domains ----
@@ -258,6 +262,13 @@ def test_take_depends_on_the_seed_and_not_on_the_order(tmp_path, mixed):
     limited = taken(shuffled, "d", "--max-rows", "11")
     assert len(limited) == 11 and limited < first == taken(mixed, "e", "--max-rows", "28")
     assert counts(tmp_path / "d") == {"duplicate": 13, "not_taken": 62, "over_max_rows": 17}
+
+
+def test_take_does_not_count_rows_that_conflict(tmp_path):
+    rows = [rl_row(f"Question {number}", str(number)) for number in range(90)]
+    rows += [rl_row(f"Question {number}", "other") for number in range(0, 90, 2)]
+    written = prepare(write_rows(tmp_path / "d.jsonl", rows), tmp_path / "out", "--take", "math=45")
+    assert {row["answer"] for row in written} == {str(number) for number in range(1, 90, 2)}
 
 
 def test_take_leaves_out_other_domains_and_says_what_is_missing(tmp_path, mixed):
