@@ -14,10 +14,8 @@ class FoundFile:
     """One data file."""
 
     file: DataFile
-    given: str
-    """The entry of the command line that it belongs to."""
     name: str
-    """The entry, and the path below it where it is a directory or a data set of the Hub."""
+    """The entry of the command line, and the path below it where it is a directory or a data set of the Hub."""
     num_bytes: int
     revision: str
     """Commit of a data set of the Hub; "" for local files."""
@@ -39,7 +37,7 @@ def find_files(given: str, flag: str) -> list[FoundFile]:
         paths = [Path(file.path) for file in source.files]
         names = _names(given, paths, source.revision)
         return [
-            FoundFile(file=file, given=given, name=name, num_bytes=_size(path), revision=source.revision)
+            FoundFile(file=file, name=name, num_bytes=_size(path), revision=source.revision)
             for file, path, name in zip(source.files, paths, names, strict=True)
         ]
     except SourceError as error:
