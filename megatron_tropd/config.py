@@ -79,7 +79,7 @@ class ReferenceConfig:
 class RewardConfig:
     """Rewards, for the objectives that learn from them."""
 
-    reward_function: str = setting("", "package.module:function, such as megatron_tropd.rewards:exact_match")
+    reward_function: str = setting("", "package.module:function, such as megatron_tropd.grading.rewards:exact_match")
     advantage_baseline: Baseline = setting(
         "group-mean", "what is taken off a reward: the mean of its group, or of the others"
     )

@@ -12,8 +12,8 @@ from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.guidance import check_guidance
 from megatron_tropd.data.prompts import PromptFormat, PromptSet, load_prompts
 from megatron_tropd.grading.grader import check_references
+from megatron_tropd.grading.rewards import RewardFunction, exact_match
 from megatron_tropd.objectives.base import Objective
-from megatron_tropd.rewards import RewardFunction, exact_match
 from megatron_tropd.setup.problems import Problems
 
 
@@ -100,7 +100,7 @@ def _check(
     if objective.needs.rollouts:
         _check_answers(prompts, "--prompt-data", config, problems)
     if reward is exact_match:
-        _require_answers(prompts, "--reward-function megatron_tropd.rewards:exact_match", config, problems)
+        _require_answers(prompts, "--reward-function megatron_tropd.grading.rewards:exact_match", config, problems)
     updates = config.training.num_minibatches
     problems.require(
         len(prompts) >= updates,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_tropd.grading.grader import Grader
+from megatron_tropd.grading.rewards import RewardFunction, RewardSample
 from megatron_tropd.parallel.fail_together import share_out
-from megatron_tropd.rewards import RewardFunction, RewardSample
 from megatron_tropd.types import Prompt, Rollout
 
 

@@ -53,7 +53,9 @@ def load_reward_function(path: str) -> RewardFunction:
     flag = f"--reward-function {path}"
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
-        raise ValueError(f"{flag}: expected package.module:function, such as megatron_tropd.rewards:exact_match")
+        raise ValueError(
+            f"{flag}: expected package.module:function, such as megatron_tropd.grading.rewards:exact_match"
+        )
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a user's module may fail in any way
