@@ -66,7 +66,10 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     needs = objective.needs if objective else Needs()
     reward_path = config.reward.reward_function if needs.rewards else ""
     reward_function = problems.attempt(lambda: load_reward_function(reward_path)) if reward_path else None
-    grader = problems.attempt(lambda: make_grader(config.evaluation.grader, config.evaluation.answer_pattern))
+    grading = config.evaluation
+    grader = problems.attempt(
+        lambda: make_grader(grading.grader, grading.answer_pattern, lenient=grading.lenient_grading)
+    )
     roles = problems.attempt(lambda: _roles(config, needs, world_size)) or split(world_size, ())
     gpus = assign_gpus(config, problems)
     models = find_models(config, needs, roles[0].size, problems)
