@@ -16,7 +16,7 @@ from megatron_tropd.grading.references import check_references
 from megatron_tropd.grading.workers import Workers
 from tests.grading_cases.mathematics import CASES
 
-MATH, EXACT = replace(make_grader("math"), workers=Workers(1, cpu_seconds=0.7)), make_grader("exact")
+MATH, EXACT = replace(make_grader("math"), workers=Workers(1, cpu_seconds=0.4)), make_grader("exact")
 
 
 def test_there_are_enough_cases():
