@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -244,6 +245,12 @@ def test_references_that_no_response_can_give():
     for letter in ("'AB'", "'K'", "'c'", "'7'"):
         assert f"{letter}, expected a capital letter from A to J" in of["choice"]
     assert not check_references([(0, "7", ""), (1, " J ", "choice")], "math")
+
+
+def test_the_documented_references_can_be_graded():
+    text = (Path(__file__).resolve().parent.parent / "docs" / "grading.md").read_text()
+    constraints, tests = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    assert not check_references([(0, constraints, "instructions"), (1, tests, "code")], "exact")
 
 
 @pytest.mark.parametrize("text", ["", "7", r"\frac{1}{2}", r"\{ 1 \}", r"\left\{ x", r"\boxed{7}", "{}{{}}", r"\\{}"])

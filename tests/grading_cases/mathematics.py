@@ -96,7 +96,6 @@ CASES = [
     (r"\boxed{not 7 but 8}", "7", False),
     (r"\boxed{1/0}", "2/0", False),
     (r"\boxed{9^{9^{9^9}}}", "7", False),
-    (r"\boxed{10000000!}", "7", False),
     (r"\boxed{" + "9" * 1200 + "}", "7", False),
     (r"\boxed{7\}", "7", False),
     (r"\boxed{7}\boxed{" * 500, "8", False),
