@@ -88,7 +88,7 @@ def evaluate(
     Args:
         generate: generates with the student's weights; over several ranks it is collective and returns all
             rollouts on each of them.
-        prompts: each with an answer.
+        prompts: those that ``check_prompts`` accepts; it is not called here, since references may be long.
         tokenizer: turns responses into text; special tokens are left out.
         decodings: e.g. ``DECODINGS.values()``.
         grader: tells which responses are right, where a prompt names no other; with several ranks each grades its
@@ -99,11 +99,9 @@ def evaluate(
         num_samples: responses per prompt, averaged (greedy decoding always writes one).
 
     Raises:
-        ValueError: there are no prompts, or a prompt has no answer or one that no response can give.
         EngineError: the engine cannot generate.
         GradingError: the responses cannot be graded.
     """
-    check_prompts(prompts, grader)
     by_uid = {prompt.uid: prompt for prompt in prompts}
     reports = []
     for decoding in decodings:
@@ -122,11 +120,12 @@ def _report(
 ) -> EvalReport:  # fmt: skip
     def question(rollout: Rollout) -> Question:
         prompt = prompts[rollout.prompt_uid]
+        assert prompt.answer is not None  # check_prompts
         text = tokenizer.decode(list(rollout.token_ids[rollout.prompt_len :]), skip_special_tokens=True)
         return Question(
             response=str(text),
             finished=rollout.finish == "stop",
-            reference=prompt.answer or "",  # check_prompts has seen that there is one
+            reference=prompt.answer,
             grader=prompt.grader,
         )
 

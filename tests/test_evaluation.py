@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.errors import EngineError
 from megatron_tropd.evaluate import main
-from megatron_tropd.evaluation import DECODINGS, GREEDY, TEMPERATURE_1, accuracy_of, evaluate
+from megatron_tropd.evaluation import DECODINGS, GREEDY, TEMPERATURE_1, accuracy_of, check_prompts, evaluate
 from megatron_tropd.grading.grader import make_grader
 from megatron_tropd.reports import Accuracy
 from megatron_tropd.rng import Stream
@@ -196,15 +196,15 @@ def test_sampled_evaluation_is_reproducible_and_apart_from_training(made):
 
 
 def test_missing_answers_and_groups_are_refused(made):
-    engine, tokenizer, prompts = made
+    _, _, prompts = made
     unanswered = [*prompts, Prompt(uid=99, token_ids=(3,))]
     with pytest.raises(ValueError, match="uid 99"):
-        run((engine, tokenizer, unanswered), [GREEDY])
+        check_prompts(unanswered, ALL)
     with pytest.raises(ValueError, match="no prompts"):
-        run((engine, tokenizer, []), [GREEDY])
+        check_prompts([], ALL)
     for answer, fault in ((7, "uid 99.*is a int|is a int.*uid 99"), ("  ", "blank"), ("nan", "'nan'")):
         with pytest.raises(ValueError, match=fault):
-            run((engine, tokenizer, [*prompts, Prompt(uid=99, token_ids=(3,), answer=answer)]), [GREEDY])
+            check_prompts([*prompts, Prompt(uid=99, token_ids=(3,), answer=answer)], ALL)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def find_choice(text: str, *, lenient: bool) -> tuple[str, int] | None:
     ``lenient`` takes the last capital letter that stands alone where no statement is made at all; the pronoun I and the
     article A are no such letters.
     """
-    stated = [_in_box(text, start, end) for start, end in boxes(text)]
+    stated: list[tuple[int, str] | None] = [_in_box(text, start, end) for start, end in boxes(text)]
     stated += [_in_words(text, match.end()) for match in _STATED.finditer(text)]
     if made := [one for one in stated if one is not None]:
         place, letter = max(made)
