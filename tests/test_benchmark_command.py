@@ -17,7 +17,7 @@ PYTHON = Path(__file__).resolve().parent.parent / ".venv-benchmark" / "bin" / "p
 needs_evalscope = pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} does not exist; `make benchmark-env` makes it")
 pytestmark = [pytest.mark.slow, needs_evalscope]
 
-COUNTS = [word for name, count in SAMPLES.items() for word in (f"{name}={count}",)]
+COUNTS = [f"{name}={count}" for name, count in SAMPLES.items()]
 QUESTION_MEANS = {
     ("aime24", "accuracy"): [1 / 2, 1 / 4, 1],
     ("aime25", "accuracy"): [1 / 2, 0],
@@ -42,7 +42,7 @@ def run(tmp_path_factory):
         return output, list(server.requests)
 
 
-@pytest.mark.parametrize("benchmark, metric", QUESTION_MEANS, ids="/".join)
+@pytest.mark.parametrize("benchmark, metric", QUESTION_MEANS, ids=str)
 def test_scores_and_standard_errors_are_exact(run, benchmark, metric):
     means = QUESTION_MEANS[benchmark, metric]
     found = json.loads((run[0] / "summary.json").read_text())[benchmark]["metrics"][metric]

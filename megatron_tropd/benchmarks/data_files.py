@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tropd.benchmarks.protocol import BENCHMARKS
+from megatron_tropd.benchmarks.protocol import BENCHMARKS, Protocol
 
 Row = dict[str, Any]
 
@@ -68,8 +68,8 @@ class Questions:
     """Over names and bytes of the files."""
 
 
-def read_questions(name: str, data_dir: Path, *, limit: int | None = None) -> Questions:
-    """Return the questions of benchmark ``name`` below ``data_dir``; at most ``limit``.
+def read_questions(name: str, data_dir: Path, protocol: Protocol) -> Questions:
+    """Return the questions of benchmark ``name`` below ``data_dir`` that ``protocol`` asks.
 
     Raises:
         FileNotFoundError: no file of the data set is there; the message names folder and data set.
@@ -89,12 +89,15 @@ def read_questions(name: str, data_dir: Path, *, limit: int | None = None) -> Qu
         with path.open("rb") as file:
             digest.update(f"{path.relative_to(folder)}\0".encode() + hashlib.file_digest(file, "sha256").digest())
         for number, row in enumerate(_rows(path)):
-            rows.append(_checked(name, row, where=f"{path}, row {number + 1}"))
-            ids.append(_id(name, row, path.relative_to(folder), number))
+            found = _checked(name, row, where=f"{path}, row {number + 1}")
+            if name != "mmlu_redux" or protocol.mmlu_redux_rows == "all" or found["error_type"] == "ok":
+                rows.append(found)
+                ids.append(_id(name, row, path.relative_to(folder), number))
     if len(set(ids)) < len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
         raise ValueError(f"{folder}: question {twice} is there twice; the folder holds more than one copy of the set")
-    return Questions(ids=tuple(ids[:limit]), rows=tuple(rows[:limit]), sha256=digest.hexdigest())
+    chosen = slice(protocol.limit)
+    return Questions(ids=tuple(ids[chosen]), rows=tuple(rows[chosen]), sha256=digest.hexdigest())
 
 
 def check_nltk_data(data_dir: Path) -> None:

@@ -50,7 +50,7 @@ def register(work: Work) -> str:
     # No decorator: one name is registered anew for every job of this process.
     BENCHMARK_REGISTRY[known_as] = BenchmarkMeta(
         name=known_as, pretty_name=BENCHMARKS[work.name].title, dataset_id=work.name, metric_list=["acc"],
-        eval_split="test", data_adapter=adapter,
+        eval_split="test", data_adapter=adapter, description="",
     )  # fmt: skip
     return known_as
 

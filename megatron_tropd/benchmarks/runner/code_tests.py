@@ -14,13 +14,13 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tropd.grading.programs import Test
+from megatron_tropd.grading.programs import ProgramTest
 
 _AROUND_A_TEXT = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT", "STOP"}
 _TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE"}
 
 
-def read_tests(row: Mapping[str, Any]) -> list[Test]:
+def read_tests(row: Mapping[str, Any]) -> list[ProgramTest]:
     """Return public and private tests of a problem.
 
     Raises:
@@ -33,7 +33,7 @@ def read_tests(row: Mapping[str, Any]) -> list[Test]:
         for test in _cases(row[column], column):
             if not isinstance(test, dict) or not all(isinstance(test.get(key), str) for key in ("input", "output")):
                 raise ValueError(f"{column} has a test without the texts input and output")
-            tests.append(Test(kind=kind, input=test["input"], output=test["output"], function=function))
+            tests.append(ProgramTest(kind=kind, input=test["input"], output=test["output"], function=function))
     if not tests:
         raise ValueError("the problem has no tests")
     return tests

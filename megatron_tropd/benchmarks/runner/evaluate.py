@@ -30,7 +30,7 @@ def run(job: Mapping[str, Any], tell: Tell) -> None:
     os.environ["NLTK_DATA"] = str(Path(job["data_dir"]) / NLTK_FOLDER)  # before nltk is imported
     protocol = Protocol.from_json(job["protocol"])
     for name in job["benchmarks"]:
-        questions = read_questions(name, Path(job["data_dir"]), limit=protocol.limit)
+        questions = read_questions(name, Path(job["data_dir"]), protocol)
         work_dir = Path(job["output"]) / "evalscope" / name
         _run_one(job, name, questions, protocol, work_dir, tell)
         tell(kind="scores", benchmark=name, rows=_rows(name, questions, protocol, work_dir))
