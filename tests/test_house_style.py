@@ -73,7 +73,7 @@ ROWS = [  # a room may import from its own row and from the rows below
     {"weights.coordinates", "data", "cli", "config", "teacher_config", "teacher_files"},
     {"models"},
     {"ops"},
-    {"objectives", "parallel"},
+    {"objectives", "parallel", "sandbox"},
     {"types", "rng", "hub", "plain_yaml", "flag_values", "json_files", "errors", "config_fields", "reports"},
 ]
 

@@ -37,8 +37,8 @@ def excess(directory: str, *, file_bytes: int, files: int) -> str:
 def remove(directory: str) -> None:
     """Remove ``directory``, also what in it is nested too deeply for a path, or cannot be read.
 
-    Each directory inside is moved up first, so that paths stay short.  ``directory`` itself is the caller's: its entries
-    are none of the numbers that directories are moved to.
+    Each directory inside is moved up first, so that paths stay short.  The entries of ``directory`` itself are the
+    caller's: none has a number for a name, as moved directories have.
     """
     waiting, moved = [directory], 0
     while waiting:

@@ -25,6 +25,7 @@ class Machine:
     """Version of Landlock; 0: none."""
     calls: bytes
     """The seccomp filter; empty: none."""
+    linux: bool = True
     missing: tuple[str, ...] = ()
     """What cannot be enforced, a sentence each, with what to do about it."""
 
@@ -55,7 +56,7 @@ def this_machine() -> Machine:
     if sys.platform != "linux" or name not in system_calls.AUDIT_ARCH:
         known = ", ".join(system_calls.AUDIT_ARCH)
         text = f"Nothing can be enforced on {sys.platform} {name}; the sandbox knows Linux on {known}."
-        return Machine(landlock_abi=0, calls=b"", missing=(text,))
+        return Machine(landlock_abi=0, calls=b"", linux=sys.platform == "linux", missing=(text,))
     libc = ctypes.CDLL(None, use_errno=True)
     missing = []
     abi, reason = _landlock_abi(libc)

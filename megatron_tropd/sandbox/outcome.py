@@ -27,7 +27,7 @@ class SandboxError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one run may use.  All are positive; ValueError otherwise."""
+    """What one run may use.  Raises ValueError for a limit that is not positive, or a count that is not an integer."""
 
     cpu_s: float = 6.0
     """Seconds of CPU time, of all threads together.  This is what ends an endless loop, on a loaded machine too."""
@@ -47,8 +47,9 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"Limits.{field.name} is {value!r}; expected a finite number above 0")
+            kinds, kind = ((int, float), "a finite number") if field.name.endswith("_s") else ((int,), "an integer")
+            if not isinstance(value, kinds) or not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"Limits.{field.name} is {value!r}; expected {kind} above 0")
         if self.memory_bytes < 64 * MIB:
             raise ValueError(f"Limits.memory_bytes is {self.memory_bytes}; Python needs at least {64 * MIB}")
 

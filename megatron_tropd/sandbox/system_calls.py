@@ -192,7 +192,7 @@ _TESTS: dict[str, tuple[_Test, ...]] = {
     "fcntl": (_Test(1, _ANY, (0, 1, 2, 3, 4, 5, 6, 7, 1030)),),
     # Unix stream pairs, which asyncio wakes itself with; a datagram socket could be pointed at a socket of the machine
     "socketpair": (_Test(0, _ANY, (1,)), _Test(1, 0xF, (1,))),
-    # no file without a name, which could not be counted; O_TRUNC only with writing, which Landlock judges in all versions
+    # no file without a name, which nobody counts; O_TRUNC only to write, which Landlock judges in all its versions
     "open": (_Test(1, *_OPENING),),
     "openat": (_Test(2, *_OPENING),),
 }

@@ -50,7 +50,7 @@ class Watch:
 
         Raises ChildProcessError if other code of this process has reaped it, so that nothing is known of its end.
         """
-        reason = None
+        reason: tuple[Verdict, str] | None = None
         looked = self.start
         with selectors.DefaultSelector() as selector:
             for name, pipe in (("stdout", self.process.stdout), ("stderr", self.process.stderr)):

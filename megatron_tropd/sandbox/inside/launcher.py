@@ -1,11 +1,11 @@
 """Started by path in the process that is to be confined: confines it, then runs the program in it.
 
-Arguments: the parent's process id, the descriptor on which to say ``ready`` or what failed, the program's file, the limits
-as ``NAME=soft:hard`` with commas, the seccomp filter and the attributes of the Landlock ruleset in hexadecimal (empty: the
-machine has none), the flags of landlock_restrict_self, the rights in the working directory and those to read, and paths to
-read.  A ``+`` before a path puts it on the import path too.
+Arguments: the descriptor on which to say ``ready`` or what failed, the program's file, the parent's process id, the
+limits as ``NAME=soft:hard`` with commas, the seccomp filter and the attributes of the Landlock ruleset in hexadecimal
+(empty: the machine has none), the flags of landlock_restrict_self, the rights in the working directory, those where it
+may read, and the paths where it may; a ``+`` before one puts it on the import path too.
 
-It imports what a program would pay for at every start, so little, and nothing of the package.
+Every program pays for what is imported here, so it is little, and nothing of the package.
 """
 
 import sys
