@@ -147,7 +147,12 @@ LARGEST = "class Solution:\n    def largest(self, values: List[int]) -> int:\n  
 SCRIPT: dict[str, list[Reply]] = {
     # AIME 2024, four samples: question means 1/2, 1/4, 1
     "A24-0": [RIGHT, BOXED_TWICE, BOXED_TWICE_WRONG, CUT_OFF],
-    "A24-1": [Reply(text="\\boxed{25}"), Reply(text="\\boxed{25.5}"), Reply(text=""), Reply(text="\\boxed{\\frac{50}{2}}")],
+    "A24-1": [
+        Reply(text="\\boxed{25}"),
+        Reply(text="\\boxed{25.5}"),
+        Reply(text=""),
+        Reply(text="\\boxed{\\frac{50}{2}}"),
+    ],
     "A24-2": [Reply(text="\\boxed{7}")] * 4,
     # AIME 2025, two samples: 1/2 and 0
     "A25-0": [Reply(text="<think>\\boxed{1}</think>\\boxed{70}"), Reply(text="seventy")],

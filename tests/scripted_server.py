@@ -41,9 +41,18 @@ class ScriptedServer(ThreadingHTTPServer):
         self.release = threading.Event()
         self.held = threading.Event()
         """Set when a request waits."""
+        self.broken = False
+        """Whether connections end without an answer."""
         self.lock = threading.Lock()
         self.asked: Counter[str] = Counter()
         self.requests: list[dict[str, Any]] = []
+
+    def stop(self) -> None:
+        """Close the address; requests that wait are never answered."""
+        self.shutdown()
+        self.server_close()
+        self.broken = True
+        self.release.set()
 
     @property
     def url(self) -> str:
@@ -74,6 +83,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         found = self.server.reply(body)
+        if self.server.broken:
+            self.close_connection = True
+            return
         if found is None:
             self._send(400, {"error": {"message": "the script has no further reply", "code": 400}})
             return
@@ -83,7 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
         usage = {"prompt_tokens": 7, "completion_tokens": reply.tokens, "total_tokens": 7 + reply.tokens}
         choice = {"index": 0, "message": message, "finish_reason": reply.finish}
         self._send(
-            200, {"id": "1", "object": "chat.completion", "created": 1, "model": MODEL, "choices": [choice], "usage": usage}
+            200,
+            {"id": "1", "object": "chat.completion", "created": 1, "model": MODEL, "choices": [choice], "usage": usage},
         )
 
     def log_message(self, *_arguments: object) -> None:
@@ -108,7 +121,5 @@ def serving(script: Mapping[str, Sequence[Reply]], **options: Any) -> Iterator[S
     try:
         yield server
     finally:
-        server.release.set()
-        server.shutdown()
-        server.server_close()
+        server.stop()
         thread.join()

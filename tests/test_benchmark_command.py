@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_tropd.benchmark import main
 from megatron_tropd.benchmarks.protocol import BENCHMARKS
 from tests.benchmark_data import SAMPLES, SCRIPT, write_all
-from tests.scripted_server import serving
+from tests.scripted_server import MODEL, Reply, serving
 
-PYTHON = Path(__file__).resolve().parent.parent / ".venv-benchmark" / "bin" / "python"
-needs_evalscope = pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} does not exist; `make benchmark-env` makes it")
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = ROOT / ".venv-benchmark" / "bin" / "python"
+needs_evalscope = pytest.mark.skipif(
+    not PYTHON.exists(), reason=f"{PYTHON} does not exist; `make benchmark-env` makes it"
+)
 pytestmark = [pytest.mark.slow, needs_evalscope]
 
-COUNTS = [f"{name}={count}" for name, count in SAMPLES.items()]
+CUT_B = Reply(text="ANSWER: B", finish="length")
 QUESTION_MEANS = {
     ("aime24", "accuracy"): [1 / 2, 1 / 4, 1],
     ("aime25", "accuracy"): [1 / 2, 0],
@@ -30,15 +38,34 @@ QUESTION_MEANS = {
 }
 
 
+def arguments(server, data, output, benchmarks, samples, *more):
+    return [
+        "--server-urls", server.url, "--data-dir", str(data), "--output", str(output), "--evalscope-python", str(PYTHON),
+        "--benchmarks", *benchmarks.split(), "--samples", *samples.split(), *more,
+    ]  # fmt: skip
+
+
+def benchmark(*arguments_):
+    assert main(arguments(*arguments_)) == 0
+
+
+def rows_of(output, name):
+    return [json.loads(line) for line in (output / f"scores/{name}.jsonl").read_text().splitlines()]
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(output directory, requests) of one run of all seven."""
     data, output = write_all(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("output") / "out"
     with serving(SCRIPT) as server:
-        assert main([
-            "--server-urls", server.url, "--data-dir", str(data), "--output", str(output), "--evalscope-python", str(PYTHON),
-            "--samples", *COUNTS,
-        ]) == 0  # fmt: skip
+        benchmark(server, data, output, " ".join(BENCHMARKS), " ".join(f"{n}={count}" for n, count in SAMPLES.items()))
         return output, list(server.requests)
 
 
@@ -51,3 +78,120 @@ def test_scores_and_standard_errors_are_exact(run, benchmark, metric):
     assert found["num_questions"] == len(means)
     assert found["mean"] == pytest.approx(mean, abs=1e-12)
     assert found["standard_error"] == pytest.approx(error, abs=1e-12)
+
+
+def test_every_question_has_its_samples(run):
+    first = rows_of(run[0], "aime24")[0]
+    assert first["question"] == "train-00000-of-00001/60" and first["grading_errors"] == 0
+    assert sorted(zip(first["scores"]["accuracy"], first["finish"], first["tokens"], strict=True)) == [
+        (0.0, "length", 32768), (0.0, "stop", 10), (1.0, "stop", 10), (1.0, "stop", 10),
+    ]  # fmt: skip
+    assert [row["question"] for row in rows_of(run[0], "livecodebench_v6")] == ["LCB-1", "LCB-2", "LCB-3", "LCB-4"]
+
+
+def test_every_request_says_how_to_sample(run):
+    """A server's or a model's own defaults must not matter, and no seed may make all samples equal."""
+    assert len(run[1]) == 12 + 4 + 4 + 4 + 2 + 2 + 4
+    for body in run[1]:
+        wanted = {"temperature": 1.0, "top_p": 0.7, "top_k": -1, "min_p": 0.0, "max_tokens": 32768, "repetition_penalty": 1.0,
+                  "presence_penalty": 0.0, "frequency_penalty": 0.0, "model": MODEL}  # fmt: skip
+        assert {key: body.get(key) for key in wanted} == wanted
+        assert "seed" not in body and not body.get("n")
+
+
+def test_prompts_hold_questions_as_they_are(run):
+    prompts = {body["messages"][-1]["content"]: len(body["messages"]) for body in run[1]}
+    assert prompts[
+        "Problem A25-0 with \\boxed{} and {question}.\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+    ] == 1  # fmt: skip
+    (choice,) = (prompt for prompt in prompts if "GPQA-0" in prompt)
+    assert "which {one}, {choices}?\nSecond line." in choice and "one of A,B,C,D." in choice
+    assert prompts["IF-1: say something."] == 1
+    (code,) = (prompt for prompt in prompts if "LCB-2" in prompt)
+    assert "def largest" in code and prompts[code] == 2  # with LiveCodeBench's system message
+
+
+def test_the_order_of_options_depends_on_seed_and_question_alone(run, tmp_path):
+    def orders(*words):
+        data = write_all(tmp_path / f"data{len(words)}")
+        with serving({"GPQA-0": [Reply(text="")], "GPQA-1": [Reply(text="")]}) as server:
+            benchmark(server, data, tmp_path / "out" / "-".join(words), "gpqa_diamond", "gpqa_diamond=1", *words)
+            return sorted(body["messages"][-1]["content"] for body in server.requests)
+
+    first = sorted({body["messages"][-1]["content"] for body in run[1] if "GPQA" in str(body)})
+    assert orders() == first
+    assert orders("--choice-seed", "1") != first
+
+
+def test_rows_with_errors_and_cut_off_answers_by_their_switches(tmp_path):
+    data = write_all(tmp_path / "data")
+    script = {"MMLU-0?": [CUT_B], "MMLU-1?": [Reply(text="ANSWER: D")], "MMLU-2?": [Reply(text="ANSWER: A")]}
+    with serving(script) as server:
+        benchmark(
+            server,
+            data,
+            tmp_path / "out",
+            "mmlu_redux",
+            "mmlu_redux=1",
+            "--mmlu-redux-rows",
+            "all",
+            "--truncated",
+            "graded",
+        )
+    assert [row["scores"]["accuracy"] for row in rows_of(tmp_path / "out", "mmlu_redux")] == [[1.0], [1.0], [0.0]]
+
+
+def test_a_killed_command_goes_on_without_asking_again(tmp_path):
+    data, output = write_all(tmp_path / "data"), tmp_path / "out"
+    script = {f"A24-{i}": [Reply(text=f"\\boxed{{{answer}}}")] * 4 for i, answer in enumerate((204, 25, 8))}
+    predictions = output / "evalscope/aime24/predictions/model/tropd_aime24_default.jsonl"
+    with serving(script, hold_after=7) as server:
+        words = arguments(server, data, output, "aime24", "aime24=4")
+        process = subprocess.Popen([sys.executable, "-m", "megatron_tropd.benchmark", *words], cwd=ROOT)
+        assert server.held.wait(120)
+        wait_for(lambda: predictions.exists() and predictions.read_text().count("\n") == 7)
+        runners = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait()
+        assert runners and not psutil.wait_procs(runners, timeout=60)[1]  # it does not outlive the command
+    with predictions.open("a") as file:
+        file.write('{"index": 11, "model_outp')  # as if the kill had come in the middle of a line
+    with serving(script) as server:  # at another address
+        benchmark(server, data, output, "aime24", "aime24=4")
+        assert len(server.requests) == 5
+    rows = rows_of(output, "aime24")
+    assert [row["scores"]["accuracy"] for row in rows] == [[1.0] * 4, [1.0] * 4, [0.0] * 4]
+    (output / "summary.json").unlink()
+    with serving({}) as server:  # nothing is left to ask
+        benchmark(server, data, output, "aime24", "aime24=4")
+    assert json.loads((output / "summary.json").read_text())["aime24"]["num_responses"] == 12
+
+
+def test_a_request_that_is_refused_is_no_answer(tmp_path, capsys):
+    """evalscope would take the server's message for the model's answer."""
+    data, output = write_all(tmp_path / "data"), tmp_path / "out"
+    script = {"A25-0": [Reply(text="\\boxed{70}")], "A25-1": []}
+    with serving(script) as server:
+        assert main(arguments(server, data, output, "aime25", "aime25=1")) == 1
+    error = capsys.readouterr().err
+    assert "refused a request: HTTP 400" in error and "run the same command again" in error and "Traceback" not in error
+    assert not (output / "scores/aime25.jsonl").exists()
+    with serving({**script, "A25-1": [Reply(text="\\boxed{588}")]}) as server:
+        benchmark(server, data, output, "aime25", "aime25=1")
+        assert [body["messages"][-1]["content"][8:13] for body in server.requests] == ["A25-1"]
+
+
+def test_another_server_takes_over_from_a_dead_one(tmp_path, capsys):
+    data, output = write_all(tmp_path / "data"), tmp_path / "out"
+    script = {f"A24-{i}": [Reply(text="\\boxed{7}")] * 4 for i in range(3)}
+    with serving(script, hold_after=0) as dying, serving(script) as server:
+        words = arguments(server, data, output, "aime24", "aime24=4")
+        words[1:2] = [dying.url, server.url]
+        threading.Thread(target=lambda: (dying.held.wait(120), dying.stop()), daemon=True).start()
+        assert main(words) == 0
+        assert len(dying.requests) > 1 and len(server.requests) == 12
+    assert [row["scores"]["accuracy"][0] for row in rows_of(output, "aime24")] == [0.0, 0.0, 1.0]
+    with serving({}) as gone:
+        url = gone.url
+    assert main(["--server-urls", url, *words[3:], "--limit", "1"]) == 1
+    assert f"--server-urls {url}: /v1/models: " in capsys.readouterr().err

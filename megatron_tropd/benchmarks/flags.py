@@ -137,7 +137,7 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
             ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "a number above 0 and at most 1"),
             ("top_k", sampling.top_k, sampling.top_k == -1 or sampling.top_k > 0, "-1 or a number above 0"),
             *(
-                (name, getattr(args, name), (getattr(args, name) or 1) > 0, "a number above 0")
+                (name, getattr(args, name), getattr(args, name) is None or getattr(args, name) > 0, "a number above 0")
                 for name in ("max_tokens", "limit", "code_timeout", "num_servers", "concurrency", "code_at_once")
             ),
             ("code_memory", args.code_memory, args.code_memory >= 64, "at least 64 MiB"),

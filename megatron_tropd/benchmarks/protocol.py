@@ -24,8 +24,8 @@ class Benchmark:
     kind: Kind
     dataset: str
     """Name of the data set on the Hugging Face Hub."""
-    num_questions: int
-    """Of the whole set, as the paper's digits and the data set's card have it."""
+    num_questions: int | None
+    """Of the set that the paper's digits belong to; None where they do not tell."""
     samples: int
     """Responses to a question, unless the user gives another number."""
     metrics: tuple[str, ...]
@@ -52,7 +52,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         metrics=_STRICT_LENIENT,
     ),
     "mmlu_redux": Benchmark(
-        title="MMLU-Redux 2", kind="choice", dataset="edinburgh-dawg/mmlu-redux-2.0", num_questions=5700, samples=1,
+        title="MMLU-Redux 2", kind="choice", dataset="edinburgh-dawg/mmlu-redux-2.0", num_questions=None, samples=1,
         metrics=_STRICT_LENIENT,
     ),
     "ifbench": Benchmark(

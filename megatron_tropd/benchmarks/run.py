@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_tropd.benchmarks import flags, tables
 from megatron_tropd.benchmarks.data_files import check_nltk_data, read_questions
@@ -31,6 +31,8 @@ from megatron_tropd.parallel import platform
 from megatron_tropd.sandbox import check as check_sandbox
 from megatron_tropd.sglang.settings import ServerSettings, load_keys
 
+T = TypeVar("T")
+
 _SAY_EVERY_S = 10.0
 CONVERTED = "hf_checkpoint"
 """Folder in the output directory for a converted model that need not be kept."""
@@ -47,6 +49,8 @@ class _Plan:
 
     args: argparse.Namespace
     protocol: Protocol
+    benchmarks: dict[str, dict[str, Any]]
+    """Benchmark -> what its scores belong to."""
     model: EvaluatedModel | None
     """None: servers that run already have it."""
     settings: ServerSettings | None
@@ -59,17 +63,13 @@ def run(args: argparse.Namespace, server_flags: Sequence[str]) -> None:
     Raises:
         ValueError, OSError: a flag, a file or a model cannot be used; nothing was started.
         EngineError: no server answers.
-        RunnerFailed, ConversionFailed: the work failed; what was answered is kept.
+        RunnerFailed: the work failed; what was answered is kept.
     """
-    protocol = flags.protocol_of(args)
-    _check_choices(args, server_flags)
-    benchmarks = _check_data(args, protocol)
-    check_environment(args.evalscope_python)
-    plan = _plan(args, protocol, server_flags)
+    plan = _plan(args, server_flags)
     with _served(plan) as connect:
         served = connect() if args.server_urls else None
         identity, name = _identity(plan, served)
-        keep_config(args.output, name=name, model=identity, benchmarks=benchmarks)
+        keep_config(args.output, name=name, model=identity, benchmarks=plan.benchmarks)
         todo = tuple(name for name in args.benchmarks if read_scores(args.output, name) is None)
         if todo:
             _run_benchmarks(plan, todo, served or connect())
@@ -78,14 +78,36 @@ def run(args: argparse.Namespace, server_flags: Sequence[str]) -> None:
         shutil.rmtree(args.output / CONVERTED, ignore_errors=True)
 
 
+def _plan(args: argparse.Namespace, server_flags: Sequence[str]) -> _Plan:
+    """Check everything that can be checked before something starts; all that is wrong is one message."""
+    problems: list[str] = []
+
+    def attempt(check: Callable[[], T]) -> T | None:
+        try:
+            return check()
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+            return None
+
+    attempt(lambda: _check_choices(args, server_flags))
+    protocol = attempt(lambda: flags.protocol_of(args))
+    benchmarks = attempt(lambda: _check_data(args, protocol or Protocol()))
+    attempt(lambda: check_environment(args.evalscope_python))
+    model = attempt(lambda: _find_model(args, server_flags)) if not problems or not args.load else None
+    settings = attempt(lambda: _settings(args, server_flags, model)) if model else None
+    if problems:
+        raise ValueError("\n".join(problems))
+    assert protocol is not None and benchmarks is not None
+    return _Plan(args=args, protocol=protocol, benchmarks=benchmarks, model=model, settings=settings)
+
+
 def _check_choices(args: argparse.Namespace, server_flags: Sequence[str]) -> None:
     """Check that the flags say one model and one kind of servers."""
-    models = [flag for flag in ("hf_checkpoint", "load", "run_dir") if getattr(args, flag)]
-    if len(models) + bool(args.server_urls) != 1:
-        found = ", ".join(f"--{flag.replace('_', '-')}" for flag in models) or "none"
+    sources = ("hf_checkpoint", "load", "run_dir", "server_urls")
+    found = [f"--{flag.replace('_', '-')}" for flag in sources if getattr(args, flag)]
+    if len(found) != 1:
         raise ValueError(
-            f"expected one of --hf-checkpoint, --load, --run-dir, --server-urls; found {found}"
-            + (" and --server-urls" if args.server_urls else "")
+            "expected one of --hf-checkpoint, --load, --run-dir, --server-urls; found " + (", ".join(found) or "none")
         )
     for flag, of in (("iteration", "load"), ("save_hf", "load"), ("served_model", "server_urls")):
         if getattr(args, flag) and not getattr(args, of):
@@ -96,21 +118,21 @@ def _check_choices(args: argparse.Namespace, server_flags: Sequence[str]) -> Non
 
 def _check_data(args: argparse.Namespace, protocol: Protocol) -> dict[str, dict[str, Any]]:
     """Read all questions, and return what belongs to each benchmark's scores."""
-    found, missing = {}, []
+    found, problems = {}, []
     for name in args.benchmarks:
         try:
             questions = read_questions(name, args.data_dir, protocol)
             if name == "ifbench":
                 check_nltk_data(args.data_dir)
-        except FileNotFoundError as error:
-            missing.append(str(error))
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
             continue
         count, expected = len(questions.ids), BENCHMARKS[name].num_questions
-        if protocol.limit is None and count != expected and name != "mmlu_redux":
+        if protocol.limit is None and expected is not None and count != expected:
             say(f"warning: {name} has {count} questions in {args.data_dir / name}; the paper's set has {expected}")
         found[name] = {**protocol.settings_of(name), "num_questions": count, "data_sha256": questions.sha256}
-    if missing:
-        raise FileNotFoundError("\n".join(missing))
+    if problems:
+        raise ValueError("\n".join(problems))
     if any(BENCHMARKS[name].kind == "code" for name in args.benchmarks) and (weak := check_sandbox()):
         raise ValueError(
             "generated programs cannot be confined on this machine: "
@@ -120,25 +142,28 @@ def _check_data(args: argparse.Namespace, protocol: Protocol) -> dict[str, dict[
     return found
 
 
-def _plan(args: argparse.Namespace, protocol: Protocol, server_flags: Sequence[str]) -> _Plan:
-    if args.server_urls:
-        return _Plan(args=args, protocol=protocol, model=None, settings=None)
+def _find_model(args: argparse.Namespace, server_flags: Sequence[str]) -> EvaluatedModel | None:
+    """Return the model to serve, converted if need be; None where servers have it already."""
     if args.load:
-        save = args.save_hf or args.output / CONVERTED
-        model, flag = from_megatron(args.load, args.iteration, save, say), "--load"
+        model, flag = from_megatron(args.load, args.iteration, args.save_hf or args.output / CONVERTED, say), "--load"
     elif args.run_dir:
         model, flag = from_run(args.run_dir), "--run-dir"
-    else:
+    elif args.hf_checkpoint:
         model, flag = from_hf(args.hf_checkpoint, "--hf-checkpoint"), "--hf-checkpoint"
+    else:
+        return None
     check_text(model, flag, needs_template="--chat-template" not in server_flags)
+    return model
+
+
+def _settings(args: argparse.Namespace, server_flags: Sequence[str], model: EvaluatedModel) -> ServerSettings:
     cuda = platform.is_cuda()
-    settings = server_settings(
+    return server_settings(
         model.path, output=args.output.absolute(), python=Path(args.sglang_python or sys.executable).absolute(),
         num_servers=args.num_servers, tp_size=args.sglang_tp_size, host=args.sglang_host,
         keys=load_keys(file=args.sglang_key_file), dtype=args.dtype or ("bfloat16" if cuda else "float32"),
         flags=server_flags, cuda=cuda, start_timeout_s=args.sglang_start_timeout,
     )  # fmt: skip
-    return _Plan(args=args, protocol=protocol, model=model, settings=settings)
 
 
 @contextlib.contextmanager

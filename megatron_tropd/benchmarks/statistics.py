@@ -63,7 +63,8 @@ class Comparison:
     high: float
     """97.5% quantile."""
     p_value: float
-    """Two-sided: twice the smaller share of resampled differences on either side of 0, at most 1."""
+    """Two-sided: twice the smaller share of resampled differences on either side of 0, at most 1; the observed one is
+    counted among them, so that it is never 0."""
 
 
 def paired_bootstrap(
@@ -91,14 +92,13 @@ def paired_bootstrap(
         observed.append(float(differences.mean()))
         resampled += _resampled_means(differences, generator, num_resamples) / len(pairs)
     low, high = np.quantile(resampled, [0.025, 0.975])
-    # A mean of equal numbers is not exactly that number: what rounding alone takes off zero is on both sides of it.
-    tiny = 1e-12
-    sides = float((resampled <= tiny).mean()), float((resampled >= -tiny).mean())
+    tiny = 1e-12  # what rounding alone takes off zero is on both sides of it
+    sides = int((resampled <= tiny).sum()), int((resampled >= -tiny).sum())
     return Comparison(
         difference=math.fsum(observed) / len(observed),
         low=float(low),
         high=float(high),
-        p_value=min(1.0, 2 * min(sides)),
+        p_value=min(1.0, 2 * (1 + min(sides)) / (1 + num_resamples)),
     )
 
 

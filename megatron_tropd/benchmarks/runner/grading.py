@@ -53,7 +53,7 @@ def answer_text(response: str) -> str:
 
 
 def grade_math(name: str, row: Row, text: str) -> Grade:
-    """Compare the last box, and what evalscope finds, with the reference."""
+    """Compare the last box with the reference; ``lenient`` also takes what evalscope finds outside of boxes."""
     from evalscope.metrics.math.contracts import MathEvaluationError
     from evalscope.metrics.math.parser import compare_answers, extract_answer
 
@@ -61,14 +61,11 @@ def grade_math(name: str, row: Row, text: str) -> Grade:
     box = last_box(text)
     strict = text[slice(*box)].strip() if box else ""
     try:
-        lenient = extract_answer(text)
-        scores = {
-            "accuracy": _matches(compare_answers, strict, row["answer"], integer),
-            "lenient": _matches(compare_answers, lenient, row["answer"], integer),
-        }
+        accuracy = _matches(compare_answers, strict, row["answer"], integer)
+        lenient = accuracy or _matches(compare_answers, extract_answer(text), row["answer"], integer)
     except MathEvaluationError as error:  # math-verify took too long, or could not be asked
         return Grade(scores={"accuracy": 0.0, "lenient": 0.0}, answer=strict, error=str(error))
-    return Grade(scores=scores, answer=strict)
+    return Grade(scores={"accuracy": accuracy, "lenient": lenient}, answer=strict)
 
 
 def _matches(compare: Any, answer: str, reference: str, integer: bool) -> float:
