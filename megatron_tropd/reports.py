@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -27,6 +27,17 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """Accuracy on prompts, each answered once or several times."""
+
+    accuracy: float
+    """Mean over the prompts of the share of right responses."""
+    std_error: float
+    """Of the mean over prompts, from the variance between them; 0 for a single prompt, which does not tell."""
+    num_prompts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvalReport:
     """Accuracy of the student on held-out prompts with one way of decoding."""
 
@@ -34,7 +45,12 @@ class EvalReport:
     decoding: str
     """``greedy``, ``top_p_0.7``, ``temperature_1``."""
     accuracy: float
+    std_error: float
     num_prompts: int
+    num_samples: int
+    """Responses per prompt."""
     mean_response_len: float
     finished: float
     """Share of the responses that ended with a stop token."""
+    domains: dict[str, Accuracy] = field(default_factory=dict)
+    """Of the prompts of each domain; prompts without a domain are in none."""

@@ -34,6 +34,10 @@ class Region(IntEnum):
     counts once per prompt (docs/objectives.md, regions and denominators)."""
 
 
+GraderKind = Literal["exact", "math", "choice", "instructions", "code"]
+"""How it is judged whether a response is right (docs/grading.md)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One row of the prompt file, tokenized."""
@@ -47,6 +51,8 @@ class Prompt:
     """Tokens of the whole response with its stop token, more than ``teacher_response_ids`` has where it was cut; None
     where it was not."""
     answer: str | None = None
+    grader: str = ""
+    """The GraderKind that the row names; "" for the run's own."""
     domain: str = ""
     name: str = ""
     """The text by which the data names the row (--uid-key); "" if it has none."""

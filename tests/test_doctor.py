@@ -145,7 +145,7 @@ NO_DRIVER = {"gpus": (), "reason": "The NVIDIA driver on your system is too old 
         (H100_NODE, "packages", {"versions": dict.fromkeys(packages.OPTIONAL, "1")}, "problem", "other requirements",
          "pip install huggingface_hub"),
         (CPU_MACHINE, "packages", {"versions": dict.fromkeys((*versions.REQUIRED, "tensorboard", "wandb"), "1")},
-         "note", "math-verify", "pip install 'megatron-tropd[math]'"),
+         "note", "langdetect", "pip install 'megatron-tropd[instructions]'"),
         (H100_NODE, "compiler", {"compiler": False}, "problem", "Triton", "apt-get install gcc"),
         (H100_NODE, "host", {"cpus": 8}, "note", "CPUs", "--cpus"),
         (H100_NODE, "host", {"memory_bytes": 256 * GIB}, "note", "memory", "--teacher-offload"),

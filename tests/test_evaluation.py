@@ -202,7 +202,7 @@ def test_a_missing_package_is_a_user_error(checkpoint, monkeypatch, capsys):
     assert (
         main(["--hf-checkpoint", str(directory), "--eval-data", str(data), "--device", "cpu", "--grader", "math"]) == 2
     )
-    assert "pip install 'megatron-tropd[math]'" in capsys.readouterr().err
+    assert "pip install math-verify" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_a_user_error(checkpoint, tmp_path, capsys):

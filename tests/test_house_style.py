@@ -65,7 +65,7 @@ ROWS = [  # a room may import from its own row and from the rows below
     {"train", "evaluate", "score_responses", "doctor"},
     {"setup"},
     {"training"},
-    {"evaluation", "reporting", "rewards", "checkpoints"},
+    {"evaluation", "reporting", "checkpoints"},
     {"rollout", "teacher", "grading"},
     {"weights.engine_loader", "sglang"},
     {"weights.transport"},

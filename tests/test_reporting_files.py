@@ -38,8 +38,9 @@ def step_report(step: int, **changes) -> StepReport:
 
 def eval_report(step: int, accuracy: float = 0.5, decoding: str = "greedy") -> EvalReport:
     return EvalReport(
-        step=step, decoding=decoding, accuracy=accuracy, num_prompts=100, mean_response_len=20.0, finished=0.9
-    )
+        step=step, decoding=decoding, accuracy=accuracy, std_error=0.05, num_prompts=100, num_samples=1,
+        mean_response_len=20.0, finished=0.9,
+    )  # fmt: skip
 
 
 def create(path, *, resume=False, **config) -> RunDirectory:

@@ -44,8 +44,8 @@ def test_evaluation_line_shows_the_change():
         progress.evaluation(eval_report(0, 0.25))
         progress.evaluation(eval_report(20, 0.5))
     first, last = stream.getvalue().splitlines()
-    assert first == "eval at step 0 | greedy: accuracy 25.0% | prompts 100 | length 20.0 | finished 90.0%"
-    assert "accuracy 50.0% (+25.0 points)" in last
+    assert first == "eval at step 0 | greedy: accuracy 25.0% +- 5.0 | prompts 100 | length 20.0 | finished 90.0%"
+    assert "accuracy 50.0% +- 5.0 (+25.0 points)" in last
 
 
 def test_live_panel():

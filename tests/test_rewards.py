@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_tropd.data.advantages import group_advantages
 from megatron_tropd.grading.grader import make_grader
-from megatron_tropd.rewards import RewardSample, exact_match, load_reward_function
+from megatron_tropd.grading.rewards import RewardSample, exact_match, load_reward_function
 from megatron_tropd.types import Prompt, Rollout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ def test_exact_match():
     assert exact_match(_sample(response="# 8")) == 0.0 and exact_match(_sample(finished=False)) == 0.0
     with pytest.raises(ValueError, match="--answer-key"):
         exact_match(_sample(answer=None))
-    assert load_reward_function("megatron_tropd.rewards:exact_match") is exact_match
+    assert load_reward_function("megatron_tropd.grading.rewards:exact_match") is exact_match
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def check_method(config: TrainConfig, objective: Objective, problems: Problems) 
         problems.require(
             config.reward.reward_function,
             f"{name} learns from rewards: give --reward-function package.module:function, such as "
-            "megatron_tropd.rewards:exact_match",
+            "megatron_tropd.grading.rewards:exact_match",
         )
         problems.require(
             samples >= 2,

@@ -10,11 +10,11 @@ from megatron_tropd.checkpoints.metadata import check_architecture
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.grading.grader import Grader, make_grader
+from megatron_tropd.grading.rewards import RewardFunction, load_reward_function
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.objectives.base import Objective
 from megatron_tropd.objectives.methods import make_objective
 from megatron_tropd.parallel.roles import Role, split
-from megatron_tropd.rewards import RewardFunction, load_reward_function
 from megatron_tropd.setup.checks import check_attention, check_lengths, check_method, check_numbers
 from megatron_tropd.setup.engine_checks import check_engine_flags, check_engine_layout
 from megatron_tropd.setup.engine_settings import sglang_settings
@@ -66,7 +66,10 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     needs = objective.needs if objective else Needs()
     reward_path = config.reward.reward_function if needs.rewards else ""
     reward_function = problems.attempt(lambda: load_reward_function(reward_path)) if reward_path else None
-    grader = problems.attempt(lambda: make_grader(config.evaluation.grader, config.evaluation.answer_pattern))
+    grading = config.evaluation
+    grader = problems.attempt(
+        lambda: make_grader(grading.grader, grading.answer_pattern, lenient=grading.lenient_grading)
+    )
     roles = problems.attempt(lambda: _roles(config, needs, world_size)) or split(world_size, ())
     gpus = assign_gpus(config, problems)
     models = find_models(config, needs, roles[0].size, problems)

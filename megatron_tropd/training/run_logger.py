@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_tropd.grading.grader import Grader
+from megatron_tropd.grading.grader import Grader, Question
 from megatron_tropd.parallel import platform
 from megatron_tropd.reporting.progress.progress import NullProgress
 from megatron_tropd.reporting.rollout_samples import sample_of
@@ -37,24 +37,29 @@ class RolloutReader:
         prompt = self.prompts.get(rollout.prompt_uid)
         return "" if prompt is None else prompt.name
 
-    def correct(self, rollout: Rollout) -> bool | None:
-        """Return whether the answer that the student wrote is right.
+    def correct(self, rollouts: Sequence[Rollout]) -> list[bool | None]:
+        """Return for each rollout whether the answer that the student wrote is right.
 
         None where no answer is known, where the student wrote nothing, and where the answer of the response begins in
         the teacher's prefix: it would say something about the teacher.
         """
+        questions = [self._question(rollout) for rollout in rollouts]
+        verdicts = iter(self.grader.all_right([question for question in questions if question]))
+        return [next(verdicts) if question else None for question in questions]
+
+    def _question(self, rollout: Rollout) -> Question | None:
         prompt = self.prompts.get(rollout.prompt_uid)
         reference = None if prompt is None else prompt.answer
-        if reference is None or not rollout.logprobs:
+        if prompt is None or reference is None or not rollout.logprobs:
             return None
         response = self.decode(rollout.token_ids[rollout.prompt_len :])
         if rollout.guidance_len:
             given = self.decode(rollout.token_ids[rollout.prompt_len : rollout.prompt_len + rollout.guidance_len])
-            answer = self.grader.answer(response)
+            answer = self.grader.of_row(prompt.grader).answer(response)
             # A prefix may end inside a character, which is then shown as U+FFFD.
             if answer is not None and answer.start < len(given.rstrip("\ufffd")):
                 return None
-        return self.grader.right(response, rollout.finish == "stop", reference)
+        return Question(response=response, finished=rollout.finish == "stop", reference=reference, grader=prompt.grader)
 
 
 class RunLogger:
@@ -91,7 +96,7 @@ class RunLogger:
         """
         if self._directory is None:
             return
-        verdicts = [self._reader.correct(rollout) for rollout in rollouts[:ROLLOUTS_READ]]
+        verdicts = self._reader.correct(rollouts[:ROLLOUTS_READ])
         report = replace(report, metrics={**report.metrics, **_rank_zero_metrics(report, verdicts)})
         self._sinks.record(self._directory.step(report))
         self._progress.step(report)
