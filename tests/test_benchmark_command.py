@@ -15,7 +15,7 @@ import pytest
 
 from megatron_tropd.benchmark import main
 from megatron_tropd.benchmarks.protocol import BENCHMARKS
-from tests.benchmark_data import SAMPLES, SCRIPT, write_all
+from tests.benchmark_data import SAMPLES, SCRIPT, letter_of, write_all
 from tests.scripted_server import MODEL, Reply, serving
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,34 +111,27 @@ def test_prompts_hold_questions_as_they_are(run):
     assert "def largest" in code and prompts[code] == 2  # with LiveCodeBench's system message
 
 
-def test_the_order_of_options_depends_on_seed_and_question_alone(run, tmp_path):
-    def orders(*words):
-        data = write_all(tmp_path / f"data{len(words)}")
-        with serving({"GPQA-0": [Reply(text="")], "GPQA-1": [Reply(text="")]}) as server:
-            benchmark(server, data, tmp_path / "out" / "-".join(words), "gpqa_diamond", "gpqa_diamond=1", *words)
-            return sorted(body["messages"][-1]["content"] for body in server.requests)
-
-    first = sorted({body["messages"][-1]["content"] for body in run[1] if "GPQA" in str(body)})
-    assert orders() == first
-    assert orders("--choice-seed", "1") != first
-
-
-def test_rows_with_errors_and_cut_off_answers_by_their_switches(tmp_path):
-    data = write_all(tmp_path / "data")
-    script = {"MMLU-0?": [CUT_B], "MMLU-1?": [Reply(text="ANSWER: D")], "MMLU-2?": [Reply(text="ANSWER: A")]}
+def test_choices_by_their_switches(run, tmp_path):
+    """The order of GPQA's options comes from a seed; rows with errors and cut off answers count if they shall."""
+    script = {
+        "GPQA-0": [Reply(text=letter_of("right of 0"))], "GPQA-1": [Reply(text="It must be E")],
+        "MMLU-0?": [CUT_B], "MMLU-1?": [Reply(text="ANSWER: D")], "MMLU-2?": [Reply(text="I would say D")],
+    }  # fmt: skip
     with serving(script) as server:
         benchmark(
-            server,
-            data,
-            tmp_path / "out",
-            "mmlu_redux",
-            "mmlu_redux=1",
-            "--mmlu-redux-rows",
-            "all",
-            "--truncated",
-            "graded",
-        )
-    assert [row["scores"]["accuracy"] for row in rows_of(tmp_path / "out", "mmlu_redux")] == [[1.0], [1.0], [0.0]]
+            server, write_all(tmp_path / "data"), tmp_path / "out", "mmlu_redux gpqa_diamond", "gpqa_diamond=1",
+            "--mmlu-redux-rows", "all", "--truncated", "graded", "--choice-seed", "5", "--sampling-profile", "qwen3",
+        )  # fmt: skip
+    scores = [row["scores"] for row in rows_of(tmp_path / "out", "mmlu_redux")]
+    assert [score["accuracy"] for score in scores] == [[1.0], [1.0], [0.0]]
+    assert [score["lenient"] for score in scores] == [[1.0], [1.0], [1.0]]
+    assert [row["scores"]["accuracy"] for row in rows_of(tmp_path / "out", "gpqa_diamond")] == [[1.0], [0.0]]
+
+    def order(requests):
+        return {body["messages"][-1]["content"] for body in requests if "GPQA" in body["messages"][-1]["content"]}
+
+    assert len(order(run[1])) == len(order(server.requests)) == 2 and not order(run[1]) & order(server.requests)
+    assert {(body["top_k"], body["temperature"]) for body in server.requests} == {(20, 0.6)}
 
 
 def test_a_killed_command_goes_on_without_asking_again(tmp_path):

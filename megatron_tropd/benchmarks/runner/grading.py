@@ -16,23 +16,6 @@ from megatron_tropd.grading.choices import find_choice
 from megatron_tropd.grading.programs import find_program, passes
 from megatron_tropd.sandbox import Limits
 
-_IMPORTS = "\n".join(
-    [
-        *(
-            f"from {name} import *"
-            for name in (
-                "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics",
-                "itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing",
-            )
-        ),
-        "import string, re, datetime, collections, heapq, bisect, copy, math, random, statistics, itertools",
-        "import functools, operator, io, sys, json",
-        "sys.setrecursionlimit(50000)",
-    ]
-)  # fmt: skip
-"""What LiveCodeBench's own runner puts before every program: solutions use ``List`` and ``heappush`` without importing
-them."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grade:
@@ -123,5 +106,5 @@ class CodeGrader:
             return Grade(scores={"accuracy": 0.0})
         program = text[place[0] : place[1]]
         with self._free:
-            passed = passes(f"{_IMPORTS}\n{program}", read_tests(row), limits=self._limits)
+            passed = passes(program, read_tests(row), self._limits)
         return Grade(scores={"accuracy": float(passed)}, answer=program)
