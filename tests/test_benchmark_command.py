@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import subprocess
 import sys
 import threading
@@ -172,6 +173,26 @@ def test_a_request_that_is_refused_is_no_answer(tmp_path, capsys):
     with serving({**script, "A25-1": [Reply(text="\\boxed{588}")]}) as server:
         benchmark(server, data, output, "aime25", "aime25=1")
         assert [body["messages"][-1]["content"][8:13] for body in server.requests] == ["A25-1"]
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    """Files of this size are the largest that the command may write."""
+    data, output = write_all(tmp_path / "data"), tmp_path / "out"
+    script = {f"A24-{i}": [Reply(text=30_000 * "x" + "\\boxed{204}")] * 4 for i in range(3)}
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    with serving(script) as server:
+        words = arguments(server, data, output, "aime24", "aime24=4", "--concurrency", "1")
+        command = [sys.executable, "-m", "megatron_tropd.benchmark", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=small_files, check=False)
+        assert done.returncode == 1 and "File too large" in done.stderr and "Traceback" not in done.stderr
+        asked = len(server.requests)
+    with serving(script) as server:
+        benchmark(server, data, output, "aime24", "aime24=4")
+        assert 0 < len(server.requests) < 12 and len(server.requests) + asked <= 13  # only what could not be written
+    assert [row["scores"]["accuracy"] for row in rows_of(output, "aime24")] == [[1.0] * 4, [0.0] * 4, [0.0] * 4]
 
 
 def test_another_server_takes_over_from_a_dead_one(tmp_path, capsys):

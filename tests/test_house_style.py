@@ -62,8 +62,8 @@ def _imports(path):
 
 
 ROWS = [  # a room may import from its own row and from the rows below
-    {"train", "evaluate", "score_responses", "doctor"},
-    {"setup"},
+    {"train", "evaluate", "score_responses", "benchmark", "doctor"},
+    {"setup", "benchmarks"},
     {"training"},
     {"evaluation", "reporting", "checkpoints"},
     {"rollout", "teacher", "grading"},

@@ -110,7 +110,7 @@ def split_server_flags(rest: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: a flag that is neither ours nor SGLang's.
     """
-    words = []
+    words: list[str] = []
     for word in rest:
         if word.startswith("--") and not word.startswith(BENCHMARK_FLAGS.prefix):
             raise ValueError(f"{word}: there is no such flag; see --help ({BENCHMARK_FLAGS.prefix}X is SGLang's --X)")

@@ -40,7 +40,8 @@ class QuestionScores:
 
     def __post_init__(self) -> None:
         count = len(self.finish)
-        if not count or any(len(values) != count for values in (*self.scores.values(), self.tokens)):
+        lengths = {len(self.tokens), *map(len, self.scores.values())}
+        if not count or lengths != {count}:
             raise ValueError(f"{self.benchmark}, question {self.question}: lists of samples differ in length")
 
 

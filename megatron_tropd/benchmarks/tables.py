@@ -52,9 +52,8 @@ def results_table(runs: Mapping[str, Mapping[str, Result]], paper_settings: Sequ
     rows = [head]
     for model, results in runs.items():
         estimates = [results[name].estimate() if name in results else None for name in names]
-        rows.append(
-            (model, *(percent(e) if e else "" for e in estimates), _mean([e and 100 * e.mean for e in estimates]))
-        )
+        means = [100 * found.mean if found else None for found in estimates]
+        rows.append((model, *(percent(found) if found else "" for found in estimates), _mean(means)))
     for key in paper_settings:
         setting = PAPER[key]
         for row in setting.rows:

@@ -12,7 +12,7 @@ import json
 import pickletools
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from megatron_tropd.grading.programs import ProgramTest
 
@@ -27,7 +27,7 @@ def read_tests(row: Mapping[str, Any]) -> list[ProgramTest]:
         ValueError: a column does not hold what LiveCodeBench publishes there.
     """
     function = json.loads(row["metadata"]).get("func_name") or ""
-    kind = "functional" if function else "stdin"
+    kind: Literal["functional", "stdin"] = "functional" if function else "stdin"
     tests = []
     for column in ("public_test_cases", "private_test_cases"):
         for test in _cases(row[column], column):

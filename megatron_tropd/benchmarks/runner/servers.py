@@ -12,7 +12,7 @@ from openai import APIConnectionError, APIStatusError, InternalServerError
 
 _ATTEMPTS = 3
 """Of one request at one server, before another server is asked."""
-_PAUSE_S = 2
+_PAUSE_S = 1
 
 
 class RefusedRequest(RuntimeError):
