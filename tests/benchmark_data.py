@@ -133,8 +133,6 @@ RIGHT = Reply(text="So it is \\boxed{204}.")
 BOXED_TWICE = Reply(text="First \\boxed{3}, no: \\boxed{204}.")
 BOXED_TWICE_WRONG = Reply(text="First \\boxed{204}, no: \\boxed{3}.")
 CUT_OFF = Reply(text="So it is \\boxed{204}. But wait", finish="length", tokens=32768)
-UNBOXED = Reply(text="The final answer is $204$.")
-THOUGHT_ONLY = Reply(text="<think>It is \\boxed{204}.</think>\nI am not sure.")
 
 
 def program(body: str) -> Reply:
@@ -155,8 +153,8 @@ SCRIPT: dict[str, list[Reply]] = {
     ],
     "A24-2": [Reply(text="\\boxed{7}")] * 4,
     # AIME 2025, two samples: 1/2 and 0
-    "A25-0": [Reply(text="<think>\\boxed{1}</think>\\boxed{70}"), Reply(text="seventy")],
-    "A25-1": [Reply(text="\\boxed{5}", tokens=30), Reply(text="$\\boxed{589}$")],
+    "A25-0": [Reply(text="<think>\\boxed{1}</think>\\boxed{70}"), Reply(text="The final answer is $70$.")],
+    "A25-1": [Reply(text="<think>It is \\boxed{588}.</think> I am not sure.", tokens=30), Reply(text="$\\boxed{589}$")],
     # AMC 2023, two samples: 1 and 1/2
     "AMC-0": [Reply(text="\\boxed{27}"), Reply(text="\\boxed{\\frac{54}{2}}")],
     "AMC-1": [Reply(text="thinking </think> \\boxed{36}"), Reply(text="\\boxed{36", tokens=3)],

@@ -30,6 +30,7 @@ CUT_B = Reply(text="ANSWER: B", finish="length")
 QUESTION_MEANS = {
     ("aime24", "accuracy"): [1 / 2, 1 / 4, 1],
     ("aime25", "accuracy"): [1 / 2, 0],
+    ("aime25", "lenient"): [1, 0],
     ("amc23", "accuracy"): [1, 1 / 2],
     ("gpqa_diamond", "accuracy"): [1 / 2, 1],
     ("mmlu_redux", "accuracy"): [1, 0],

@@ -11,10 +11,11 @@ import pytest
 
 from megatron_tropd.benchmark import main
 from megatron_tropd.benchmarks import flags
+from megatron_tropd.benchmarks.code_tests import read_tests
 from megatron_tropd.benchmarks.data_files import read_questions
 from megatron_tropd.benchmarks.job import check_environment
+from megatron_tropd.benchmarks.model_source import from_megatron
 from megatron_tropd.benchmarks.protocol import BENCHMARKS, Protocol
-from megatron_tropd.benchmarks.runner.code_tests import read_tests
 from megatron_tropd.benchmarks.runner.grading import answer_text, grade_choice
 from megatron_tropd.reporting.run_directory import HF_EXPORT
 from tests.benchmark_data import lcb_row, write_all
@@ -85,7 +86,8 @@ BAD_ROWS = {
     "mmlu_redux": ({"question": "q", "choices": ["a"], "answer": 0, "error_type": "ok", "correct_answer": None},
                    "expected a list of four"),
     "ifbench": ({"prompt": "p", "instruction_id_list": ["a"], "kwargs": []}, "lists of one length"),
-    "livecodebench_v6": ({**lcb_row("q", "c", stdin=[("1", "1")]), "metadata": "{"}, "metadata is not JSON"),
+    "livecodebench_v6": ({**lcb_row("q", "c", stdin=[("1", "1")]), "private_test_cases": "e30="},
+                         "private_test_cases is neither JSON nor compressed tests"),
 }  # fmt: skip
 
 
@@ -138,6 +140,25 @@ def test_a_model_without_tokenizer_or_template_is_refused(data, tmp_path, capsys
     assert f"has no {HF_EXPORT}/" in capsys.readouterr().err
     assert command(tmp_path, "--load", str(tmp_path / "none")) == 2
     assert "has no evalscope" in capsys.readouterr().err  # nothing is converted before the rest is right
+
+
+@pytest.mark.slow
+def test_what_a_user_keeps_is_not_overwritten(tmp_path):
+    (tmp_path / "megatron/iter_0000003").mkdir(parents=True)
+    (tmp_path / "megatron/iter_0000003/checkpoint.json").write_text("{}")
+    (tmp_path / "megatron/latest_checkpointed_iteration.txt").write_text("3")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/model.safetensors").write_text("mine")
+    with pytest.raises(
+        ValueError, match=r"--save-hf .*kept is not empty and does not hold .*iter_0000003; give an empty"
+    ):
+        from_megatron(tmp_path / "megatron", None, tmp_path / "kept", print, keeps=True)
+    with pytest.raises(ValueError, match="--iteration last: expected a number or 'release'"):
+        from_megatron(tmp_path / "megatron", "last", tmp_path / "kept", print, keeps=True)
+    with pytest.raises(ValueError, match="asked for iteration 4"):
+        from_megatron(tmp_path / "megatron", "4", tmp_path / "kept", print, keeps=True)
+    with pytest.raises(ValueError, match="could not be converted: "):
+        from_megatron(tmp_path / "megatron", None, tmp_path / "new", print, keeps=True)
 
 
 WRONG = {

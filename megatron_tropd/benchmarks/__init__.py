@@ -2,6 +2,7 @@
 
 * ``protocol.py``  the seven benchmarks, and how they are asked and graded
 * ``data_files.py``  local files of questions in their published formats, checked before anything starts
+* ``code_tests.py``  LiveCodeBench's tests, read without unpickling
 * ``flags.py``, ``run.py``  the command's flags, and the run from checks to tables
 * ``model_source.py``, ``serving.py``  the HF directory of the model, and the servers that serve it
 * ``job.py``  the runner's process: its job goes in, its progress comes out
@@ -9,5 +10,5 @@
 * ``results.py``, ``statistics.py``  scores by question, means with standard errors, paired bootstrap
 * ``tables.py``, ``paper_results.py``  tables as text and Markdown, beside the paper's numbers
 
-``protocol.py``, ``data_files.py`` and the runner need nothing but Python (pyarrow for files that are Arrow or Parquet).
+The first three and the runner are also imported in evalscope's environment, which has no torch.
 """

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tropd.benchmarks.code_tests import read_tests
 from megatron_tropd.benchmarks.protocol import BENCHMARKS, Protocol
 
 Row = dict[str, Any]
@@ -209,11 +210,10 @@ def _instruction_problem(row: Row) -> str:
 
 
 def _code_problem(row: Row) -> str:
-    for column in ("public_test_cases", "metadata"):
-        try:
-            json.loads(row[column])
-        except (TypeError, ValueError):
-            return f"{column} is not JSON"
+    try:
+        read_tests(row)
+    except (TypeError, ValueError) as error:
+        return str(error)
     return ""
 
 

@@ -57,7 +57,9 @@ def from_run(run_dir: Path) -> EvaluatedModel:
     return EvaluatedModel(path=model.path, name=run_dir.absolute().name, identity=model.identity)
 
 
-def from_megatron(load: Path, iteration: str | None, save: Path, say: Callable[[str], None]) -> EvaluatedModel:
+def from_megatron(
+    load: Path, iteration: str | None, save: Path, say: Callable[[str], None], *, keeps: bool
+) -> EvaluatedModel:
     """Convert a Megatron checkpoint to ``save``, unless that was done before.
 
     Args:
@@ -65,19 +67,23 @@ def from_megatron(load: Path, iteration: str | None, save: Path, say: Callable[[
         iteration: a number or ``release``; None: what the tracker names.
         save: HF directory to write.
         say: called with a line before the conversion starts.
+        keeps: whether ``save`` is the user's, where nothing may be overwritten.
 
     Raises:
         OSError, ValueError: the checkpoint cannot be used; with the converter's own message.
     """
     platform.install()  # before the first import of Megatron
     from megatron_tropd.checkpoints.directory import RELEASE, find_checkpoint
+    from megatron_tropd.checkpoints.metadata import METADATA_JSON
 
     if iteration is not None and iteration != RELEASE and not iteration.isdecimal():
         raise ValueError(f"--iteration {iteration}: expected a number or {RELEASE!r}")
     chosen = int(iteration) if iteration and iteration.isdecimal() else RELEASE if iteration else None
     folder = find_checkpoint(load, chosen).absolute()
-    marker = save / _CONVERTED
-    if not (marker.is_file() and marker.read_text(encoding="utf-8") == str(folder)):
+    marker, source = save / _CONVERTED, f"{folder}\n{hashlib.sha256((folder / METADATA_JSON).read_bytes()).hexdigest()}"
+    if not (marker.is_file() and marker.read_text(encoding="utf-8") == source):
+        if keeps and save.is_dir() and any(save.iterdir()):
+            raise ValueError(f"--save-hf {save} is not empty and does not hold {folder}; give an empty directory")
         say(f"converting {folder} to {save}")
         marker.unlink(missing_ok=True)
         found = folder.name.removeprefix("iter_")
@@ -88,7 +94,7 @@ def from_megatron(load: Path, iteration: str | None, save: Path, say: Callable[[
         )  # fmt: skip
         if done.returncode:
             raise ValueError(f"--load {load} could not be converted: {(done.stderr or done.stdout).strip()}")
-        marker.write_text(str(folder), encoding="utf-8")
+        marker.write_text(source, encoding="utf-8")
     model = from_hf(str(save), "--load")
     return EvaluatedModel(path=model.path, name=f"{load.absolute().name}/{folder.name}", identity=model.identity)
 

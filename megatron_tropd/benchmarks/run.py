@@ -145,7 +145,8 @@ def _check_data(args: argparse.Namespace, protocol: Protocol) -> dict[str, dict[
 def _find_model(args: argparse.Namespace, server_flags: Sequence[str]) -> EvaluatedModel | None:
     """Return the model to serve, converted if need be; None where servers have it already."""
     if args.load:
-        model, flag = from_megatron(args.load, args.iteration, args.save_hf or args.output / CONVERTED, say), "--load"
+        save = args.save_hf or args.output / CONVERTED
+        model, flag = from_megatron(args.load, args.iteration, save, say, keeps=args.save_hf is not None), "--load"
     elif args.run_dir:
         model, flag = from_run(args.run_dir), "--run-dir"
     elif args.hf_checkpoint:

@@ -4,6 +4,5 @@
 * ``evaluate.py``  one benchmark by evalscope, and its scores
 * ``adapters.py``  our questions and our grading as benchmarks of evalscope
 * ``grading.py``  what a response to each kind of question gets
-* ``code_tests.py``  LiveCodeBench's tests, read without unpickling
 * ``servers.py``  several servers as one model of evalscope
 """

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_tropd.benchmarks.code_tests import read_tests
 from megatron_tropd.benchmarks.data_files import Row
 from megatron_tropd.benchmarks.protocol import BENCHMARKS
-from megatron_tropd.benchmarks.runner.code_tests import read_tests
 from megatron_tropd.grading.answers import after_thinking, last_box
 from megatron_tropd.grading.choices import find_choice
 from megatron_tropd.grading.programs import find_program, passes
