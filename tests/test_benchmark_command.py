@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -149,14 +150,17 @@ def test_a_killed_command_goes_on_without_asking_again(tmp_path):
         process.kill()
         process.wait()
         assert runners and not psutil.wait_procs(runners, timeout=60)[1]  # it does not outlive the command
-    with predictions.open("a") as file:
-        file.write('{"index": 11, "model_outp')  # as if the kill had come in the middle of a line
+    for path in (predictions, output / "evalscope/aime24/reviews/model" / predictions.name):
+        with path.open("a") as file:
+            file.write('{"index": 11, "model_outp')  # as if the kill had come in the middle of a line
     with serving(script) as server:  # at another address
         benchmark(server, data, output, "aime24", "aime24=4")
         assert len(server.requests) == 5
     rows = rows_of(output, "aime24")
     assert [row["scores"]["accuracy"] for row in rows] == [[1.0] * 4, [1.0] * 4, [0.0] * 4]
+    assert sorted(json.loads(line)["index"] for line in predictions.read_text().splitlines()) == list(range(12))
     (output / "summary.json").unlink()
+    shutil.rmtree(output / "evalscope")
     with serving({}) as server:  # nothing is left to ask
         benchmark(server, data, output, "aime24", "aime24=4")
     assert json.loads((output / "summary.json").read_text())["aime24"]["num_responses"] == 12
