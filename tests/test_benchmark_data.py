@@ -83,6 +83,7 @@ def test_only_the_last_file_of_livecodebench_counts(data):
 BAD_ROWS = {
     "aime25": ({"problem": "p", "solution": "s"}, r"row 1 has no column answer; expected the format of math-ai/aime25"),
     "aime24": ({"problem": " ", "answer": 3}, "question or answer is blank"),
+    "amc23": ({"question": "q", "answer": None}, "answer a text or a number"),
     "mmlu_redux": ({"question": "q", "choices": ["a"], "answer": 0, "error_type": "ok", "correct_answer": None},
                    "expected a list of four"),
     "ifbench": ({"prompt": "p", "instruction_id_list": ["a"], "kwargs": []}, "lists of one length"),
