@@ -62,8 +62,8 @@ def _imports(path):
 
 
 ROWS = [  # a room may import from its own row and from the rows below
-    {"train", "evaluate", "score_responses", "generate", "doctor"},
-    {"setup"},
+    {"train", "evaluate", "score_responses", "generate", "benchmark", "doctor"},
+    {"setup", "benchmarks"},
     {"training", "generation"},
     {"evaluation", "reporting", "checkpoints"},
     {"rollout", "teacher", "grading"},

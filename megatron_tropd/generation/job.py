@@ -134,9 +134,9 @@ def _checked(flags: GenerationFlags) -> tuple[SamplingParams, Grader | None]:
 def _format(flags: GenerationFlags) -> PromptFormat:
     return PromptFormat(
         prompt_key=flags.prompt_key, response_key="", answer_key=flags.answer_key, grader_key=flags.grader_key,
-        domain_key=flags.domain_key, uid_key=flags.uid_key, tools_key=flags.tools_key, chat_template=flags.apply_chat_template,
-        max_prompt_length=flags.max_prompt_length, max_response_length=flags.max_response_length,
-        on_bad_row=flags.on_bad_row,
+        domain_key=flags.domain_key, uid_key=flags.uid_key, tools_key=flags.tools_key,
+        chat_template=flags.apply_chat_template, max_prompt_length=flags.max_prompt_length,
+        max_response_length=flags.max_response_length, on_bad_row=flags.on_bad_row,
     )  # fmt: skip
 
 

@@ -119,19 +119,19 @@ def _test(item: object) -> ProgramTest:
     return ProgramTest(kind="functional", input=item["input"], output=item["output"], function=name)
 
 
-def passes(program: str, tests: Sequence[ProgramTest]) -> bool:
-    """Return whether ``program`` passes every test; the first that fails ends it.
+def passes(program: str, tests: Sequence[ProgramTest], limits: Limits = LIMITS) -> bool:
+    """Return whether ``program`` passes every test, each within ``limits``; the first that fails ends it.
 
     Raises:
         SandboxError: this machine cannot confine the program.
     """
-    return all(_passes(program, test) for test in tests)
+    return all(_passes(program, test, limits) for test in tests)
 
 
-def _passes(program: str, test: ProgramTest) -> bool:
+def _passes(program: str, test: ProgramTest, limits: Limits) -> bool:
     template = _CALL if test.kind == "functional" else _RUN
     source = _PRELUDE + template.format(program=program, name=test.function)
-    outcome = run_python(source, stdin=test.input, limits=LIMITS)
+    outcome = run_python(source, stdin=test.input, limits=limits)
     if outcome.verdict != "ok":
         return False
     if test.kind == "stdin":
