@@ -19,14 +19,14 @@ class Erratum:
 ERRATA: tuple[Erratum, ...] = (
     Erratum(
         place="Tables 3 and 6, TrOPD, AMC 23", printed="77.03",
-        comment="Tables 1 and 5 print 78.51; 77.03 is also what Table 5 prints for TrOPD Clip. The average 40.63 belongs to "
-        "77.03 (with 78.51 it is 40.93), the gains in mathematics of the text (+3.06, +1.99) to 78.51.",
+        comment="Tables 1 and 5 print 78.51; 77.03 is also what Table 5 prints for TrOPD Clip. The average 40.63 "
+        "belongs to 77.03 (with 78.51 it is 40.93), the gains in mathematics of the text (+3.06, +1.99) to 78.51.",
         tables=("table1", "table3", "table5", "table6"),
     ),
     Erratum(
         place="Section 5.2, TrOPD over OPD in general domains", printed="+2.63",
-        comment="In Table 3, LiveCodeBench and GPQA rise by 4.96 on average; 2.63 is TrOPD over EOPD in the average of all "
-        "five columns.",
+        comment="In Table 3, LiveCodeBench and GPQA rise by 4.96 on average; 2.63 is TrOPD over EOPD in the average of "
+        "all five columns.",
         tables=("table3",),
     ),
     Erratum(
@@ -41,7 +41,7 @@ ERRATA: tuple[Erratum, ...] = (
     ),
     Erratum(
         place="Table 4, teacher, GPQA", printed="58.86",
-        comment="No share of 198 questions asked 4 times, and equal to the LiveCodeBench of the same row: it was copied.",
+        comment="No share of 198 questions asked 4 times, and equal to the LiveCodeBench of the same row: a copy.",
         tables=("table4",),
     ),
     Erratum(
@@ -50,13 +50,15 @@ ERRATA: tuple[Erratum, ...] = (
         tables=("table3",),
     ),
     Erratum(
-        place="Tables 1 and 5, formulas of FKL and JSD", printed="the sum of pi_T log(pi_T / pi_S), beside log(pi_T / pi_S)",
+        place="Tables 1 and 5, formulas of FKL and JSD",
+        printed="the sum of pi_T log(pi_T / pi_S), beside log(pi_T / pi_S)",
         comment="The first is a loss, the second a reward; as a reward the sum has the other sign, as in Table 2.",
         tables=("table1", "table5"),
     ),
     Erratum(
         place="Table 3, REOPOLD", printed="36.97, 30.83, 75.78",
-        comment="The same run as Clip Outlier of Table 1; REOPOLD as its authors describe it is the row REOPOLD 2Stage.",
+        comment="The same numbers as Clip Outlier of Tables 1 and 5: here REOPOLD is its clipping alone, and the row "
+        "REOPOLD 2Stage the whole method.",
         tables=("table1", "table3", "table5"),
     ),
     Erratum(

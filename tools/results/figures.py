@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megatron_tropd.benchmarks.statistics import estimate
 from megatron_tropd.reporting.report import figure_style as style
 from megatron_tropd.reporting.report.plots import series
-from tools.results.paper_tables import FIGURE_1, FIGURE_1_TABLE
+from tools.results.paper_tables import FIGURE_1, FIGURE_1_TABLE, PrintedRow
 from tools.results.tables import Line, ResultsTable, column_title
 from tools.results.tree import Row
 
@@ -30,13 +29,13 @@ def figure_1(table: ResultsTable) -> Figure | None:
     """Bars of the scores, one panel a benchmark, with standard errors; a diamond is the paper's number.
 
     The error is over seeds where there are several, else over questions.  For Table 4 the benchmarks and the methods
-    are those of the paper's figure and whatever else was measured is left to the table; None where nothing was.
+    are those of the paper's figure.  None where nothing was measured.
     """
     lines, columns = _chosen(table)
     columns = [name for name in columns if any(name in line.scores for line in lines)]
     if not columns:
         return None
-    figure, panels = _panels(len(columns), width=max(2.2, 0.5 * len(lines)))
+    figure, panels = style.new_panels(1, len(columns), size=(max(2.2, 0.5 * len(lines)) * len(columns), 3.4))
     for axes, name in zip(panels, columns, strict=True):
         _bars(axes, lines, name, paper=_paper(table, lines, name))
         axes.set_title(column_title(name), loc="left", fontsize=10, fontweight="bold")
@@ -45,12 +44,16 @@ def figure_1(table: ResultsTable) -> Figure | None:
 
 
 def _chosen(table: ResultsTable) -> tuple[list[Line], list[str]]:
-    """Methods and columns of the bars: those of the paper's figure where it is the same table, else all."""
-    lines = [line for line in table.lines if line.scores or line.printed]
+    """Methods and columns of the bars: those of the paper's figure where it is the same table, else what was run."""
     if table.kind == "benchmarks" and table.table == FIGURE_1_TABLE:
-        named = {line.printed.name: line for line in lines if line.printed}
-        return [named[name] for name in FIGURE_1 if name in named], list(FIGURE_1["TrOPD"])
-    return [line for line in lines if line.scores], list(table.columns)
+        return [_line_of_figure(table, printed) for printed in FIGURE_1], list(FIGURE_1[0].scores)
+    return [line for line in table.lines if line.scores], list(table.columns)
+
+
+def _line_of_figure(table: ResultsTable, printed: PrintedRow) -> Line:
+    found = (line for line in table.lines if any(map(printed.is_named, (line.row, line.title))))
+    line = next(found, None) or Line(title=printed.name, row="", scores={}, printed=None)
+    return replace(line, printed=printed)
 
 
 def _paper(table: ResultsTable, lines: Sequence[Line], name: str) -> list[float | None]:
@@ -68,28 +71,22 @@ def _bars(axes: Axes, lines: Sequence[Line], name: str, paper: Sequence[float | 
         error = score.over_seeds if score.over_seeds is not None else score.over_questions
         axes.bar(
             place, 100 * score.mean, 0.7, color=style.PALETTE[place % len(style.PALETTE)], linewidth=0,
-            yerr=None if error is None else 100 * error, error_kw={"elinewidth": 1.0, "capsize": 2},
+            yerr=None if error is None else 100 * error,
+            error_kw={"elinewidth": 1.0, "capsize": 2, "ecolor": style.INK},
         )  # fmt: skip
     points = [(place, value) for place, value in enumerate(paper) if value is not None]
     if points:
-        axes.plot(*zip(*points, strict=True), "D", color="white", markeredgecolor="#1a1a1b", markersize=5, label="paper")
+        axes.plot(
+            *zip(*points, strict=True), "D", color="white", markeredgecolor=style.INK, markersize=5, label="paper"
+        )
         style.add_legend(axes, loc="best")
     names = [line.title if len(line.title) <= 24 else f"{line.title[:21]}..." for line in lines]
-    axes.set_xticks(range(len(lines)), [_literal(text) for text in names], rotation=35, ha="right", fontsize=8)
+    axes.set_xticks(range(len(lines)), [literal(text) for text in names], rotation=35, ha="right", fontsize=8)
     axes.set_xlim(-0.6, len(lines) - 0.4)
     axes.set_ylim(bottom=0)
 
 
-def _panels(count: int, width: float) -> tuple[Figure, list[Axes]]:
-    """A row of axes in the style of the report."""
-    with mpl.rc_context(style._STYLE):
-        figure = Figure(figsize=(width * count, 3.4), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(1, count, squeeze=False)
-    return figure, list(axes[0])
-
-
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """Text that matplotlib does not take for mathematics."""
     return text.replace("$", r"\$")
 
@@ -111,12 +108,14 @@ def figure_3(rows: Sequence[Row], part: str) -> Figure | None:
     highest, lowest = 0.0, math.inf
     for index, (name, found) in enumerate(lines.items()):
         steps, means, errors = over_seeds(found)
-        style.draw(axes, (steps, means), _literal(name), index)
+        style.draw(axes, (steps, means), literal(name), index)
         if index >= len(style.PALETTE):  # a colour for the second time
             axes.lines[-1].set_linestyle("--")
         if any(error > 0 for error in errors):
             low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
-            axes.fill_between(steps, low, high, color=style.PALETTE[index % len(style.PALETTE)], alpha=0.15, linewidth=0)
+            axes.fill_between(
+                steps, low, high, color=style.PALETTE[index % len(style.PALETTE)], alpha=0.15, linewidth=0
+            )
         finite = [value for value in means if value > 0]
         highest, lowest = max([highest, *finite]), min([lowest, *finite])
     if part == "grad_norm" and highest > 100 * lowest:

@@ -64,7 +64,8 @@ def read_run(path: Path) -> Run:
     if not is_run(path):
         what = "has no metrics.jsonl" if path.is_dir() else "is no directory" if path.exists() else "does not exist"
         raise ValueError(
-            f"{path} {what}; expected a run directory (--run-dir of a training run: metrics.jsonl, config.yaml, env.json)"
+            f"{path} {what}; expected a run directory, as --run-dir of a training run "
+            "makes it (metrics.jsonl, config.yaml, env.json)"
         )
     problems: list[str] = []
     config = _object(path / CONFIG, yaml.safe_load, problems)

@@ -22,9 +22,9 @@ LEGEND = (
     "where there are several."
 )
 EVALUATION_LEGEND = (
-    "From evaluations of --eval-data in metrics.jsonl, the last of each way of decoding: not the paper's benchmarks, so "
-    "none of its numbers stand here. Percent, +- standard error. q: over prompts, the mean of the seeds' own. s: over "
-    "seeds, where there are several."
+    "From evaluations of --eval-data in metrics.jsonl, the last of each way of decoding: not the paper's benchmarks, "
+    "so none of its numbers stand here. Percent, +- standard error. q: over prompts, the mean of the seeds' own. s: "
+    "over seeds, where there are several."
 )
 
 
@@ -174,7 +174,9 @@ def _notes_on_seeds(row: Row, columns: Sequence[str]) -> list[str]:
     for name in columns:
         lacking = [seed.name for seed in measured if name not in seed.benchmarks]
         if lacking and len(lacking) < len(measured):
-            notes.append(f"{row.title}, {BENCHMARKS[name].title}: without {', '.join(lacking)}, which it has not measured.")
+            notes.append(
+                f"{row.title}, {BENCHMARKS[name].title}: without {', '.join(lacking)}, which it has not measured."
+            )
     return notes
 
 

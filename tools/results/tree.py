@@ -56,7 +56,9 @@ def read_rows(directory: Path) -> list[Row]:
         raise ValueError(f"{directory} is not a directory; expected one with TABLE/SETTING/ROW/{ROW} below it")
     found = sorted(path for depth in range(4) for path in directory.glob("*/" * depth + ROW))
     if not found:
-        raise ValueError(f"{directory} has no {ROW} below it; expected TABLE/SETTING/ROW/{ROW}, as examples/paper writes")
+        raise ValueError(
+            f"{directory} has no {ROW} below it; expected TABLE/SETTING/ROW/{ROW}, as examples/paper writes"
+        )
     rows: dict[tuple[str, str, str], Row] = {}
     for path in found:
         row = _read_row(path)
