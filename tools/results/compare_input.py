@@ -84,11 +84,17 @@ def _given_benchmarks(given: Sequence[str], names: Sequence[str]) -> dict[str, P
 
 def _check_common(runs: Sequence[NamedRun]) -> None:
     """Check that there is something to show, and of several runs something that two have in common."""
-    metrics = [named.metrics() for named in runs]
-    if not any(metrics):
+    recorded = {named.name: found for named in runs if (found := named.metrics())}
+    measured = sum(named.benchmark is not None for named in runs)
+    if not recorded and not measured:
         raise ValueError(f"nothing is recorded yet in {', '.join(str(named.run.path) for named in runs)}")
-    recorded = [found for found in metrics if found]
-    shared = any(one & other for index, one in enumerate(recorded) for other in recorded[:index])
-    if len(recorded) > 1 and not shared and sum(named.benchmark is not None for named in runs) < 2:
-        told = "; ".join(f"{named.name} has {', '.join(sorted(found)[:3])}, ..." for named, found in zip(runs, metrics))  # noqa: B905
+    sets = list(recorded.values())
+    shared = any(one & other for index, one in enumerate(sets) for other in sets[:index])
+    if len(sets) > 1 and not shared and measured < 2:
+        told = "; ".join(f"{name} has {_some(found)}" for name, found in recorded.items())
         raise ValueError(f"no two of the runs have a metric in common: {told}")
+
+
+def _some(names: set[str], most: int = 3) -> str:
+    shown = ", ".join(sorted(names)[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -68,7 +68,7 @@ def benchmarks(runs: Sequence[NamedRun]) -> str:
     for named in measured[1:]:
         try:
             rows = _differences(named, measured[0])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, TypeError, ValueError, KeyError) as error:
             refused.append(f"{named.name} and {measured[0].name} are not compared: {error}")
         else:
             differences += rows

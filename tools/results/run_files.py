@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from megatron_tropd.reporting.records import Record, decode, eval_scalars, of_kind, step_scalars
+from megatron_tropd.reporting.report.plots import standard_error
 
 METRICS, CONFIG, ENVIRONMENT = "metrics.jsonl", "config.yaml", "env.json"
 
@@ -109,13 +110,16 @@ def _record(line: str) -> Record | None:
 
 def _is_whole(record: Record) -> bool:
     """Whether a record has what tables and curves are made of."""
-    if not isinstance(record.get("step"), int):
-        return False
     try:
-        if record.get("kind") == "step":
+        if not isinstance(record["step"], int):
+            return False
+        if record["kind"] == "step":
             return bool(step_scalars(record)) and isinstance(record["verdict"], str)
-        if record.get("kind") == "eval":
-            return bool(eval_scalars(record)) and isinstance(record["decoding"], str) and record["num_prompts"] > 0
+        if record["kind"] == "eval":
+            shares = [record, *(record.get("domains") or {}).values()]
+            numbers = [(float(share["accuracy"]), standard_error(share)) for share in shares]
+            counted = all(share["num_prompts"] > 0 for share in shares)
+            return bool(numbers and eval_scalars(record)) and counted and isinstance(record["decoding"], str)
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
     return False

@@ -59,6 +59,9 @@ def read_rows(directory: Path) -> list[Row]:
         raise ValueError(
             f"{directory} has no {ROW} below it; expected TABLE/SETTING/ROW/{ROW}, as examples/paper writes"
         )
+    seeds = {path.parent for depth in range(1, 4) for path in directory.glob("*/" * depth + "seed-*")}
+    if nameless := sorted(seeds - {path.parent for path in found}):
+        raise ValueError(f"{nameless[0]} has runs but no {ROW}, which says of what table it is")
     rows: dict[tuple[str, str, str], Row] = {}
     for path in found:
         row = _read_row(path)
@@ -110,7 +113,7 @@ def read_benchmarks(path: Path) -> tuple[dict[str, Result], list[str]]:
                 result.estimate()
                 found[name] = result
         except KeyError as error:
-            problems.append(f"{path}: {name} has no scores {error} and is left out")
-        except (OSError, ValueError) as error:
-            problems.append(f"{error}; {name} is left out")
+            problems.append(f"{path}: {name} is left out: it has no scores {error}")
+        except (OSError, TypeError, ValueError) as error:
+            problems.append(f"{path}: {name} is left out: {error}")
     return found, problems
