@@ -89,10 +89,22 @@ def test_a_name_means_one_row():
             for one, other in itertools.permutations(group.rows, 2):
                 assert not other.is_named(one.name), (table, one.name, other.name)
     five = TABLES["table5"].group("Skywork_Math")
-    names = {"tropd": "TrOPD FKL", "tropd-fkl": "TrOPD FKL", "full_fkl": "FKL", "clip-outlier": "Clip Outlier"}
-    assert {name: five.row(name).name for name in names} == names
-    assert TABLES["table6"].groups[0].row("tropd-aopd").name == "TrOPD+AOPD"
     assert five.row("jsd") is None and five.row("unknown", "OPD").name == "OPD"
+
+
+def test_rows_of_the_recipes_are_the_papers():
+    """Names that examples/paper gives its rows, and those that it adds to the paper's."""
+    names = {
+        "table1": "student opd fkl jsd entropy_opd clip_outlier mask_outlier fkl_outlier tropd",
+        "table3": "student teacher opd eopd entropy_opd reopold_two_stage reopold tropd",
+        "table4": "student teacher opd eopd entropy_opd reopold tropd",
+        "table5": "student opd mask_outlier clip_outlier fkl fkl_outlier tropd_mask tropd_clip tropd",
+        "table6": "student opd aopd tropd tropd_aopd",
+    }
+    for table, rows in names.items():
+        group = TABLES[table].groups[0]
+        assert [group.row(name) for name in rows.split()] == list(group.rows), table
+    assert [TABLES["table3"].groups[1].row(name) for name in ("teacher", "fkl_reward", "tropd_cap")][1:] == [None, None]
 
 
 def test_cells_of_one_seed(tmp_path):
@@ -179,8 +191,9 @@ def test_a_table_of_evaluations_alone(tmp_path):
             make_run(path / f"seed-{seed}" / "run", evaluations=reports)
     (table,) = Results.of(tmp_path).tables
     assert table.kind == "evaluations" and table.columns == ("greedy", "greedy, sums")
-    assert [line.row for line in table.lines] == ["opd", "tropd"]
-    score = table.lines[0].scores["greedy"]
+    lines = lines_of(Results.of(tmp_path))
+    assert list(lines)[1] == "opd" and list(lines)[-1] == "tropd" and lines["JSD"].missing == NOT_RUN
+    score = lines["opd"].scores["greedy"]
     assert score.mean == 0.375 and score.over_seeds == pytest.approx(stdev([0.25, 0.5]) / 2**0.5)
     assert score.over_questions == pytest.approx(0.05)
     page = text(Results.of(tmp_path))

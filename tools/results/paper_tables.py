@@ -70,7 +70,7 @@ _ALIASES = {
     "student": ("base", "DS-1.5B", "DeepSeek-Qwen2.5-1.5B", "DeepSeek-R1-Distill-Qwen-1.5B", "Qwen3-SFT-1.7B"),
     "OPD": ("OPD (RKL)", "RKL", "OPD K1"),
     "Entropy OPD 20%": ("Entropy OPD", "entropy"),
-    "REOPOLD 2Stage": ("REOPOLD two stages",),
+    "REOPOLD 2Stage": ("REOPOLD two stage",),
     "FKL": ("Full FKL", "forward KL"),
     "Clip Outlier": ("clip",),
     "Mask Outlier": ("mask",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -102,14 +102,11 @@ def _benchmark_table(table: str, setting: str, rows: Sequence[Row]) -> ResultsTa
     columns = (*printed, *(name for name in BENCHMARKS if name in measured and name not in printed))
     notes: list[str] = []
     lines = [_line(row, group, columns, printed or columns, notes) for row in rows]
-    known = list(group.rows) if group else []
-    ours = {line.printed.name for line in lines if line.printed}
-    lines += [Line(title=row.name, row="", scores={}, printed=row) for row in known if row.name not in ours]
     if not group:
         notes.append(f"The paper has no rows for {table}, {setting}.")
     return ResultsTable(
         table=table, setting=setting, title=_title(table, group), kind="benchmarks", columns=columns,
-        lines=tuple(_in_order(lines, known)),
+        lines=_with_absent(lines, group),
         notes=(LEGEND, *notes, *_notes_on_settings(columns, rows), *(_erratum_texts(table) if group else ())),
     )  # fmt: skip
 
@@ -119,10 +116,13 @@ def _title(table: str, group: PrintedGroup | None) -> str:
     return (TABLES[table].title if table in TABLES else table) + pair
 
 
-def _in_order(lines: Iterable[Line], known: Sequence[PrintedRow]) -> list[Line]:
-    """The paper's order, then rows of ours."""
+def _with_absent(lines: Sequence[Line], group: PrintedGroup | None) -> tuple[Line, ...]:
+    """With the printed rows that have no directory, in the paper's order; rows of ours come last."""
+    known = group.rows if group else ()
+    ours = {line.printed.name for line in lines if line.printed}
+    absent = [Line(title=row.name, row="", scores={}, printed=row) for row in known if row.name not in ours]
     order = {row.name: index for index, row in enumerate(known)}
-    return sorted(lines, key=lambda line: order.get(line.printed.name, len(order)) if line.printed else len(order))
+    return tuple(sorted([*lines, *absent], key=lambda line: order[line.printed.name] if line.printed else len(order)))
 
 
 def _line(
@@ -229,7 +229,7 @@ def _evaluation_table(table: str, setting: str, rows: Sequence[Row]) -> ResultsT
         ))  # fmt: skip
     return ResultsTable(
         table=table, setting=setting, title=_title(table, None) + ", evaluations of --eval-data", kind="evaluations",
-        columns=tuple(columns), lines=tuple(_in_order(lines, group.rows if group else ())),
+        columns=tuple(columns), lines=_with_absent(lines, group),
         notes=(EVALUATION_LEGEND, *notes),
     )  # fmt: skip
 
