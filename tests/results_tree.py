@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from megatron_tropd.benchmarks.protocol import BENCHMARKS
 from megatron_tropd.reporting.run_directory import RunDirectory
 from tests.test_benchmark_tables import result, written
 from tests.test_reporting_files import step_report
@@ -40,4 +41,5 @@ def make_run(path, *, steps=3, evaluations=(), iterations=3, config=None, change
 
 def make_benchmark(path, means, *, samples=2, **protocol):
     """A benchmark's output: name -> mean of each question."""
+    protocol["samples"] = dict.fromkeys(BENCHMARKS, samples)
     return written(path, [result(name, values, samples) for name, values in means.items()], **protocol)

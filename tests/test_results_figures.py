@@ -22,21 +22,21 @@ def bars(axes):
 
 def test_bars_have_the_scores_their_errors_and_the_papers_numbers(tmp_path):
     row = make_row(tmp_path, "opd", title="OPD $x$")
-    for seed, means in enumerate(([1.0, 0.0, 0.5], [0.0, 0.0, 0.5])):
+    for seed, means in enumerate(([1.0, 0.0, 0.5], [0.0, 0.0, 0.0])):
         make_benchmark(row / f"seed-{seed}" / "benchmark", {"aime24": means})
     make_benchmark(make_row(tmp_path, "mine") / "seed-1" / "benchmark", {"aime24": [1.0, 0.0], "aime25": [1.0, 1.0]})
     make_row(tmp_path, "jsd")
     (table,) = Results.of(tmp_path).tables
     first, second = figure_1(table).axes
     assert [axes.get_title(loc="left") for axes in (first, second)] == ["AIME 2024", "AIME 2025"]
-    assert bars(first) == {0: pytest.approx(100 / 3), 1: 50.0} and bars(second) == {1: 100.0}
+    assert bars(first) == {0: 25.0, 1: 50.0} and bars(second) == {1: 100.0}
     segments = []
     for container in first.containers:
         if isinstance(container, BarContainer):
             ((low, high),) = container.errorbar[2][0].get_segments()
             segments.append((high[1] - low[1]) / 2)
     # Over seeds where there are two, else over questions.
-    assert segments == pytest.approx([100 * stdev([0.5, 1 / 6]) / 2**0.5, 100 * stdev([1, 0]) / 2**0.5])
+    assert segments == pytest.approx([100 * stdev([0.5, 0.0]) / 2**0.5, 100 * stdev([1, 0]) / 2**0.5])
     (diamonds,) = (line for line in first.lines if line.get_label() == "paper")
     assert diamonds.get_xydata().tolist() == [[0.0, 35.83]]
     assert [label.get_text() for label in first.get_xticklabels()] == ["OPD \\$x\\$", "mine"]
@@ -59,14 +59,14 @@ def test_curves_are_means_over_seeds_in_a_band(tmp_path):
         return lambda step: {"metrics": {"student/entropy": values[step - 1]}}
 
     row = make_row(tmp_path, "opd")
-    make_run(row / "seed-1" / "run", changes=entropy(1.0, math.nan, 3.0))
-    make_run(row / "seed-2" / "run", steps=2, changes=entropy(2.0, math.nan))
+    make_run(row / "seed-1" / "run", steps=4, changes=entropy(1.0, math.nan, math.nan, 3.0))
+    make_run(row / "seed-2" / "run", steps=3, changes=entropy(2.0, 4.0, math.nan))
     make_run(make_row(tmp_path, "tropd") / "seed-1" / "run", changes=lambda step: {"metrics": {}})
     rows = Results.of(tmp_path).rows
     (axes,) = figure_3(rows, "entropy").axes
     (line,) = axes.lines
-    assert line.get_label() == "opd" and line.get_xdata().tolist() == [1, 2, 3]
-    assert line.get_ydata().tolist() == [1.5, pytest.approx(math.nan, nan_ok=True), 3.0]
+    assert line.get_label() == "opd" and line.get_xdata().tolist() == [1, 2, 3, 4]
+    assert line.get_ydata().tolist() == [1.5, 4.0, pytest.approx(math.nan, nan_ok=True), 3.0]
     (band,) = axes.collections
     assert band.get_paths()[0].vertices[:, 1].max() >= 1.5 + stdev([1, 2]) / 2**0.5 - 1e-12
     assert len(figure_3(rows, "grad_norm").axes[0].lines) == 2
@@ -113,8 +113,8 @@ def test_curves_of_runs_of_different_length_with_gaps_and_missing_metrics(tmp_pa
 
 def test_long_curves_are_averaged_over_groups():
     steps = [float(step) for step in range(1, 2 * MOST_POINTS + 2)]
-    values = [math.nan if step <= 3 else 1.0 + step % 2 for step in steps]
+    values = [math.nan if step <= 4 else 1.0 + step % 2 for step in steps]
     short_steps, short = thinned((steps, values))
     assert len(short) == len(short_steps) <= MOST_POINTS and short_steps[1] == 5.0
-    assert math.isnan(short[0]) and short[1] == pytest.approx((1 + 2 + 1) / 3) and short[-1] > 0
+    assert math.isnan(short[0]) and short[1] == pytest.approx((2 + 1) / 2) and short[-1] > 0
     assert thinned((steps[:9], values[:9]))[0] == steps[:9]

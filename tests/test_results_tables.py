@@ -171,7 +171,13 @@ def test_what_cannot_be_compared_is_noted(tmp_path):
     make_run(opd / "seed-10" / "run")
     make_benchmark(tropd / "seed-1" / "benchmark", {"amc23": [0.0]}, truncated="graded")
     make_benchmark(jsd / "seed-1" / "benchmark", {"amc23": [0.0]}, samples=4)
-    (table,) = Results.of(tmp_path).tables
+    results = Results.of(tmp_path)
+    (table,) = results.tables
+    assert [seed.name for row in results.rows for seed in row.seeds if row.row == "opd"] == [
+        "seed-1",
+        "seed-2",
+        "seed-10",
+    ]
     assert "aime24" not in lines_of(Results.of(tmp_path))["opd"].scores
     notes = "\n".join(table.notes)
     assert "opd, AIME 2024: seed-1, seed-2 were asked other questions; left out." in notes
@@ -209,9 +215,12 @@ def test_command_writes_page_numbers_and_figures(tmp_path, capsys):
     with (row / "seed-1" / "run" / "metrics.jsonl").open("a") as stream:
         stream.write('{"kind": "step", "step": 4}\nnothing\n{"kind": "step", "st')
     (row / "seed-1" / "benchmark" / "scores" / "ifbench.jsonl").write_text("{}\n")
+    other = {"benchmark": "mmlu_redux", "question": "q", "scores": {"x": [1.0]}, "finish": ["stop"], "tokens": [1]}
+    (row / "seed-1" / "benchmark" / "scores" / "mmlu_redux.jsonl").write_text(json.dumps(other))
     assert main([str(tmp_path / "out" / "table1"), "--save", str(tmp_path / "page")]) == 0
     out, err = capsys.readouterr()
     assert "metrics.jsonl: 3 damaged lines left out (4, 5, 6)" in err and "ifbench is left out" in err
+    assert "mmlu_redux is left out: it has no scores 'accuracy'" in err
     assert "50.00 +- 20.41 q" in out and "and 4 figures" in out
     page = (tmp_path / "page" / "results.md").read_text()
     assert "| &lt;b>\\|x\\| | here | 50.00 +- 20.41 q |" in page and "damaged lines" in page and "<b>" not in page

@@ -90,7 +90,6 @@ def _records(path: Path, problems: list[str]) -> list[Record]:
             damaged.append(number)
         else:
             key = (record["kind"], record["step"], record.get("decoding"))
-            unique.pop(key, None)
             unique[key] = record
     if damaged:
         shown = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")

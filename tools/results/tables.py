@@ -264,7 +264,7 @@ def csv_rows(table: ResultsTable) -> list[dict[str, object]]:
         {
             "table": table.table, "setting": table.setting, "kind": table.kind, "row": line.row, "method": line.title,
             "column": name, "status": "measured" if name in line.scores else line.missing,
-            **_numbers(line.scores.get(name)), "paper": _printed(table, line, name),
+            **_numbers(line.scores.get(name)), "paper": _printed(line, name),
         }
         for line in table.lines
         for name in shown
@@ -284,7 +284,7 @@ def _numbers(score: Score | None) -> dict[str, object]:
     }
 
 
-def _printed(table: ResultsTable, line: Line, name: str) -> object:
-    if table.kind != "benchmarks" or line.printed is None:
+def _printed(line: Line, name: str) -> object:
+    if line.printed is None:
         return ""
     return line.printed.mean if name == MEAN else line.printed.scores.get(name, "")
