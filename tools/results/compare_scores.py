@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megatron_tropd.benchmarks.compare import compare
 from megatron_tropd.benchmarks.protocol import BENCHMARKS
-from megatron_tropd.benchmarks.tables import percent
+from megatron_tropd.benchmarks.tables import comparison_table, percent
 from megatron_tropd.reporting.records import Record
 from megatron_tropd.reporting.report.page import code, section, table, text
 from megatron_tropd.reporting.report.plots import standard_error
@@ -56,23 +56,22 @@ def _with_error(value: str, error: float) -> str:
 
 def benchmarks(runs: Sequence[NamedRun]) -> str:
     """Scores on the benchmarks, and paired differences from the first run that has any."""
-    measured = [named for named in runs if named.benchmark is not None]
+    measured = [(named.name, named.benchmark) for named in runs if named.benchmark is not None]
     scores, differences, refused = [], [], []
-    for named in measured:
-        found, problems = read_benchmarks(named.benchmark)  # type: ignore[arg-type]
-        refused += [f"{named.name}: {problem}" for problem in problems]
-        scores += [
-            (text(named.name), text(BENCHMARKS[key].title), text(percent(result.estimate())))
-            for key, result in found.items()
-        ]
-    for named in measured[1:]:
+    for name, output in measured:
+        found, problems = read_benchmarks(output)
+        refused += [f"{name}: {problem}" for problem in problems]
+        for key, result in found.items():
+            scores.append((text(name), text(BENCHMARKS[key].title), text(percent(result.estimate()))))
+    for name, output in measured[1:]:
+        first, base = measured[0]
         try:
-            rows = _differences(named, measured[0])
+            compared = comparison_table(compare(output, base), name, first)
         except (OSError, TypeError, ValueError, KeyError) as error:
-            refused.append(f"{named.name} and {measured[0].name} are not compared: {error}")
+            refused.append(f"{name} and {first} are not compared: {error}")
         else:
-            differences += rows
-    what = f"Less {measured[0].name}, over the same questions" if len(measured) > 1 else ""
+            differences += [(text(name), *map(text, row)) for row in compared.rows[1:]]
+    what = f"Less {measured[0][0]}, over the same questions" if len(measured) > 1 else ""
     return section(
         "Benchmarks",
         table(("run", "benchmark", "score"), scores, numbers=(2,)),
@@ -84,14 +83,3 @@ def benchmarks(runs: Sequence[NamedRun]) -> str:
         ) if scores else "",
         *(f'<p class="bad">{text(reason)}</p>' for reason in refused),
     )  # fmt: skip
-
-
-def _differences(named: NamedRun, first: NamedRun) -> list[tuple[str, ...]]:
-    """Rows of a table; errors as :func:`compare`."""
-    assert named.benchmark is not None and first.benchmark is not None
-    rows: list[tuple[str, ...]] = []
-    for key, found in compare(named.benchmark, first.benchmark).items():
-        title = BENCHMARKS[key].title if key in BENCHMARKS else key
-        interval = f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-        rows.append((text(named.name), text(title), f"{100 * found.difference:+.2f}", interval, f"{found.p_value:.4f}"))
-    return rows
