@@ -157,7 +157,7 @@ SCRIPT: dict[str, list[Reply]] = {
     "A25-1": [Reply(text="<think>It is \\boxed{588}.</think> I am not sure.", tokens=30), Reply(text="$\\boxed{589}$")],
     # AMC 2023, two samples: 1 and 1/2
     "AMC-0": [Reply(text="\\boxed{27}"), Reply(text="\\boxed{\\frac{54}{2}}")],
-    "AMC-1": [Reply(text="thinking </think> \\boxed{36}"), Reply(text="\\boxed{36", tokens=3)],
+    "AMC-1": [Reply(text="thinking </think> \\boxed{36}"), Reply(text="\\boxed{36} </think> \\boxed{36", tokens=3)],
     # GPQA, two samples: 1/2 and 1
     "GPQA-0": [Reply(text=letter_of("right of 0")), Reply(text=letter_of("wrong 2 of 0"))],
     "GPQA-1": [Reply(text=letter_of("right of 1", "**Answer: ({})**")), Reply(text=letter_of("right of 1"))],

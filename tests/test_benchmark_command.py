@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 
 from megatron_tropd.benchmark import main
 from megatron_tropd.benchmarks.protocol import BENCHMARKS
+from megatron_tropd.reporting.lock import RunLock
 from tests.benchmark_data import SAMPLES, SCRIPT, letter_of, write_all
 from tests.scripted_server import MODEL, Reply, serving
 
@@ -55,7 +57,7 @@ def rows_of(output, name):
     return [json.loads(line) for line in (output / f"scores/{name}.jsonl").read_text().splitlines()]
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -143,20 +145,23 @@ def test_a_killed_command_goes_on_without_asking_again(tmp_path):
     with serving(script, hold_after=7) as server:
         words = arguments(server, data, output, "aime24", "aime24=4")
         process = subprocess.Popen([sys.executable, "-m", "megatron_tropd.benchmark", *words], cwd=ROOT)
-        assert server.held.wait(120)
+        assert server.held.wait(300)
         wait_for(lambda: predictions.exists() and predictions.read_text().count("\n") == 7)
         runners = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         process.wait()
-        assert runners and not psutil.wait_procs(runners, timeout=60)[1]  # it does not outlive the command
-    with predictions.open("a") as file:
-        file.write('{"index": 11, "model_outp')  # as if the kill had come in the middle of a line
+        assert runners and not psutil.wait_procs(runners, timeout=300)[1]  # it does not outlive the command
+    for path in (predictions, output / "evalscope/aime24/reviews/model" / predictions.name):
+        with path.open("a") as file:
+            file.write('{"index": 11, "model_outp')  # as if the kill had come in the middle of a line
     with serving(script) as server:  # at another address
         benchmark(server, data, output, "aime24", "aime24=4")
         assert len(server.requests) == 5
     rows = rows_of(output, "aime24")
     assert [row["scores"]["accuracy"] for row in rows] == [[1.0] * 4, [1.0] * 4, [0.0] * 4]
+    assert sorted(json.loads(line)["index"] for line in predictions.read_text().splitlines()) == list(range(12))
     (output / "summary.json").unlink()
+    shutil.rmtree(output / "evalscope")
     with serving({}) as server:  # nothing is left to ask
         benchmark(server, data, output, "aime24", "aime24=4")
     assert json.loads((output / "summary.json").read_text())["aime24"]["num_responses"] == 12
@@ -167,6 +172,11 @@ def test_a_request_that_is_refused_is_no_answer(tmp_path, capsys):
     data, output = write_all(tmp_path / "data"), tmp_path / "out"
     script = {"A25-0": [Reply(text="\\boxed{70}")], "A25-1": []}
     with serving(script) as server:
+        output.mkdir()
+        lock = RunLock(output / "benchmark.lock")  # as another command that runs there
+        assert main(arguments(server, data, output, "aime25", "aime25=1")) == 2
+        assert f"{output} is in use by process" in capsys.readouterr().err and not server.requests
+        lock.release()
         assert main(arguments(server, data, output, "aime25", "aime25=1")) == 1
     error = capsys.readouterr().err
     assert "refused a request: HTTP 400" in error and "run the same command again" in error and "Traceback" not in error
@@ -196,15 +206,24 @@ def test_a_full_disk_loses_nothing(tmp_path):
     assert [row["scores"]["accuracy"] for row in rows_of(output, "aime24")] == [[1.0] * 4, [0.0] * 4, [0.0] * 4]
 
 
+def test_a_server_that_never_answers_is_no_wait_for_ever(tmp_path, capsys):
+    data, output = write_all(tmp_path / "data"), tmp_path / "out"
+    with serving({"A25-0": [Reply(text="")] * 9}, hold_after=0) as server:
+        words = arguments(server, data, output, "aime25", "aime25=1", "--limit", "1", "--response-timeout", "0.5")
+        assert main(words) == 1
+        assert len(server.requests) == 3
+    assert "APITimeoutError" in capsys.readouterr().err
+
+
 def test_another_server_takes_over_from_a_dead_one(tmp_path, capsys):
     data, output = write_all(tmp_path / "data"), tmp_path / "out"
     script = {f"A24-{i}": [Reply(text="\\boxed{7}")] * 4 for i in range(3)}
     with serving(script, hold_after=0) as dying, serving(script) as server:
         words = arguments(server, data, output, "aime24", "aime24=4")
         words[1:2] = [dying.url, server.url]
-        threading.Thread(target=lambda: (dying.held.wait(120), dying.stop()), daemon=True).start()
+        threading.Thread(target=lambda: (dying.held.wait(300), dying.stop()), daemon=True).start()
         assert main(words) == 0
-        assert len(dying.requests) > 1 and len(server.requests) == 12
+        assert dying.requests and len(server.requests) == 12
     assert [row["scores"]["accuracy"][0] for row in rows_of(output, "aime24")] == [0.0, 0.0, 1.0]
     with serving({}) as gone:
         url = gone.url

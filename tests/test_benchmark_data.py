@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -83,6 +85,7 @@ def test_only_the_last_file_of_livecodebench_counts(data):
 BAD_ROWS = {
     "aime25": ({"problem": "p", "solution": "s"}, r"row 1 has no column answer; expected the format of math-ai/aime25"),
     "aime24": ({"problem": " ", "answer": 3}, "question or answer is blank"),
+    "amc23": ({"question": "q", "answer": None}, "answer a text or a number"),
     "mmlu_redux": ({"question": "q", "choices": ["a"], "answer": 0, "error_type": "ok", "correct_answer": None},
                    "expected a list of four"),
     "ifbench": ({"prompt": "p", "instruction_id_list": ["a"], "kwargs": []}, "lists of one length"),
@@ -247,3 +250,21 @@ def test_letters_strict_and_lenient():
     assert grade_choice(["B"], "I would say B").scores == {"accuracy": 0.0, "lenient": 1.0}
     assert grade_choice(["A", "B"], "**Answer:** A").scores == {"accuracy": 1.0, "lenient": 1.0}
     assert grade_choice(["B"], "ANSWER: C, not B").scores == {"accuracy": 0.0, "lenient": 0.0}
+
+
+def test_the_page_names_every_flag_of_a_run_that_changes_a_score_and_no_other():
+    page = (Path(__file__).resolve().parent.parent / "docs/benchmarks.md").read_text(encoding="utf-8")
+    ours = {word for action in flags.parser()._actions for word in action.option_strings}
+    others = {
+        "--seed",
+        "--resamples",
+        "--markdown",
+        "--repo-type",
+        "--local-dir",
+        "--X",
+        "--sglang-X",
+    }  # of other commands
+    named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", page))
+    assert named <= ours | others
+    (protocol,) = (group for group in flags.parser()._action_groups if group.title == "protocol")
+    assert {action.option_strings[0] for action in protocol._group_actions} <= named

@@ -18,7 +18,19 @@ import pytest
 from packaging.requirements import Requirement
 
 from megatron_tropd.doctor import __main__ as command
-from megatron_tropd.doctor import answer, child, examine, gpus, host, network, packages, sandbox, sglang, variables, versions
+from megatron_tropd.doctor import (
+    answer,
+    child,
+    examine,
+    gpus,
+    host,
+    network,
+    packages,
+    sandbox,
+    sglang,
+    variables,
+    versions,
+)
 from megatron_tropd.doctor.examine import Machine
 from megatron_tropd.doctor.gpus import Gpu, GpuFacts
 from megatron_tropd.doctor.host import HostFacts

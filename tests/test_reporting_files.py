@@ -36,10 +36,11 @@ def step_report(step: int, **changes) -> StepReport:
     return StepReport(**(fields | changes))
 
 
-def eval_report(step: int, accuracy: float = 0.5, decoding: str = "greedy") -> EvalReport:
+def eval_report(step: int, accuracy: float = 0.5, decoding: str = "greedy", *, num_samples: int = 1, **changes
+) -> EvalReport:
     return EvalReport(
-        step=step, decoding=decoding, accuracy=accuracy, std_error=0.05, num_prompts=100, num_samples=1,
-        mean_response_len=20.0, finished=0.9,
+        step=step, decoding=decoding, accuracy=accuracy, std_error=0.05, num_prompts=100, num_samples=num_samples,
+        mean_response_len=20.0, finished=0.9, **changes,
     )  # fmt: skip
 
 

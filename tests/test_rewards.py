@@ -75,7 +75,7 @@ def _rewards_of(path):
     rewarder = Rewarder(
         function=load_reward_function(path),
         decode=lambda ids: " ".join(f"w{i}" for i in ids),
-        prompts={uid: Prompt(uid=uid, token_ids=(uid,), answer=str(uid)) for uid in (1, 2, 3)},
+        prompts={uid: Prompt(uid=uid, token_ids=(uid,), answer=f"w{50 + uid // 3}") for uid in (1, 2, 3)},
         grader=make_grader("exact", "(.*)"),
     )
     rollouts = [_rollout(uid, sample) for uid, sample in ((1, 0), (1, 1), (2, 0), (2, 1), (3, 0))]
@@ -88,6 +88,12 @@ def _rewards_of(path):
 def test_every_rank_has_all_rewards_in_order(ranks):
     """The reward is the sampled token, called on the rank whose turn it is."""
     assert ranks(2).run(_rewards_of, "tests.reward_functions:last_word") == [[50.0, 51.0, 50.0, 51.0, 50.0]] * 2
+
+
+def test_the_built_in_reward_is_the_verdict_of_the_grader(ranks):
+    """The answers are w50, w50 and w51; first samples wrote w50, second ones w51."""
+    path = "megatron_tropd.grading.rewards:exact_match"
+    assert ranks(2).run(_rewards_of, path) == [[1.0, 0.0, 1.0, 0.0, 0.0]] * 2
 
 
 @pytest.mark.parametrize(

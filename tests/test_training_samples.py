@@ -192,4 +192,4 @@ def _rollout(guidance, written, *, uid=1, finish="stop"):
     ],
 )
 def test_only_an_answer_of_the_student_is_graded(rollout, correct):
-    assert _reader().correct(rollout) is correct
+    assert _reader().correct([rollout]) == [correct]

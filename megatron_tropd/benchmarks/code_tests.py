@@ -26,7 +26,10 @@ def read_tests(row: Mapping[str, Any]) -> list[ProgramTest]:
     Raises:
         ValueError: a column does not hold what LiveCodeBench publishes there.
     """
-    function = json.loads(row["metadata"]).get("func_name") or ""
+    metadata = json.loads(row["metadata"])
+    function = metadata.get("func_name") or "" if isinstance(metadata, dict) else None
+    if not isinstance(function, str):
+        raise ValueError("metadata is no object with the name of a function, or none")
     kind: Literal["functional", "stdin"] = "functional" if function else "stdin"
     tests = []
     for column in ("public_test_cases", "private_test_cases"):

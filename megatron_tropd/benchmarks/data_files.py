@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_tropd.benchmarks.code_tests import read_tests
 from megatron_tropd.benchmarks.protocol import BENCHMARKS, Protocol
+from megatron_tropd.json_files import shown
 
 Row = dict[str, Any]
 
@@ -188,8 +189,11 @@ def _checked(name: str, row: Row, *, where: str) -> Row:
 
 
 def _math_problem(row: Row) -> str:
-    row["answer"] = str(row["answer"]).strip()
-    return "" if row["answer"] and str(row["question"]).strip() else "question or answer is blank"
+    answer, question = row["answer"], row["question"]
+    if not isinstance(answer, str | int | float) or not isinstance(question, str):
+        return "question must be a text, answer a text or a number"
+    row["answer"] = str(answer).strip()
+    return "" if row["answer"] and question.strip() else "question or answer is blank"
 
 
 def _choice_problem(row: Row) -> str:
@@ -197,22 +201,35 @@ def _choice_problem(row: Row) -> str:
         texts = [row[name] for name in ("Question", "Correct Answer", *_GPQA_WRONG)]
         return "" if all(isinstance(text, str) and text.strip() for text in texts) else "a question or option is blank"
     choices, answer = row["choices"], row["answer"]
-    if not isinstance(choices, list) or len(choices) != 4:
-        return f"choices is {choices!r:.80}; expected a list of four"
-    return "" if str(answer) in {"0", "1", "2", "3"} else f"answer is {answer!r:.80}; expected 0, 1, 2 or 3"
+    if (
+        not isinstance(choices, list)
+        or len(choices) != 4
+        or not all(isinstance(c, str) for c in [*choices, row["question"]])
+    ):
+        return f"choices is {shown(choices)}; expected a list of four texts, and a question that is a text"
+    return "" if str(answer) in {"0", "1", "2", "3"} else f"answer is {shown(answer)}; expected 0, 1, 2 or 3"
 
 
 def _instruction_problem(row: Row) -> str:
     ids, arguments = row["instruction_id_list"], row["kwargs"]
-    if not isinstance(ids, list) or not ids or not isinstance(arguments, list) or len(ids) != len(arguments):
-        return "instruction_id_list and kwargs must be lists of one length"
+    if (
+        not isinstance(row["prompt"], str)
+        or not isinstance(ids, list)
+        or not ids
+        or not isinstance(arguments, list)
+        or len(ids) != len(arguments)
+    ):
+        return "prompt must be a text, instruction_id_list and kwargs lists of one length"
     return ""
 
 
 def _code_problem(row: Row) -> str:
+    texts = [name for name in _FORMATS["livecodebench_v6"].columns if not isinstance(row[name], str)]
+    if texts:
+        return f"{', '.join(texts)} must be texts"
     try:
         read_tests(row)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         return str(error)
     return ""
 

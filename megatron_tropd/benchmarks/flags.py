@@ -100,6 +100,8 @@ def _add_servers(group: Any) -> None:
     group.add_argument(
         "--concurrency", type=int, default=64, help="requests in flight at one server (default: %(default)s)"
     )
+    group.add_argument("--response-timeout", type=float, default=7200.0, metavar="S",
+                       help="of one response; then its server counts as dead (default: %(default)s)")  # fmt: skip
     group.add_argument("--code-at-once", type=int, default=os.cpu_count() or 1,
                        help="generated programs that run at one time (default: the cores)")  # fmt: skip
 
@@ -138,7 +140,8 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
             ("top_k", sampling.top_k, sampling.top_k == -1 or sampling.top_k > 0, "-1 or a number above 0"),
             *(
                 (name, getattr(args, name), getattr(args, name) is None or getattr(args, name) > 0, "a number above 0")
-                for name in ("max_tokens", "limit", "code_timeout", "num_servers", "concurrency", "code_at_once")
+                for name in ("max_tokens", "limit", "code_timeout", "num_servers", "concurrency", "response_timeout",
+                             "code_at_once")
             ),
             ("code_memory", args.code_memory, args.code_memory >= 64, "at least 64 MiB"),
             ("math_template", args.math_template, "{question}" in args.math_template, "a text with {question}"),

@@ -36,6 +36,8 @@ class Job:
     """Requests in flight, at all servers together."""
     code_at_once: int
     """Generated programs that run at one time."""
+    response_timeout_s: float
+    """Of one response; a server that needs longer counts as dead."""
 
     def to_json(self, served: Served) -> dict[str, Any]:
         """Return what the runner reads.  It holds the servers' key, so it is written to a pipe only."""
@@ -43,6 +45,7 @@ class Job:
             "benchmarks": list(self.benchmarks), "data_dir": str(self.data_dir.absolute()),
             "output": str(self.output.absolute()), "protocol": self.protocol.to_json(), "concurrency": self.concurrency,
             "code_at_once": self.code_at_once, "urls": list(served.urls), "model": served.model, "key": served.key,
+            "response_timeout_s": self.response_timeout_s,
         }  # fmt: skip
 
 

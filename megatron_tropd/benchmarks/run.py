@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from megatron_tropd.benchmarks.results import (
 )
 from megatron_tropd.benchmarks.serving import Served, given, server_settings, started
 from megatron_tropd.parallel import platform
+from megatron_tropd.reporting.lock import RunLock
 from megatron_tropd.sandbox import check as check_sandbox
 from megatron_tropd.sglang.settings import ServerSettings, load_keys
 
@@ -65,8 +66,9 @@ def run(args: argparse.Namespace, server_flags: Sequence[str]) -> None:
         EngineError: no server answers.
         RunnerFailed: the work failed; what was answered is kept.
     """
-    plan = _plan(args, server_flags)
-    with _served(plan) as connect:
+    with contextlib.ExitStack() as stack:
+        plan = _plan(args, server_flags, stack)
+        connect = functools.partial(_connect, plan, stack)
         served = connect() if args.server_urls else None
         identity, name = _identity(plan, served)
         keep_config(args.output, name=name, model=identity, benchmarks=plan.benchmarks)
@@ -78,8 +80,10 @@ def run(args: argparse.Namespace, server_flags: Sequence[str]) -> None:
         shutil.rmtree(args.output / CONVERTED, ignore_errors=True)
 
 
-def _plan(args: argparse.Namespace, server_flags: Sequence[str]) -> _Plan:
-    """Check everything that can be checked before something starts; all that is wrong is one message."""
+def _plan(args: argparse.Namespace, server_flags: Sequence[str], stack: contextlib.ExitStack) -> _Plan:
+    """Check everything that can be checked before something starts; all that is wrong is one message.
+
+    ``stack`` gets the lock of the output directory."""
     problems: list[str] = []
 
     def attempt(check: Callable[[], T]) -> T | None:
@@ -93,6 +97,8 @@ def _plan(args: argparse.Namespace, server_flags: Sequence[str]) -> _Plan:
     protocol = attempt(lambda: flags.protocol_of(args))
     benchmarks = attempt(lambda: _check_data(args, protocol or Protocol()))
     attempt(lambda: check_environment(args.evalscope_python))
+    if not problems:
+        attempt(lambda: stack.enter_context(_locked(args.output)))
     model = attempt(lambda: _find_model(args, server_flags)) if not problems or not args.load else None
     settings = attempt(lambda: _settings(args, server_flags, model)) if model else None
     if problems:
@@ -168,19 +174,23 @@ def _settings(args: argparse.Namespace, server_flags: Sequence[str], model: Eval
 
 
 @contextlib.contextmanager
-def _served(plan: _Plan) -> Iterator[Callable[[], Served]]:
-    """Give what connects to the servers; those that are started live until the block ends."""
-    with contextlib.ExitStack() as stack:
+def _locked(output: Path) -> Iterator[None]:
+    """Keep other commands out of the output directory."""
+    output.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(output / "benchmark.lock")
+    try:
+        yield
+    finally:
+        lock.release()
 
-        def connect() -> Served:
-            if plan.settings is None:
-                args = plan.args
-                return given(args.server_urls, args.served_model, load_keys(file=args.sglang_key_file))
-            say(f"starting {plan.settings.num_servers} servers; their logs are in {plan.settings.log_dir}")
-            serving: AbstractContextManager[Served] = started(plan.settings)
-            return stack.enter_context(serving)
 
-        yield connect
+def _connect(plan: _Plan, stack: contextlib.ExitStack) -> Served:
+    """Return servers that answer; those that are started live until ``stack`` is left."""
+    if plan.settings is None:
+        args = plan.args
+        return given(args.server_urls, args.served_model, load_keys(file=args.sglang_key_file))
+    say(f"starting {plan.settings.num_servers} servers; their logs are in {plan.settings.log_dir}")
+    return stack.enter_context(started(plan.settings))
 
 
 def _identity(plan: _Plan, served: Served | None) -> tuple[dict[str, Any], str]:
@@ -197,6 +207,7 @@ def _run_benchmarks(plan: _Plan, todo: tuple[str, ...], served: Served) -> None:
     job = Job(
         benchmarks=todo, data_dir=args.data_dir, output=args.output, protocol=plan.protocol,
         concurrency=args.concurrency * len(served.urls), code_at_once=args.code_at_once,
+        response_timeout_s=args.response_timeout,
     )  # fmt: skip
     progress = _Progress()
     for result in run_job(args.evalscope_python.absolute(), job, served, progress.show):

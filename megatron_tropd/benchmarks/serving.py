@@ -87,16 +87,14 @@ def given(urls: Sequence[str], model: str | None, keys: Keys | None) -> Served:
         EngineDown, RequestRefused, BadResponse: a server does not answer, refuses the key, or serves no such model.
     """
     served = asyncio.run(_served_models(urls, keys))
+    wanted = model or served[0][0]
     for url, names in zip(urls, served, strict=True):
-        wanted = model or served[0][0]
         if wanted not in names:
             raise BadResponse(
                 f"--server-urls: {url} serves {', '.join(names)}, not {wanted}; give --served-model, or servers of "
                 "one model"
             )
-    return Served(
-        urls=tuple(url.rstrip("/") for url in urls), model=model or served[0][0], key=keys.api if keys else ""
-    )
+    return Served(urls=tuple(url.rstrip("/") for url in urls), model=wanted, key=keys.api if keys else "")
 
 
 async def _served_models(urls: Sequence[str], keys: Keys | None) -> list[list[str]]:

@@ -22,7 +22,8 @@ _MARKS = r"[*_$\"'\s]{0,8}"
 _FONT = r"(?:\\(?:text|textbf|mathrm|mathbf|rm|bf)\s{0,8}\{|\\[(\[])?"
 _OPEN = re.compile(rf"{_MARKS}{_FONT}{_MARKS}(?P<bracket>[(\[{{]\s{{0,8}})?")
 _AFTER = re.compile(r"[*_$\s)\]}\"'.\\]{0,8}")
-_ANOTHER = re.compile(r"(?:,|/|&|\bor\b|\band\b)[*_$\s(\[]{0,8}[A-J](?![\w'])")
+_ANOTHER = re.compile(r"(?:(?:/|&|\bor\b|\band\b)[*_$\s(\[]{0,8}[A-J]|,[*_$\s(\[]{0,8}[A-J](?! [a-z]))(?![\w'])")
+"""A second letter; after a comma only one that begins no clause, as in ``B, A is wrong``."""
 _PART_OF_MORE = re.compile(r"[\w^+#]|['\u2019]\w|\\(?![)\]])")
 _WORD = re.compile(r" (?!(?:because|since|as|for)\b)[a-z]|['\u2019]")
 """After a capital A or I, a sign of the article or the pronoun."""
@@ -36,13 +37,11 @@ def find_choice(text: str, *, lenient: bool) -> tuple[str, int] | None:
     ``lenient`` takes the last capital letter that stands alone where no statement is made at all; the pronoun I and the
     article A are no such letters.
     """
-    stated = [(start, _in_box(text[start:end])) for start, end in boxes(text)]
-    for match in _STATED.finditer(text):
-        if (letter := _in_words(text, match.end())) is not None:
-            stated.append((match.end(), letter))
-    if stated:
-        start, letter = max(stated)
-        return (letter, start) if letter else None
+    stated = [_in_box(text, start, end) for start, end in boxes(text)]
+    stated += [_in_words(text, match.end()) for match in _STATED.finditer(text)]
+    if made := [one for one in stated if one is not None]:
+        place, letter = max(made)
+        return (letter, place) if letter else None
     if lenient:
         for match in reversed(list(_STANDALONE.finditer(text))):
             if match.group() not in "AI" or not _WORD.match(text, match.end()):
@@ -50,16 +49,17 @@ def find_choice(text: str, *, lenient: bool) -> tuple[str, int] | None:
     return None
 
 
-def _in_box(content: str) -> str:
-    """Return the letter in a box; "" if there is none or more than one.  What follows it may be the option's text."""
-    match = _IN_BOX.match(content)
-    if match is None or _names_another(content, match.end("letter")):
-        return ""
-    return match["letter"].upper()
+def _in_box(text: str, start: int, end: int) -> tuple[int, str]:
+    """Return the letter in a box and its place; "" if there is none or more than one.  After it may stand the text of
+    the option."""
+    match = _IN_BOX.match(text, start, end)
+    if match is None or _names_another(text, match.end("letter"), end):
+        return start, ""
+    return match.start("letter"), match["letter"].upper()
 
 
-def _in_words(text: str, start: int) -> str | None:
-    """Return the letter that stands at ``start``; "" if several do; None if it is no letter that stands alone."""
+def _in_words(text: str, start: int) -> tuple[int, str] | None:
+    """Return the letter that stands at ``start`` and its place, with "" if several do; None if none stands alone."""
     opened = _OPEN.match(text, start)
     assert opened is not None  # it matches nothing, too
     place = opened.end()
@@ -70,11 +70,11 @@ def _in_words(text: str, start: int) -> str | None:
         return None
     if letter in "AI" and not opened["bracket"] and _WORD.match(text, place + 1):
         return None  # "the answer is a good one", with a capital
-    return "" if _names_another(text, place + 1) else letter
+    return place, "" if _names_another(text, place + 1, len(text)) else letter
 
 
-def _names_another(text: str, end: int) -> bool:
-    """Return whether the letter before ``end`` is followed by a second one, as in ``B or C``."""
-    after = _AFTER.match(text, end)
+def _names_another(text: str, start: int, end: int) -> bool:
+    """Return whether the letter before ``start`` is followed by a second one before ``end``, as in ``B or C``."""
+    after = _AFTER.match(text, start, end)
     assert after is not None  # it matches nothing, too
-    return _ANOTHER.match(text, after.end()) is not None
+    return _ANOTHER.match(text, after.end(), end) is not None

@@ -13,6 +13,8 @@ MAX_LENGTH = 1000
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\{([^{}\\]*)\}")
 _WORDS = re.compile(r"[^\W\d_]{4,}|[^\W\d_]+(?:[ -][^\W\d_]+)+")
 """A word of more than three letters, or several words.  math-verify reads it as a product of letters: east = eats."""
+_THIN_SPACE = re.compile(r"(?<=\d)\\[,;:!](?=\d{3}(?!\d))")
+"""Between groups of digits, as in ``1\\,024``; math-verify reads it as an end."""
 _SEVERAL_NUMBERS = re.compile(r"[-+]?[\d.,]+(?: [-+]?[\d.,]+)+")
 """math-verify reads ``1 2`` as the mixed number 1 + 2, which is ``2 1`` too."""
 
@@ -33,8 +35,9 @@ def equal(answer: str, reference: str, ask: Callable[[str, str], bool]) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Return ``text`` without dollar signs around it, ``\\text{...}`` around all of it and a full stop at its end."""
+    """Return ``text`` without dollar signs around it, ``\\text{...}`` around all of it, a full stop at its end and thin
+    spaces between its digits."""
     text = text.strip("$ ")
     if wrapped := _WRAPPED.fullmatch(text):
         text = wrapped.group(1)
-    return normalized(text.removesuffix("."))
+    return normalized(_THIN_SPACE.sub("", text.removesuffix(".")))

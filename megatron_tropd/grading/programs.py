@@ -39,6 +39,7 @@ def _call(name, load=json.loads, dump=json.dumps):
     sys.modules["solution"] = sys.modules["__main__"]
     names = globals()
     names["__name__"] = "solution"
+    names.pop(name, None)
     exec(compile({program!a}, "solution.py", "exec"), names)
     method = getattr(names["Solution"](), name, None) if "Solution" in names else None
     results.write(dump((method or names[name])(*arguments)))

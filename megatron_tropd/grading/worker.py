@@ -1,9 +1,11 @@
 """The process that does what may take for ever, one JSON line in, one JSON line out; ``workers.py`` starts it.
 
+The argument is how many seconds of CPU time each question may take; then the kernel ends the process, whatever it is
+doing.  It is CPU time and not wall-clock time, so that a verdict does not depend on the load of the machine.  No alarm
+signal is used: it does not interrupt a regular expression or the arithmetic of long numbers.
+
 A question is ``[task, arguments...]``.  The reply is ``{"result": ...}``, or ``{"error": ...}`` if the task failed for
-another reason than its limits.  Each question may take CPU_SECONDS of CPU time; then the kernel ends the process,
-whatever it is doing.  It is CPU time and not wall-clock time, so that a verdict does not depend on the load of the
-machine.  No alarm signal is used: it does not interrupt a regular expression or the arithmetic of long numbers.
+another reason than its limits.
 
 This module and what it imports need no torch, so that the process starts in a moment.
 """
@@ -20,7 +22,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-CPU_SECONDS = 3.0
 MEMORY_BYTES = 4 << 30
 """Of address space; what needs more is a MemoryError, and has no result."""
 
@@ -29,6 +30,7 @@ Task = Callable[..., Any]
 
 def main() -> None:
     """Answer every line of standard input, until it is closed."""
+    cpu_seconds = float(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the trainer decides what it means
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
     _limit(resource.RLIMIT_CORE, 0)
@@ -39,13 +41,13 @@ def main() -> None:
     for stream in (1, 2):  # parsers print their complaints about every answer
         os.dup2(nowhere, stream)
     for line in sys.stdin:
-        print(json.dumps(_reply(*json.loads(line))), file=replies, flush=True)
+        print(json.dumps(_reply(cpu_seconds, *json.loads(line))), file=replies, flush=True)
 
 
-def _reply(name: str, *arguments: Any) -> dict[str, Any]:
+def _reply(cpu_seconds: float, name: str, *arguments: Any) -> dict[str, Any]:
     try:
         task = _task(name)
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         return {"result": task(*arguments)}
     except (MemoryError, RecursionError):
         return {"result": None}

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 MAX_WORKERS = 8
+CPU_SECONDS = 3.0
+"""Of one question."""
 WALL_SECONDS = 300.0
 """Of one question, a hundred times its CPU time: no verdict, only the end of a process that does nothing any more."""
 _ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +35,8 @@ class GradingError(RuntimeError):
 class Worker:
     """One process, started at the first question and again after a question that it did not survive."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpu_seconds: float = CPU_SECONDS) -> None:
+        self._cpu_seconds = cpu_seconds
         self._process: subprocess.Popen[str] | None = None
         self._end: Callable[[], object] = lambda: None
 
@@ -45,7 +48,7 @@ class Worker:
                 another reason than its limits.
         """
         if self._process is None:
-            self._process = _start()
+            self._process = _start(self._cpu_seconds)
             self._end = weakref.finalize(self, _end, self._process)
         process = self._process
         try:
@@ -73,11 +76,11 @@ class Worker:
 class Workers:
     """A few workers for one rank.  Threads may ask at one time; each question goes to an idle worker."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, cpu_seconds: float = CPU_SECONDS) -> None:
         self.size = size
         self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()  # the last one used is started and warm
         for _ in range(size):
-            self._idle.put(Worker())
+            self._idle.put(Worker(cpu_seconds))
 
     def ask(self, task: str, *arguments: Any) -> Any:
         """Ask an idle worker, or wait for one; see :meth:`Worker.ask`."""
@@ -112,10 +115,16 @@ def _exchange(process: subprocess.Popen[str], question: str) -> str:
     return process.stdout.readline()
 
 
-def _start() -> subprocess.Popen[str]:
+def _start(cpu_seconds: float) -> subprocess.Popen[str]:
     path = os.pathsep.join(part for part in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if part)
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", _MODULE],  # -P: the current directory must not come first among the imports
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            _MODULE,
+            str(cpu_seconds),
+        ],  # -P: the current directory must not come first among the imports
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -6,7 +6,7 @@ import os
 import stat
 
 _DEEPEST = 32
-"""Directories inside each other."""
+"""Directories inside each other; looking at thousands would take the watch seconds."""
 
 
 def excess(directory: str, *, file_bytes: int, files: int) -> str:
@@ -15,6 +15,8 @@ def excess(directory: str, *, file_bytes: int, files: int) -> str:
     size = count = 0
     while waiting:
         place, depth = waiting.pop()
+        if depth > _DEEPEST:
+            return f"more than {_DEEPEST} directories inside each other"
         try:
             with os.scandir(place) as entries:
                 for entry in entries:
@@ -29,8 +31,6 @@ def excess(directory: str, *, file_bytes: int, files: int) -> str:
             return f"files that cannot be looked at: {error.strerror}"
         if size > file_bytes:
             return f"more than {file_bytes} bytes in files"
-        if depth > _DEEPEST:
-            return f"more than {_DEEPEST} directories inside each other"
     return ""
 
 

@@ -21,7 +21,7 @@ from megatron_tropd.sandbox.outcome import Limits, Outcome, SandboxError, Verdic
 from megatron_tropd.sandbox.watch import End, Watch
 
 _LAUNCHER = Path(__file__).with_name("inside") / "launcher.py"
-_OPEN_FILES, _SIGNALS, _STACK_BYTES = 64, 128, 64 << 20
+_OPEN_FILES, _SIGNALS, _STACK_BYTES = 64, 1024, 64 << 20
 _DETAIL_LENGTH = 300
 _KERNEL_GRACE_S = 1
 """The kernel's own limit of CPU time is this much later than that of the watch, in case the watch gets no CPU."""
@@ -130,9 +130,8 @@ def _environment(work: str) -> dict[str, str]:
 
 
 def _rlimits(limits: Limits, machine: Machine) -> str:
-    cpu_s = math.ceil(limits.cpu_s) + _KERNEL_GRACE_S
     values = {
-        "CPU": (cpu_s, cpu_s + 1),  # SIGXCPU, which may be ignored, then SIGKILL
+        "CPU": (math.ceil(limits.cpu_s) + _KERNEL_GRACE_S,) * 2,  # SIGKILL; a softer limit's SIGXCPU may be ignored
         "AS": (limits.memory_bytes,) * 2,
         "FSIZE": (limits.file_bytes,) * 2,
         "STACK": (_STACK_BYTES,) * 2,
@@ -221,7 +220,7 @@ def _verdict(end: End, stderr: str, limits: Limits) -> tuple[Verdict, str]:
     if end.exit_code is not None:
         last = stderr.strip().rpartition("\n")[2]
         return _TELLING_ERRORS.get(last.partition(":")[0], "error"), last or f"exit code {end.exit_code}"
-    if end.signal == signal.SIGXCPU or end.cpu_s > limits.cpu_s:
+    if end.cpu_s > limits.cpu_s:
         return "timeout", f"more than {limits.cpu_s:g} s of CPU time"
     text = f"signal {end.signal} ({signal.strsignal(end.signal)})"
     return ("forbidden" if end.signal == signal.SIGSYS else "killed"), text

@@ -57,29 +57,28 @@ class Watch:
                 assert pipe is not None
                 os.set_blocking(pipe.fileno(), False)
                 selector.register(pipe, selectors.EVENT_READ, name)
-            while reason is None and self._ended() is None:
+            while reason is None and not self._too_much() and self._ended() is None:
                 for key, _ in selector.select(_TICK_S if selector.get_map() else 0):
                     if not self._read(key):
                         selector.unregister(key.fileobj)
                 if not selector.get_map():
                     time.sleep(_CLOSED_TICK_S)
-                if self._size() > self.limits.output_bytes:
-                    reason = "output", f"more than {self.limits.output_bytes} bytes of output"
-                elif time.monotonic() - looked >= _TICK_S:
+                if time.monotonic() - looked >= _TICK_S:
                     looked = time.monotonic()
                     reason = self._excess()
             result = self._kill()
             for key in list(selector.get_map().values()):
-                while self._size() <= self.limits.output_bytes and self._read(key):
+                while not self._too_much() and self._read(key):
                     pass
-        if reason is None and self._size() > self.limits.output_bytes:
+        if reason is None and self._too_much():
             reason = "output", f"more than {self.limits.output_bytes} bytes of output"
         return self._reap(result, reason)
 
     def stop(self) -> None:
         """End the process, if it has not been reaped, and close its pipes."""
         if self.process.returncode is None:
-            with contextlib.suppress(ChildProcessError, ProcessLookupError):
+            with contextlib.suppress(ChildProcessError):
+                self._ended()  # raises where others have reaped it: its id may be another's by now
                 self._kill()
             self.process.wait()
         for pipe in (self.process.stdout, self.process.stderr):
@@ -90,8 +89,8 @@ class Watch:
         """Return how the process ended, which stays a zombie, so that its id stays its own; None while it runs."""
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
 
-    def _size(self) -> int:
-        return sum(map(len, self.output.values()))
+    def _too_much(self) -> bool:
+        return sum(map(len, self.output.values())) > self.limits.output_bytes
 
     def _read(self, key: selectors.SelectorKey) -> bool:
         """Read what is there; return whether more may come."""
@@ -104,7 +103,10 @@ class Watch:
 
     def _cpu_s(self) -> float:
         """Return the CPU time of all threads of the process, also of a zombie (clock ids: clock_getcpuclockid(3))."""
-        return time.clock_gettime((~self.process.pid << 3) | 2)
+        try:
+            return time.clock_gettime((~self.process.pid << 3) | 2)
+        except OSError as error:
+            raise ChildProcessError("the process is gone") from error
 
     def _excess(self) -> tuple[Verdict, str] | None:
         limits = self.limits

@@ -53,19 +53,20 @@ def _run_one(
     for path in work_dir.glob(f"*/{_MODEL_ID}/*.jsonl"):
         progress.done = max(progress.done, _end_at_a_line(path))
     progress.start()
-    config = _generation(protocol)
+    kept = (work_dir / "configs" / "task_config.yaml").is_file()  # evalscope writes it before the first response
+    config = _generation(protocol, job["response_timeout_s"])
     model = BalancedServers(job["urls"], job["model"], job["key"], config)
     run_task(
         TaskConfig(
             model=model, model_id=_MODEL_ID, datasets=[known_as], repeats=protocol.samples[name],
             generation_config=config, eval_batch_size=job["concurrency"], eval_type="openai_api",
-            work_dir=str(work_dir), use_cache=str(work_dir) if work_dir.is_dir() else None, no_timestamp=True,
+            work_dir=str(work_dir), use_cache=str(work_dir) if kept else None, no_timestamp=True,
             ignore_errors=False, collect_perf=False, judge={"strategy": "rule"},
         )
     )  # fmt: skip
 
 
-def _generation(protocol: Protocol) -> Any:
+def _generation(protocol: Protocol, timeout_s: float) -> Any:
     """Every value that a server, or a model's generation_config.json, could have a default of its own for; but no seed,
     which would make all samples of a question the same."""
     from evalscope.api.model import GenerateConfig
@@ -76,7 +77,7 @@ def _generation(protocol: Protocol) -> Any:
         extra["chat_template_kwargs"] = dict(protocol.chat_template_arguments)
     return GenerateConfig(
         temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens, presence_penalty=0.0,
-        frequency_penalty=0.0, extra_body=extra, stream=False, timeout=None,
+        frequency_penalty=0.0, extra_body=extra, stream=False, timeout=timeout_s,
     )  # fmt: skip
 
 
