@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_tropd.benchmarks.protocol import BENCHMARKS
@@ -54,7 +54,7 @@ class ResultsTable:
     columns: tuple[str, ...]
     """Benchmarks or ways of decoding; the mean is not among them."""
     lines: tuple[Line, ...]
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def place(self) -> str:
