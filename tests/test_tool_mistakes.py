@@ -21,6 +21,8 @@ from tests.torchrun_jobs import ROOT, environment
         ("tools/benchmark_head.py --out FILE/out", "--out FILE/out cannot be made"),
         ("tools/gpu_acceptance.py --out FILE/out", "--out FILE/out cannot be made"),
         ("tools/plan_weights.py --model FILE", "--model FILE is no directory with a config.json"),
+        ("tools/collect_results.py FILE", "FILE is not a directory; expected one with TABLE/SETTING/ROW/row.json"),
+        ("tools/compare_runs.py FILE", "FILE is no directory; expected a run directory"),
         ("tools/plan_run.py --num-gpus 1 --hf-checkpoint FILE", "FILE/config.json does not exist"),
     ],
 )

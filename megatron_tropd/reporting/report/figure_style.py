@@ -5,6 +5,7 @@ Colours are those of Okabe and Ito, which people with any kind of colour vision 
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ BLUE, RED, GREEN, PINK, ORANGE, SKY, YELLOW = PALETTE
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 # In the SVG these become colours that follow the page, light or dark.
-_INK = "#1a1a1b"
+INK = "#1a1a1b"
 _FAINT = "#c8c8c9"
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -31,16 +32,16 @@ _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "axes.titlecolor": _INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": _FAINT,
     "grid.linewidth": 0.6,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "path.simplify_threshold": 0.5,
 }
 _PAGE_COLOURS = (
@@ -54,27 +55,40 @@ Series = tuple[list[float], list[float]]
 
 
 def new_figure() -> tuple[Figure, Axes]:
-    """A figure with one pair of axes, without pyplot: nothing global, no window, no thread."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
+    """A figure with one pair of axes."""
+    figure, (axes,) = new_panels(1, 1, size=(6.4, 3.4))
     return figure, axes
+
+
+def new_panels(rows: int, columns: int, *, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """A figure with a grid of axes, row by row, without pyplot: nothing global, no window, no thread."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(axes.flat)
 
 
 def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     """Write ``name.svg`` (for pages) and ``name.png`` (for everything else)."""
     directory.mkdir(parents=True, exist_ok=True)
-    svg, png = directory / f"{name}.svg", directory / f"{name}.png"
+    path, png = directory / f"{name}.svg", directory / f"{name}.png"
+    path.write_text(svg(figure), encoding="utf-8")
     with mpl.rc_context(_STYLE):
-        figure.savefig(svg, transparent=True, metadata={"Date": None})
         figure.savefig(png, dpi=144, facecolor="white")
-    svg.write_text(_with_page_colours(svg.read_text(encoding="utf-8")), encoding="utf-8")
-    return [svg, png]
+    return [path, png]
+
+
+def svg(figure: Figure) -> str:
+    """The figure as SVG whose colours suit a light and a dark page."""
+    stream = io.StringIO()
+    with mpl.rc_context(_STYLE):
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    return _with_page_colours(stream.getvalue())
 
 
 def _with_page_colours(svg: str) -> str:
-    svg = svg.replace(_INK, "currentColor").replace(_FAINT, "var(--faint)").replace(BLUE.lower(), "var(--blue)")
+    svg = svg.replace(INK, "currentColor").replace(_FAINT, "var(--faint)").replace(BLUE.lower(), "var(--blue)")
     start = svg.index(">", svg.index("<svg")) + 1
     return svg[:start] + _PAGE_COLOURS + svg[start:]
 
@@ -113,4 +127,4 @@ def finish(axes: Axes, title: str, ylabel: str, *, legend: bool = True) -> None:
 
 def add_legend(axes: Axes, **place: Any) -> None:
     """A legend in the colours of the page."""
-    axes.legend(frameon=False, fontsize=9, labelcolor=_INK, **place)
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, **place)

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-_MEDIA_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
+SVG = "image/svg+xml"
+_MEDIA_TYPES = {".svg": SVG, ".png": "image/png"}
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1d1f23;--soft:#646a73;--line:#dfe2e6;--page:#fff;--card:#f6f7f9;
@@ -140,6 +141,10 @@ def folded(title: str, content: str) -> str:
 
 def image(path: Path, description: str) -> str:
     """A figure with its file inside the page; as an image, an SVG can neither run nor fetch anything."""
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    source = f"data:{_MEDIA_TYPES[path.suffix]};base64,{data}"
+    return inline_image(path.read_bytes(), _MEDIA_TYPES[path.suffix], description)
+
+
+def inline_image(data: bytes, media_type: str, description: str) -> str:
+    """:func:`image` of what a file would hold."""
+    source = f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
     return f'<figure><img src="{source}" alt="{text(description)}"></figure>'
