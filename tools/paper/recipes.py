@@ -21,8 +21,8 @@ _ONLY_SERVERS = "sglang-"
 """Flags that are left out of a smoke run, which has no servers."""
 
 
-class UnknownNameError(ValueError):
-    """A table, setting or row that the paper's tables do not have; the message lists those they have."""
+class RecipeError(ValueError):
+    """What was asked for cannot be made; the message says which names there are, or which flag is missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ class Row:
     """How it reads that row."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Place:
     """A line of a table."""
 
@@ -80,11 +80,11 @@ class Tables:
         """Return the lines of ``table``, each followed by its other readings if ``readings``.
 
         Raises:
-            UnknownNameError: there is no such table.
+            RecipeError: there is no such table.
         """
         known = dict.fromkeys(place.table for place in self.printed)
         if table not in known:
-            raise UnknownNameError(f"table {table!r} has no results; choose one of {', '.join(known)}")
+            raise RecipeError(f"table {table!r} has no results; choose one of {', '.join(known)}")
         lines = [place for place in self.printed if place.table == table]
         return [one for line in lines for one in (line, *(self._other_readings(line) if readings else ()))]
 
@@ -123,19 +123,19 @@ def read_tables(path: Path = PAPER / "rows.yaml") -> Tables:
 def recipe(
     tables: Tables, setting: str, row: str = "", small_world: Path | None = None, more: Mapping[str, str] | None = None
 ) -> dict[str, Value]:
-    """Return flags by name: those of ``setting``, ``row``, a smoke run in ``small_world``, and ``more``; later ones win.
+    """Return flags by name: of ``setting``, ``row``, a smoke run in ``small_world``, and ``more``; later ones win.
 
     Raises:
-        UnknownNameError: there is no such setting or row, or the two do not go together.
+        RecipeError: there is no such setting or row, or the two do not go together.
     """
     if setting not in tables.settings:
-        raise UnknownNameError(f"--setting {setting!r}: choose one of {', '.join(tables.settings)}")
+        raise RecipeError(f"--setting {setting!r}: choose one of {', '.join(tables.settings)}")
     methods = [name for name, one in tables.rows.items() if not one.evaluates]
     has_rows = bool(tables.settings[setting].benchmarks)
     if has_rows and row not in methods:
-        raise UnknownNameError(f"--row {row!r}: choose one of {', '.join(methods)}")
+        raise RecipeError(f"--row {row!r}: choose one of {', '.join(methods)}")
     if row and not has_rows:
-        raise UnknownNameError(f"--row {row}: --setting {setting} has a method of its own; leave out --row")
+        raise RecipeError(f"--row {row}: --setting {setting} has a method of its own; leave out --row")
     flags = read_plain_yaml(tables.settings[setting].file)
     if row:
         flags |= _words(tables.rows[row].flags)
@@ -163,7 +163,10 @@ def _words(flags: Mapping[str, str]) -> dict[str, Value]:
 
 def as_yaml(flags: Mapping[str, Value], comments: Sequence[str] = ()) -> str:
     """Return a file for ``--config``."""
-    lines = [*(f"# {comment}" for comment in comments), *(f"{name}: {_as_yaml(value)}" for name, value in flags.items())]
+    lines = [
+        *(f"# {comment}" for comment in comments),
+        *(f"{name}: {_as_yaml(value)}" for name, value in flags.items()),
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -14,7 +14,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -25,7 +24,8 @@ from megatron_tropd.cli import parse
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.json_files import read_json_object
 from megatron_tropd.reporting.records import of_kind, read_records
-from tools.paper.recipes import ROOT, Place, Row, Tables, as_yaml, recipe
+from tools.paper.recipes import ROOT, Place, Row, Tables, recipe
+from tools.paper.resolved import configuration, methods_of
 
 _METHOD_SECTIONS = ("objective", "method", "rollout", "training", "reward")
 """Sections of a configuration that decide what a row means; others say where things are."""
@@ -72,13 +72,13 @@ class TableRun:
 
     def run(self, places: Sequence[Place]) -> Iterator[Outcome]:
         """Make every row and seed; yields each outcome when it is known.  A row that fails does not end the others."""
-        wanted = {place.row.name: self.wanted(place) for place in places if not place.row.evaluates}
+        wanted = {place: self.wanted(place) for place in places if not place.row.evaluates}
         for place in places:
             for seed in self.options.seeds[: 1 if place.row.evaluates else None]:  # a model as it is has no seeds
                 started = time.monotonic()
                 try:
-                    what, done = self._make(place, seed, wanted.get(place.row.name)), True
-                except RowFailure as failure:
+                    what, done = self._make(place, seed, wanted.get(place)), True
+                except (RowFailure, OSError, ValueError) as failure:  # a full disk, a damaged file, no such command
                     what, done = str(failure), False
                 seconds = time.monotonic() - started
                 yield Outcome(place=place, seed=seed, done=done, what=what, seconds=seconds)
@@ -89,11 +89,9 @@ class TableRun:
         Raises:
             ConfigError: the trainer would refuse its flags.
         """
-        flags = recipe(self.tables, place.setting.name, place.row.name, self.options.small_world)
-        with tempfile.TemporaryDirectory() as directory:
-            file = Path(directory, "recipe.yaml")
-            file.write_text(as_yaml(flags), encoding="utf-8")
-            return parse(["--config", str(file), *self.options.trainer_flags])
+        return configuration(
+            self.tables, place.setting.name, place.row.name, self.options.small_world, *self.options.trainer_flags
+        )
 
     def _make(self, place: Place, seed: int, wanted: TrainConfig | None) -> str:
         row_dir = self.options.out / place.table / place.setting.name / place.row.name
@@ -101,6 +99,8 @@ class TableRun:
         if wanted is None and self.options.benchmark is None:
             return "nothing to train"
         _write_row(row_dir / "row.json", place)
+        if directory.is_symlink() and not directory.exists():  # what it led to is gone
+            directory.unlink()
         if not directory.exists() and (twin := self._twin(place, seed, wanted)) is not None:
             directory.symlink_to(os.path.relpath(twin, row_dir), target_is_directory=True)
             return f"the same as {twin}"
@@ -157,23 +157,19 @@ class TableRun:
         ]  # fmt: skip
 
     def _model_of(self, setting: str, row: Row) -> str:
-        flags = recipe(self.tables, setting, next(iter(self._methods())), self.options.small_world)
+        flags = recipe(self.tables, setting, methods_of(self.tables, setting)[0], self.options.small_world)
         value = flags["hf-checkpoint" if row.evaluates == "student" else "teacher-hf-checkpoint"]
         assert not isinstance(value, tuple)  # a flag with one word
         return value.text
 
-    def _methods(self) -> Iterator[str]:
-        return (name for name, row in self.tables.rows.items() if not row.evaluates)
-
     def _environment(self) -> dict[str, str]:
-        found = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-        if self.options.small_world:
-            found["SMALL_WORLD"] = str(self.options.small_world)
-        return found
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        world = {"SMALL_WORLD": str(self.options.small_world)} if self.options.small_world else {}
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **world}
 
 
 def call(words: Sequence[str], environment: dict[str, str]) -> int:
-    """Run a command to its end and return its exit code.  It is ended too, by SIGTERM, if this process is interrupted."""
+    """Run a command to its end and return its exit code; an interruption of this process ends it too, by SIGTERM."""
     print(f"$ {' '.join(words)}", flush=True)
     with subprocess.Popen(words, env=environment) as child:
         try:
@@ -218,5 +214,6 @@ def _differences(run_dir: Path, wanted: TrainConfig) -> list[str]:
         for section in _METHOD_SECTIONS
         for field in fields(getattr(wanted, section))
         if field.name != "seed"  # the directory's name has it
-        and (was := getattr(getattr(made, section), field.name)) != (now := getattr(getattr(wanted, section), field.name))
+        and (was := getattr(getattr(made, section), field.name))
+        != (now := getattr(getattr(wanted, section), field.name))
     ]
