@@ -24,7 +24,8 @@ from tests.torchrun_jobs import command_of, wait_for, wait_for_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 SLURM = ROOT / "examples" / "slurm"
-SCRIPTS = sorted(SLURM.iterdir())
+PAPER = ROOT / "examples" / "paper"
+SCRIPTS = [*sorted(SLURM.iterdir()), PAPER / "row.sbatch", PAPER / "common.sh"]
 JOBS = [path for path in SCRIPTS if path.suffix == ".sbatch"]
 
 
@@ -77,7 +78,7 @@ class Job:
         spool = tmp_path / "spool"
         spool.mkdir(exist_ok=True)
         copy = spool / "slurm_script"
-        copy.write_bytes((SLURM / name).read_bytes())
+        copy.write_bytes((SLURM / name).read_bytes())  # a whole path stays itself
         self._log = (tmp_path / "job.log").open("w+")
         self._process = subprocess.Popen(
             ["bash", str(copy), *argv], cwd=spool, env=environment, stdout=self._log, stderr=subprocess.STDOUT,
@@ -133,6 +134,27 @@ def test_a_job_trains(world, tmp_path, name, nodes, ranks_per_node):
     reports = sorted(path.name for path in (run_dir / "launch").glob("doctor-*"))
     assert reports == sorted(f"doctor-4711-0-{node}.txt" for node in nodes)
     assert not list((run_dir / "launch").glob("error-*"))
+
+
+@pytest.mark.slow
+def test_a_row_of_the_paper_trains_on_two_nodes(world, tmp_path):
+    environment = _environment(tmp_path, ["localhost", "127.0.0.1"], GPUS_PER_NODE="1", SMALL_WORLD=str(world))
+    words = ["--setting", "qwen3", "--row", "reopold_two_stage", "--out", str(tmp_path / "row"), "--smoke"]
+    with Job(PAPER / "row.sbatch", tmp_path, environment, *words, "--train-iters", "3") as job:
+        code, output = job.wait()
+    assert code == 0, output[-4000:]
+    run_dir = tmp_path / "row" / "run"
+    assert _steps(run_dir) == [1, 2, 3], "flags after the row's win"
+    assert "objective: reopold_two_stage" in (run_dir / "config.yaml").read_text()
+    assert (run_dir / "hf_export" / "model.safetensors").exists()
+
+
+def test_a_row_on_several_nodes_needs_keys_for_its_servers(tmp_path):
+    environment = _environment(tmp_path, ["a", "b"], PROMPTS="p.jsonl")
+    words = ["--setting", "qwen3", "--row", "opd", "--out", str(tmp_path / "row")]
+    with Job(PAPER / "row.sbatch", tmp_path, environment, *words) as job:
+        code, output = job.wait(60)
+    assert code == 1 and "KEY_FILE: set it to a YAML file" in output
 
 
 @pytest.mark.slow

@@ -11,13 +11,8 @@ source "${HERE}/common.sh"
 
 export PYTHONPATH="${REPO}${PYTHONPATH:+:${PYTHONPATH}}"
 export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron: order communication before computation under TP
-if [[ -n "${SMOKE}" ]]; then
-    export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
-    RANKS=2
-else
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
-    RANKS="${GPUS_PER_NODE:-8}"
-fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+if [[ -n "${SMOKE}" ]]; then RANKS=2; else RANKS="${GPUS_PER_NODE:-8}"; fi
 
 exec "${PYTHON}" -m torch.distributed.run --standalone --nproc-per-node "${RANKS}" -m megatron_tropd.train \
     --config "${OUT}/recipe.yaml" --run-dir "${OUT}/run" "$@"

@@ -29,6 +29,8 @@ from tools.paper.resolved import configuration, methods_of
 
 _METHOD_SECTIONS = ("objective", "method", "rollout", "training", "reward")
 """Sections of a configuration that decide what a row means; others say where things are."""
+_OF_THE_MACHINE = ("max_tokens_per_microbatch", "logits_chunk_tokens", "head_mode", "rollout_max_batch_size")
+"""Settings in these sections that fit a run into memory."""
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
@@ -213,7 +215,7 @@ def _differences(run_dir: Path, wanted: TrainConfig) -> list[str]:
         f"--{field.name.replace('_', '-')} {was}, now {now}"
         for section in _METHOD_SECTIONS
         for field in fields(getattr(wanted, section))
-        if field.name != "seed"  # the directory's name has it
+        if field.name not in (*_OF_THE_MACHINE, "seed")  # the directory's name has the seed
         and (was := getattr(getattr(made, section), field.name))
         != (now := getattr(getattr(wanted, section), field.name))
     ]

@@ -1,0 +1,200 @@
+"""examples/paper: the scripts train rows and tables, skip what is done, go on where they were ended, and say what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_run import make_world
+from tests.torchrun_jobs import wait_for
+from tools import paper_table
+from tools.paper.recipes import read_tables
+from tools.paper.table_run import Options, TableRun
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPER = ROOT / "examples" / "paper"
+
+LAUNCH = """
+# Stands for train.sh where only the order of rows is of interest: what a row leaves behind, without training.
+set -euo pipefail
+while (($#)); do
+    case "$1" in
+        --row) row="$2" && shift 2 ;;
+        --out) out="$2" && shift 2 ;;
+        *) shift ;;
+    esac
+done
+echo "${row} ${out##*/}" >>"${LOG}"
+mkdir -p "${out}/run/hf_export"
+echo '{"kind": "step", "step": 1}' >>"${out}/run/metrics.jsonl"
+if [[ "${row}" == "${FAILS:-}" ]]; then exit 17; fi
+if [[ "${row}" == "${STOPS:-}" ]]; then exit 0; fi
+echo '{"kind": "step", "step": 2}' >>"${out}/run/metrics.jsonl"
+echo '{}' >"${out}/run/hf_export/config.json"
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """(call of run_table.sh's command, rows that were launched since the last one)."""
+    script, log = tmp_path / "launch.sh", tmp_path / "log"
+    script.write_text(LAUNCH)
+    monkeypatch.setenv("LOG", str(log))
+    monkeypatch.setenv("SMALL_WORLD", str(tmp_path))
+
+    def call(*words, **environment):
+        log.write_text("")
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            code = paper_table.main(["--smoke", "--out", str(tmp_path / "out"), "--launch", f"bash {script}", *words])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            for name in environment:
+                monkeypatch.delenv(name)
+        return code, log.read_text().splitlines()
+
+    return call
+
+
+def test_a_table_skips_what_is_done_and_goes_on_after_failures(table, tmp_path, capsys):
+    names = ["opd", "aopd", "tropd", "tropd_aopd"]
+    assert table("6", FAILS="opd", STOPS="aopd") == (1, [f"{name} seed-1" for name in names])
+    printed = capsys.readouterr().out
+    assert "[FAILED] table6 skywork-math opd seed 1: training ended with exit code 17" in printed
+    assert "aopd seed 1: training ended with exit code 0, but" in printed and "3 of 5 rows are done" in printed
+    assert printed.rstrip().splitlines()[-1].startswith("[FAILED] table6 skywork-math aopd"), "failures come last"
+    assert table("6") == (0, ["opd seed-1", "aopd seed-1"]), "only what is missing, in the table's order"
+    assert table("6", "--seeds", "1", "2", "--rows", "tropd") == (0, ["tropd seed-2"])
+    assert table("6", "--rows", "tropd_aopd_union", "--readings") == (0, ["tropd_aopd_union seed-1"])
+    row = tmp_path / "out" / "table6" / "skywork-math" / "tropd_aopd" / "row.json"
+    assert json.loads(row.read_text()) == {
+        "table": "table6", "setting": "skywork-math", "row": "tropd_aopd", "title": "TrOPD + AOPD",
+        "method_flags": {"objective": "tropd_aopd"},
+    }  # fmt: skip
+
+
+def test_a_row_of_two_tables_is_trained_once(table, tmp_path):
+    assert table("6", "--rows", "opd", "tropd", FAILS="tropd")[0] == 1
+    assert table("5", "--rows", "opd", "tropd") == (0, ["tropd seed-1"]), "what is not complete is not taken"
+    link = tmp_path / "out" / "table5" / "skywork-math" / "opd" / "seed-1"
+    assert link.is_symlink() and link.resolve() == tmp_path / "out" / "table6" / "skywork-math" / "opd" / "seed-1"
+    assert json.loads((link.parent / "row.json").read_text())["table"] == "table5"
+    link.resolve().rename(tmp_path / "moved")
+    assert table("5", "--rows", "opd") == (0, ["opd seed-1"]) and not link.is_symlink()
+    assert table("3", "--settings", "skywork-three-domains", "--rows", "opd") == (0, ["opd seed-1"]), "other models"
+
+
+def test_a_run_of_other_flags_is_not_taken_for_the_row(table, tmp_path, capsys):
+    assert table("6", "--rows", "opd")[0] == 0
+    run = tmp_path / "out" / "table6" / "skywork-math" / "opd" / "seed-1" / "run"
+    (run / "config.yaml").write_text("objective: opd\nlr: 1e-4\ntrain-iters: 2\ntop-k: 8\nrollout-batch-size: 4\n"
+                                     "n-samples-per-prompt: 2\nseed: 99\n")  # fmt: skip
+    code, launched = table("6", "--rows", "opd")
+    assert (code, launched) == (1, []) and "(--lr 0.0001, now 5e-06): move it" in capsys.readouterr().out
+    assert table("6", "--rows", "opd", "--", "--lr", "1e-4") == (0, []), "flags behind -- are the row's too"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["2"], "table 'table2' has no results; choose one of table1, table3"),
+        (["1", "--rows", "grpo"], "--rows grpo: table1 has student, opd, fkl"),
+        (["4", "--settings", "skywork-math"], "--settings skywork-math: table4 has qwen3"),
+        (["1", "--", "--learning-rate", "1"], "unknown flag --learning-rate"),
+    ],
+)
+def test_words_that_cannot_be_meant(table, words, message, capsys):
+    assert table(*words) == (2, [])
+    printed = capsys.readouterr()
+    assert message in printed.err and not printed.out
+
+
+def test_benchmarks_need_their_data(tmp_path, capsys):
+    assert paper_table.main(["1", "--out", str(tmp_path)]) == 2
+    assert "--benchmark-data is missing" in capsys.readouterr().err
+
+
+def test_words_for_the_benchmarks(tmp_path, monkeypatch):
+    """One command a row: the run's export, or for an untrained model its directory."""
+    tables = read_tables()
+    options = Options(
+        out=tmp_path, seeds=(1,), launch=(), small_world=None, benchmark=("--data-dir", "data"), trainer_flags=()
+    )
+    run = TableRun(tables=tables, options=options)
+    lines = {line.row.name: run.benchmark_words(line, tmp_path) for line in tables.of("table4")}
+    assert lines["tropd"][3:5] == ["--run-dir", str(tmp_path / "run")]
+    assert lines["student"][3:5] == ["--hf-checkpoint", "runs/paper/sft-student/run/hf_export"]
+    monkeypatch.setenv("TEACHER", "/models/teacher")
+    assert run.benchmark_words(tables.of("table4")[1], tmp_path)[3:5] == ["--hf-checkpoint", "/models/teacher"]
+    flags = pytest.importorskip("megatron_tropd.benchmarks.flags")
+    for words in lines.values():
+        args, rest = flags.parser().parse_known_args(words[3:])
+        assert not rest and args.benchmarks == list(tables.settings["qwen3"].benchmarks)
+        assert args.paper_setting == ["qwen3"] and args.output == tmp_path / "benchmark"
+
+
+def _bash(script, *words, timeout=60, **environment):
+    own = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "PYTHONWARNINGS": "ignore", **environment}
+    return subprocess.run(
+        ["bash", str(PAPER / script), *words], env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "environment", "message"),
+    [
+        (["--setting", "qwen3"], {}, "--out is missing"),
+        (["--out"], {}, "--out needs a value"),
+        (["--out", "OUT"], {}, "PROMPTS is not set"),
+        (["--out", "OUT", "--setting", "qwen"], {"PROMPTS": "p"}, "--setting 'qwen': choose one of skywork-math"),
+        (
+            ["--out", "OUT", "--setting", "qwen3", "--row", "student"],
+            {"PROMPTS": "p"},
+            "--row 'student': choose one of",
+        ),
+        (["--out", "OUT", "--setting", "sft-student", "--row", "opd"], {"PROMPTS": "p"}, "leave out --row"),
+    ],
+)
+def test_what_train_sh_says_of_its_words(tmp_path, words, environment, message):
+    done = _bash("train.sh", *[str(tmp_path / "out") if word == "OUT" else word for word in words], **environment)
+    assert done.returncode == 2 and message in done.stdout and "Traceback" not in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_table_that_is_ended_goes_on_with_the_row_it_was_at(world, tmp_path):
+    """run_table.sh, train.sh and the trainer on two ranks; the first call is ended when a step has a checkpoint."""
+    words = ["5", "--smoke", "--out", str(tmp_path), "--rows", "tropd_clip", "--", "--train-iters", "12"]
+    own = {**os.environ, "PYTHON": sys.executable, "PYTHONWARNINGS": "ignore", "SMALL_WORLD": str(world)}
+    run = tmp_path / "table5" / "skywork-math" / "tropd_clip" / "seed-1" / "run"
+    with subprocess.Popen(["bash", str(PAPER / "run_table.sh"), *words], env=own, stdout=subprocess.DEVNULL) as job:
+        wait_for((run / "checkpoints" / "latest_checkpointed_iteration.txt").exists, job, timeout=120)
+        job.terminate()
+        assert job.wait(timeout=60) == 1
+    assert len(_steps(run)) < 12 and not (run / "hf_export").exists()
+    done = _bash("run_table.sh", *words, SMALL_WORLD=str(world), timeout=240)
+    assert done.returncode == 0 and "1 of 1 rows are done" in done.stdout, done.stdout[-4000:]
+    assert "step 1/12" not in done.stdout and _steps(run) == list(range(1, 13))
+    assert (run / "hf_export" / "model.safetensors").exists()
+    text = (run / "config.yaml").read_text()
+    assert "objective: tropd_clip" in text and "guidance-beta: 0.001" in text and "seed: 1\n" in text
+
+
+def _steps(run):
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record["step"] for record in records if record["kind"] == "step"]
