@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tropd.cli import parse
 from tests.tiny_run import make_world
 from tests.torchrun_jobs import wait_for
 from tools import paper_table
@@ -174,6 +175,28 @@ def test_what_train_sh_says_of_its_words(tmp_path, words, environment, message):
     done = _bash("train.sh", *[str(tmp_path / "out") if word == "OUT" else word for word in words], **environment)
     assert done.returncode == 2 and message in done.stdout and "Traceback" not in done.stdout
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_train_sh_on_a_machine_with_eight_gpus(tmp_path):
+    """The words that torchrun gets; an interpreter that writes them down stands in its place."""
+    stub, words = tmp_path / "python", tmp_path / "words"
+    stub.write_text(f"""#!/usr/bin/env bash
+if [[ "$1" == *paper_recipe.py ]]; then exec {sys.executable} "$@"; fi
+printf '%s\\0' "$@" >{words}
+""")
+    stub.chmod(0o755)
+    more = {"PYTHON": str(stub), "PROMPTS": "p.jsonl", "STUDENT": "/s", "SGLANG_PYTHON": "/sglang/python"}
+    out = ["--out", str(tmp_path / "out")]
+    done = _bash("train.sh", "--setting", "qwen3", "--row", "jsd", *out, "--seed", "3", **more)
+    assert done.returncode == 0, done.stdout
+    launcher, argv = (part.strip("\0").split("\0") for part in words.read_text().split("megatron_tropd.train"))
+    assert launcher == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8", "-m"]
+    config = parse(argv)
+    assert config.logging.run_dir == str(tmp_path / "out" / "run") and config.training.seed == 3
+    assert (config.objective.objective, config.data.prompt_data) == ("jsd", ["p.jsonl"])
+    assert config.model.hf_checkpoint == "/s" and config.engine.sglang_python == "/sglang/python"
+    assert config.teacher.teacher_hf_checkpoint == "runs/paper/grpo-teacher/run/hf_export", "the setting's own"
+    assert config.model.bf16 and config.engine.rollout_engine == "sglang" and config.method.top_k == 64
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ class Job:
         spool = tmp_path / "spool"
         spool.mkdir(exist_ok=True)
         copy = spool / "slurm_script"
-        copy.write_bytes((SLURM / name).read_bytes())  # a whole path stays itself
+        copy.write_bytes((SLURM / name).read_bytes())  # a whole path stays as it is
         self._log = (tmp_path / "job.log").open("w+")
         self._process = subprocess.Popen(
             ["bash", str(copy), *argv], cwd=spool, env=environment, stdout=self._log, stderr=subprocess.STDOUT,
@@ -149,12 +149,22 @@ def test_a_row_of_the_paper_trains_on_two_nodes(world, tmp_path):
     assert (run_dir / "hf_export" / "model.safetensors").exists()
 
 
-def test_a_row_on_several_nodes_needs_keys_for_its_servers(tmp_path):
-    environment = _environment(tmp_path, ["a", "b"], PROMPTS="p.jsonl")
-    words = ["--setting", "qwen3", "--row", "opd", "--out", str(tmp_path / "row")]
+def test_a_row_on_several_nodes_has_servers_with_keys_on_each(tmp_path):
+    """An interpreter that only makes the recipe: what is left of the job are the words for srun."""
+    stub, log = tmp_path / "python", tmp_path / "srun.log"
+    stub.write_text(f'#!/bin/sh\ncase "$1" in *paper_recipe.py) exec {sys.executable} "$@" ;; esac\n')
+    stub.chmod(0o755)
+    more = {"PROMPTS": "p.jsonl", "PYTHON": str(stub), "SRUN_LOG": str(log), "GPUS_PER_NODE": "8"}
+    environment = _environment(tmp_path, ["a", "b"], **more)
+    words = ["--setting", "qwen3", "--row", "opd", "--out", str(tmp_path / "row"), "--seed", "3"]
     with Job(PAPER / "row.sbatch", tmp_path, environment, *words) as job:
         code, output = job.wait(60)
-    assert code == 1 and "KEY_FILE: set it to a YAML file" in output
+    assert code == 1 and "KEY_FILE: set it to a YAML file" in output and not log.exists()
+    with Job(PAPER / "row.sbatch", tmp_path, {**environment, "KEY_FILE": "keys.yaml"}, *words) as job:
+        code, output = job.wait(60)
+    assert code == 0, output
+    _, train = log.read_text().splitlines()
+    assert train.endswith("train_node.sh --rollout-num-engines-per-node 8 --sglang-key-file keys.yaml --seed 3")
 
 
 @pytest.mark.slow
