@@ -9,6 +9,8 @@
 #   make test-megatron (the tests that touch Megatron-core, 5 minutes: for another version of it),
 #   make verify (prints measured errors), make lint, make format, make clean, and
 #   make sglang-env   the SGLang server's own environment, for machines without a GPU (docs/sglang.md)
+#   make benchmark-env   evalscope's own environment (docs/benchmarks.md: 1 minute, 1.2 GB), and
+#   make test-benchmarks   the tests that need it, which make test leaves out where it was not made
 # Each makes its own environment in .venv first; SGLang has one of its own, because it pins other versions.
 # The environment is made with the newest Python of these that runs; PYTHON chooses another, VENV another place (with
 # PYTHON=python3.12 VENV=.venv-3.12 it stands beside the first).  PIP_FLAGS are pip's own options, for example an index
@@ -16,6 +18,7 @@
 PYTHONS := python3.13 python3.12 python3.11
 VENV ?= .venv
 SGLANG_VENV ?= .venv-sglang
+BENCHMARK_VENV ?= .venv-benchmark
 ENGINE ?= embedded
 TEACHER ?= colocated
 PIP_FLAGS ?=
@@ -53,7 +56,7 @@ MEGATRON := platform attention kernels model_parity vocab_parallel vocab_paralle
 	training_layouts training_bf16 training_resume same_run convert_checkpoint expert_gradients sglang_loader \
 	train_command training_release training_sleep training_virtual_stages context_parallel megatron_flags dedicated
 
-.PHONY: quickstart test test-megatron check sglang-env lint format verify clean
+.PHONY: quickstart test test-megatron test-benchmarks check sglang-env benchmark-env lint format verify clean
 
 quickstart: $(VENV)/.runtime $(if $(filter sglang server,$(ENGINE) $(TEACHER)),$(SGLANG_VENV)/.ready)
 	$(BIN)/python tools/quickstart.py --engine $(ENGINE) --teacher $(TEACHER) --sglang-python $(SGLANG_VENV)/bin/python $(ARGS)
@@ -63,6 +66,9 @@ test: $(VENV)/.test $(SGLANG_VENV)/.ready
 
 test-megatron: $(VENV)/.test $(SGLANG_VENV)/.ready
 	$(BIN)/python -m pytest $(IN_WORKERS) $(addprefix tests/test_,$(addsuffix .py,$(MEGATRON))) $(ARGS)
+
+test-benchmarks: $(VENV)/.test $(SGLANG_VENV)/.ready $(BENCHMARK_VENV)/.ready
+	$(BIN)/python -m pytest -n 0 tests/test_benchmark_command.py tests/test_benchmark_server.py $(ARGS)
 
 check: lint
 	$(BIN)/python -m pytest -q -m "not slow" $(IN_WORKERS) $(ARGS)
@@ -111,5 +117,13 @@ $(SGLANG_VENV)/.ready: requirements/sglang-cpu.txt $(wildcard tools/sglang_cpu/*
 	$(SGLANG_VENV)/bin/python -c "import sglang.launch_server"
 	touch $@
 
+benchmark-env: $(BENCHMARK_VENV)/.ready
+
+$(BENCHMARK_VENV)/.ready: requirements/benchmark-evalscope.txt
+	$(PYTHON) -m venv $(BENCHMARK_VENV)
+	$(BENCHMARK_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r $<
+	$(BENCHMARK_VENV)/bin/python -c "import evalscope"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) $(BENCHMARK_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -16,6 +16,7 @@ from megatron_tropd.data.guidance import GuidanceConfig
 from megatron_tropd.objectives.methods import is_guided
 from megatron_tropd.objectives.settings import ObjectiveSettings
 from megatron_tropd.teacher_config import NamedTeacher, TeacherConfig
+from megatron_tropd.types import GraderKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,7 @@ class ReferenceConfig:
 class RewardConfig:
     """Rewards, for the objectives that learn from them."""
 
-    reward_function: str = setting("", "package.module:function, such as megatron_tropd.rewards:exact_match")
+    reward_function: str = setting("", "package.module:function, such as megatron_tropd.grading.rewards:exact_match")
     advantage_baseline: Baseline = setting(
         "group-mean", "what is taken off a reward: the mean of its group, or of the others"
     )
@@ -98,6 +99,7 @@ class DataConfig:
         "response", "column of the teacher's response; read by --guidance and by supervised finetuning only"
     )
     answer_key: str = setting("answer", "column of the reference answer; optional")
+    grader_key: str = setting("grader", "column that names the grader of the row, one of --grader; optional")
     domain_key: str = setting("domain", "column of the domain; optional")
     uid_key: str = setting("uid", "column of an integer or a text that names the row; optional")
     tools_key: str = setting("tools", "column of tool descriptions for the chat template; optional")
@@ -248,11 +250,18 @@ class EvaluationConfig:
     eval_data: list[str] = setting([], "data with answers, in the forms of --prompt-data")
     eval_interval: int = setting(0, "steps between evaluations during the run; 0 for only before and after")
     eval_prompts: int = setting(0, "prompts of an evaluation during the run; 0 for all")
+    eval_num_samples: int = setting(1, "responses per prompt where tokens are drawn; their accuracy is averaged")
     answer_pattern: str = setting(
         "", "regular expression; group 1 of its last match in a response is the answer; default: the last \\boxed{...}"
     )
-    grader: Literal["exact", "math"] = setting(
-        "exact", "compare answers as text, or as mathematics too: 1/2 = 0.5 (needs the package math-verify)"
+    grader: GraderKind = setting(
+        "math",
+        "how rows are graded that name no grader: as text, as mathematics too (1/2 = 0.5), by the chosen letter, by "
+        "constraints, or by tests of a program",
+    )
+    lenient_grading: bool = setting(
+        False,
+        "a choice may be the last capital letter that stands alone; constraints are followed loosely, as IFEval says",
     )
 
 
@@ -266,7 +275,6 @@ class LoggingConfig:
         60.0,
         "seconds between two writings of RUN_DIR/heartbeat.json, and log lines of a phase that lasts longer; 0: none",
     )
-    log_teacher_entropy: bool = setting(False, "log the teacher's mean entropy, whatever the method asks for")
     log_topk_share: float = setting(
         0.1, "share of the samples whose top-k is sent whole, for metrics of it, where others' tokens need not have one"
     )
@@ -352,7 +360,6 @@ class TrainConfig:
             rollout_lag=self.rollout.rollout_lag,
             topk_margin=5 * self.parity_limit if margin < 0 else margin,
             topk_share=self.logging.log_topk_share,
-            log_teacher_entropy=self.logging.log_teacher_entropy,
         )
 
     @property

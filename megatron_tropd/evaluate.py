@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -19,12 +20,13 @@ from megatron_tropd.config import EvaluationConfig
 from megatron_tropd.data.prompts import PromptFormat, load_prompts
 from megatron_tropd.data.tokenizer import eos_token_ids, load_tokenizer
 from megatron_tropd.errors import EngineError
-from megatron_tropd.evaluation import DECODINGS, evaluate
+from megatron_tropd.evaluation import DECODINGS, check_prompts, evaluate
 from megatron_tropd.grading.grader import Grader, make_grader
-from megatron_tropd.grading.math_process import GradingError
+from megatron_tropd.grading.workers import GradingError
 from megatron_tropd.hub import MODEL_CONFIG_FILES, MODEL_FILES, resolve
-from megatron_tropd.reports import EvalReport
+from megatron_tropd.reports import Accuracy, EvalReport
 from megatron_tropd.rollout.embedded.load import DTYPES, check_device, load_engine
+from megatron_tropd.types import GraderKind
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--eval-data", required=True, nargs="+", help="prompts and answers; docs/data.md")
     flags.add_argument("--prompt-key", default="prompt")
     flags.add_argument("--answer-key", default="answer")
+    flags.add_argument("--grader-key", default="grader", help="column that names the grader of a row; optional")
+    flags.add_argument("--domain-key", default="domain", help="column of the domain; optional")
     flags.add_argument("--apply-chat-template", action="store_true")
     flags.add_argument(
         "--answer-pattern",
@@ -45,9 +49,12 @@ def parser() -> argparse.ArgumentParser:
         help="regular expression; group 1 of its last match is the answer (default: the last \\boxed{...})",
     )
     flags.add_argument(
-        "--grader", choices=["exact", "math"], default=EvaluationConfig().grader,
-        help="compare answers as text, or as mathematics too (needs math-verify) (default: %(default)s)",
+        "--grader", choices=get_args(GraderKind), default=EvaluationConfig().grader,
+        help="how rows are graded that name no grader; docs/grading.md (default: %(default)s)",
     )  # fmt: skip
+    flags.add_argument(
+        "--lenient-grading", action="store_true", help="of choices and constraints; docs/grading.md says what it allows"
+    )
     flags.add_argument("--max-prompt-length", type=int, default=2048, help="tokens; a longer prompt is an error")
     flags.add_argument("--max-response-length", type=int, default=1024, help="tokens; a longer response is wrong")
     flags.add_argument("--decodings", nargs="+", choices=list(DECODINGS), default=list(DECODINGS))
@@ -80,7 +87,7 @@ def _checked(args: argparse.Namespace) -> Grader:
     except ValueError as error:
         problems.append(str(error))
     try:
-        grader = make_grader(args.grader, args.answer_pattern)
+        grader = make_grader(args.grader, args.answer_pattern, lenient=args.lenient_grading)
     except ValueError as error:
         problems.append(str(error))
     if problems:
@@ -107,6 +114,8 @@ def run(args: argparse.Namespace) -> list[EvalReport]:
         prompt_key=args.prompt_key,
         response_key="",  # responses in the file are not used, so they are not checked
         answer_key=args.answer_key,
+        grader_key=args.grader_key,
+        domain_key=args.domain_key,
         chat_template=args.apply_chat_template,
         max_prompt_length=args.max_prompt_length,
         max_response_length=args.max_response_length,
@@ -116,6 +125,7 @@ def run(args: argparse.Namespace) -> list[EvalReport]:
     teacher = _find(teacher, "--teacher-hf-checkpoint", MODEL_CONFIG_FILES) if teacher else None
     tokenizer = load_tokenizer(directory)
     prompts = load_prompts(args.eval_data, tokenizer, fmt, flag="--eval-data")[: args.num_prompts]
+    check_prompts(prompts, grader)
     stop_ids = itertools.chain.from_iterable(eos_token_ids(path) for path in (directory, teacher) if path)
     engine = load_engine(
         directory, stop_token_ids=set(stop_ids), device=args.device, dtype=args.dtype,
@@ -134,14 +144,20 @@ def run(args: argparse.Namespace) -> list[EvalReport]:
     )
 
 
+def _numbers(measured: EvalReport | Accuracy) -> str:
+    return f"{measured.accuracy:>10.2%}{measured.std_error:>8.2%}{measured.num_prompts:>9}"
+
+
 def table(reports: Sequence[EvalReport]) -> str:
-    """Return the reports as a text table."""
-    lines = [f"{'decoding':<16}{'accuracy':>10}{'finished':>10}{'mean length':>13}{'prompts':>9}"]
-    lines += [
-        f"{report.decoding:<16}{report.accuracy:>10.2%}{report.finished:>10.2%}"
-        f"{report.mean_response_len:>13.1f}{report.num_prompts:>9}"
-        for report in reports
-    ]
+    """Return the reports as a text table; below each its domains, and +- is one standard error over prompts."""
+    head = f"{'accuracy':>10}{'+-':>8}{'prompts':>9}"
+    lines = [f"{'decoding':<16}{head}{'samples':>9}{'finished':>10}{'mean length':>13}"]
+    for report in reports:
+        lines.append(
+            f"{report.decoding:<16}{_numbers(report)}{report.num_samples:>9}{report.finished:>10.2%}"
+            f"{report.mean_response_len:>13.1f}"
+        )
+        lines += [f"  {domain:<14}{_numbers(accuracy)}" for domain, accuracy in report.domains.items()]
     return "\n".join(lines)
 
 

@@ -34,6 +34,10 @@ class Region(IntEnum):
     counts once per prompt (docs/objectives.md, regions and denominators)."""
 
 
+GraderKind = Literal["exact", "math", "choice", "instructions", "code"]
+"""How it is judged whether a response is right (docs/grading.md)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One row of the prompt file, tokenized."""
@@ -47,6 +51,8 @@ class Prompt:
     """Tokens of the whole response with its stop token, more than ``teacher_response_ids`` has where it was cut; None
     where it was not."""
     answer: str | None = None
+    grader: str = ""
+    """The GraderKind that the row names; "" for the run's own."""
     domain: str = ""
     name: str = ""
     """The text by which the data names the row (--uid-key); "" if it has none."""
@@ -164,6 +170,8 @@ class Needs:
     selects; the threshold comes from the same extra forward pass."""
     rewards: bool = False
     """Group advantages from a reward function."""
+    coin: bool = False
+    """The gate reads ``TokenStreams.uniform_T``."""
     teacher: bool = True
     """False: the objective does not use the teacher, and none is built."""
     rollouts: bool = True
@@ -365,6 +373,9 @@ class LossOutput:
     ON_POLICY and GUIDANCE labels."""
     trust_T: Tensor | None = None
     """The gate's weight in [0, 1] of every ON_POLICY label, detached; None for an objective without a gate."""
+    behaviour_logprob_T: Tensor | None = None
+    """The student's log p(x) that the reward R of every ON_POLICY label is made with, detached; None where there is no
+    such reward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

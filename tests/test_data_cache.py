@@ -90,14 +90,14 @@ def test_whatever_changes_a_token_is_another_cache(tokenizer, rows, tmp_path, mo
     other_template = load_tokenizer(save_tokenizer(tmp_path / "other", chat=True))
     other_template.chat_template = CHAT_TEMPLATE.replace("<end>", "")
     changes = (
-        {"response_key": ""}, {"answer_key": "response"}, {"max_response_length": 11}, {"stop_ids": (3, 0)},
+        {"response_key": ""}, {"answer_key": "response"}, {"grader_key": "answer"}, {"max_response_length": 11}, {"stop_ids": (3, 0)},
         {"tokenizer": with_template, "chat_template": True}, {"tokenizer": other_template, "chat_template": True},
     )  # fmt: skip
     for number, change in enumerate(changes, start=2):
         assert load(**change) == 40 * number
     text = rows.read_text()
     rows.write_text(text.replace("row 1", "row 2"))  # of the same size
-    assert load() == 40 * 8
+    assert load() == 40 * 9
 
 
 def test_parts_and_batches_change_nothing(tokenizer, rows, tmp_path, small_parts):

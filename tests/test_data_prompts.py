@@ -41,16 +41,16 @@ def problems(tokenizer, paths, fmt=FORMAT):
 
 def test_raw_rows(jsonl, tokenizer):
     path = jsonl(
-        {"prompt": "ab", "response": "xyz", "answer": 42, "domain": "maths"},
+        {"prompt": "ab", "response": "xyz", "answer": 42, "domain": "maths", "grader": "choice"},
         {"prompt": "\u00e9", "response": None, "extra": [1]},
         {"prompt": "q", "response": "stops<eos>"},
     )
     first, second, third = load_prompts(path, tokenizer, FORMAT)
     assert tokenizer.decode(first.token_ids) == "ab" and len(first.token_ids) == 2
     assert first.teacher_response_ids[-1] == 0 and tokenizer.decode(first.teacher_response_ids) == "xyz<eos>"
-    assert (first.answer, first.domain, first.uid) == ("42", "maths", 0)
+    assert (first.answer, first.domain, first.grader, first.uid) == ("42", "maths", "choice", 0)
     assert len(second.token_ids) == 2 and second.teacher_response_ids is None
-    assert (second.answer, second.domain) == (None, "")
+    assert (second.answer, second.domain, second.grader) == (None, "", "")
     assert third.teacher_response_ids.count(0) == 1 and third.teacher_response_ids[-1] == 0
 
 
@@ -63,10 +63,11 @@ def test_stop_token_is_the_teachers(jsonl, tokenizer):
 
 
 def test_other_keys(jsonl, tokenizer):
-    path = jsonl({"q": "ab", "r": "c", "a": "d", "k": "e"})
-    fmt = replace(FORMAT, prompt_key="q", response_key="r", answer_key="a", domain_key="k")
+    path = jsonl({"q": "ab", "r": "c", "a": "d", "k": "e", "g": "math", "grader": 7})
+    fmt = replace(FORMAT, prompt_key="q", response_key="r", answer_key="a", domain_key="k", grader_key="g")
     (prompt,) = load_prompts([path], tokenizer, fmt)
     assert len(prompt.teacher_response_ids) == 2 and (prompt.answer, prompt.domain) == ("d", "e")
+    assert prompt.grader == "math"
 
 
 def test_chat_prompts(jsonl, tokenizer):

@@ -18,13 +18,26 @@ import pytest
 from packaging.requirements import Requirement
 
 from megatron_tropd.doctor import __main__ as command
-from megatron_tropd.doctor import answer, child, examine, gpus, host, network, packages, sglang, variables, versions
+from megatron_tropd.doctor import (
+    answer,
+    child,
+    examine,
+    gpus,
+    host,
+    network,
+    packages,
+    sandbox,
+    sglang,
+    variables,
+    versions,
+)
 from megatron_tropd.doctor.examine import Machine
 from megatron_tropd.doctor.gpus import Gpu, GpuFacts
 from megatron_tropd.doctor.host import HostFacts
 from megatron_tropd.doctor.kernels import CompilerFacts
 from megatron_tropd.doctor.network import NetworkFacts
 from megatron_tropd.doctor.packages import Imported, PackageFacts
+from megatron_tropd.doctor.sandbox import SandboxFacts
 from megatron_tropd.doctor.sglang import SGLangFacts
 from megatron_tropd.doctor.variables import VariableFacts
 
@@ -55,6 +68,7 @@ CPU_MACHINE = Machine(
         name="box", addresses=("10.0.0.4",), has_port=True, interfaces=("lo", "eth0"), infiniband=(), verbs=False
     ),
     sglang=SGLangFacts(python="/sgl/bin/python", given=True, sglang=versions.SGLANG, torch=versions.TORCH),
+    sandbox=SandboxFacts(missing=()),
     variables=VariableFacts(values={"PATH": "/bin"}),
 )  # fmt: skip
 
@@ -143,7 +157,7 @@ NO_DRIVER = {"gpus": (), "reason": "The NVIDIA driver on your system is too old 
         (H100_NODE, "packages", {"versions": dict.fromkeys(packages.OPTIONAL, "1")}, "problem", "other requirements",
          "pip install huggingface_hub"),
         (CPU_MACHINE, "packages", {"versions": dict.fromkeys((*versions.REQUIRED, "tensorboard", "wandb"), "1")},
-         "note", "math-verify", "pip install 'megatron-tropd[math]'"),
+         "note", "langdetect", "pip install 'megatron-tropd[instructions]'"),
         (H100_NODE, "compiler", {"compiler": False}, "problem", "Triton", "apt-get install gcc"),
         (H100_NODE, "host", {"cpus": 8}, "note", "CPUs", "--cpus"),
         (H100_NODE, "host", {"memory_bytes": 256 * GIB}, "note", "memory", "--teacher-offload"),
@@ -156,6 +170,7 @@ NO_DRIVER = {"gpus": (), "reason": "The NVIDIA driver on your system is too old 
         (CPU_MACHINE, "network", {"has_port": False}, "problem", "loopback", "ip link set lo up"),
         (H100_NODE, "network", {"infiniband": ()}, "note", "InfiniBand", "TCP"),
         (H100_NODE, "network", {"verbs": False}, "note", "InfiniBand", "--device=/dev/infiniband"),
+        (H100_NODE, "sandbox", {"missing": ("There is no Landlock.",)}, "note", "generated code", "docs/sandbox.md"),
         (H100_NODE, "sglang", {"sglang": None, "given": False}, "note", "sglang", "--sglang-python"),
         (H100_NODE, "sglang", {"sglang": None}, "problem", "sglang", versions.SGLANG),
         (H100_NODE, "sglang", {"end": "cannot be run"}, "problem", "interpreter", "--sglang-python"),
@@ -255,7 +270,7 @@ def explode(*_arguments, **_more):
     raise ZeroDivisionError("bang")
 
 
-@pytest.mark.parametrize("module", [packages, gpus, host, network, sglang, variables])
+@pytest.mark.parametrize("module", [packages, gpus, host, network, sglang, sandbox, variables])
 @pytest.mark.parametrize("name", ["probe", "judge"])
 def test_a_part_that_raises_is_reported(module, name, monkeypatch, capsys):
     monkeypatch.setattr(child, "ask", lambda *_words: child.Output())

@@ -7,18 +7,22 @@ import importlib.util
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.errors import EngineError
 from megatron_tropd.evaluate import main
-from megatron_tropd.evaluation import DECODINGS, GREEDY, TEMPERATURE_1, evaluate
+from megatron_tropd.evaluation import DECODINGS, GREEDY, TEMPERATURE_1, accuracy_of, check_prompts, evaluate
 from megatron_tropd.grading.grader import make_grader
+from megatron_tropd.reports import Accuracy
 from megatron_tropd.rng import Stream
 from megatron_tropd.rollout.embedded.engine import EmbeddedEngine
 from megatron_tropd.rollout.embedded.pool import EmbeddedPool
-from megatron_tropd.types import Prompt
+from megatron_tropd.types import Prompt, Rollout
 from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 from tests.rollout_helpers import params, requests_of, tiny_engine, tiny_model, word_tokenizer
 
@@ -80,6 +84,68 @@ def test_the_grader_decides_what_is_right(made):
     assert exact.accuracy == 0 < plain.accuracy == math.accuracy
 
 
+@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=2, max_size=30))
+def test_the_standard_error_is_that_of_a_mean_over_prompts(shares):
+    found = accuracy_of(shares)
+    assert found.accuracy == pytest.approx(np.mean(shares)) and found.num_prompts == len(shares)
+    assert found.std_error == pytest.approx(np.std(shares, ddof=1) / np.sqrt(len(shares)))
+
+
+def test_a_single_prompt_tells_no_error():
+    assert accuracy_of([0.5]) == Accuracy(accuracy=0.5, std_error=0.0, num_prompts=1)
+
+
+WRITTEN = {1: "w7 w7 w7 w7", 2: "w7 w8 w8 w7", 3: "w8 w8 w8 w8", 4: "A w8 w8 w8"}
+"""By prompt: the words of its four samples."""
+
+
+def test_samples_are_averaged_and_domains_and_graders_are_those_of_the_rows(made):
+    """The engine is a script with known answers."""
+    _, tokenizer, _ = made
+    domains, words = {1: "math", 2: "math", 3: "code"}, {"w7": 7, "w8": 8}
+    prompts = [
+        Prompt(
+            uid=uid,
+            token_ids=(20,),
+            answer="C" if uid == 4 else "w7",
+            domain=domains.get(uid, ""),
+            grader="choice" if uid == 4 else "",
+        )
+        for uid in WRITTEN
+    ]
+    assert str(tokenizer.decode([7])).strip() == "w7"
+    asked = []
+
+    def generate(requests, params):
+        asked.append(len(requests))
+        return [
+            Rollout(prompt_uid=r.prompt_uid, sample_index=r.sample_index, token_ids=(20, words.get(word, 9)), prompt_len=1,
+                    guidance_len=0, logprobs=(0.0,), weight_version=(0, 0), finish="stop")
+            for r in requests
+            for word in [WRITTEN[r.prompt_uid].split()[r.sample_index]]
+        ]  # fmt: skip
+
+    greedy, drawn = evaluate(
+        generate,
+        prompts,
+        tokenizer,
+        [GREEDY, TEMPERATURE_1],
+        grader=ALL,
+        max_response_length=4,
+        seed=0,
+        step=0,
+        num_samples=4,
+    )
+    assert asked == [4, 16] and (greedy.num_samples, drawn.num_samples) == (1, 4)
+    assert (greedy.accuracy, drawn.accuracy) == (0.5, 0.375)
+    assert drawn.std_error == pytest.approx(np.std([1, 0.5, 0, 0], ddof=1) / 2)
+    assert drawn.domains["math"] == Accuracy(accuracy=0.75, std_error=pytest.approx(0.25), num_prompts=2)
+    assert drawn.domains["code"] == Accuracy(accuracy=0.0, std_error=0.0, num_prompts=1) and set(drawn.domains) == {
+        "code",
+        "math",
+    }
+
+
 def _by_one_engine_and_by_a_pool(directory, prompts):
     """On every rank: reports of this rank's engine alone, and of the engines of all ranks together."""
     checkpoint = HfCheckpoint.open(directory)
@@ -130,15 +196,15 @@ def test_sampled_evaluation_is_reproducible_and_apart_from_training(made):
 
 
 def test_missing_answers_and_groups_are_refused(made):
-    engine, tokenizer, prompts = made
+    _, _, prompts = made
     unanswered = [*prompts, Prompt(uid=99, token_ids=(3,))]
     with pytest.raises(ValueError, match="uid 99"):
-        run((engine, tokenizer, unanswered), [GREEDY])
+        check_prompts(unanswered, ALL)
     with pytest.raises(ValueError, match="no prompts"):
-        run((engine, tokenizer, []), [GREEDY])
+        check_prompts([], ALL)
     for answer, fault in ((7, "uid 99.*is a int|is a int.*uid 99"), ("  ", "blank"), ("nan", "'nan'")):
         with pytest.raises(ValueError, match=fault):
-            run((engine, tokenizer, [*prompts, Prompt(uid=99, token_ids=(3,), answer=answer)]), [GREEDY])
+            check_prompts([*prompts, Prompt(uid=99, token_ids=(3,), answer=answer)], ALL)
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +259,44 @@ def test_user_errors_exit_2_with_one_message(checkpoint, flags, message, capsys)
     assert message in error and "Traceback" not in error and "--prompt-data" not in error
 
 
+def test_rows_of_several_graders_are_one_evaluation(checkpoint, tmp_path, capsys):
+    directory, _ = checkpoint
+    constraints = [{"instruction_id": "punctuation:no_comma", "kwargs": {}}]
+    tests = [{"input": "", "output": "1", "testtype": "stdin"}]
+    graded = {"math": "7", "choice": "C", "instructions": json.dumps(constraints), "code": json.dumps(tests)}
+    data, output = tmp_path / "eval.jsonl", tmp_path / "report.json"
+    rows = [{"prompt": "w20 w21", "answer": answer, "grader": kind, "domain": kind} for kind, answer in graded.items()]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--hf-checkpoint", str(directory), "--eval-data", str(data), "--device", "cpu", "--decodings", "temperature_1",
+            "--max-response-length", "40", "--num-samples", "3", "--seed", "3", "--output", str(output)]  # fmt: skip
+    assert main(argv) == 0
+    (report,) = json.loads(output.read_text())
+    shares = {name: measured["accuracy"] for name, measured in report["domains"].items()}
+    assert shares.pop("instructions") > 0, "words without commas"
+    assert shares == {"math": 0.0, "choice": 0.0, "code": 0.0}
+    assert report["num_samples"] == 3 and "instructions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"answer": "K", "grader": "choice"}, "'K', expected a capital letter from A to J for --grader choice"),
+        ({"answer": "7", "grader": "rule"}, "the grader 'rule', expected one of exact, math"),
+        ({"answer": "[]", "grader": "code"}, "tests are not a list with an entry"),
+        ({"answer": '[{"instruction_id": "a:b"}]', "grader": "instructions"}, "'a:b'; expected one of IFEval's 25"),
+        ({"answer": "7", "grader": ["math"]}, "--grader-key"),
+    ],
+)
+def test_bad_references_are_found_before_the_model_is_read(checkpoint, tmp_path, row, message, monkeypatch, capsys):
+    directory, _ = checkpoint
+    data = tmp_path / "eval.jsonl"
+    data.write_text(json.dumps({"prompt": "w20", **row}) + "\n")
+    monkeypatch.setattr("megatron_tropd.evaluate.HfCheckpoint.open", lambda *_: pytest.fail("the model was read"))
+    assert main(["--hf-checkpoint", str(directory), "--eval-data", str(data), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
 def test_a_missing_package_is_a_user_error(checkpoint, monkeypatch, capsys):
     directory, data = checkpoint
     find = importlib.util.find_spec
@@ -202,7 +306,7 @@ def test_a_missing_package_is_a_user_error(checkpoint, monkeypatch, capsys):
     assert (
         main(["--hf-checkpoint", str(directory), "--eval-data", str(data), "--device", "cpu", "--grader", "math"]) == 2
     )
-    assert "pip install 'megatron-tropd[math]'" in capsys.readouterr().err
+    assert "pip install math-verify" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_a_user_error(checkpoint, tmp_path, capsys):

@@ -228,6 +228,7 @@ def _no_tokenizer(model: Path, tmp_path: Path) -> Path:
         (rows_of(1), ["--max-batch-size", "0", "--prompts-per-shard", "0"], "--prompts-per-shard 0"),
         ([{"prompt": "w5"}], ["--keep", "right"], "no row of --prompt-data has an answer"),
         (rows_of(1), ["--keep", "right", "--answer-pattern", "("], "--answer-pattern"),
+        ([{**rows_of(1)[0], "grader": "choice"}], ["--keep", "right"], "--prompt-data: a reference answer"),
         (rows_of(1), ["--device", "tpu9"], "--device tpu9"),
         (rows_of(1), ["--engine", "sglang", "--sglang-python", "/none"], "/none does not exist"),
         (rows_of(1), ["--engine", "sglang", "--server-urls", "localhost"], "--server-urls localhost"),

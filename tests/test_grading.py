@@ -1,25 +1,29 @@
-"""Grading: which answer of a response counts, what is equal to what, and responses that are meant to do harm."""
+"""Grading: which answer of a response counts, and workers that survive what models write."""
 
 from __future__ import annotations
 
 import re
-import signal
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_tropd.grading import grader as grading
-from megatron_tropd.grading import math_process
-from megatron_tropd.grading.answers import braces_balance, find_answer
-from megatron_tropd.grading.grader import check_references, make_grader
-from megatron_tropd.grading.math_process import GradingError, MathProcess
+from megatron_tropd.config import EvaluationConfig
+from megatron_tropd.grading import workers
+from megatron_tropd.grading.answers import after_thinking, braces_balance, last_box, last_match, normalized
+from megatron_tropd.grading.grader import Question, make_grader
+from megatron_tropd.grading.references import check_references
+from megatron_tropd.grading.workers import GradingError, Worker, Workers
+from megatron_tropd.types import GraderKind
 
-EXACT = make_grader("exact", "")
-MATH = make_grader("math", "")
+EXACT = make_grader("exact")
 
 
 @pytest.mark.parametrize(
@@ -37,8 +41,8 @@ MATH = make_grader("math", "")
     ],
 )
 def test_the_last_match_of_a_pattern_counts(text, pattern, answer):
-    found = find_answer(text, re.compile(pattern))
-    assert (found and found.text) == answer
+    place = last_match(text, re.compile(pattern))
+    assert (place and normalized(text[slice(*place)])) == answer
 
 
 @pytest.mark.parametrize(
@@ -60,7 +64,7 @@ def test_the_last_match_of_a_pattern_counts(text, pattern, answer):
     ],
 )
 def test_the_last_box_with_balanced_braces_counts(text, answer):
-    found = find_answer(text, None)
+    found = EXACT.answer(text)
     assert (found and found.text) == answer
     assert found is None or text[found.start :].lstrip().startswith(answer[:1])
 
@@ -69,28 +73,49 @@ PIECES = [r"\boxed{", "{", "}", "\\", "7", " ", r"\{", "x"]
 
 
 def _boxes(text):
-    """(start, content) of every box that closes, by trying every place."""
+    """(start, end) of the content of every box that closes, by trying every place."""
     tokens = [match.span() for match in re.finditer(r"\\.|.", text, re.DOTALL)]
     pieces = {start: text[start:end] for start, end in tokens}
     for at in pieces:
         opened = re.compile(r"\\boxed\s*\{").match(text, at)
         if opened is None or pieces[at] != r"\b":
             continue
-        depth, place = 1, opened.end()
+        depth = 1
         for start in (start for start in pieces if start >= opened.end()):
             depth += {"{": 1, "}": -1}.get(pieces[start], 0)
-            place = start
             if depth == 0:
-                yield opened.end(), text[opened.end() : place]
+                yield opened.end(), start
                 break
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=24).map("".join))
 def test_the_last_box_is_that_of_a_search_from_every_place(text):
-    found, boxes = find_answer(text, None), list(_boxes(text))
-    assert (found and (found.start, found.text)) == (
-        max(boxes) and (max(boxes)[0], " ".join(max(boxes)[1].split())) if boxes else None
-    )
+    assert last_box(text) == max(_boxes(text), default=None)
+
+
+@pytest.mark.parametrize(
+    ("response", "said"),
+    [
+        ("7", "7"),
+        ("  7\n", "7"),
+        ("<think>6</think>\n\n7", "7"),
+        ("6</think>7", "7"),
+        ("<think>5</think>6<think></think> 7", "7"),
+        ("[THINK]6[/THINK]7", "7"),
+        ("<reasoning>6</reasoning><think>x</think>7", "7"),
+        ("<think>7", None),
+        ("\n<think>7", None),
+        ("<think>6</think>", None),
+        ("<think>6</think> \n", None),
+        ("", None),
+        ("we write <think> here: 7", "we write <think> here: 7"),
+        ("</think", "</think"),
+    ],
+)
+def test_what_a_response_says_after_its_thoughts(response, said):
+    found = after_thinking(response)
+    assert (found and found.text) == said
+    assert found is None or response[found.start :].rstrip() == said
 
 
 def test_right_needs_an_ended_response_and_the_whole_answer():
@@ -99,148 +124,136 @@ def test_right_needs_an_ended_response_and_the_whole_answer():
     assert not grader.right("x # 1 2", False, "1 2")
     assert not grader.right("x # 1 2", True, "1")
     assert not grader.right("x 1 2", True, "1 2")
+    assert not grader.right("<think># 1 2</think> yes", True, "1 2")
 
 
-EQUAL = [
-    ("1,024", "1024"), ("1024", "1,024"), ("204.0", "204"), ("204", "204.0"), (r"\frac{1}{2}", "0.5"),
-    (r"\frac12", "1/2"), (r"\dfrac{3}{4}", "0.75"), (r"\text{Paris}", "Paris"), ("paris", r"\text{Paris}"),
-    (r"\mathrm{ New  York }", "New York"), ("x^2+2x+1", "(x+1)^2"), (r"\sqrt{2}", "2^{1/2}"), (r"\{1,2\}", r"\{2,1\}"),
-    ("(1,2)", "(1, 2)"), ("x=3", "3"), (r"7\text{ cm}", "7"), ("7.", "7"), ("$7$", "7"), (r"\$7", "7"), ("007", "7"),
-    ("10^3", "1000"), ("1 2", "1  2"), ("5:00", "5:00"), ("0.333333", "1/3"), (r"\left(3, \frac{\pi}{2}\right)", r"(3,\pi/2)"),
-]  # fmt: skip
-UNEQUAL = [
-    ("7", "8"), ("-3", "3"), ("1,02", "102"), ("12", "1 2"), ("1 2", "2 1"), ("1 2", "3"), ("(1,2)", "(2,1)"),
-    ("east", "eats"), ("listen", r"\text{silent}"), (r"\text{even}", r"\text{odd}"), ("Paris", "London"),
-    ("5:00", "6:00"), ("1/0", "2/0"), ("0.33", "1/3"), ("not 7 but 8", "7"), ("", "7"), ("x+1", "x+2"), ("A", "B"),
-]  # fmt: skip
+def test_a_row_may_name_its_grader_and_many_are_graded_at_one_time():
+    rows = [("# 7", "7", ""), ("Answer: C", "C", "choice"), (r"# 8 \boxed{7}", "7", "exact"), ("# 7", "8", ""), ("# C", "C", "choice")]  # fmt: skip
+    grader = make_grader("exact", r"# ?(\d)")
+    questions = [Question(response=r, finished=True, reference=a, grader=name) for r, a, name in rows] * 9
+    assert grader.all_right(questions) == [True, True, False, False, False] * 9
+    assert grader.of_row("choice").right("Answer: C", True, "C") and grader.of_row("") is grader
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("answer", "reference", "equal"), [(*p, True) for p in EQUAL] + [(*p, False) for p in UNEQUAL])
-def test_mathematics(answer, reference, equal):
-    response = f"First \\boxed{{1}}, then \\boxed{{{answer}}}."
-    assert MATH.right(response, True, reference) is equal
-    assert not MATH.right(response, False, reference)
-
-
-def test_exact_compares_texts():
-    assert not any(EXACT.right(f"\\boxed{{{a}}}", True, b) for a, b in EQUAL if a.split() != b.split())
-
-
-HOSTILE = [
-    "9^{9^{9^9}}", "9**9**9**9", "10000000!", r"\binom{10^9}{10^8}", r"\sum_{n=1}^{10^9} n^n", "(x+1)^{100000}",
-    "{" * 400 + "7" + "}" * 400, "(" * 400 + "7" + ")" * 400, r"\frac{" * 100 + "7" + "}" * 100, "9" * 1000,
-    "-" * 900 + "7", "7" + "!" * 100, "1e999999999", "\ud800", "\0", "\u202e7", "7" * 10**6, "+".join("x" * 10**5),
-]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_hostile_answers_are_wrong_and_do_not_disturb_the_next():
-    for answer in HOSTILE:
-        assert MATH.right(f"\\boxed{{{answer}}}", True, "7-x") is False, answer[:40]
-        assert MATH.right(r"\boxed{\frac{14}{2}}", True, "7")
-
-
-@pytest.mark.parametrize("grader", [EXACT, MATH], ids=["exact", "math"])
-@pytest.mark.parametrize("text", [r"\boxed{" * 10**5, r"\boxed{7}" * 10**5, "{" * 10**6, "\\" * 10**6, r"\boxed" + " " * 10**6],
-                         ids=["open boxes", "boxes", "braces", "backslashes", "spaces"])  # fmt: skip
-def test_long_responses_take_linear_time(grader, text):
+@pytest.mark.parametrize("text", [r"\boxed{" * 10**5, r"\boxed{7}" * 10**5, "{" * 10**6, "\\" * 10**6, r"\boxed" + " " * 10**6,
+                                  "<think>" * 10**5 + "</think>" + r"\boxed{7}"],
+                         ids=["open boxes", "boxes", "braces", "backslashes", "spaces", "thoughts"])  # fmt: skip
+def test_long_responses_take_linear_time(text):
     begin = time.process_time()
-    assert grader.right(text, True, "7") is text.endswith("7}")
+    assert EXACT.right(text, True, "7") is text.endswith("7}")
     assert time.process_time() - begin < 10
 
 
-@pytest.mark.slow
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.sampled_from([*PIECES, r"\frac", "^", "9", r"\sqrt{", "(", ")", "$", "\ud800", "\0", "=", ",", r"\text{", "!"]), max_size=25).map("".join))  # fmt: skip
-def test_grading_never_raises_and_mathematics_contains_text(text):
-    response = f"\\boxed{{{text}}}"
-    assert MATH.right(response, True, "7") in (True, False)
-    if EXACT.right(response, True, text):
-        assert MATH.right(response, True, text)
+def test_a_pattern_that_would_search_for_ever_is_ended():
+    """No answer was found in time, so the response is wrong; the next one is graded."""
+    grader = replace(make_grader("exact", r"((?:a|a)*)b"), workers=Workers(1, cpu_seconds=0.2))
+    assert not grader.right("a" * 64, True, "a")  # 2^64 steps
+    assert grader.right("aab", True, "aa")
 
 
-@pytest.mark.slow
-def test_the_alarm_signal_is_left_to_others_and_threads_can_grade():
-    """The timeouts of math-verify are SIGALRM handlers; a trainer may have one of its own."""
-    rung, verdicts = [], []
-    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
-    signal.setitimer(signal.ITIMER_REAL, 1000)
-    try:
-        grader = make_grader("math", "")
-        thread = threading.Thread(target=lambda: verdicts.append(grader.right(r"\boxed{14/2}", True, "7")))
-        thread.start()
-        thread.join()
-        assert verdicts == [True] and not grader.right(r"\boxed{9^{9^{9^9}}}", True, "7")
-        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0 and not rung
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.slow
 def test_an_interrupted_question_leaves_no_reply_behind(monkeypatch):
-    process = MathProcess()
-    assert process.equal("14/2", "7")
+    worker = Worker()
+    assert worker.ask("find", "a1", r"a(\d)") == [1, 2]
 
-    def interrupted(worker, question):
-        print(question, file=worker.stdin, flush=True)
+    def interrupted(process, question):
+        print(question, file=process.stdin, flush=True)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(math_process, "_ask", interrupted)
-        process.equal("14/2", "7")
-    assert not process.equal("1", "7") and process.equal("14/2", "7")
-    process.close()
+        patch.setattr(workers, "_exchange", interrupted)
+        worker.ask("find", "a1", r"a(\d)")
+    assert worker.ask("find", "ba1", r"a(\d)") == [2, 3] and worker.ask("find", "b", r"a(\d)") is None
+    worker.close()
 
 
-@pytest.mark.slow
-def test_a_process_that_cannot_work_is_an_error_and_not_a_wrong_answer(monkeypatch, tmp_path):
+def test_threads_share_the_workers():
+    pool, found = Workers(2), []
+    asking = [
+        threading.Thread(target=lambda n=n: found.append((n, pool.ask("find", "x" * n + "y", "(y)"))))
+        for n in range(16)
+    ]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    assert sorted(found) == [(n, [n, n + 1]) for n in range(16)]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("raise SystemExit(3)", r"did not start \(exit code 3\)"),
+        ("print('ready', flush=True)\ninput()\nraise SystemExit(4)", "ended with exit code 4"),
+        ("print('ready', flush=True)\ninput()\nimport time\ntime.sleep(600)", "no answer for 1 seconds"),
+    ],
+)
+def test_a_worker_that_cannot_work_is_an_error_and_not_a_wrong_answer(monkeypatch, tmp_path, source, message):
     """Otherwise every response would be wrong, and nobody would know why."""
-    worker = tmp_path / "worker.py"
-    monkeypatch.setattr(math_process, "_WORKER", worker)
-    worker.write_text("raise SystemExit(3)")
-    with pytest.raises(GradingError, match=r"did not start \(exit code 3\)"):
-        MathProcess().equal("1", "2")
-    worker.write_text("print('ready', flush=True)\ninput()\nraise SystemExit(4)")
-    with pytest.raises(GradingError, match="ended with exit code 4"):
-        MathProcess().equal("1", "2")
+    (tmp_path / "broken_worker.py").write_text(source)
+    monkeypatch.setattr(workers, "_ROOT", tmp_path)
+    monkeypatch.setattr(workers, "_MODULE", "broken_worker")
+    monkeypatch.setattr(workers, "WALL_SECONDS", 1.0)
+    with pytest.raises(GradingError, match=message):
+        Worker().ask("find", "a", "(a)")
 
 
-def test_settings_that_cannot_be_used(monkeypatch):
+def test_an_error_of_a_task_has_its_reason():
+    worker = Worker()
+    with pytest.raises(GradingError, match=r"failed at find: error: .*unterminated"):
+        worker.ask("find", "a", "(")
+    assert worker.ask("find", "a", "(a)") == [0, 1], "the worker goes on"
+
+
+def test_a_worker_starts_without_torch():
+    code = "import sys, megatron_tropd.grading.worker as w; w._task('find'); w._task('follow'); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(("cores", "ranks", "size"), [(2, 2, 1), (2, 1, 2), (3, 2, 1), (1, 4, 1), (64, 2, 8)])
+def test_a_rank_has_its_share_of_the_cores(monkeypatch, cores, ranks, size):
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert workers.share_of_cores() == size
+
+
+def test_settings_that_cannot_be_used():
     with pytest.raises(ValueError, match=r"--answer-pattern '\(' is not a regular expression"):
         make_grader("exact", "(")
     with pytest.raises(ValueError, match="--answer-pattern 'abc' has no group; put the answer in parentheses"):
         make_grader("exact", "abc")
-    monkeypatch.setattr(grading.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs the package math-verify.*megatron-tropd\[math\]"):
-        make_grader("math", "")
 
 
-def test_the_default_pattern_of_before_still_finds_flat_boxes():
-    grader = make_grader("exact", r"\\boxed\{([^{}]*)\}")
-    assert grader.right(r"\boxed{6} \boxed{7}", True, "7")
+def test_every_grader_has_a_check_of_its_references():
+    assert EvaluationConfig().grader in get_args(GraderKind)
+    for kind in get_args(GraderKind):
+        assert not any("names the grader" in fault for fault in check_references([(0, "7", kind)], "exact"))
+    (fault,) = check_references([(3, "7", "rule"), (4, "7", "")], "exact")
+    assert "the grader 'rule', expected one of exact, math, choice, instructions, code (see --grader-key)" in fault
+    assert "(1 rows, first: uid 3)" in fault
 
 
 def test_references_that_no_response_can_give():
-    answers = ["7", None, " ", 7, "nan", r"\frac{1}{", "x" * 2000, ["7"]]
-    pairs = [(uid, answer) for uid, answer in enumerate(answers) if answer is not None]
-    of = {kind: " ".join(check_references(pairs, kind)) for kind in ("exact", "math")}
+    answers = ["7", " ", 7, "nan", r"\frac{1}{", "x" * 2000, ["7"], "AB", "K", "c"]
+    rows = [(uid, answer, "") for uid, answer in enumerate(answers)]
+    of = {kind: " ".join(check_references(rows, kind)) for kind in ("exact", "math", "choice")}
     for text in ("blank", "is a int", "is a list", "'nan'"):
-        assert text in of["exact"] and text in of["math"]
+        assert all(text in faults for faults in of.values())
     for text in ("braces that do not balance", "1000 characters"):
         assert text in of["math"] and text not in of["exact"]
-    assert "(1 rows, first: uid 5)" in of["math"]
-    assert not check_references(pairs[:1], "math")
+    assert "(1 rows, first: uid 4)" in of["math"]
+    for letter in ("'AB'", "'K'", "'c'", "'7'"):
+        assert f"{letter}, expected a capital letter from A to J" in of["choice"]
+    assert not check_references([(0, "7", ""), (1, " J ", "choice")], "math")
+
+
+def test_the_documented_references_can_be_graded():
+    text = (Path(__file__).resolve().parent.parent / "docs" / "grading.md").read_text()
+    constraints, tests = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    assert not check_references([(0, constraints, "instructions"), (1, tests, "code")], "exact")
 
 
 @pytest.mark.parametrize("text", ["", "7", r"\frac{1}{2}", r"\{ 1 \}", r"\left\{ x", r"\boxed{7}", "{}{{}}", r"\\{}"])
 def test_balanced_braces(text):
     assert braces_balance(text)
     assert not braces_balance(text + "{") and not braces_balance("}" + text) and not braces_balance("}" + text + "{")
-
-
-def test_the_process_is_started_without_the_package():
-    """It starts in half a second because it imports no torch."""
-    source = Path(math_process._WORKER).read_text()
-    assert "megatron_tropd" not in source.split('"""', 2)[2]

@@ -62,10 +62,10 @@ def _imports(path):
 
 
 ROWS = [  # a room may import from its own row and from the rows below
-    {"train", "evaluate", "score_responses", "generate", "doctor"},
-    {"setup"},
+    {"train", "evaluate", "score_responses", "generate", "benchmark", "doctor"},
+    {"setup", "benchmarks"},
     {"training", "generation"},
-    {"evaluation", "reporting", "rewards", "checkpoints"},
+    {"evaluation", "reporting", "checkpoints"},
     {"rollout", "teacher", "grading"},
     {"weights.engine_loader", "sglang"},
     {"weights.transport"},
@@ -73,19 +73,9 @@ ROWS = [  # a room may import from its own row and from the rows below
     {"weights.coordinates", "data", "cli", "config", "teacher_config", "teacher_files"},
     {"models"},
     {"ops"},
-    {"objectives", "parallel"},
-    {
-        "types",
-        "rng",
-        "hub",
-        "plain_yaml",
-        "flag_values",
-        "json_files",
-        "errors",
-        "config_fields",
-        "reports",
-        "atomic_files",
-    },
+    {"objectives", "parallel", "sandbox"},
+    {"types", "rng", "hub", "plain_yaml", "flag_values", "json_files", "errors", "config_fields", "reports"}
+    | {"atomic_files"},
 ]
 
 

@@ -105,6 +105,7 @@ def test_commands_are_functions_that_exist():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     assert set(scripts) == {
         "tropd-train",
+        "tropd-benchmark",
         "tropd-evaluate",
         "tropd-convert",
         "tropd-doctor",

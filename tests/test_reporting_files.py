@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import yaml
@@ -15,9 +16,16 @@ from megatron_tropd.reporting import records as lines
 from megatron_tropd.reporting.environment import git_state
 from megatron_tropd.reporting.lock import RunDirectoryBusyError, describe_this_process, is_stale
 from megatron_tropd.reporting.redaction import HIDDEN, redact_argv, redact_mapping
-from megatron_tropd.reporting.rollout_samples import RolloutSample, TokenMark, mark_tokens, read_samples, sample_of
+from megatron_tropd.reporting.rollout_samples import (
+    TOKENS_KEPT,
+    RolloutSample,
+    TokenText,
+    read_samples,
+    sample_of,
+    token_texts,
+)
 from megatron_tropd.reporting.run_directory import RunDirectory
-from megatron_tropd.reports import EvalReport, StepReport
+from megatron_tropd.reports import EvalReport, StepReport, TokenNumbers
 from megatron_tropd.types import Rollout
 
 
@@ -36,10 +44,13 @@ def step_report(step: int, **changes) -> StepReport:
     return StepReport(**(fields | changes))
 
 
-def eval_report(step: int, accuracy: float = 0.5, decoding: str = "greedy") -> EvalReport:
+def eval_report(
+    step: int, accuracy: float = 0.5, decoding: str = "greedy", *, num_samples: int = 1, **changes
+) -> EvalReport:
     return EvalReport(
-        step=step, decoding=decoding, accuracy=accuracy, num_prompts=100, mean_response_len=20.0, finished=0.9
-    )
+        step=step, decoding=decoding, accuracy=accuracy, std_error=0.05, num_prompts=100, num_samples=num_samples,
+        mean_response_len=20.0, finished=0.9, **changes,
+    )  # fmt: skip
 
 
 def create(path, *, resume=False, **config) -> RunDirectory:
@@ -201,56 +212,82 @@ def test_secrets_are_hidden():
     }
 
 
-def test_rollout_texts_come_back(tmp_path):
-    marks = (TokenMark(text=" 4", trusted=True), TokenMark(text="2\ud800", trusted=False))
-    sample = RolloutSample(
-        uid=5, sample_index=1, prompt="p\n", guidance="", response=" 42", finish="stop", correct=True, tokens=marks
+def _numbers(num_tokens, **changes):
+    """Numbers of tokens that the student wrote, all alike."""
+    one = {"region": "on_policy", "student_logprob": -1.0, "teacher_logprob": -2.0, "reward": -1.0, "trust": 1.0,
+           "coin": 0.25, "teacher_entropy": 0.5, "teacher_top": ((98, -0.5), (0, -1.0))} | changes  # fmt: skip
+    return TokenNumbers(**{name: (value,) * num_tokens for name, value in one.items()})
+
+
+def _utf8():
+    return TokenText(
+        decode=lambda ids: bytes(ids).decode("utf-8", errors="replace"),
+        name=lambda token: bytes([token]).decode("utf-8", errors="replace"),
     )
+
+
+def _rollout(guidance, written):
+    return Rollout(
+        prompt_uid=1, sample_index=0, token_ids=(*b"hi", *guidance, *written), prompt_len=2, guidance_len=len(guidance),
+        logprobs=(0.0,) * len(written), weight_version=(0, 0), finish="length",
+    )  # fmt: skip
+
+
+def test_rollouts_come_back(tmp_path):
+    excluded = _numbers(2, teacher_logprob=-math.inf, reward=-math.inf, coin=None, teacher_top=())
+    samples = [
+        sample_of(_rollout(b"", "\u20ac".encode()), _utf8(), numbers=_numbers(3), correct=True, name="q"),
+        sample_of(_rollout(b"", b"42"), _utf8(), numbers=excluded),
+        sample_of(_rollout(b"", b""), _utf8(), numbers=_numbers(0)),
+        RolloutSample(uid=5, sample_index=1, prompt="p\n", guidance="", response="2\ud800", finish="stop"),
+    ]
     with create(tmp_path) as run:
-        path = run.rollouts(10, [sample, sample])
+        path = run.rollouts(10, samples)
     assert path.name == "step_0000010.jsonl"
-    assert read_samples(path) == [sample, sample]
+    assert read_samples(path) == samples
+    assert samples[1].tokens.reward == ("-inf", "-inf") and samples[1].tokens.coin == (None, None)
 
 
-def test_tokens_that_are_parts_of_characters_are_joined():
-    def decode(ids):
-        return bytes(ids).decode("utf-8", errors="replace")
+def test_marks_of_earlier_versions_are_read_as_text(tmp_path):
+    line = {"uid": 5, "sample_index": 1, "prompt": "p", "guidance": "", "response": "42", "finish": "stop",
+            "correct": None, "name": "", "tokens": [{"text": "42", "trusted": True}]}  # fmt: skip
+    (tmp_path / "old.jsonl").write_text(json.dumps(line))
+    (sample,) = read_samples(tmp_path / "old.jsonl")
+    assert sample.response == "42" and sample.tokens is None and sample.trusted_share is None
 
+
+def test_each_token_has_its_numbers_and_its_part_of_the_text():
     written = list("a\u20acb".encode())
-    marks = mark_tokens(written, [True, True, False, True, True], decode)
-    assert [(mark.text, mark.trusted) for mark in marks] == [("a", True), ("\u20ac", False), ("b", True)]
-    rollout = Rollout(
-        prompt_uid=1,
-        sample_index=0,
-        token_ids=(*b"hi", *b"G", *written),
-        prompt_len=2,
-        guidance_len=1,
-        logprobs=(0.0,) * 5,
-        weight_version=(0, 0),
-        finish="length",
-    )
-    sample = sample_of(rollout, decode, trust=[1.0] * 5)
-    assert (sample.prompt, sample.guidance, sample.response) == ("hi", "G", "a\u20acb")
-    assert "".join(mark.text for mark in sample.tokens) == sample.response
-    with pytest.raises(ValueError, match="3 weights for 5 tokens"):
-        sample_of(rollout, decode, trust=[1.0] * 3)
+    rollout = _rollout(b"G", written)
+    sample = sample_of(rollout, _utf8(), numbers=_numbers(6, trust=0.25))
+    assert (sample.prompt, sample.guidance, sample.response, sample.num_tokens) == ("hi", "G", "a\u20acb", 6)
+    assert sample.tokens.ids == (*b"G", *written) and sample.trusted_share == 0.25
+    assert sample.tokens.texts == ("G", "a", "", "", "\u20ac", "b")
+    # every id is named, also those of the teacher's top; a byte of a character has no text of its own
+    assert sample.tokens.names == {str(i): bytes([i]).decode(errors="replace") for i in {*b"G", *written, 98, 0}}
+    with pytest.raises(ValueError, match="numbers of 3 tokens for 6 response tokens"):
+        sample_of(rollout, _utf8(), numbers=_numbers(3))
+
+
+def test_numbers_of_a_long_response_are_bounded_and_its_text_is_whole():
+    sample = sample_of(_rollout(b"", b"x" * (TOKENS_KEPT + 9)), _utf8(), numbers=_numbers(TOKENS_KEPT + 9))
+    columns = {name: column for name, column in asdict(sample.tokens).items() if name != "names"}
+    assert {len(column) for column in columns.values()} == {TOKENS_KEPT}
+    assert (len(sample.response), sample.num_tokens) == (TOKENS_KEPT + 9, TOKENS_KEPT + 9)
 
 
 def test_special_tokens_and_bytes_that_are_no_text_keep_their_place():
-    """Words are joined by a space, and token 0 is special; the texts of the pieces make up the whole text."""
+    """Words are joined by a space, and token 0 is special; the texts of the tokens make up the whole text."""
 
     def words(ids):
         return " ".join(f"w{i}" for i in ids if i)
 
-    marks = mark_tokens([0, 3, 0, 0, 4, 0], [True, True, False, True, True, False], words)
-    assert [(mark.text, mark.trusted) for mark in marks] == [
-        ("", True), ("w3", True), ("", False), ("", True), (" w4", True), ("", False),
-    ]  # fmt: skip
+    assert token_texts([0, 3, 0, 0, 4, 0], words) == ["", "w3", "", "", " w4", ""]
     lengths = []
 
     def letters(ids):
         lengths.append(len(ids))
         return bytes(ids).decode("utf-8", errors="replace")
 
-    marks = mark_tokens([0x80] * 1000, [True] * 1000, letters)
-    assert "".join(mark.text for mark in marks) == "\ufffd" * 1000 and max(lengths) <= 8
+    texts = token_texts([0x80] * 1000, letters)
+    assert len(texts) == 1000 and "".join(texts) == "\ufffd" * 1000 and max(lengths) <= 8

@@ -14,6 +14,7 @@ from rich.console import Console
 from megatron_tropd.reporting.progress.phase_clock import PhaseClock
 from megatron_tropd.reporting.progress.progress import NullProgress, Progress
 from megatron_tropd.reporting.progress.text import Eta, count, duration
+from megatron_tropd.reports import Accuracy
 from tests.test_reporting_files import eval_report, step_report
 
 
@@ -44,8 +45,18 @@ def test_evaluation_line_shows_the_change():
         progress.evaluation(eval_report(0, 0.25))
         progress.evaluation(eval_report(20, 0.5))
     first, last = stream.getvalue().splitlines()
-    assert first == "eval at step 0 | greedy: accuracy 25.0% | prompts 100 | length 20.0 | finished 90.0%"
-    assert "accuracy 50.0% (+25.0 points)" in last
+    assert first == "eval at step 0 | greedy: accuracy 25.0% +- 5.0 | prompts 100 | length 20.0 | finished 90.0%"
+    assert "accuracy 50.0% +- 5.0 (+25.0 points)" in last
+
+
+def test_evaluation_line_shows_samples_and_domains():
+    stream = io.StringIO()
+    domains = {
+        name: Accuracy(accuracy=share, std_error=0.1, num_prompts=50) for name, share in (("code", 0.2), ("math", 0.8))
+    }
+    with Progress(20, 0, 5, stream) as progress:
+        progress.evaluation(eval_report(0, num_samples=32, domains=domains))
+    assert "| prompts 100 x 32 | length 20.0 | finished 90.0% | code 20.0% | math 80.0%" in stream.getvalue()
 
 
 def test_live_panel():

@@ -14,7 +14,7 @@ import pytest
 from megatron_tropd.reporting.records import eval_record, step_record
 from megatron_tropd.reporting.report.plots import FIGURES, make_plots
 from megatron_tropd.reporting.report.write import write_report
-from megatron_tropd.reporting.rollout_samples import RolloutSample, TokenMark
+from megatron_tropd.reporting.rollout_samples import RolloutSample
 from megatron_tropd.reporting.run_directory import RunDirectory
 from tests.test_reporting_files import eval_report, step_report
 
@@ -60,12 +60,9 @@ class Reader(HTMLParser):
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "a<b>"
-    marks = (TokenMark(text="fine", trusted=True), TokenMark(text="<script>bad", trusted=False))
     plain = {"uid": 1, "sample_index": 0, "prompt": ATTACK, "guidance": "GUIDE", "finish": "stop"}
     samples = [
         RolloutSample(**plain, response=ATTACK, correct=False),
-        RolloutSample(**plain, response="fine<script>bad", tokens=marks),
-        RolloutSample(**plain, response="x" * 10_000),
     ]
     with RunDirectory.create(path, config={"lr": 1.0, "note": ATTACK[:-1]}, resume=False) as run:
         run.evaluation(eval_report(0, 0.25))
@@ -101,20 +98,18 @@ def test_figures_without_data_are_left_out(tmp_path):
 
 def test_report_shows_the_run(page):
     reader = Reader(page)
-    for text in ("25.0%", "50.0%", "+25.0", "1 skipped", "generate", "tropd/trusted_frac", "Step 1", "Step 8", "torch"):
+    for text in ("25.0%", "50.0%", "+25.0", "1 skipped", "generate", "tropd/trusted_frac", "torch"):
         assert text in reader.text
-    assert '<span class="guidance">GUIDE</span>' in page
-    assert 'fine<mark class="rejected">&lt;script&gt;bad</mark>' in page
-    assert "[... 4000 characters more]" in reader.text
     assert reader.tags.count("img") == len(FIGURES)
 
 
 def test_report_is_one_safe_file(page):
     reader = Reader(page)
-    assert not {"script", "iframe", "link", "object", "svg"} & set(reader.tags)
+    assert not {"iframe", "link", "object", "svg"} & set(reader.tags)
+    assert reader.tags.count("script") == 2  # the samples, and the viewer (test_reporting_viewer.py)
     assert not [entry for entry in reader.values if entry[1].startswith("on") or entry[1] == "href"]
     assert all(value.startswith("data:image/") for _, name, value in reader.values if name == "src")
-    assert "<script>" not in page and "onerror=&quot;" in page
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page and "\\u003cscript\\u003ealert(1)" in page
     assert not re.search("[\u202e\x00]", page)
     assert "alert(1)" in reader.text  # shown, as text
 

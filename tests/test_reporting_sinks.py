@@ -10,6 +10,7 @@ import pytest
 from megatron_tropd.reporting.metric_names import METRICS, PHASES, markdown_table
 from megatron_tropd.reporting.records import eval_record, eval_scalars, step_record, step_scalars
 from megatron_tropd.reporting.sinks import Sinks, check_sinks, make_sinks
+from megatron_tropd.reports import Accuracy
 from tests.test_reporting_files import eval_report, step_report
 
 PACKAGES = {"tensorboard": "tensorboard_dir", "wandb": "wandb_project"}
@@ -45,7 +46,12 @@ def test_flat_names_are_in_the_table():
     record = step_record(step_report(1, metrics={}, seconds=seconds))
     names = {name for name in step_scalars(record) if not name.startswith("tokens/")}
     assert names <= METRICS.keys()
-    assert eval_scalars(eval_record(eval_report(1)))["eval/greedy/accuracy"] == 0.5
+    record = eval_record(eval_report(1, domains={"math": Accuracy(accuracy=0.8, std_error=0.1, num_prompts=50)}))
+    scalars = eval_scalars(record)
+    assert scalars["eval/greedy/accuracy"] == 0.5 and scalars["eval/greedy/std_error"] == 0.05
+    assert scalars["eval/greedy/math/accuracy"] == 0.8 and scalars["eval/greedy/math/std_error"] == 0.1
+    older = {key: value for key, value in record.items() if key not in ("std_error", "num_samples", "domains")}
+    assert eval_scalars(older) == {key: scalars[key] for key in scalars if "std_error" not in key and "math" not in key}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_tropd.data.advantages import group_advantages
 from megatron_tropd.grading.grader import make_grader
-from megatron_tropd.rewards import RewardSample, exact_match, load_reward_function
+from megatron_tropd.grading.rewards import RewardSample, exact_match, load_reward_function
 from megatron_tropd.types import Prompt, Rollout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ def test_exact_match():
     assert exact_match(_sample(response="# 8")) == 0.0 and exact_match(_sample(finished=False)) == 0.0
     with pytest.raises(ValueError, match="--answer-key"):
         exact_match(_sample(answer=None))
-    assert load_reward_function("megatron_tropd.rewards:exact_match") is exact_match
+    assert load_reward_function("megatron_tropd.grading.rewards:exact_match") is exact_match
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def _rewards_of(path):
     rewarder = Rewarder(
         function=load_reward_function(path),
         decode=lambda ids: " ".join(f"w{i}" for i in ids),
-        prompts={uid: Prompt(uid=uid, token_ids=(uid,), answer=str(uid)) for uid in (1, 2, 3)},
+        prompts={uid: Prompt(uid=uid, token_ids=(uid,), answer=f"w{50 + uid // 3}") for uid in (1, 2, 3)},
         grader=make_grader("exact", "(.*)"),
     )
     rollouts = [_rollout(uid, sample) for uid, sample in ((1, 0), (1, 1), (2, 0), (2, 1), (3, 0))]
@@ -88,6 +88,12 @@ def _rewards_of(path):
 def test_every_rank_has_all_rewards_in_order(ranks):
     """The reward is the sampled token, called on the rank whose turn it is."""
     assert ranks(2).run(_rewards_of, "tests.reward_functions:last_word") == [[50.0, 51.0, 50.0, 51.0, 50.0]] * 2
+
+
+def test_the_built_in_reward_is_the_verdict_of_the_grader(ranks):
+    """The answers are w50, w50 and w51; first samples wrote w50, second ones w51."""
+    path = "megatron_tropd.grading.rewards:exact_match"
+    assert ranks(2).run(_rewards_of, path) == [[1.0, 0.0, 1.0, 0.0, 0.0]] * 2
 
 
 @pytest.mark.parametrize(

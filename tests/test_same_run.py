@@ -161,7 +161,7 @@ def test_other_prompts_are_refused_and_start_at_their_beginning_if_allowed(ranks
 
 def test_answers_count_where_they_are_rewards(ranks, world, tmp_path):
     other = Path(shutil.copytree(world, tmp_path / "world"))
-    common = {"objective": "grpo", "reward_function": "megatron_tropd.rewards:exact_match", "save_interval": 1}
+    common = {"objective": "grpo", "reward_function": "megatron_tropd.grading.rewards:exact_match", "save_interval": 1}
     argv = flags(other, tmp_path / "run", **common)
     assert ranks(1).run(_train, argv, STOP)[0][0] is None
     path = other / "train.jsonl"

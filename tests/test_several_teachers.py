@@ -121,7 +121,7 @@ BAD_FILES = {
     "world size": ({"a": "teacher-placement: dedicated"}, {}, "a.yaml: --teacher-placement dedicated needs --teacher-world-size"),
     "whole distributions": ({"a": "", "b": ""}, {"objective": "full_rkl"}, "compares with the full distribution of one teacher"),
     "entropy of a mixture": (
-        {"a": "", "b": ""}, {"log_teacher_entropy": True}, "needs the teacher's entropy, which a mixture does not have (a, b score"
+        {"a": "", "b": ""}, {"objective": "eopd"}, "needs the teacher's entropy, which a mixture does not have (a, b score"
     ),
     "same servers": (
         {"a": "teacher-placement: server\nteacher-urls: http://127.0.0.1:1", "b": "teacher-placement: server\nteacher-urls: http://127.0.0.1:1"},

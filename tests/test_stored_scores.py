@@ -82,9 +82,8 @@ def _run(world, run, scores, **changes):
 @pytest.mark.parametrize("name", STUDENTS)
 def test_losses_and_gradients_are_those_of_a_colocated_teacher(ranks, world, stored, tmp_path, name, measured):
     size, changes = STUDENTS[name]
-    extra = {"log_teacher_entropy": False, **changes}
-    there = ranks(size).run(reports_here, _run(world, tmp_path / "there", stored, **extra))[0]
-    argv = flags(world, tmp_path / "here", objective="kd", train_iters=3, **extra)
+    there = ranks(size).run(reports_here, _run(world, tmp_path / "there", stored, **changes))[0]
+    argv = flags(world, tmp_path / "here", objective="kd", train_iters=3, **changes)
     here = ranks(size).run(reports_here, argv)[0]
     worst = max(
         abs(mine - theirs) / abs(theirs)
@@ -94,7 +93,8 @@ def test_losses_and_gradients_are_those_of_a_colocated_teacher(ranks, world, sto
     measured(f"kd from stored scores equals kd with a colocated teacher, {name} (relative)", worst, TOLERANCE)
     assert here[0].loss > 0.1 and here[0].loss != here[2].loss
     # A teacher with other scores is another run: the comparison can fail.
-    assert abs(there[0].metrics["teacher/logprob_mean"] - here[0].metrics["teacher/logprob_mean"]) < 1e-5
+    for metric in ("teacher/logprob_mean", "teacher/entropy"):
+        assert abs(there[0].metrics[metric] - here[0].metrics[metric]) < 1e-5
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -125,6 +125,16 @@ def test_what_was_scored_is_kept_and_another_teacher_is_refused(ranks, world, st
         ranks(1).run(_score_in_small_shards, flags(world, tmp_path / "run", objective="kd", top_k=3), directory)
 
 
+def test_scores_without_entropies_give_the_same_losses_and_no_entropy(ranks, world, stored, tmp_path):
+    bare = tmp_path / "scores"
+    shutil.copytree(stored, bare)
+    replace(Manifest.read(bare), entropy=False).write(bare)
+    runs = [_run(world, tmp_path / name, path, train_iters=1) for name, path in (("a", stored), ("b", bare))]
+    (one,), (other,) = (ranks(1).run(reports_here, run)[0] for run in runs)
+    assert (one.loss, one.grad_norm) == (other.loss, other.grad_norm)
+    assert one.metrics.keys() - other.metrics.keys() == {"teacher/entropy"} and one.metrics["teacher/entropy"] > 0
+
+
 def test_a_smaller_topk_is_the_first_of_the_stored(ranks, world, stored, tmp_path, measured):
     (there,) = ranks(1).run(reports_here, _run(world, tmp_path / "there", stored, top_k=3, train_iters=1))[0]
     (here,) = ranks(1).run(reports_here, flags(world, tmp_path / "here", objective="kd", top_k=3, train_iters=1))[0]
@@ -139,7 +149,6 @@ def test_a_smaller_topk_is_the_first_of_the_stored(ranks, world, stored, tmp_pat
         ({"objective": "tropd"}, "--objective tropd cannot use --teacher-placement file: .* --objective kd only"),
         ({"objective": "sft"}, "--objective sft cannot use --teacher-placement file"),
         ({"top_k": 6}, r"holds a top-5, --top-k is 6: lower it, or score the responses again"),
-        ({"log_teacher_entropy": True}, "has no entropies, which --log-teacher-entropy needs"),
         ({"gradient_diagnostics_interval": 1}, "--gradient-diagnostics-interval needs .* set it to 0"),
         ({"teacher_placement": "colocated"}, "--teacher-scores .* is for --teacher-placement file; it is colocated"),
         (

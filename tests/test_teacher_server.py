@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.reporting.rollout_samples import read_samples
 from megatron_tropd.sglang.api.client import Client
 from megatron_tropd.sglang.api.scores import read_top, score_body
 from megatron_tropd.teacher.scorer import ScorerError
@@ -253,6 +254,10 @@ def test_the_command_starts_a_server_and_starts_it_anew_when_it_is_killed(ranks,
     steps = [r for r in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "step"]
     there = [(step["loss"], step["grad_norm"]) for step in steps]
     measured("the same where the server is killed in the middle (relative)", _worst(there, _numbers(here)), TOLERANCE)
+    assert not [step for step in steps if "teacher/entropy" in step["metrics"]], "servers give none over all ids"
+    shown = [sample.tokens for sample in read_samples(run_dir / "rollouts/step_0000001.jsonl")]
+    assert {value for tokens in shown for value in tokens.teacher_entropy} == {None}
+    assert any(top for tokens in shown for top in tokens.teacher_top)
     assert steps[0]["metrics"]["teacher/restarts"] == 0 and steps[-1]["metrics"]["teacher/restarts"] == 1
     assert sorted(path.name for path in (run_dir / "teacher").iterdir()) == [
         "sglang-0-start-1.log", "sglang-0-start-2.log",

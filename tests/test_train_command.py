@@ -72,7 +72,7 @@ def test_a_good_configuration_passes(world, tmp_path):
         ({"objective": "grpo", "reward_function": "no.such:f"}, 1, r"importing no\.such failed: ModuleNotFoundError"),
         ({"objective": "grpo", "reward_function": "tests.reward_functions:a_number"}, 1, r"'a_number' is a int, not a function"),
         ({"objective": "grpo", "reward_function": "tests.reward_functions:gone"}, 1, r"'gone' is not there"),
-        ({"objective": "grpo", "reward_function": "megatron_tropd.rewards:exact_match", "answer_key": "none"}, 1,
+        ({"objective": "grpo", "reward_function": "megatron_tropd.grading.rewards:exact_match", "answer_key": "none"}, 1,
          r"exact_match: 24 rows have no 'none' \(--answer-key\)"),
         ({"objective": "grpo", "n_samples_per_prompt": 1, "reward_function": "tests.reward_functions:same_for_all"}, 1,
          r"--n-samples-per-prompt 1 must be at least 2"),
@@ -104,7 +104,7 @@ def test_answers_that_no_response_can_give(world, tmp_path):
 
 @pytest.mark.parametrize("objective", ["sft", "grpo"])
 def test_a_method_without_a_teacher_needs_none(world, tmp_path, objective):
-    changes = {"objective": objective, "reward_function": "megatron_tropd.rewards:exact_match"}
+    changes = {"objective": objective, "reward_function": "megatron_tropd.grading.rewards:exact_match"}
     spec = make_run_spec(parse(flags(world, tmp_path / "run", teacher_hf_checkpoint=None, **changes)), 2)
     assert not spec.models.teachers and spec.models.reference is None
     assert spec.tokens.common_vocab_size == spec.tokens.student_vocab_size

@@ -63,6 +63,7 @@ def flags(world: Path, directory: Path, /, **changes: Any) -> list[str]:
         "seed": 7,
         "log_interval": 1,
         "answer_pattern": "(w3)",
+        "grader": "exact",
     }
     settings.update(changes)
     argv: list[str] = []

@@ -20,7 +20,9 @@ FRONT = {
     ),
     "known_logprobs": ("KNOWN_LOGPROBS_JSON", "KnownLogprobs", "read_known_logprobs"),
     "load": ("load_checkpoint", "open_checkpoint"),
-    "metadata": ("CheckpointError", "CheckpointMetadata", "FileRecord", "check_architecture", "record_file"),
+    "metadata": (
+        "CheckpointError", "CheckpointMetadata", "FileRecord", "METADATA_JSON", "check_architecture", "record_file",
+    ),
     "run_record": ("ModelRecord", "RUN_JSON", "RunRecord", "read_run_record"),
     "safety": ("COMMON_FILE",),
     "save": ("add_text", "save_checkpoint", "write_checkpoint", "write_hf_folder"),

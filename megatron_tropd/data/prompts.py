@@ -42,7 +42,7 @@ class PromptSet(Sequence[Prompt]):
 
     @property
     def digest(self) -> str:
-        """sha256 over uids, prompt ids and teacher response ids; answers and domains are not included."""
+        """sha256 over uids, prompt ids and teacher response ids; answers, graders and domains are not included."""
         return self.summary.digest
 
     @property
@@ -62,8 +62,8 @@ class PromptSet(Sequence[Prompt]):
             return [self._rows.prompt(number) for number in range(*index.indices(len(self)))]
         return self._rows.prompt(index + len(self) if index < 0 else index)
 
-    def answers(self) -> Iterator[tuple[int, str]]:
-        """Yield (uid, answer) of the prompts that have an answer; no tokens are read."""
+    def answers(self) -> Iterator[tuple[int, str, str]]:
+        """Yield (uid, answer, grader) of the prompts that have an answer; no tokens are read."""
         return self._rows.answers()
 
     def domains(self) -> Counter[str]:
@@ -91,8 +91,8 @@ class _ByUid(Mapping[int, Prompt]):
     def __len__(self) -> int:
         return len(self._uids)
 
-    def answers(self) -> Iterator[tuple[int, str]]:
-        """Yield (uid, answer) of the prompts that have an answer; no tokens are read."""
+    def answers(self) -> Iterator[tuple[int, str, str]]:
+        """Yield (uid, answer, grader) of the prompts that have an answer; no tokens are read."""
         return self._rows.answers()
 
     def __iter__(self) -> Iterator[int]:

@@ -6,8 +6,9 @@
 * ``child.py``  programs in a child process, with a deadline
 * ``answer.py``  the program that imports torch and the other packages, in a child process
 * ``versions.py``  the versions that the tests run with
-* ``packages.py``, ``gpus.py``, ``kernels.py``, ``host.py``, ``network.py``, ``sglang.py``, ``variables.py``  a subject
-  each: its facts, ``probe``, which reads them from the machine, and ``judge``, which is pure
+* ``packages.py``, ``gpus.py``, ``kernels.py``, ``host.py``, ``network.py``, ``sglang.py``, ``sandbox.py``,
+  ``variables.py``  a subject each: its facts, ``probe``, which reads them from the machine, and ``judge``, which is
+  pure
 
 Only the children import what may be missing or broken, so the command itself needs nothing but Python.
 """

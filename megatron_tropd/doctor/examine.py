@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_tropd.doctor import gpus, host, kernels, network, packages, sglang, variables
+from megatron_tropd.doctor import gpus, host, kernels, network, packages, sandbox, sglang, variables
 from megatron_tropd.doctor.finding import Finding, Subject
 
 
@@ -21,6 +21,7 @@ class Machine:
     host: host.HostFacts = field(default_factory=host.HostFacts)
     network: network.NetworkFacts = field(default_factory=network.NetworkFacts)
     sglang: sglang.SGLangFacts = field(default_factory=sglang.SGLangFacts)
+    sandbox: sandbox.SandboxFacts = field(default_factory=sandbox.SandboxFacts)
     variables: variables.VariableFacts = field(default_factory=variables.VariableFacts)
 
 
@@ -33,6 +34,7 @@ def probe(sglang_python: str) -> Machine:
         "host": (host.SUBJECT, host.HostFacts, host.probe),
         "network": (network.SUBJECT, network.NetworkFacts, network.probe),
         "sglang": (sglang.SUBJECT, sglang.SGLangFacts, lambda: sglang.probe(sglang_python)),
+        "sandbox": (sandbox.SUBJECT, sandbox.SandboxFacts, sandbox.probe),
         "variables": (variables.SUBJECT, variables.VariableFacts, variables.probe),
     }
     try:
@@ -66,6 +68,7 @@ def judge(machine: Machine) -> list[Finding]:
         ),
         network.SUBJECT: lambda: network.judge(machine.network, num_gpus=count),
         sglang.SUBJECT: lambda: sglang.judge(machine.sglang, torch=machine.gpus.torch),
+        sandbox.SUBJECT: lambda: sandbox.judge(machine.sandbox),
         variables.SUBJECT: lambda: variables.judge(
             machine.variables,
             num_gpus=count,

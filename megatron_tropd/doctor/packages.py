@@ -22,7 +22,7 @@ _IMPORTS = {
 }
 """What is imported, in this order; the likeliest to end its process comes last.  Other packages are only looked up."""
 OPTIONAL = {
-    "math-verify": ("math", "--grader math is refused"),
+    "langdetect": ("instructions", "rows with constraints on the language of a response are refused"),
     "tensorboard": ("tensorboard", "--tensorboard-dir is refused"),
     "wandb": ("wandb", "--wandb-project is refused"),
 }

@@ -15,6 +15,6 @@ OLDEST_TORCH = (2, 6)
 
 REQUIRED = (
     "torch", "megatron-core", "transformers", "huggingface_hub", "safetensors", "numpy", "datasets", "filelock",
-    "pyarrow", "einops", "psutil", "PyYAML", "httpx2", "rich", "matplotlib",
+    "pyarrow", "einops", "psutil", "PyYAML", "httpx2", "rich", "matplotlib", "math-verify",
 )  # fmt: skip
 """The dependencies of pyproject.toml."""

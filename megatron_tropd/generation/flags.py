@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from megatron_tropd.cli import Passed, split_flags
 from megatron_tropd.config import DataConfig, EvaluationConfig
 from megatron_tropd.generation.rows import Keep
-from megatron_tropd.grading.grader import GraderKind
+from megatron_tropd.types import GraderKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +22,7 @@ class GenerationFlags:
     prompt_data: list[str]
     prompt_key: str
     answer_key: str
+    grader_key: str
     domain_key: str
     uid_key: str
     tools_key: str
@@ -38,6 +39,7 @@ class GenerationFlags:
     keep: Keep
     grader: GraderKind
     answer_pattern: str
+    lenient_grading: bool
     prompts_per_shard: int
     hf_checkpoint: str
     engine: Literal["sglang", "embedded"]
@@ -84,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_prompts(flags: argparse._ArgumentGroup) -> None:
     data = DataConfig()
     flags.add_argument("--prompt-data", required=True, nargs="+", metavar="FILE", help="prompts; docs/data.md")
-    for key in ("prompt", "answer", "domain", "uid", "tools"):
+    for key in ("prompt", "answer", "grader", "domain", "uid", "tools"):
         flags.add_argument(f"--{key}-key", default=getattr(data, f"{key}_key"), help=f"column of the {key}")
     flags.add_argument("--apply-chat-template", action="store_true", help="render prompts with the model's template")
     flags.add_argument(
@@ -111,7 +113,11 @@ def _add_responses(flags: argparse._ArgumentGroup) -> None:
         "--keep", choices=["all", "finished", "right"], default="finished",
         help="which responses go into DIR/data; the others go into DIR/dropped",
     )  # fmt: skip
-    flags.add_argument("--grader", choices=["exact", "math"], default=evaluation.grader, help="of --keep right")
+    flags.add_argument(
+        "--grader", choices=get_args(GraderKind), default=evaluation.grader,
+        help="with --keep right, of rows that name no grader; docs/grading.md",
+    )  # fmt: skip
+    flags.add_argument("--lenient-grading", action="store_true", help="docs/grading.md")
     flags.add_argument(
         "--answer-pattern", default=evaluation.answer_pattern,
         help="regular expression; group 1 of its last match is the answer; empty: the last \\boxed{...}",

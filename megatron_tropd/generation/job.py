@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,14 @@ from megatron_tropd.data.encoding.row_format import PromptFormat
 from megatron_tropd.data.reading.sources import DataFile, find_source
 from megatron_tropd.data.tokenizer import eos_token_ids, load_tokenizer
 from megatron_tropd.generation.flags import GenerationFlags
-from megatron_tropd.generation.prompts import Survey, survey
+from megatron_tropd.generation.prompts import SourcePrompt, Survey, iterate, survey
 from megatron_tropd.generation.rows import RowMaker
 from megatron_tropd.grading.grader import Grader, make_grader
+from megatron_tropd.grading.references import check_references
 from megatron_tropd.hub import MODEL_FILES, Resolved, resolve
 from megatron_tropd.models.hf_config import load_hf_config
 from megatron_tropd.rollout.engine import SamplingParams
+from megatron_tropd.types import GraderKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,8 @@ def prepare(flags: GenerationFlags) -> GenerationJob:
         files = tuple(file for given in flags.prompt_data for file in find_source(given).files)
         found = survey(files, encoder)
         _check_fit(flags, found, shape, stop_ids)
+        if grader is not None:
+            _check_references(files, encoder, grader.kind)
     except (OSError, ValueError) as error:
         raise ConfigError([str(error)]) from error
     name = model.source or flags.hf_checkpoint
@@ -108,7 +112,8 @@ def _checked(flags: GenerationFlags) -> tuple[SamplingParams, Grader | None]:
     ]
     grader = None
     try:
-        grader = make_grader(flags.grader, flags.answer_pattern) if flags.keep == "right" else None
+        if flags.keep == "right":
+            grader = make_grader(flags.grader, flags.answer_pattern, lenient=flags.lenient_grading)
     except ValueError as error:
         problems.append(str(error))
     params = SamplingParams(seed=flags.seed, step=0)
@@ -128,10 +133,10 @@ def _checked(flags: GenerationFlags) -> tuple[SamplingParams, Grader | None]:
 
 def _format(flags: GenerationFlags) -> PromptFormat:
     return PromptFormat(
-        prompt_key=flags.prompt_key, response_key="", answer_key=flags.answer_key, domain_key=flags.domain_key,
-        uid_key=flags.uid_key, tools_key=flags.tools_key, chat_template=flags.apply_chat_template,
-        max_prompt_length=flags.max_prompt_length, max_response_length=flags.max_response_length,
-        on_bad_row=flags.on_bad_row,
+        prompt_key=flags.prompt_key, response_key="", answer_key=flags.answer_key, grader_key=flags.grader_key,
+        domain_key=flags.domain_key, uid_key=flags.uid_key, tools_key=flags.tools_key,
+        chat_template=flags.apply_chat_template, max_prompt_length=flags.max_prompt_length,
+        max_response_length=flags.max_response_length, on_bad_row=flags.on_bad_row,
     )  # fmt: skip
 
 
@@ -146,3 +151,10 @@ def _check_fit(flags: GenerationFlags, found: Survey, shape: ModelShape, stop_id
         raise ValueError(f"--stop-token-ids {wrong[0]}: the model has ids from 0 to {shape.vocab_size - 1}")
     if flags.keep == "right" and found.without_answer == found.num_prompts:
         raise ValueError(f"--keep right: no row of --prompt-data has an answer (--answer-key {flags.answer_key})")
+
+
+def _check_references(files: Sequence[DataFile], encoder: Encoder, default: GraderKind) -> None:
+    prompts = (item for item in iterate(files, encoder) if isinstance(item, SourcePrompt))
+    rows = ((prompt.random_uid, prompt.answer, prompt.grader) for prompt in prompts if prompt.answer is not None)
+    if faults := check_references(rows, default):
+        raise ValueError("\n".join(f"--prompt-data: {fault}" for fault in faults))

@@ -35,6 +35,8 @@ class SourcePrompt:
     """JSON text of the tools for the chat template; None for none."""
     token_ids: tuple[int, ...]
     answer: str | None
+    grader: str
+    """Which the row names; "" for none."""
     domain: str
 
 
@@ -111,6 +113,7 @@ def _prompt(row: Row, encoded: EncodedRow, fmt: PromptFormat, *, number: int, ro
         tools=(tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)) if has_tools else None,
         token_ids=tuple(encoded.prompt_ids.tolist()),
         answer=encoded.answer,
+        grader=encoded.grader,
         domain=encoded.domain,
     )
 

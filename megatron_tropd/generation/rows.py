@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_tropd.generation.journal import Written
 from megatron_tropd.generation.prompts import SourcePrompt
-from megatron_tropd.grading.grader import Grader
+from megatron_tropd.grading.grader import Grader, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ Keep = Literal["all", "finished", "right"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseRow:
-    """One row of the output.  ``prompt``, ``answer``, ``domain`` and ``tools`` are those of the data."""
+    """One row of the output.  ``prompt``, ``answer``, ``grader``, ``domain`` and ``tools`` are those of the data."""
 
     uid: str
     """PROMPT_UID/SAMPLE, which no other row has."""
@@ -29,6 +29,7 @@ class ResponseRow:
     response: str
     """Text without special tokens."""
     answer: str | None
+    grader: str | None
     domain: str
     tools: str | None
     finish: str
@@ -67,20 +68,28 @@ class RowMaker:
     grader: Grader | None
     """Grades responses to prompts that have an answer; None: nothing is graded."""
 
-    def row(self, prompt: SourcePrompt, written: Written) -> ResponseRow:
-        """Return the row of one response.
+    def rows(self, responses: Sequence[tuple[SourcePrompt, Written]]) -> list[ResponseRow]:
+        """Return the rows of responses, in their order.
 
         Raises:
-            GradingError: it cannot be graded.
+            GradingError: one cannot be graded.
         """
-        text = str(self.tokenizer.decode(list(written.token_ids), skip_special_tokens=True))
-        right = None
-        if self.grader is not None and prompt.answer is not None:
-            right = self.grader.right(text, written.finish == "stop", prompt.answer)
+        rows = [self._row(prompt, written) for prompt, written in responses]
+        if self.grader is None:
+            return rows
+        graded = [index for index, row in enumerate(rows) if row.answer is not None]
+        for index, right in zip(graded, self.grader.all_right([_question(rows[i]) for i in graded]), strict=True):
+            rows[index] = replace(rows[index], right=right)
+        return rows
+
+    def _row(self, prompt: SourcePrompt, written: Written) -> ResponseRow:
+        """Return the row of one response, not graded."""
         return ResponseRow(
             uid=f"{prompt.uid}/{written.sample}", prompt_uid=prompt.uid, sample=written.sample, prompt=prompt.prompt,
-            response=text, answer=prompt.answer, domain=prompt.domain, tools=prompt.tools, finish=written.finish,
-            right=right, response_ids=written.token_ids, num_tokens=len(written.token_ids), model=self.model,
+            response=str(self.tokenizer.decode(list(written.token_ids), skip_special_tokens=True)),
+            answer=prompt.answer, grader=prompt.grader or None, domain=prompt.domain, tools=prompt.tools,
+            finish=written.finish, right=None, response_ids=written.token_ids, num_tokens=len(written.token_ids),
+            model=self.model,
         )  # fmt: skip
 
     def keeps(self, row: ResponseRow) -> bool:
@@ -98,6 +107,11 @@ class RowMaker:
             right=sum(row.right is True for row in rows),
             kept=sum(map(self.keeps, rows)),
         )
+
+
+def _question(row: ResponseRow) -> Question:
+    assert row.answer is not None
+    return Question(response=row.response, finished=row.finish == "stop", reference=row.answer, grader=row.grader or "")
 
 
 def write_parquet(path: Path, rows: Sequence[ResponseRow]) -> None:

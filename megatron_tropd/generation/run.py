@@ -57,6 +57,7 @@ def _identity(job: GenerationJob) -> Identity:
         n_samples_per_prompt=flags.n_samples_per_prompt, temperature=flags.temperature, top_p=flags.top_p,
         max_response_length=flags.max_response_length, stop_token_ids=job.stop_token_ids, seed=flags.seed,
         keep=flags.keep, grader=flags.grader if flags.keep == "right" else "", answer_pattern=flags.answer_pattern,
+        lenient_grading=flags.lenient_grading,
         prompts_per_shard=flags.prompts_per_shard,
     )  # fmt: skip
 

@@ -40,6 +40,7 @@ class Identity:
     keep: str
     grader: str
     answer_pattern: str
+    lenient_grading: bool
     prompts_per_shard: int
 
 

@@ -110,7 +110,7 @@ class ResponseStore:
         if len(opened.prompts) < size or len(opened.stored) < size * self._samples:
             return
         responses = sorted({response.key: response for response in opened.journal.read()}.values(), key=_key)
-        rows = [self._maker.row(opened.prompts[response.number], response) for response in responses]
+        rows = self._maker.rows([(opened.prompts[response.number], response) for response in responses])
         self._write(shard, "data", [row for row in rows if self._maker.keeps(row)])
         self._write(shard, "dropped", [row for row in rows if not self._maker.keeps(row)])
         counts = self._maker.counts(rows)

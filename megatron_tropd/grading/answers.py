@@ -1,9 +1,12 @@
-"""Find the answer that a response gives."""
+"""Find the part of a response that counts, and the answer in it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from megatron_tropd.data.encoding.thinking import TAGS
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 """What matters to the nesting of LaTeX groups.  A backslash takes the next character with it: ``\\{`` is no group."""
@@ -14,22 +17,26 @@ class Answer:
     """An answer and its place in the response."""
 
     text: str
-    """With each run of whitespace as one space, and none at the ends."""
     start: int
     """Index of its first character in the response."""
 
 
-def find_answer(text: str, pattern: re.Pattern[str] | None) -> Answer | None:
-    """Return the last answer in ``text``: group 1 of the last match of ``pattern``, or without a pattern the content of
-    the last ``\\boxed{...}`` whose braces close.  None if there is no answer.
+def after_thinking(response: str) -> Answer | None:
+    """Return what a response says after its last tag that ends a thought, without whitespace at its ends.
 
-    A match that is empty, or in which group 1 takes no part, does not count.
+    That is all of a response without such tags.  A response that begins with a thought and does not end it says
+    nothing: None.
     """
-    found = _last_box(text) if pattern is None else _last_match(text, pattern)
-    if found is None:
+    start = max((place + len(tag) for _, tag in TAGS if (place := response.rfind(tag)) >= 0), default=0)
+    if not start and response.lstrip().startswith(tuple(tag for tag, _ in TAGS)):
         return None
-    start, end = found
-    return Answer(text=normalized(text[start:end]), start=start)
+    said = response[start:].strip()
+    return Answer(text=said, start=response.index(said, start)) if said else None
+
+
+def last_box(text: str) -> tuple[int, int] | None:
+    """Return the place of the content of the last ``\\boxed{...}`` whose braces close; of nested ones, the inner."""
+    return max(boxes(text), default=None)
 
 
 def normalized(text: str) -> str:
@@ -37,9 +44,12 @@ def normalized(text: str) -> str:
     return " ".join(text.split())
 
 
-def _last_match(text: str, pattern: re.Pattern[str]) -> tuple[int, int] | None:
-    """Return the place of group 1 in the last match.  ``.*`` also matches nothing at the end of every text, which is
-    why empty matches do not count."""
+def last_match(text: str, pattern: re.Pattern[str]) -> tuple[int, int] | None:
+    """Return the place of group 1 in the last match of ``pattern``.
+
+    A match that is empty, or in which group 1 takes no part, does not count: ``.*`` also matches nothing at the end of
+    every text.
+    """
     last = None
     for match in pattern.finditer(text):
         if match.group() and match.group(1) is not None:
@@ -47,12 +57,11 @@ def _last_match(text: str, pattern: re.Pattern[str]) -> tuple[int, int] | None:
     return last
 
 
-def _last_box(text: str) -> tuple[int, int] | None:
-    """Return the place of the content of the last box that opens and closes; of nested boxes that is the inner one.
+def boxes(text: str) -> Iterator[tuple[int, int]]:
+    """Yield the place of the content of every ``\\boxed{...}`` whose braces close, in the order of their ends.
 
     One pass with a stack, so that the time is linear in the text whatever it contains.
     """
-    last: tuple[int, int] | None = None
     open_groups: list[int] = []
     """Start of the content of every open box; -1 for any other open group."""
     for token in _BRACES.finditer(text):
@@ -63,9 +72,8 @@ def _last_box(text: str) -> tuple[int, int] | None:
             open_groups.append(token.end())
         elif kind == "}" and open_groups:
             start = open_groups.pop()
-            if start >= 0 and (last is None or start > last[0]):
-                last = start, token.start()
-    return last
+            if start >= 0:
+                yield start, token.start()
 
 
 def braces_balance(text: str) -> bool:

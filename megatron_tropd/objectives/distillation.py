@@ -34,7 +34,7 @@ class Distillation:
     topk_share: float = 0.0
     """Share of the samples whose top-k comes whole where the rule does not need that of all tokens."""
     log_teacher_entropy: bool = False
-    """Ask for the teacher's entropy for its metric, whatever the rule needs."""
+    """Ask for the teacher's entropy for its metric where the rule does not need it: a teacher can give it."""
 
     @property
     def needs(self) -> Needs:
@@ -63,6 +63,7 @@ class Distillation:
             metrics=label_metrics(labels, term, self.needs, tau=self.outlier_threshold),
             denominator=(counted_T | guidance_T).sum(),
             trust_T=None if term.trust_T is None else term.trust_T.detach(),
+            behaviour_logprob_T=labels.behaviour_logprob_T,
         )
 
     def trust(self, stats: TokenStats, tokens: TokenStreams, context: StepContext) -> Tensor:

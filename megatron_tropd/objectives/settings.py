@@ -84,7 +84,7 @@ class ObjectiveSettings:
     topk_share: float = 0.0
     """Share of the samples whose top-k comes whole all the same, the flag --log-topk-share."""
     log_teacher_entropy: bool = False
-    """The flag of this name."""
+    """Whether every teacher of the run gives its entropy, for a metric of it (``setup/objective.py``)."""
 
     def __post_init__(self) -> None:
         for name in (f.name for f in fields(self)):

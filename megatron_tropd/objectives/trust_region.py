@@ -45,10 +45,11 @@ class TrustRegion:
 
     @property
     def needs(self) -> Needs:
-        """Top-k ids and log-probabilities where a forward KL is used."""
+        """Top-k ids and log-probabilities where a forward KL is used; coins where the gate throws them."""
+        coin = self.gate.kind == "bernoulli"
         if self.forward_kl is None:
-            return Needs()
-        return replace(self.forward_kl.needs, topk_use=self.gate.topk_use(self.topk_margin))
+            return Needs(coin=coin)
+        return replace(self.forward_kl.needs, topk_use=self.gate.topk_use(self.topk_margin), coin=coin)
 
     def __call__(self, labels: Labels) -> Term:
         """See the module's docstring."""

@@ -48,6 +48,7 @@ class HeadOutput:
     metrics: dict[str, Metric]
     logprob_T: Tensor  # fp32, detached; the student at every label, 0 where the label is in no loss
     trust_T: Tensor | None = None  # LossOutput.trust_T of every label, likewise
+    behaviour_logprob_T: Tensor | None = None  # LossOutput.behaviour_logprob_T of every label, likewise
 
 
 def gather_hidden(hidden: Tensor, shard: VocabShard, *, sequence_parallel: bool) -> Tensor:
@@ -131,6 +132,7 @@ def head_loss(
             metrics=out.metrics,
             logprob_T=stats.logprob_T.detach(),
             trust_T=out.trust_T,
+            behaviour_logprob_T=out.behaviour_logprob_T,
         )
     flat = gather_hidden(hidden, shard, sequence_parallel=sequence_parallel).squeeze(1)
     rows = loss_rows(tokens) if rows is None else rows
@@ -153,6 +155,7 @@ def head_loss(
         metrics=totals.metrics,
         logprob_T=labels.logprob_T,
         trust_T=labels.trust_T,
+        behaviour_logprob_T=labels.behaviour_logprob_T,
     )
 
 

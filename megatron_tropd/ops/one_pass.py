@@ -84,14 +84,21 @@ class PerLabel:
         self.logprob_T = torch.zeros(num_labels, device=device)
         self.trust_T: Tensor | None = None
         """None where the objective has no gate."""
+        self.behaviour_logprob_T: Tensor | None = None
+        """None where the objective has no reward."""
 
-    def write(self, index: Tensor, logprob: Tensor, trust: Tensor | None) -> None:
+    def write(self, index: Tensor, logprob: Tensor, out: LossOutput) -> None:
         """Write the numbers of the labels of one chunk."""
         self.logprob_T[index] = logprob
-        if trust is not None:
-            if self.trust_T is None:
-                self.trust_T = torch.zeros_like(self.logprob_T)
-            self.trust_T[index] = trust.to(self.trust_T)
+        self.trust_T = self._written(self.trust_T, index, out.trust_T)
+        self.behaviour_logprob_T = self._written(self.behaviour_logprob_T, index, out.behaviour_logprob_T)
+
+    def _written(self, target_T: Tensor | None, index: Tensor, value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return target_T
+        target_T = torch.zeros_like(self.logprob_T) if target_T is None else target_T
+        target_T[index] = value.to(target_T)
+        return target_T
 
 
 _DIFFERENTIABLE = ("logprob_T", "topk_logprob_TK", "entropy_T", "divergence_T")
@@ -140,7 +147,7 @@ class OnePass:
             else:
                 out = self.objective(_token_stats(stats, tokens), tokens, self.context)
             totals.add(out, tokens)
-            labels.write(index, stats.label_logprob, out.trust_T)
+            labels.write(index, stats.label_logprob, out)
             if grads is not None:
                 self._products(index, chunk_hidden, chunk, stats, grads, gradients)
         return totals, gradients, labels

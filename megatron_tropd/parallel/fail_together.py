@@ -107,16 +107,18 @@ def from_all_ranks(action: Callable[[], T], failure: Failure = RankFailure) -> l
     return [outcome.value for outcome in outcomes]  # type: ignore[misc]
 
 
-def share_out(items: Sequence[Item], action: Callable[[Item], T], failure: Failure = RankFailure) -> list[T]:
-    """Run ``action`` on every item, on one rank each, and return the (picklable) results in the order of the items.
+def share_out(
+    items: Sequence[Item], action: Callable[[Sequence[Item]], Sequence[T]], failure: Failure = RankFailure
+) -> list[T]:
+    """Run ``action`` on each rank's share of the items, and return the (picklable) results in the order of the items.
 
-    Rank r takes the items r, r + world size, r + 2 world size and so on.
+    Rank r takes the items r, r + world size, r + 2 world size and so on; ``action`` returns a result for each.
 
     Raises:
         failure: on every rank, if the action raised on any rank.
     """
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    parts = from_all_ranks(lambda: [action(item) for item in items[rank::size]], failure)
+    parts = from_all_ranks(lambda: action(items[rank::size]), failure)
     return [parts[index % size][index // size] for index in range(len(items))]
 
 

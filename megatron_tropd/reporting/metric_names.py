@@ -85,7 +85,9 @@ METRICS: dict[str, MetricInfo] = {
     "teacher/payload_bytes_per_token": _info(
         "bytes", "Scores that the teacher sends to the ranks that train, by response token."
     ),
-    "teacher/entropy": _info("nats", "Mean full-vocabulary entropy of the teacher over on-policy tokens."),
+    "teacher/entropy": _info(
+        "nats", "Mean full-vocabulary entropy of the teacher over on-policy tokens; absent where a teacher has none."
+    ),
     "teacher/wait_s": _info("s", "Seconds that the trainer waited for the scores of a teacher elsewhere."),
     "teacher/busy_frac": _info(
         "share", "Time since the last batch that a dedicated teacher spent in scoring; the rest it waited."

@@ -130,9 +130,17 @@ def step_scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def eval_scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """An evaluation record as flat numbers: ``eval/<decoding>/accuracy`` and so on."""
-    names = ("accuracy", "mean_response_len", "finished")
-    return {f"eval/{record['decoding']}/{name}": float(record[name]) for name in names}
+    """An evaluation record as flat numbers: ``eval/<decoding>/accuracy`` and so on; of a domain
+    ``eval/<decoding>/<domain>/accuracy``.  Records of version 0.2 have neither standard errors nor domains."""
+    group = f"eval/{record['decoding']}"
+    scalars = {
+        f"{group}/{name}": float(record[name])
+        for name in ("accuracy", "std_error", "mean_response_len", "finished")
+        if name in record
+    }
+    for domain, measured in record.get("domains", {}).items():
+        scalars |= {f"{group}/{domain}/{name}": float(measured[name]) for name in ("accuracy", "std_error")}
+    return scalars
 
 
 def of_kind(records: Iterable[Record], kind: str) -> list[Record]:

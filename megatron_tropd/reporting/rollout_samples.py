@@ -1,26 +1,57 @@
-"""A few rollouts of a step as text, one JSON line each, for people to read."""
+"""A few rollouts of a step as text, with what the loss read at each token; one JSON line each, for people to read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_tropd.reporting.records import write_atomic
+from megatron_tropd.reports import TokenNumbers
 from megatron_tropd.types import Rollout
 
-Decode = Callable[[Sequence[int]], str]
+TOKENS_KEPT = 8192
+"""Response tokens of a rollout whose numbers are written, 60 to 160 bytes each; the text is whole."""
 _BYTES_OF_CHARACTER = 4
 """The most bytes, and so tokens, of a character in UTF-8."""
+_DECIMALS = 5
+
+Value = float | str | None
+"""A number; "-inf" or "inf", which JSON does not have; None where there is no such number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenMark:
-    """A piece of written text and whether the objective's gate trusted it."""
+class TokenText:
+    """How token ids become text."""
 
-    text: str
-    trusted: bool
+    decode: Callable[[Sequence[int]], str]
+    """Ids to text without special tokens."""
+    name: Callable[[int], str]
+    """A single id to text; a special token to its name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleTokens:
+    """The tokens of a response by column, each with one entry per token: at most the first ``TOKENS_KEPT``."""
+
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    """What each adds to the text; "" for a special token, and for one that ends inside a character."""
+    region: tuple[str, ...]
+    """``guidance``, ``guidance_copy`` (in no loss) or ``on_policy``."""
+    student_logprob: tuple[Value, ...]
+    teacher_logprob: tuple[Value, ...]
+    reward: tuple[Value, ...]
+    trust: tuple[Value, ...]
+    coin: tuple[Value, ...]
+    teacher_entropy: tuple[Value, ...]
+    teacher_top: tuple[tuple[tuple[int, float], ...], ...]
+    """(id, log-probability) of the teacher's most probable tokens; () where they were not sent."""
+    names: dict[str, str]
+    """Text of every id that is named above."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,64 +65,108 @@ class RolloutSample:
     response: str
     """What the student wrote, without the guidance."""
     finish: str
+    num_tokens: int = 0
+    """Tokens of the response, guidance included."""
     correct: bool | None = None
     name: str = ""
     """The text by which the data names the prompt; "" if it has none."""
-    tokens: tuple[TokenMark, ...] | None = None
-    """The pieces of ``response``; None for a method without a gate."""
+    tokens: SampleTokens | None = None
+    """Of guidance and response; None where the numbers are not known."""
+
+    @property
+    def trusted_share(self) -> float | None:
+        """Mean weight that the gate gave to the written tokens in ``tokens``; None without a gate."""
+        weights = [weight for weight in (self.tokens.trust if self.tokens else ()) if isinstance(weight, float | int)]
+        return sum(weights) / len(weights) if weights else None
 
 
 def sample_of(
-    rollout: Rollout,
-    decode: Decode,
-    *,
-    trust: Sequence[float] | None = None,
-    correct: bool | None = None,
+    rollout: Rollout, text: TokenText, *, numbers: TokenNumbers | None = None, correct: bool | None = None,
     name: str = "",
-) -> RolloutSample:
-    """A rollout as text; ``trust`` is the gate's weight, in [0, 1], of each token that the student wrote.  The gate
-    rejects a token of a weight below 1/2; a coin or a threshold gives 0 or 1.  ``name`` is the prompt's in the data."""
-    start = rollout.prompt_len + rollout.guidance_len
-    written = rollout.token_ids[start:]
-    if trust is not None and len(trust) != len(written):
-        raise ValueError(f"rollout of prompt {rollout.prompt_uid}: {len(trust)} weights for {len(written)} tokens")
+) -> RolloutSample:  # fmt: skip
+    """A rollout as text, with the ``numbers`` of its response tokens; ``name`` is the prompt's in the data.
+
+    Raises:
+        ValueError: the numbers are of another number of tokens.
+    """
+    start, written = rollout.prompt_len, rollout.prompt_len + rollout.guidance_len
+    guidance, response = rollout.token_ids[start:written], rollout.token_ids[written:]
     return RolloutSample(
         uid=rollout.prompt_uid,
         sample_index=rollout.sample_index,
-        prompt=decode(rollout.token_ids[: rollout.prompt_len]),
-        guidance=decode(rollout.token_ids[rollout.prompt_len : start]) if rollout.guidance_len else "",
-        response=decode(written) if written else "",
+        prompt=text.decode(rollout.token_ids[:start]),
+        guidance=text.decode(guidance) if guidance else "",
+        response=text.decode(response) if response else "",
         finish=rollout.finish,
+        num_tokens=rollout.response_len,
         correct=correct,
         name=name,
-        tokens=None if trust is None else mark_tokens(written, [weight >= 0.5 for weight in trust], decode),
+        tokens=None if numbers is None else _tokens(rollout, text, numbers),
     )
 
 
-def mark_tokens(token_ids: Sequence[int], trusted: Sequence[bool], decode: Decode) -> tuple[TokenMark, ...]:
-    """The text of each token with its flag.
+def _tokens(rollout: Rollout, text: TokenText, numbers: TokenNumbers) -> SampleTokens:
+    if len(numbers.region) != rollout.response_len:
+        raise ValueError(
+            f"rollout of prompt {rollout.prompt_uid}: numbers of {len(numbers.region)} tokens for "
+            f"{rollout.response_len} response tokens"
+        )
+    kept = rollout.token_ids[rollout.prompt_len :][:TOKENS_KEPT]
+    guidance, written = kept[: rollout.guidance_len], kept[rollout.guidance_len :]
+    top = tuple(
+        tuple((token, round(logprob, _DECIMALS)) for token, logprob in of_token)
+        for of_token in numbers.teacher_top[:TOKENS_KEPT]
+    )
+    named = {*kept, *(token for of_token in top for token, _ in of_token)}
+    return SampleTokens(
+        ids=kept,
+        texts=(*token_texts(guidance, text.decode), *token_texts(written, text.decode)),
+        region=numbers.region[:TOKENS_KEPT],
+        student_logprob=_values(numbers.student_logprob),
+        teacher_logprob=_values(numbers.teacher_logprob),
+        reward=_values(numbers.reward),
+        trust=_values(numbers.trust),
+        coin=_values(numbers.coin),
+        teacher_entropy=_values(numbers.teacher_entropy),
+        teacher_top=top,
+        names={str(token): text.name(token) for token in sorted(named)},
+    )
+
+
+def _values(column: Iterable[float | None]) -> tuple[Value, ...]:
+    return tuple(_value(number) for number in list(column)[:TOKENS_KEPT])
+
+
+def _value(number: float | None) -> Value:
+    if number is None:
+        return None
+    return round(number, _DECIMALS) if math.isfinite(number) else str(number)
+
+
+def token_texts(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """The text that each token adds to the tokens before it.
 
     A token can be part of a character (byte-level BPE), and its text can depend on the token before it (SentencePiece
-    spaces).  So each piece is the text that it adds to the piece before it, and tokens that end inside a character are
-    joined with the next; a joined piece is trusted if all its tokens are.  A special token has no text.
+    spaces).  Of the tokens of one character only the last has a text.  A special token has none.
     """
-    marks: list[TokenMark] = []
+    texts: list[str] = []
     before: list[int] = []
     piece: list[int] = []
     for end, token in enumerate(token_ids, start=1):
         piece.append(token)
         text = decode([*before, *piece])
         if text.endswith("\ufffd") and len(piece) < _BYTES_OF_CHARACTER and end < len(token_ids):
+            texts.append("")
             continue
         text = text[len(decode(before)) :]
-        marks.append(TokenMark(text=text, trusted=all(trusted[end - len(piece) : end])))
+        texts.append(text)
         before, piece = piece if text else before, []
-    return tuple(marks)
+    return texts
 
 
 def write_samples(path: Path, samples: Sequence[RolloutSample]) -> None:
     """Write one line for each sample, atomically."""
-    write_atomic(path, "".join(f"{json.dumps(asdict(sample))}\n" for sample in samples))
+    write_atomic(path, "".join(f"{json.dumps(asdict(sample), allow_nan=False)}\n" for sample in samples))
 
 
 def read_samples(path: Path) -> list[RolloutSample]:
@@ -101,6 +176,13 @@ def read_samples(path: Path) -> list[RolloutSample]:
 
 def _sample(line: str) -> RolloutSample:
     fields = json.loads(line)
-    if fields.get("tokens") is not None:
-        fields["tokens"] = tuple(TokenMark(**mark) for mark in fields["tokens"])
+    tokens = fields.get("tokens")
+    # Runs of earlier versions wrote pieces of text with marks there; their text is shown without numbers.
+    fields["tokens"] = _sample_tokens(tokens) if isinstance(tokens, dict) else None
     return RolloutSample(**fields)
+
+
+def _sample_tokens(columns: dict[str, Any]) -> SampleTokens:
+    top = tuple(tuple((token, logprob) for token, logprob in of_token) for of_token in columns.pop("teacher_top"))
+    names = columns.pop("names")
+    return SampleTokens(**{name: tuple(column) for name, column in columns.items()}, teacher_top=top, names=names)

@@ -8,6 +8,7 @@ Files::
     metrics.jsonl            one line for each step and each evaluation
     rollouts/step_*.jsonl    a few rollouts as text
     heartbeat.json           what rank 0 is doing (``progress/heartbeat.py``)
+    hf_export/               the student at the end (``training/finish.py``)
     plots/  report.html      made from the files above (``python -m megatron_tropd.reporting.report RUN_DIR``)
     run.lock                 host and process of the job that writes here; empty when there is none
 """
@@ -31,6 +32,7 @@ from megatron_tropd.reporting.redaction import redact_mapping
 from megatron_tropd.reporting.rollout_samples import RolloutSample, write_samples
 from megatron_tropd.reports import EvalReport, StepReport
 
+HF_EXPORT = "hf_export"
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 """Environment variables that torchrun and Slurm set above 0 in a job that they started again."""
 

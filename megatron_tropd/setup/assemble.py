@@ -15,6 +15,7 @@ from megatron_tropd.data.prompt_source import PromptSource
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel.roles import job_of_environment
 from megatron_tropd.reporting.progress.progress import NullProgress, Progress
+from megatron_tropd.reporting.rollout_samples import TokenText
 from megatron_tropd.rollout.engine_pool import Export
 from megatron_tropd.setup.engines import make_engines
 from megatron_tropd.setup.model_health import check_scorers
@@ -70,13 +71,22 @@ def make_export(student: Student, arch: Architecture, config: TrainConfig) -> Ex
     return lambda: exporter.export(local_parameters(student.model), student.groups.world)
 
 
-def make_run_logger(spec: RunSpec, decode: Decode, files: RunFiles, progress: NullProgress) -> RunLogger:
+def make_token_text(spec: RunSpec) -> TokenText:
+    """Return how the run's token ids become text."""
+    decode = spec.tokenizer.decode
+    return TokenText(
+        decode=partial(decode, skip_special_tokens=True),
+        name=lambda token: str(decode([token], skip_special_tokens=False)),
+    )
+
+
+def make_run_logger(spec: RunSpec, text: TokenText, files: RunFiles, progress: NullProgress) -> RunLogger:
     """Make the logger of the run's steps, evaluations and sampled rollouts.  In supervised finetuning there are no
     rollouts: the responses are those of the data, and nothing about them is logged."""
     config = spec.config
     sampled = spec.objective.needs.rollouts
     reader = RolloutReader(
-        decode=decode,
+        text=text,
         prompts=spec.data.prompts.by_uid if sampled else {},
         grader=spec.grader,
     )
@@ -125,13 +135,13 @@ def _make_run(spec: RunSpec, checkpoints: Checkpoints, files: RunFiles, origin: 
     teacher, reference = scorers.teacher, scorers.reference
     whole_vocabulary = objective.needs.divergence or config.logging.gradient_diagnostics_interval
     table_rows = student.model.vocab_size
-    decode: Decode = partial(spec.tokenizer.decode, skip_special_tokens=True)
+    text = make_token_text(spec)
     progress = _progress(config, origin.start_step or 0)
     health = check_scorers(spec, scorers.by_role, origin)
     checkpoints.record = health.record
     for note in (*origin.notes, *health.warnings):
         progress.message(note)
-    logger = make_run_logger(spec, decode, files, progress)
+    logger = make_run_logger(spec, text, files, progress)
     held_out = spec.data.eval_prompts or ()
     rollouts_from = engines if objective.needs.rollouts else None
     stream = Stream(
@@ -148,7 +158,7 @@ def _make_run(spec: RunSpec, checkpoints: Checkpoints, files: RunFiles, origin: 
         teacher=teacher,
         teacher_weight=teacher.scorer.output_rows(student.groups, table_rows) if teacher and whole_vocabulary else None,
         reference=reference,
-        rewarder=make_rewarder(spec, decode),
+        rewarder=make_rewarder(spec, text.decode),
         objective=objective,
         engines=engines,
         export=export,

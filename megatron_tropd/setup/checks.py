@@ -48,7 +48,7 @@ def check_method(config: TrainConfig, objective: Objective, problems: Problems) 
         problems.require(
             config.reward.reward_function,
             f"{name} learns from rewards: give --reward-function package.module:function, such as "
-            "megatron_tropd.rewards:exact_match",
+            "megatron_tropd.grading.rewards:exact_match",
         )
         problems.require(
             samples >= 2,
@@ -57,10 +57,6 @@ def check_method(config: TrainConfig, objective: Objective, problems: Problems) 
     problems.require(
         needs.top_k > needs.student_top_k or not config.logging.log_topk_overlap,
         f"--log-topk-overlap compares with the teacher's top-k, which {name} does not ask for",
-    )
-    problems.require(
-        needs.teacher or not config.logging.log_teacher_entropy,
-        f"--log-teacher-entropy: {name} uses no teacher",
     )
     if not needs.rollouts:
         problems.require(

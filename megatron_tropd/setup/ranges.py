@@ -82,6 +82,7 @@ RANGES = {
     "adam-eps": Range(0, 1, open_low=True), "spike-limit": _SPIKE, "spike-grad-norm": _SPIKE, "spike-reward": _SPIKE,
     "clip-grad": _WEIGHT, "seed": Range(0, (1 << 32) - 1),
     "save-interval": _COUNT_OR_NONE, "eval-interval": _COUNT_OR_NONE, "eval-prompts": _COUNT_OR_NONE,
+    "eval-num-samples": Range(1, 1 << 20),
     "heartbeat-interval": Range(0, 60 * _MINUTES_OF_A_YEAR),
     "log-interval": _COUNT, "gradient-diagnostics-interval": _COUNT_OR_NONE, "rollout-log-interval": _COUNT_OR_NONE,
 }  # fmt: skip

@@ -11,9 +11,9 @@ from typing import Any
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.guidance import check_guidance
 from megatron_tropd.data.prompts import PromptFormat, PromptSet, load_prompts
-from megatron_tropd.grading.grader import check_references
+from megatron_tropd.grading.references import check_references
+from megatron_tropd.grading.rewards import RewardFunction, exact_match
 from megatron_tropd.objectives.base import Objective
-from megatron_tropd.rewards import RewardFunction, exact_match
 from megatron_tropd.setup.problems import Problems
 
 
@@ -65,6 +65,7 @@ def _load(
     data = config.data
     fmt = PromptFormat(
         prompt_key=data.prompt_key, response_key=data.response_key if responses else "", answer_key=data.answer_key,
+        grader_key=data.grader_key,
         domain_key=data.domain_key, uid_key=data.uid_key, tools_key=data.tools_key,
         chat_template=data.apply_chat_template, max_prompt_length=data.max_prompt_length,
         max_response_length=data.max_response_length, on_long_response=data.on_long_response,
@@ -100,7 +101,7 @@ def _check(
     if objective.needs.rollouts:
         _check_answers(prompts, "--prompt-data", config, problems)
     if reward is exact_match:
-        _require_answers(prompts, "--reward-function megatron_tropd.rewards:exact_match", config, problems)
+        _require_answers(prompts, "--reward-function megatron_tropd.grading.rewards:exact_match", config, problems)
     updates = config.training.num_minibatches
     problems.require(
         len(prompts) >= updates,

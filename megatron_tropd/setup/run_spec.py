@@ -10,16 +10,16 @@ from megatron_tropd.checkpoints.metadata import check_architecture
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.grading.grader import Grader, make_grader
+from megatron_tropd.grading.rewards import RewardFunction, load_reward_function
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.objectives.base import Objective
-from megatron_tropd.objectives.methods import make_objective
 from megatron_tropd.parallel.roles import Role, split
-from megatron_tropd.rewards import RewardFunction, load_reward_function
 from megatron_tropd.setup.checks import check_attention, check_lengths, check_method, check_numbers
 from megatron_tropd.setup.engine_checks import check_engine_flags, check_engine_layout
 from megatron_tropd.setup.engine_settings import sglang_settings
 from megatron_tropd.setup.gpus import ServerGpus, assign_gpus
 from megatron_tropd.setup.model_specs import Models, find_models, pin_models
+from megatron_tropd.setup.objective import objective_of
 from megatron_tropd.setup.path_checks import check_directories
 from megatron_tropd.setup.problems import Problems
 from megatron_tropd.setup.run_data import RunData, load_run_data
@@ -59,14 +59,17 @@ def make_run_spec(config: TrainConfig, world_size: int) -> RunSpec:
     check_numbers(config, problems)
     check_directories(config, problems)
     check_engine_flags(config, problems)
-    objective = problems.attempt(lambda: make_objective(config.objective.objective, config.objective_settings))
+    objective = problems.attempt(lambda: objective_of(config))
     if objective:
         check_method(config, objective, problems)
         check_teachers(config, objective, problems)
     needs = objective.needs if objective else Needs()
     reward_path = config.reward.reward_function if needs.rewards else ""
     reward_function = problems.attempt(lambda: load_reward_function(reward_path)) if reward_path else None
-    grader = problems.attempt(lambda: make_grader(config.evaluation.grader, config.evaluation.answer_pattern))
+    grading = config.evaluation
+    grader = problems.attempt(
+        lambda: make_grader(grading.grader, grading.answer_pattern, lenient=grading.lenient_grading)
+    )
     roles = problems.attempt(lambda: _roles(config, needs, world_size)) or split(world_size, ())
     gpus = assign_gpus(config, problems)
     models = find_models(config, needs, roles[0].size, problems)

@@ -153,8 +153,8 @@ def _resolved(value: Any) -> Any:
 
 def _answers_digest(prompts: PromptSet) -> str:
     state = hashlib.sha256()
-    for uid, answer in prompts.answers():
-        state.update(json.dumps([uid, answer]).encode())
+    for uid, answer, grader in prompts.answers():
+        state.update(json.dumps([uid, answer, *[grader] * bool(grader)]).encode())
     return state.hexdigest()
 
 
@@ -201,7 +201,7 @@ def _role_of(name: str) -> str | None:
 def _experiment_flags(record: RunRecord) -> set[str]:
     flags = {f.name.replace("_", "-") for name in EXPERIMENT_SECTIONS for f in fields(sections()[name])}
     # How answers are graded counts where the objective learns from rewards.
-    graded = {"answer-pattern", "grader"} if record.settings.get("reward-function") else set()
+    graded = {"answer-pattern", "grader", "lenient-grading"} if record.settings.get("reward-function") else set()
     assigned = {name for name in record.settings if name.split()[-1] in OF_THE_FILE}
     return (flags | {"seed"} | graded | assigned) - set(CHECKS_OF_DATA)
 

@@ -50,10 +50,6 @@ def check_teacher_scores(
         f"--teacher-scores {name} holds a top-{manifest.top_k}, --top-k is {needs.top_k}: lower it, or {again}",
     )
     problems.require(
-        manifest.entropy or not needs.teacher_entropy,
-        f"--teacher-scores {name} has no entropies, which --log-teacher-entropy needs: {again}",
-    )
-    problems.require(
         manifest.vocab_size == vocab_size,
         f"--teacher-scores {name} is over {manifest.vocab_size} ids, the models of this run have {vocab_size} in "
         f"common: {again}; or, if it is another teacher that has fewer ids, leave that one out",
@@ -69,6 +65,15 @@ def check_teacher_scores(
         f"--teacher-scores {name} has no scores of {missing} of {len(prompts)} responses of --prompt-data, the first "
         f"that of prompt {first}: run megatron_tropd.score_responses with this data and these lengths",
     )
+
+
+def holds_entropies(config: TrainConfig) -> bool:
+    """Return whether --teacher-scores has the teacher's entropy of every token; False where it cannot be read, which
+    :func:`check_teacher_scores` tells."""
+    try:
+        return Manifest.read(Path(config.teacher.teacher_scores)).entropy
+    except (OSError, ValueError):
+        return False
 
 
 def _open(name: str) -> ScoreFiles:

@@ -41,7 +41,7 @@ def _check_together(config: TrainConfig, objective: Objective, problems: Problem
     problems.require(
         not (mixed and needs.teacher_entropy),
         f"{name} needs the teacher's entropy, which a mixture does not have ({', '.join(mixed)} score "
-        "the same domains): in --teacher-config give each its own `domains`, or leave out --log-teacher-entropy",
+        "the same domains): in --teacher-config give each its own `domains`",
     )
     on_servers = {role: own for role, own in config.by_teacher.items() if own.teacher.teacher_placement == "server"}
     _refuse_shared(

@@ -116,3 +116,27 @@ WRITER_FLAGS = ServerFlags(
     },
 )
 """Of the command that writes responses (generate.py)."""
+
+BENCHMARK_FLAGS = ServerFlags(
+    what="benchmark server",
+    number="--num-servers",
+    urls="--server-urls",
+    router="",
+    gpu_ids="--num-servers",
+    tp_size="--sglang-tp-size",
+    prefix="--sglang-",
+    refused={
+        **_refused(
+            tp_size="--sglang-tp-size",
+            model="it is the model that is evaluated",
+            dp_size="use --num-servers: requests are balanced over servers",
+            gpu_ids="CUDA_VISIBLE_DEVICES",
+            pp_size="pipeline stages are not supported: use --sglang-tp-size",
+        ),
+        "--dtype": "use --dtype",
+        "--device": "it is a GPU where there is one",
+        "--skip-tokenizer-init": "chat messages need the tokenizer",
+        "--load-format": "weights are those of the model's files",
+        "--custom-weight-loader": "weights are those of the model's files",
+    },
+)

@@ -118,6 +118,8 @@ class ServerSettings:
     """Further arguments of ``sglang.launch_server``, as on its command line."""
     cuda: bool = False
     """Whether the servers run on GPUs."""
+    speaks_text: bool = False
+    """Whether requests are chat messages, for which a server needs its tokenizer; else only token ids travel."""
     start_timeout_s: float = 240.0
     request_timeout_s: float = 300.0
     """Silence (no work of its scheduler) after which a server that writes or scores counts as down, and the deadline of

@@ -7,5 +7,6 @@
 
 Other modules: ``old_policy.py`` (scores by the student before the first update on a batch), ``rewarding.py``,
 ``parity.py`` (compares the log-probabilities of engines and trainer), ``diagnostics.py``, ``evaluations.py``,
-``checkpointing.py`` (when a run saves), ``run_logger.py``, ``finish.py``, and ``run.py`` (the parts of a run).
+``checkpointing.py`` (when a run saves), ``token_numbers.py`` (of rollouts that are shown), ``run_logger.py``,
+``finish.py``, and ``run.py`` (the parts of a run).
 """

@@ -47,6 +47,7 @@ class Evaluations:
                 max_response_length=self._config.data.max_response_length,
                 seed=self._config.training.seed,
                 step=step,
+                num_samples=self._config.evaluation.eval_num_samples,
             )
         for report in reports:
             self._run_logger.evaluation(report)

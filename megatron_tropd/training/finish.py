@@ -11,13 +11,12 @@ from torch import Tensor
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel.fail_together import on_all_ranks
 from megatron_tropd.reporting.report.write import write_report
+from megatron_tropd.reporting.run_directory import HF_EXPORT
 from megatron_tropd.training.run import Run
 from megatron_tropd.training.student import params_dtype
 from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint, copy_sidecars
 from megatron_tropd.weights.files.hf_manifest import MANIFEST_FILE, HfManifest
 from megatron_tropd.weights.files.hf_writer import write_hf_files
-
-HF_EXPORT = "hf_export"
 
 
 def write_results(run: Run, arch: Architecture, hf_dir: Path) -> None:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from torch import Tensor
+
 from megatron_tropd.checkpoints.metadata import CheckpointError
 from megatron_tropd.data import guidance
 from megatron_tropd.data.packing import BatchPlan, count_regions
-from megatron_tropd.reports import StepReport
+from megatron_tropd.reports import StepReport, TokenNumbers
 from megatron_tropd.teacher.scorer import ScorerError
 from megatron_tropd.training.batch import plan_updates, score_batch
 from megatron_tropd.training.diagnostics import diagnostics_due, gradient_diagnostics
@@ -20,6 +22,7 @@ from megatron_tropd.training.parity import probe_differences
 from megatron_tropd.training.run import Run
 from megatron_tropd.training.step import Batch, PackedUpdate, StepSums, forward_backward, mean_logprobs, pack_batch
 from megatron_tropd.training.student import Student
+from megatron_tropd.training.token_numbers import send_to_rank_zero
 from megatron_tropd.types import Counts, Rollout
 
 PARITY = "parity/logprob_abs_diff_mean"
@@ -33,7 +36,7 @@ def train(run: Run, start_step: int) -> None:
         _evaluate(run, 0, whole=True)
     for step in range(start_step, run.config.training.train_iters):
         report, trained = train_step(run, step)
-        run.logger.step(report, trained.rollouts, trained.trust)
+        run.logger.step(report, trained.rollouts, trained.tokens)
         _evaluate(run, report.step)  # before the save: a resumed run does not evaluate its start
         save_if_due(run, report.step)
     _evaluate(run, run.config.training.train_iters, whole=True)
@@ -41,11 +44,11 @@ def train(run: Run, start_step: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedRollouts:
-    """The rollouts of a step, and what the gate decided about those that are shown."""
+    """The rollouts of a step, and what the loss read of those that are shown."""
 
     rollouts: Sequence[Rollout]
-    trust: Mapping[int, Sequence[float]]
-    """``StepSums.token_trust``; empty for a method without a gate."""
+    tokens: Mapping[int, TokenNumbers]
+    """By index, on rank 0; {} on other ranks and in a step of which no rollout is shown."""
 
 
 def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
@@ -73,6 +76,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
     with progress.phase("train", _microbatches_done(run.student, updates)):
         outcome = _update(run, scored.batch, updates, step, scored.metrics.get("reward/abs_max", 0.0))
     del updates  # as large as the scores
+    tokens = send_to_rank_zero(outcome.tokens) if scored.batch.shown else {}
     run.stream.trained()
     if run.objective.needs.rollouts and not ahead:
         arrived = push_weights(run)
@@ -93,7 +97,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
         },
         seconds=progress.take_seconds(),
         verdict=outcome.verdict,
-    ), TrainedRollouts(rollouts=rollouts, trust=outcome.sums.token_trust)
+    ), TrainedRollouts(rollouts=rollouts, tokens=tokens)
 
 
 @contextmanager
@@ -142,6 +146,8 @@ class _Outcome:
     sums: StepSums
     grad_norm: float
     """Mean over the updates."""
+    tokens: dict[int, Tensor]
+    """``PassResult.tokens`` of all updates."""
     learning_rate: float
     """Of the last update."""
     verdict: Literal["stepped", "skipped"]
@@ -151,29 +157,32 @@ class _Outcome:
 def _update(run: Run, batch: Batch, updates: Sequence[PackedUpdate], step: int, largest_reward: float) -> _Outcome:
     """Make the optimizer updates of one rollout batch; the outcome is the same on every rank."""
     student = run.student
-    sums, norms = [], []
+    passes, norms = [], []
     verdict: Literal["stepped", "skipped"] = "stepped"
     first_version = student.version
     for packed in updates:
-        sums.append(forward_backward(student, run.objective, batch, packed))
+        passes.append(forward_backward(student, run.objective, batch, packed))
         norms.append(student.grad_norm())
+        sums = passes[-1].sums
         learning_rate = student.learning_rate
         update = Update(
-            step=step + 1, loss=sums[-1].loss, grad_norm=norms[-1], logprobs=mean_logprobs(sums[-1].metrics),
+            step=step + 1, loss=sums.loss, grad_norm=norms[-1], logprobs=mean_logprobs(sums.metrics),
             reward=largest_reward, stepped_before=student.version - first_version,
         )  # fmt: skip
         if run.guard.judge(update) == "stepped":
-            if PARITY in sums[-1].metrics and first_version == min(r.weight_version[0] for r in batch.rollouts):
-                _judge_parity(run, sums[-1].metrics[PARITY], f"rollouts of step {step + 1}")
-            _judge_topk(run, sums[-1].metrics.get(MISSING_TOPK, 0.0), step)
+            if PARITY in sums.metrics and first_version == min(r.weight_version[0] for r in batch.rollouts):
+                _judge_parity(run, sums.metrics[PARITY], f"rollouts of step {step + 1}")
+            _judge_topk(run, sums.metrics.get(MISSING_TOPK, 0.0), step)
             student.step()
         else:
             student.skip()
             verdict = "skipped"
     student.gather_weights()
     return _Outcome(
-        sums=StepSums.of(sums), grad_norm=sum(norms) / len(norms), learning_rate=learning_rate, verdict=verdict
-    )
+        sums=StepSums.of([found.sums for found in passes]), grad_norm=sum(norms) / len(norms),
+        tokens={index: table for found in passes for index, table in found.tokens.items()},
+        learning_rate=learning_rate, verdict=verdict,
+    )  # fmt: skip
 
 
 def _diagnostics(run: Run, batch: Batch, plan: BatchPlan, step: int) -> dict[str, float]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_tropd.grading.grader import Grader
+from megatron_tropd.grading.grader import Grader, Question
 from megatron_tropd.parallel import platform
 from megatron_tropd.reporting.progress.progress import NullProgress
-from megatron_tropd.reporting.rollout_samples import sample_of
+from megatron_tropd.reporting.rollout_samples import TokenText, sample_of
 from megatron_tropd.reporting.run_directory import RunDirectory
 from megatron_tropd.reporting.sinks import Sinks
-from megatron_tropd.reports import EvalReport, StepReport
+from megatron_tropd.reports import EvalReport, StepReport, TokenNumbers
 from megatron_tropd.types import Prompt, Rollout
 
 ROLLOUTS_KEPT = 8
@@ -26,8 +26,7 @@ ROLLOUTS_READ = 64
 class RolloutReader:
     """Decodes rollouts and, where the answer is known, tells whether they are right."""
 
-    decode: Callable[[Sequence[int]], str]
-    """Ids to text without special tokens."""
+    text: TokenText
     prompts: Mapping[int, Prompt]
     """By uid; may be empty."""
     grader: Grader
@@ -37,24 +36,29 @@ class RolloutReader:
         prompt = self.prompts.get(rollout.prompt_uid)
         return "" if prompt is None else prompt.name
 
-    def correct(self, rollout: Rollout) -> bool | None:
-        """Return whether the answer that the student wrote is right.
+    def correct(self, rollouts: Sequence[Rollout]) -> list[bool | None]:
+        """Return for each rollout whether the answer that the student wrote is right.
 
         None where no answer is known, where the student wrote nothing, and where the answer of the response begins in
         the teacher's prefix: it would say something about the teacher.
         """
+        questions = [self._question(rollout) for rollout in rollouts]
+        verdicts = iter(self.grader.all_right([question for question in questions if question]))
+        return [next(verdicts) if question else None for question in questions]
+
+    def _question(self, rollout: Rollout) -> Question | None:
         prompt = self.prompts.get(rollout.prompt_uid)
         reference = None if prompt is None else prompt.answer
-        if reference is None or not rollout.logprobs:
+        if prompt is None or reference is None or not rollout.logprobs:
             return None
-        response = self.decode(rollout.token_ids[rollout.prompt_len :])
+        response = self.text.decode(rollout.token_ids[rollout.prompt_len :])
         if rollout.guidance_len:
-            given = self.decode(rollout.token_ids[rollout.prompt_len : rollout.prompt_len + rollout.guidance_len])
-            answer = self.grader.answer(response)
+            given = self.text.decode(rollout.token_ids[rollout.prompt_len : rollout.prompt_len + rollout.guidance_len])
+            answer = self.grader.of_row(prompt.grader).answer(response)
             # A prefix may end inside a character, which is then shown as U+FFFD.
             if answer is not None and answer.start < len(given.rstrip("\ufffd")):
                 return None
-        return self.grader.right(response, rollout.finish == "stop", reference)
+        return Question(response=response, finished=rollout.finish == "stop", reference=reference, grader=prompt.grader)
 
 
 class RunLogger:
@@ -80,18 +84,17 @@ class RunLogger:
         due = interval and (step % interval == 0 or step in (1, self._last_step))
         return ROLLOUTS_KEPT if due else 0
 
-    def step(self, report: StepReport, rollouts: Sequence[Rollout], trust: Mapping[int, Sequence[float]]) -> None:
+    def step(self, report: StepReport, rollouts: Sequence[Rollout], tokens: Mapping[int, TokenNumbers]) -> None:
         """Log one finished step.
 
         Args:
             report: of the step.
             rollouts: of the step, in the order of the batch.
-            trust: by index of a rollout, the gate's weight of every token that the student wrote; none for a method
-                without a gate.
+            tokens: by index of a rollout that is shown, what the loss read of its tokens; read on rank 0.
         """
         if self._directory is None:
             return
-        verdicts = [self._reader.correct(rollout) for rollout in rollouts[:ROLLOUTS_READ]]
+        verdicts = self._reader.correct(rollouts[:ROLLOUTS_READ])
         report = replace(report, metrics={**report.metrics, **_rank_zero_metrics(report, verdicts)})
         self._sinks.record(self._directory.step(report))
         self._progress.step(report)
@@ -99,8 +102,8 @@ class RunLogger:
             samples = [
                 sample_of(
                     rollout,
-                    self._reader.decode,
-                    trust=trust.get(index),
+                    self._reader.text,
+                    numbers=tokens.get(index),
                     correct=verdicts[index],
                     name=self._reader.name(rollout),
                 )

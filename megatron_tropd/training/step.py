@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from megatron_tropd.parallel import determinism, host_copies, platform
 from megatron_tropd.parallel.exchange import gather_objects
 from megatron_tropd.parallel.fail_together import on_all_ranks
 from megatron_tropd.training.student import Student
+from megatron_tropd.training.token_numbers import PendingTokens
 from megatron_tropd.types import Metric, Microbatch, Needs, Rollout, StepContext, TokenStreams
 
 
@@ -41,9 +42,6 @@ class StepSums:
     sums: dict[str, tuple[float, float]]
     """By metric: (total, count)."""
     maxima: dict[str, float]
-    trust: dict[int, dict[int, float]] = field(default_factory=dict)
-    """By index of a rollout in ``Batch.shown``: the gate's weight of every token that the student wrote, by the token's
-    position in its sequence, because context ranks have parts of a sequence."""
 
     @classmethod
     def of(cls, parts: Sequence[StepSums]) -> StepSums:
@@ -56,22 +54,13 @@ class StepSums:
         for part in parts:
             for name, value in part.maxima.items():
                 maxima[name] = _larger(value, maxima.get(name, value))
-        trust: dict[int, dict[int, float]] = {}
-        for index, weights in (item for part in parts for item in part.trust.items()):
-            trust.setdefault(index, {}).update(weights)
         finite = all(math.isfinite(part.loss_sum) for part in parts)
         return cls(
             loss_sum=math.fsum(part.loss_sum for part in parts) if finite else math.nan,
             denominator=sum(part.denominator for part in parts),
             sums=sums,
             maxima=maxima,
-            trust=trust,
         )
-
-    @property
-    def token_trust(self) -> dict[int, list[float]]:
-        """``trust`` as lists [W] in the order of the tokens."""
-        return {index: [weights[place] for place in sorted(weights)] for index, weights in self.trust.items()}
 
     @property
     def loss(self) -> float:
@@ -99,7 +88,7 @@ class Batch:
     teacher_weight: Tensor | None = None
     """[v, H]: the teacher's output rows for this rank's vocabulary shard, where teacher logits are computed here."""
     shown: frozenset[int] = frozenset()
-    """Indices of the rollouts whose tokens are shown to people, with what the gate decided about them."""
+    """Indices of the rollouts whose tokens are shown to people, with what the loss read of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,12 +148,21 @@ def pack_batch(student: Student, objective: Objective, batch: Batch, plan: Batch
     return on_all_ranks(make, ValueError)
 
 
-def forward_backward(student: Student, objective: Objective, batch: Batch, update: PackedUpdate) -> StepSums:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassResult:
+    """What a forward and backward pass over an update found."""
+
+    sums: StepSums
+    """Over the rollouts of all ranks, the same on every rank."""
+    tokens: dict[int, Tensor]
+    """By index of a rollout in ``Batch.shown``: the table of its tokens on this rank (``token_numbers.py``)."""
+
+
+def forward_backward(student: Student, objective: Objective, batch: Batch, update: PackedUpdate) -> PassResult:
     """Compute the gradient of the token-mean loss over ``update`` into the student; collective over the world.
 
     Division by the global token count happens once, in Megatron's ``finalize_model_grads``.  The host runs ahead of
     the device; it waits at the end, for the numbers to report.
-    Returns sums over the rollouts of all ranks' ``update``, the same on every rank.
     """
     student.zero_grad()
     with determinism.deterministic_kernels(student.model.config.deterministic_mode):
@@ -178,8 +176,12 @@ def forward_backward(student: Student, objective: Objective, batch: Batch, updat
             micro_batch_size=1,
             forward_only=False,
         )
-    mine = [part.read() for part in pending] if student.groups.reports else []
-    return StepSums.of([part for rank_parts in gather_objects(mine) for part in rank_parts])
+    mine = pending if student.groups.reports else []
+    everyone = gather_objects([part.read() for part in mine])
+    return PassResult(
+        sums=StepSums.of([part for rank_parts in everyone for part in rank_parts]),
+        tokens={index: table for part in mine if part.tokens for index, table in part.tokens.read().items()},
+    )
 
 
 def _forward_step(
@@ -211,13 +213,12 @@ def _loss(
         rows=microbatch.rows.loss,
     )
     parity, maxima = _parity(out.logprob_T, tokens) if objective.needs.rollouts else ({}, {})
-    shown = None if of.shown.isdisjoint(packed.indices) else out.trust_T
     pending = _PendingSums(
         loss_sum=out.loss.detach(),
         denominator=out.denominator,
         sums={**out.metrics, **parity, **_logprobs(out.logprob_T, tokens, objective.needs)},
         maxima=maxima,
-        trust=None if shown is None else (shown, packed, of.shown),
+        tokens=PendingTokens.of(packed.indices, of.shown, packed.microbatch, objective.needs, out),
     )
     return out.loss, out.denominator.int(), pending
 
@@ -230,11 +231,11 @@ class _PendingSums:
     denominator: Tensor
     sums: dict[str, Metric]
     maxima: dict[str, Tensor]
-    trust: tuple[Tensor, Packed, frozenset[int]] | None
-    """(the gate's weight of every label [T], micro-batch, rollouts that are shown); None where it has none of them."""
+    tokens: PendingTokens | None
+    """None where no rollout of the micro-batch is shown."""
 
     def read(self) -> StepSums:
-        """Wait for the device and return the numbers."""
+        """Wait for the device and return the sums."""
         scalars = [self.loss_sum, self.denominator, *self.maxima.values()]
         scalars += [part for metric in self.sums.values() for part in (metric.total, metric.count)]
         loss_sum, denominator, *rest = torch.stack([scalar.double() for scalar in scalars]).tolist()
@@ -244,21 +245,7 @@ class _PendingSums:
             denominator=int(denominator),
             sums=dict(zip(self.sums, zip(pairs[::2], pairs[1::2], strict=True), strict=True)),
             maxima=dict(zip(self.maxima, maxima, strict=True)),
-            trust={} if self.trust is None else _trust(*self.trust),
         )
-
-
-def _trust(trust_T: Tensor, packed: Packed, shown: frozenset[int]) -> dict[int, dict[int, float]]:
-    """Return ``StepSums.trust`` of the tokens that are here."""
-    streams, bounds = packed.microbatch.streams, packed.microbatch.cu_seqlens
-    weights, written = trust_T.tolist(), Regions.of(streams).on_policy_T.tolist()
-    position = streams.label_position_T.tolist()
-    mine = (bounds // (int(bounds[-1]) // len(weights))).tolist()  # every context rank has as much of each sequence
-    return {
-        index: {position[row]: weights[row] for row in range(mine[place], mine[place + 1]) if written[row]}
-        for place, index in enumerate(packed.indices)
-        if index in shown
-    }
 
 
 def _parity(logprob_T: Tensor, tokens: TokenStreams) -> tuple[dict[str, Metric], dict[str, Tensor]]:

@@ -146,7 +146,7 @@ def batch_of(
 
 def train_pass(student: Student, objective: Objective, ready: Ready) -> StepSums:
     """Compute the gradient of the one update."""
-    return forward_backward(student, objective, ready.batch, ready.update)
+    return forward_backward(student, objective, ready.batch, ready.update).sums
 
 
 def gradients(student: Student) -> list[torch.Tensor]:

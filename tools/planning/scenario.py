@@ -12,11 +12,11 @@ from megatron_tropd.config import TrainConfig
 from megatron_tropd.hub import MODEL_CONFIG_FILES, is_hub_name, resolve
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.models.hf_config import load_architecture
-from megatron_tropd.objectives.methods import make_objective
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.setup.checks import check_lengths, check_method
 from megatron_tropd.setup.engine_checks import check_engine_flags
 from megatron_tropd.setup.model_specs import Models, ModelSpec, TeacherSpec
+from megatron_tropd.setup.objective import objective_of
 from megatron_tropd.setup.problems import Problems
 from megatron_tropd.setup.ranges import check_ranges
 from megatron_tropd.training.student import training_errors
@@ -219,7 +219,7 @@ def make_scenario(config: TrainConfig, machines: Machines) -> Scenario:
     problems.require(not config.teachers, "--teacher-config: a plan is of one teacher; plan with the flags of each")
     check_ranges(config, problems)
     check_engine_flags(config, problems)
-    objective = problems.attempt(lambda: make_objective(config.objective.objective, config.objective_settings))
+    objective = problems.attempt(lambda: objective_of(config))
     if objective:
         check_method(config, objective, problems)
     needs = objective.needs if objective else Needs()

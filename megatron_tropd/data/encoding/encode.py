@@ -39,6 +39,7 @@ class EncodedRow:
     response_len: int
     """Tokens of the whole response with its stop token; more than R where it was cut."""
     answer: str | None
+    grader: str
     domain: str
 
 
@@ -63,9 +64,8 @@ class Encoder:
         vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
         parts = type(tokenizer).__name__, vocabulary, repr(tokenizer.special_tokens_map), repr(tokenizer.chat_template)
         fmt = self.fmt
-        keys = fmt.prompt_key, fmt.response_key, fmt.answer_key, fmt.domain_key, fmt.uid_key, fmt.tools_key
         limits = fmt.chat_template, fmt.max_prompt_length, fmt.max_response_length, fmt.on_long_response
-        for part in (*parts, repr(keys), repr(limits)):
+        for part in (*parts, repr(fmt.keys), repr(limits)):
             state.update(hashlib.sha256(part.encode("utf-8", errors="surrogatepass")).digest())
         return state.hexdigest()
 
@@ -102,7 +102,7 @@ class Encoder:
         ids, length = (None, 0) if response is None else self._response(response)
         return EncodedRow(
             line=row.line, uid=text.uid, prompt_ids=np.asarray(prompt, dtype=np.int32), response_ids=ids,
-            response_len=length, answer=text.answer, domain=text.domain,
+            response_len=length, answer=text.answer, grader=text.grader, domain=text.domain,
         )  # fmt: skip
 
     def _response(self, ids: list[int]) -> tuple[np.ndarray, int]:

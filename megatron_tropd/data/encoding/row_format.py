@@ -17,6 +17,7 @@ class PromptFormat:
     response_key: str = "response"
     """"" if responses are not used: then they are not read."""
     answer_key: str = "answer"
+    grader_key: str = "grader"
     domain_key: str = "domain"
     uid_key: str = "uid"
     tools_key: str = "tools"
@@ -43,10 +44,17 @@ class PromptFormat:
             raise ValueError(f"--on-long-response {self.on_long_response!r}: expected cut, skip or error")
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys, "" among them for what is not read."""
+        return (
+            self.prompt_key, self.response_key, self.answer_key, self.grader_key, self.domain_key, self.uid_key,
+            self.tools_key,
+        )  # fmt: skip
+
+    @property
     def columns(self) -> frozenset[str]:
         """The top-level keys that are read from a row."""
-        keys = (self.prompt_key, self.response_key, self.answer_key, self.domain_key, self.uid_key, self.tools_key)
-        return frozenset(name for key in keys if key for name in (key, key.partition(".")[0]))
+        return frozenset(name for key in self.keys if key for name in (key, key.partition(".")[0]))
 
 
 class Fault(Exception):

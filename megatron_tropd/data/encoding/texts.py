@@ -28,6 +28,7 @@ class RowTexts:
     """With the chat template, if there is one."""
     response: str | None
     answer: str | None
+    grader: str
     domain: str
 
 
@@ -61,6 +62,7 @@ def texts_of(row: Row, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat) ->
         prompt=text,
         response=response,
         answer=plain_value(lookup(row, fmt.answer_key), "answer", "--answer-key"),
+        grader=plain_value(lookup(row, fmt.grader_key), "grader", "--grader-key") or "",
         domain=plain_value(lookup(row, fmt.domain_key), "domain", "--domain-key") or "",
     )
 

@@ -23,7 +23,10 @@ Kind = Literal["jsonl", "json", "parquet", "saved"]
 _KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 _READABLE = "a .jsonl, .json or .parquet file (JSON also as .gz, .zst, .bz2 or .xz), a directory of such, or a data set"
-_NOT_DATA = {"dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json"}
+_NOT_DATA = {
+    "dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json",
+    "report.json", "dropped.jsonl",  # what tools/prepare_prompts.py writes beside the rows
+}  # fmt: skip
 HUB_FILES = ("*.jsonl*", "*.json*", "*.parquet", "*.ndjson*", "README.md", "*.yaml")
 """What is fetched of a data set on the hub."""
 

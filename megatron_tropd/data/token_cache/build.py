@@ -23,7 +23,7 @@ from megatron_tropd.data.reading.spans import Span, spans_of
 from megatron_tropd.data.token_cache.finish import Summary, finish, read_summary
 from megatron_tropd.data.token_cache.shard import make_shard, read_record
 
-FORMAT = 1
+FORMAT = 2
 """Raised when older caches must not be read; they are made again under another name."""
 _SAY_EVERY_S = 10.0
 _PROBE_BYTES = 1 << 12

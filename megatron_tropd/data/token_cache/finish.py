@@ -56,7 +56,7 @@ class Summary:
     details: tuple[BadRow, ...]
     """The first bad rows, and every file that cannot be read, in the order of the files."""
     digest: str
-    """sha256 over uids, prompt ids and teacher response ids; answers and domains are not included."""
+    """sha256 over uids, prompt ids and teacher response ids; answers, graders and domains are not included."""
     is_sorted: bool
     """Whether uids increase from row to row."""
 

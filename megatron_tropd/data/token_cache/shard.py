@@ -36,6 +36,7 @@ SCHEMA = pa.schema(
         pa.field("response", pa.list_(pa.int32())),  # null where there is none
         pa.field("response_len", pa.int64()),
         pa.field("answer", pa.string()),
+        pa.field("grader", pa.string()),
         pa.field("domain", pa.string()),
     ]
 )
@@ -159,6 +160,7 @@ def _batch(rows: Sequence[EncodedRow]) -> pa.RecordBatch:
         _lists([row.response_ids for row in rows]),
         pa.array([row.response_len for row in rows], pa.int64()),
         pa.array([row.answer for row in rows], pa.string()),
+        pa.array([row.grader for row in rows], pa.string()),
         pa.array([row.domain for row in rows], pa.string()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)

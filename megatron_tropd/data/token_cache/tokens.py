@@ -36,14 +36,15 @@ class TokenRows:
     def _open(self, shard: int) -> pa.ipc.RecordBatchFileReader:
         return pa.ipc.open_file(pa.memory_map(str(arrow_path(self._directory, shard))))
 
-    def answers(self) -> Iterator[tuple[int, str]]:
-        """Yield (uid, answer) of the prompts that have an answer."""
+    def answers(self) -> Iterator[tuple[int, str, str]]:
+        """Yield (uid, answer, grader) of the prompts that have an answer."""
         for shard, start in enumerate(self._starts[:-1]):
             reader = self._reader(shard)
             for number in range(reader.num_record_batches):
-                answers = reader.get_batch(number)["answer"].to_pylist()
+                batch = reader.get_batch(number)
+                answers, graders = batch["answer"].to_pylist(), batch["grader"].to_pylist()
                 uids = self._uids[start : start + len(answers)].tolist()
-                yield from (pair for pair in zip(uids, answers, strict=True) if pair[1] is not None)
+                yield from (row for row in zip(uids, answers, graders, strict=True) if row[1] is not None)
                 start += len(answers)
 
     def domains(self) -> Counter[str]:
@@ -75,5 +76,6 @@ class TokenRows:
             teacher_response_ids=None if response is None else tuple(response),
             teacher_response_len=None if response is None else columns["response_len"],
             answer=columns["answer"],
+            grader=columns["grader"],
             domain=columns["domain"],
         )

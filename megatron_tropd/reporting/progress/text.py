@@ -99,13 +99,14 @@ def step_line(report: StepReport, total_steps: int, eta: float | None) -> str:
 
 
 def eval_line(report: EvalReport, before: float | None) -> str:
-    """One line for an evaluation."""
+    """One line for an evaluation; +- is one standard error over prompts."""
     change = "" if before is None else f" ({100 * (report.accuracy - before):+.1f} points)"
     parts = [
         f"eval at step {report.step}",
-        f"{report.decoding}: accuracy {percent(report.accuracy)}{change}",
-        f"prompts {report.num_prompts}",
+        f"{report.decoding}: accuracy {percent(report.accuracy)} +- {100 * report.std_error:.1f}{change}",
+        f"prompts {report.num_prompts}" + f" x {report.num_samples}" * (report.num_samples > 1),
         f"length {report.mean_response_len:.1f}",
         f"finished {percent(report.finished)}",
+        *(f"{domain} {percent(measured.accuracy)}" for domain, measured in report.domains.items()),
     ]
     return " | ".join(parts)

@@ -1,8 +1,10 @@
-"""HTML building blocks of the report.  Every text passes :func:`text`: model output is untrusted."""
+"""HTML building blocks of the report.  Model output is untrusted: every text passes :func:`text`, or :func:`clean` and
+JSON."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import re
 from collections.abc import Iterable, Sequence
@@ -13,9 +15,11 @@ _MEDIA_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1d1f23;--soft:#646a73;--line:#dfe2e6;--page:#fff;--card:#f6f7f9;
---accent:#0072b2;--good:#00785a;--bad:#b84a00;--guidance:#cfe6f6;--rejected:#d55e00}
+--accent:#0072b2;--good:#00785a;--bad:#b84a00;--guidance:#cfe6f6;--trusted:#e3f4ee;--refused:#fbe3d3;
+--rejected:#d55e00}
 @media(prefers-color-scheme:dark){:root{--ink:#e4e6ea;--soft:#9aa1ab;--line:#363b43;--page:#15171a;--card:#1e2125;
---accent:#56b4e9;--good:#3ecf9f;--bad:#ff9a4d;--guidance:#1d3f57;--rejected:#ff8a3c}}
+--accent:#56b4e9;--good:#3ecf9f;--bad:#ff9a4d;--guidance:#1d3f57;--trusted:#15352b;--refused:#4a2812;
+--rejected:#ff8a3c}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI","DejaVu Sans",sans-serif}
@@ -42,9 +46,20 @@ pre{overflow-x:auto}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,28rem),1fr));gap:1rem}
 figure{margin:0}
 figure img{width:100%;height:auto;display:block}
-.rollout .text{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;margin-top:.4rem;font-size:.92rem}
-.guidance{background:var(--guidance);border-radius:.2rem}
-.rejected{background:none;color:inherit;text-decoration:underline wavy var(--rejected) 1.5px;text-underline-offset:3px}
+.reader{display:grid;grid-template-columns:minmax(0,3fr) minmax(15rem,2fr);gap:1rem;align-items:start}
+@media(max-width:50rem){.reader{grid-template-columns:1fr}}
+.reader .rollout{max-height:32rem;overflow-y:auto}
+#panel{overflow-wrap:anywhere}#panel caption{text-align:left;color:var(--soft);padding-top:.8rem}
+#panel .chosen{font-weight:700}#panel td,#panel th{font-size:.85rem;padding-top:.2rem;padding-bottom:.2rem}
+select{font:inherit;max-width:100%}
+.text{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;font-size:.92rem}
+.token{border-radius:.2rem;text-underline-offset:3px;cursor:default}
+.token.nameless{opacity:.6;font-size:.8em}
+.token.guidance{background:var(--guidance);text-decoration:underline dotted}
+.token.copy{text-decoration-style:dashed}
+.token.trusted{background:var(--trusted)}
+.token.rejected{background:var(--refused);text-decoration:underline wavy var(--rejected) 1.5px}
+.token.current{outline:2px solid var(--ink);outline-offset:1px}
 .bar{display:block;height:.6rem;margin:.4rem 0 0 .8rem;min-width:2px;background:var(--accent);border-radius:.2rem}
 summary{cursor:pointer;color:var(--accent);margin:.6rem 0}
 """
@@ -54,25 +69,36 @@ _PAGE = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; {policy}">
 <title>{title}</title>
 <style>{style}</style>
 </head>
 <body><main>
 {body}
-</main></body>
+</main>{script}</body>
 </html>
 """
 
 
-def page(title: str, body: Iterable[str]) -> str:
-    """The whole document.  Its content policy forbids scripts and requests, in case an escape is ever missing."""
-    return _PAGE.format(title=text(title), style=STYLE, body="\n".join(part for part in body if part))
+def page(title: str, body: Iterable[str], script: str = "") -> str:
+    """The whole document.  Its content policy forbids requests and every script but ``script``, which it names by its
+    digest, in case an escape is ever missing."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    return _PAGE.format(
+        title=text(title), style=STYLE, body="\n".join(part for part in body if part),
+        policy="style-src 'unsafe-inline'" + (f"; script-src 'sha256-{digest}'" if script else ""),
+        script=f"<script>{script}</script>" if script else "",
+    )  # fmt: skip
+
+
+def clean(value: str) -> str:
+    """The same text without control and direction characters that could disturb the page."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", value)
 
 
 def text(value: object) -> str:
-    """Text as HTML: escaped, and without control and direction characters that could disturb the page."""
-    return html.escape(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(value)), quote=True)
+    """Text as HTML: escaped and clean."""
+    return html.escape(clean(str(value)), quote=True)
 
 
 def section(title: str, *parts: str) -> str:

@@ -37,7 +37,7 @@ def series(records: Records, name: str) -> Series:
 
 
 def accuracy(records: Records) -> Figure | None:
-    """Held-out accuracy for each way of decoding, with the standard error of a share of that many prompts."""
+    """Held-out accuracy for each way of decoding, with its standard error over prompts."""
     evaluations = of_kind(records, "eval")
     if not evaluations:
         return None
@@ -47,7 +47,7 @@ def accuracy(records: Records) -> Figure | None:
         steps = [record["step"] for record in points]
         values = [record["accuracy"] for record in points]
         style.draw(axes, (steps, values), decoding, index)
-        errors = [standard_error(record["accuracy"], record["num_prompts"]) for record in points]
+        errors = [standard_error(record) for record in points]
         low = [value - error for value, error in zip(values, errors, strict=True)]
         high = [value + error for value, error in zip(values, errors, strict=True)]
         axes.fill_between(steps, low, high, color=style.PALETTE[index % len(style.PALETTE)], alpha=0.15, linewidth=0)
@@ -56,8 +56,11 @@ def accuracy(records: Records) -> Figure | None:
     return figure
 
 
-def standard_error(share: float, count: int) -> float:
-    """Standard error of a share of ``count`` independent trials."""
+def standard_error(record: Record) -> float:
+    """Standard error of an accuracy over prompts; of a record of version 0.2, that of a share of independent trials."""
+    if "std_error" in record:
+        return float(record["std_error"])
+    share, count = record["accuracy"], record["num_prompts"]
     return math.sqrt(max(share * (1 - share), 0.0) / count) if count else math.nan
 
 
@@ -93,8 +96,9 @@ def grad_norm(records: Records) -> Figure | None:
 
 
 def entropy(records: Records) -> Figure | None:
-    """Entropy of the student: it falls to nothing, or rises without end, when training goes wrong."""
-    return _lines(records, {"student/entropy": "entropy"}, "Entropy of the student", "nats per token")
+    """Entropy of both models; the student's falls to nothing, or rises without end, when training goes wrong."""
+    names = {"student/entropy": "student", "teacher/entropy": "teacher, at the student's tokens"}
+    return _lines(records, names, "Entropy", "nats per token")
 
 
 def response_length(records: Records) -> Figure | None:

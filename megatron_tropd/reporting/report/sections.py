@@ -91,14 +91,14 @@ def result(records: Sequence[Record]) -> str:
     if not rows:
         return section("Result", '<p class="soft">No evaluation was recorded.</p>')
     note = (
-        '<p class="soft small">Accuracy on held-out prompts, plus or minus one standard error of a share of that '
-        "many prompts. The best of many evaluations is an optimistic number.</p>"
+        '<p class="soft small">Accuracy on held-out prompts, plus or minus one standard error over prompts. '
+        "The best of many evaluations is an optimistic number.</p>"
     )
     return section("Result", table(head, rows, numbers=range(1, len(head))), note)
 
 
 def _accuracy(record: Record) -> str:
-    error = 100 * standard_error(record["accuracy"], record["num_prompts"])
+    error = 100 * standard_error(record)
     return f'{100 * record["accuracy"]:.1f}% <small class="soft">&plusmn;{error:.1f}, step {record["step"]}</small>'
 
 

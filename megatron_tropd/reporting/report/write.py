@@ -17,7 +17,7 @@ from megatron_tropd.reporting.records import read_records, write_atomic
 from megatron_tropd.reporting.report import sections
 from megatron_tropd.reporting.report.page import image, page, section
 from megatron_tropd.reporting.report.plots import FIGURES, make_plots
-from megatron_tropd.reporting.report.rollouts import rollouts
+from megatron_tropd.reporting.report.viewer import viewer
 
 
 def write_report(run_dir: Path) -> Path:
@@ -30,18 +30,19 @@ def write_report(run_dir: Path) -> Path:
     config_text = _read(run_dir / "config.yaml")
     environment = json.loads(_read(run_dir / "env.json") or "{}")
     name = run_dir.resolve().name
+    rollouts = viewer(run_dir / "rollouts")
     body = (
         sections.headline(name, records, environment),
         sections.result(records),
         _curves(plots),
-        rollouts(run_dir / "rollouts"),
+        rollouts.html,
         sections.configuration(_mapping(config_text), config_text, environment),
         sections.timing(records),
         sections.metrics(records),
         sections.environment_section(environment),
     )
     path = run_dir / "report.html"
-    write_atomic(path, page(f"{name} - megatron_tropd", body))
+    write_atomic(path, page(f"{name} - megatron_tropd", body, rollouts.script))
     return path
 
 

@@ -43,7 +43,7 @@ def server_arguments(settings: ServerSettings, index: int, port: int, max_positi
         "--port": str(port),
         "--dtype": settings.dtype,
         "--tp-size": str(settings.tp_size),
-        "--skip-tokenizer-init": None,
+        **({} if settings.speaks_text else {"--skip-tokenizer-init": None}),
         "--skip-server-warmup": None,
         "--context-length": str(max_positions + _SPARE_POSITIONS),
         **settings.weight_arguments,

@@ -27,14 +27,14 @@ class RewardSample:
     """Reference answer of the row; None if it has none."""
     domain: str
     grader: Grader
-    """Of --grader and --answer-pattern."""
+    """That of the row (--grader-key), or else of --grader and --answer-pattern."""
 
 
 RewardFunction = Callable[[RewardSample], float]
 
 
 def exact_match(sample: RewardSample) -> float:
-    """Return 1 if a finished response gives the answer, by --grader and --answer-pattern as in evaluation; else 0.
+    """Return 1 if a finished response gives the answer, by its grader as in evaluation; else 0.
 
     Raises:
         ValueError: the row has no answer.
@@ -53,7 +53,9 @@ def load_reward_function(path: str) -> RewardFunction:
     flag = f"--reward-function {path}"
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
-        raise ValueError(f"{flag}: expected package.module:function, such as megatron_tropd.rewards:exact_match")
+        raise ValueError(
+            f"{flag}: expected package.module:function, such as megatron_tropd.grading.rewards:exact_match"
+        )
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a user's module may fail in any way
