@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tropd.benchmarks.flags import parser as benchmark_parser
 from megatron_tropd.cli import parse
 from tests.tiny_run import make_world
 from tests.torchrun_jobs import wait_for
@@ -140,9 +141,8 @@ def test_words_for_the_benchmarks(tmp_path, monkeypatch):
     assert lines["student"][3:5] == ["--hf-checkpoint", "runs/paper/sft-student/run/hf_export"]
     monkeypatch.setenv("TEACHER", "/models/teacher")
     assert run.benchmark_words(tables.of("table4")[1], tmp_path)[3:5] == ["--hf-checkpoint", "/models/teacher"]
-    flags = pytest.importorskip("megatron_tropd.benchmarks.flags")
     for words in lines.values():
-        args, rest = flags.parser().parse_known_args(words[3:])
+        args, rest = benchmark_parser().parse_known_args(words[3:])
         assert not rest and args.benchmarks == list(tables.settings["qwen3"].benchmarks)
         assert args.paper_setting == ["qwen3"] and args.output == tmp_path / "benchmark"
 
