@@ -22,7 +22,7 @@ from tools.paper.table_run import Options, TableRun
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = ROOT / "examples" / "paper"
 
-LAUNCH = """
+LAUNCH = r"""
 # Stands for train.sh where only the order of rows is of interest: what a row leaves behind, without training.
 set -euo pipefail
 while (($#)); do
@@ -34,10 +34,10 @@ while (($#)); do
 done
 echo "${row} ${out##*/}" >>"${LOG}"
 mkdir -p "${out}/run/hf_export"
-echo '{"kind": "step", "step": 1}' >>"${out}/run/metrics.jsonl"
+step() { echo "{\"kind\": \"step\", \"step\": $1}" >>"${out}/run/metrics.jsonl"; }
+step 1
+if [[ "${row}" != "${STOPS:-}" ]]; then step 2; fi
 if [[ "${row}" == "${FAILS:-}" ]]; then exit 17; fi
-if [[ "${row}" == "${STOPS:-}" ]]; then exit 0; fi
-echo '{"kind": "step", "step": 2}' >>"${out}/run/metrics.jsonl"
 echo '{}' >"${out}/run/hf_export/config.json"
 """
 
@@ -55,13 +55,13 @@ def table(tmp_path, monkeypatch):
     monkeypatch.setenv("LOG", str(log))
     monkeypatch.setenv("SMALL_WORLD", str(tmp_path))
 
-    def call(*words, **environment):
+    def call(*words, how=("--smoke",), **environment):
         log.write_text("")
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         before = signal.getsignal(signal.SIGTERM)
         try:
-            code = paper_table.main(["--smoke", "--out", str(tmp_path / "out"), "--launch", f"bash {script}", *words])
+            code = paper_table.main([*how, "--out", str(tmp_path / "out"), "--launch", f"bash {script}", *words])
         finally:
             signal.signal(signal.SIGTERM, before)
             for name in environment:
@@ -107,6 +107,26 @@ def test_a_run_of_other_flags_is_not_taken_for_the_row(table, tmp_path, capsys):
     code, launched = table("6", "--rows", "opd")
     assert (code, launched) == (1, []) and "(--lr 0.0001, now 5e-06): move it" in capsys.readouterr().out
     assert table("6", "--rows", "opd", "--", "--lr", "1e-4") == (0, []), "flags behind -- are the row's too"
+
+
+@pytest.mark.slow
+def test_a_row_is_done_when_it_is_evaluated(table, tmp_path, capfd):
+    """The benchmark command itself, which finds no data."""
+    how = ("--benchmark-data", str(tmp_path / "missing"))
+    words = ["4", "--rows", "student", "opd", "--", "--train-iters", "2"]
+    setting = tmp_path / "out" / "table4" / "qwen3"
+    done = setting / "student" / "seed-1" / "benchmark"
+    done.mkdir(parents=True)
+    (done / "summary.json").write_text(json.dumps({name: {} for name in read_tables().settings["qwen3"].benchmarks}))
+    assert table(*words, how=how) == (1, ["opd seed-1"])
+    printed = capfd.readouterr()
+    assert "[ok] table4 qwen3 student seed 1: was evaluated" in printed.out
+    assert "opd seed 1: the benchmarks ended with exit code 2" in printed.out
+    (setting / "opd" / "seed-1" / "benchmark").mkdir()
+    (setting / "opd" / "seed-1" / "benchmark" / "summary.json").write_bytes((done / "summary.json").read_bytes())
+    assert table(*words, how=how) == (0, [])
+    (done / "summary.json").write_text("{}")
+    assert table(*words, how=how) == (1, []) and "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
