@@ -137,16 +137,26 @@ def test_a_job_trains(world, tmp_path, name, nodes, ranks_per_node):
 
 
 @pytest.mark.slow
-def test_a_row_of_the_paper_trains_on_two_nodes(world, tmp_path):
+def test_a_table_of_the_paper_goes_on_as_jobs_of_two_nodes(world, tmp_path):
+    """run_table.sh, train.sh and the trainer on two ranks, ended at the first checkpoint; then the same with row.sbatch."""
+    words = ["bash", str(PAPER / "run_table.sh"), "5", "--smoke", "--out", str(tmp_path), "--rows", "tropd_clip"]
+    flags = ["--", "--train-iters", "12"]
     environment = _environment(tmp_path, ["localhost", "127.0.0.1"], GPUS_PER_NODE="1", SMALL_WORLD=str(world))
-    words = ["--setting", "qwen3", "--row", "reopold_two_stage", "--out", str(tmp_path / "row"), "--smoke"]
-    with Job(PAPER / "row.sbatch", tmp_path, environment, *words, "--train-iters", "3") as job:
-        code, output = job.wait()
-    assert code == 0, output[-4000:]
-    run_dir = tmp_path / "row" / "run"
-    assert _steps(run_dir) == [1, 2, 3], "flags after the row's win"
-    assert "objective: reopold_two_stage" in (run_dir / "config.yaml").read_text()
-    assert (run_dir / "hf_export" / "model.safetensors").exists()
+    run_dir = tmp_path / "table5" / "skywork-math" / "tropd_clip" / "seed-1" / "run"
+    with subprocess.Popen([*words, *flags], env=environment, stdout=subprocess.DEVNULL) as job:
+        wait_for((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").exists, job, timeout=120)
+        job.terminate()
+        assert job.wait(timeout=60) == 1
+    assert 0 < len(_steps(run_dir)) < 12 and not (run_dir / "hf_export").exists()
+    done = subprocess.run(
+        [*words, "--launch", f"bash {PAPER / 'row.sbatch'}", *flags], env=environment, timeout=240, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "1 of 1 rows are done" in done.stdout, done.stdout[-4000:]
+    assert "step 1/12" not in done.stdout and _steps(run_dir) == list(range(1, 13))
+    assert (run_dir / "hf_export" / "model.safetensors").exists() and len(list(run_dir.glob("launch/doctor-*"))) == 2
+    text = (run_dir / "config.yaml").read_text()
+    assert "objective: tropd_clip" in text and "guidance-beta: 0.001" in text and "seed: 1\n" in text
 
 
 def test_a_row_on_several_nodes_has_servers_with_keys_on_each(tmp_path):
