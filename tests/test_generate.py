@@ -86,7 +86,8 @@ def test_kept_and_dropped_responses_are_all_responses(model, tmp_path):
     options = ("--n-samples-per-prompt", "3", "--max-response-length", "40")
     with_text = generate(model, data, tmp_path / "all", "--keep", "all", *options)
     empty = read(tmp_path / "all" / "dropped")
-    assert empty and all(row["response"] == "" for row in empty) and all(row["response"] for row in with_text)
+    assert empty and all(row["response"] == "" and row["fault"] == "response is empty" for row in empty)
+    assert all(row["response"] and row["fault"] is None for row in with_text)
     everything = sorted([*with_text, *empty], key=lambda row: (int(row["prompt_uid"]), row["sample"]))
     finished = generate(model, data, tmp_path / "finished", *options)
     assert {row["finish"] for row in with_text} == {"stop", "length"}  # otherwise this test says little
@@ -99,7 +100,8 @@ def test_kept_and_dropped_responses_are_all_responses(model, tmp_path):
     report = json.loads((tmp_path / "finished" / "report.json").read_text())
     assert report == {
         "prompts": 30, "bad_rows": 0, "responses": 90, "tokens": sum(row["num_tokens"] for row in everything),
-        "finished": sum(row["finish"] == "stop" for row in everything), "graded": 0, "right": 0, "kept": len(finished),
+        "finished": sum(row["finish"] == "stop" for row in everything), "graded": 0, "right": 0,
+        "unreadable": len(empty), "kept": len(finished),
     }  # fmt: skip
 
 

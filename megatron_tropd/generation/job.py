@@ -92,7 +92,7 @@ def prepare(flags: GenerationFlags) -> GenerationJob:
     except (OSError, ValueError) as error:
         raise ConfigError([str(error)]) from error
     name = model.source or flags.hf_checkpoint
-    maker = RowMaker(tokenizer=tokenizer, model=name, keep=flags.keep, grader=grader)
+    maker = RowMaker(encoder=_reader(encoder), model=name, keep=flags.keep, grader=grader)
     return GenerationJob(
         flags=flags, model=model, shape=shape, encoder=encoder, files=files, survey=found,
         stop_token_ids=stop_ids, params=params, maker=maker,
@@ -138,6 +138,16 @@ def _format(flags: GenerationFlags) -> PromptFormat:
         chat_template=flags.apply_chat_template, max_prompt_length=flags.max_prompt_length,
         max_response_length=flags.max_response_length, on_bad_row=flags.on_bad_row,
     )  # fmt: skip
+
+
+def _reader(encoder: Encoder) -> Encoder:
+    """Return what reads the rows that are written, whose columns have the names of docs/data.md."""
+    fmt = encoder.fmt
+    named = PromptFormat(
+        chat_template=fmt.chat_template, max_prompt_length=fmt.max_prompt_length,
+        max_response_length=fmt.max_response_length,
+    )  # fmt: skip
+    return dataclasses.replace(encoder, fmt=named)
 
 
 def _check_fit(flags: GenerationFlags, found: Survey, shape: ModelShape, stop_ids: tuple[int, ...]) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from megatron_tropd.data.encoding.encode import Encoder
+from megatron_tropd.data.reading.rows import BadRow, Row
 from megatron_tropd.generation.journal import Written
 from megatron_tropd.generation.prompts import SourcePrompt
 from megatron_tropd.grading.grader import Grader, Question
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Keep = Literal["all", "finished", "right"]
 
@@ -40,6 +39,8 @@ class ResponseRow:
     """Tokens as they were written, with the stop token."""
     num_tokens: int
     model: str
+    fault: str | None
+    """Why no run could read the row, such as text without a character; None: one can."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,7 @@ class Counts:
     finished: int = 0
     graded: int = 0
     right: int = 0
+    unreadable: int = 0
     kept: int = 0
 
     def __add__(self, other: Counts) -> Counts:
@@ -61,7 +63,8 @@ class Counts:
 class RowMaker:
     """Makes the rows of the output."""
 
-    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
+    """As a run with the same flags would read the rows."""
     model: str
     """What the rows say of who wrote them."""
     keep: Keep
@@ -74,7 +77,7 @@ class RowMaker:
         Raises:
             GradingError: one cannot be graded.
         """
-        rows = [self._row(prompt, written) for prompt, written in responses]
+        rows = self._with_faults([self._row(prompt, written) for prompt, written in responses])
         if self.grader is None:
             return rows
         graded = [index for index, row in enumerate(rows) if row.answer is not None]
@@ -86,16 +89,24 @@ class RowMaker:
         """Return the row of one response, not graded."""
         return ResponseRow(
             uid=f"{prompt.uid}/{written.sample}", prompt_uid=prompt.uid, sample=written.sample, prompt=prompt.prompt,
-            response=str(self.tokenizer.decode(list(written.token_ids), skip_special_tokens=True)),
+            response=str(self.encoder.tokenizer.decode(list(written.token_ids), skip_special_tokens=True)),
             answer=prompt.answer, grader=prompt.grader or None, domain=prompt.domain, tools=prompt.tools,
             finish=written.finish, right=None, response_ids=written.token_ids, num_tokens=len(written.token_ids),
-            model=self.model,
+            model=self.model, fault=None,
         )  # fmt: skip
 
+    def _with_faults(self, rows: Sequence[ResponseRow]) -> list[ResponseRow]:
+        """Return the rows with what a run would say of them."""
+        given = [Row(path="", line=0, value=asdict(row), keys=()) for row in rows]
+        return [
+            replace(row, fault=read.found) if isinstance(read, BadRow) else row
+            for row, read in zip(rows, self.encoder.encode(given), strict=True)
+        ]
+
     def keeps(self, row: ResponseRow) -> bool:
-        """Return whether the row goes into the data.  One without text never does: no run could read it."""
+        """Return whether the row goes into the data.  One that no run could read never does."""
         wanted = {"all": True, "finished": row.finish == "stop", "right": row.right is True}[self.keep]
-        return wanted and bool(row.response.strip())
+        return wanted and row.fault is None
 
     def counts(self, rows: Sequence[ResponseRow]) -> Counts:
         """Return the counts of rows."""
@@ -105,6 +116,7 @@ class RowMaker:
             finished=sum(row.finish == "stop" for row in rows),
             graded=sum(row.right is not None for row in rows),
             right=sum(row.right is True for row in rows),
+            unreadable=sum(row.fault is not None for row in rows),
             kept=sum(map(self.keeps, rows)),
         )
 

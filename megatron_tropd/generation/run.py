@@ -97,9 +97,11 @@ def _report(job: GenerationJob, store: ResponseStore) -> None:
         }  # fmt: skip
         path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     right = f", {counts.right:,} of {counts.graded:,} graded are right" if counts.graded else ""
+    unreadable = f", {counts.unreadable:,} could not be read by a run" if counts.unreadable else ""
     print(
         f"{counts.responses:,} responses to {job.survey.num_prompts:,} prompts, {counts.tokens:,} tokens; "
-        f"{counts.finished:,} finished{right}; {counts.kept:,} kept (--keep {job.flags.keep}) in {job.flags.save}/data",
+        f"{counts.finished:,} finished{right}{unreadable}; {counts.kept:,} kept (--keep {job.flags.keep}) in "
+        f"{job.flags.save}/data",
         flush=True,
     )
     if not counts.kept:
