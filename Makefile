@@ -9,6 +9,7 @@
 #   make test-megatron (the tests that touch Megatron-core, 5 minutes: for another version of it),
 #   make verify (prints measured errors), make lint, make format, make clean, and
 #   make sglang-env   the SGLang server's own environment, for machines without a GPU (docs/sglang.md)
+#   make experiment   the whole way of an experiment with tiny models: data, responses, TrOPD, benchmark, table
 #   make benchmark-env   evalscope's own environment (docs/benchmarks.md: 1 minute, 1.2 GB), and
 #   make test-benchmarks   the tests that need it, which make test leaves out where it was not made
 # Each makes its own environment in .venv first; SGLang has one of its own, because it pins other versions.
@@ -56,10 +57,14 @@ MEGATRON := platform attention kernels model_parity vocab_parallel vocab_paralle
 	training_layouts training_bf16 training_resume same_run convert_checkpoint expert_gradients sglang_loader \
 	train_command training_release training_sleep training_virtual_stages context_parallel megatron_flags dedicated
 
-.PHONY: quickstart test test-megatron test-benchmarks check sglang-env benchmark-env lint format verify clean
+.PHONY: quickstart experiment test test-megatron test-benchmarks check sglang-env benchmark-env lint format verify clean
 
 quickstart: $(VENV)/.runtime $(if $(filter sglang server,$(ENGINE) $(TEACHER)),$(SGLANG_VENV)/.ready)
 	$(BIN)/python tools/quickstart.py --engine $(ENGINE) --teacher $(TEACHER) --sglang-python $(SGLANG_VENV)/bin/python $(ARGS)
+
+experiment: $(VENV)/.runtime $(SGLANG_VENV)/.ready $(BENCHMARK_VENV)/.ready
+	$(BIN)/python tools/run_experiment.py --sglang-python $(SGLANG_VENV)/bin/python \
+		--evalscope-python $(BENCHMARK_VENV)/bin/python $(ARGS)
 
 test: $(VENV)/.test $(SGLANG_VENV)/.ready
 	$(BIN)/python -m pytest $(IN_WORKERS) $(ARGS)

@@ -23,7 +23,8 @@ from tests.dense import make_streams
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "examples").rglob("*.sh"))
-YAMLS = sorted((ROOT / "examples").rglob("*.yaml"))
+YAMLS = sorted(path for path in (ROOT / "examples").rglob("*.yaml") if path.name != "rows.yaml")
+"""Files for --config; rows.yaml of examples/paper is read by tools/paper (tests/test_paper_recipes.py)."""
 LAUNCHERS = {"one_node.sh": 8, "two_nodes.sh": 16}
 ARRAYS = ("MODEL", "PARALLEL", "DATA", "ROLLOUT", "OBJECTIVE", "OPTIMIZER", "CHECKPOINT")
 PLACES = {
@@ -107,6 +108,34 @@ def test_launch_scripts_fit_their_models_and_the_paper(name, tmp_path):
     assert (rollout.rollout_batch_size, rollout.n_samples_per_prompt, config.method.top_k) == (128, 4, 64)
     assert (config.guidance.mode, config.guidance.schedule, config.guidance.steps) == ("ratio", "half-cosine", 200)
     assert (config.guidance.beta, config.data.max_response_length) == (0.001, 8096)
+
+
+_FLAG = r"(?<![\w-])--[a-z][a-z0-9-]*"
+COMMANDS = {  # what a command line of examples/paper/README.md runs -> files that define its flags, besides the trainer's
+    "train.sh": ["examples/paper/common.sh"],
+    "row.sbatch": ["examples/paper/common.sh", "examples/paper/row.sbatch"],
+    "run_table.sh": ["tools/paper_table.py"],
+    "prepare_prompts.py": ["tools/prompt_preparation/flags.py"],
+    "generate": ["megatron_tropd/generation/flags.py"],
+    "collect_results.py": ["tools/collect_results.py"],
+    "plan_run.py": ["tools/plan_run.py"],
+}
+
+
+def test_commands_of_the_papers_readme_have_flags_that_exist():
+    text = (ROOT / "examples" / "paper" / "README.md").read_text()
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    lines = [re.sub(r'\s# .*|"[^"]*"', "", line).strip() for line in blocks.splitlines()]  # comments, words for others
+    seen = set()
+    for line in filter(None, lines):
+        name = next((name for name in COMMANDS if re.search(rf"\b{re.escape(name)}\b", line)), "")
+        assert name or line.startswith("export "), line
+        seen.add(name)
+        texts = [(ROOT / path).read_text() for path in COMMANDS.get(name, ()) if (ROOT / path).exists()]
+        known = {flag for text in texts for flag in re.findall(_FLAG, text)}
+        known |= {f"--{name}" for name in (ROOT / "tests" / "golden" / "flags.txt").read_text().split()}
+        assert not texts or set(re.findall(_FLAG, line)) <= known, line
+    assert seen == {"", *COMMANDS}
 
 
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "golden.json").read_text())

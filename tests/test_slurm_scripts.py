@@ -24,7 +24,8 @@ from tests.torchrun_jobs import command_of, wait_for, wait_for_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 SLURM = ROOT / "examples" / "slurm"
-SCRIPTS = sorted(SLURM.iterdir())
+PAPER = ROOT / "examples" / "paper"
+SCRIPTS = [*sorted(SLURM.iterdir()), PAPER / "row.sbatch", PAPER / "common.sh"]
 JOBS = [path for path in SCRIPTS if path.suffix == ".sbatch"]
 
 
@@ -77,7 +78,7 @@ class Job:
         spool = tmp_path / "spool"
         spool.mkdir(exist_ok=True)
         copy = spool / "slurm_script"
-        copy.write_bytes((SLURM / name).read_bytes())
+        copy.write_bytes((SLURM / name).read_bytes())  # a whole path stays as it is
         self._log = (tmp_path / "job.log").open("w+")
         self._process = subprocess.Popen(
             ["bash", str(copy), *argv], cwd=spool, env=environment, stdout=self._log, stderr=subprocess.STDOUT,
@@ -133,6 +134,47 @@ def test_a_job_trains(world, tmp_path, name, nodes, ranks_per_node):
     reports = sorted(path.name for path in (run_dir / "launch").glob("doctor-*"))
     assert reports == sorted(f"doctor-4711-0-{node}.txt" for node in nodes)
     assert not list((run_dir / "launch").glob("error-*"))
+
+
+@pytest.mark.slow
+def test_a_table_of_the_paper_goes_on_as_jobs_of_two_nodes(world, tmp_path):
+    """run_table.sh, train.sh and the trainer on two ranks, ended at the first checkpoint; then the same with row.sbatch."""
+    words = ["bash", str(PAPER / "run_table.sh"), "5", "--smoke", "--out", str(tmp_path), "--rows", "tropd_clip"]
+    flags = ["--", "--train-iters", "12"]
+    environment = _environment(tmp_path, ["localhost", "127.0.0.1"], GPUS_PER_NODE="1", SMALL_WORLD=str(world))
+    run_dir = tmp_path / "table5" / "skywork-math" / "tropd_clip" / "seed-1" / "run"
+    with subprocess.Popen([*words, *flags], env=environment, stdout=subprocess.DEVNULL) as job:
+        wait_for((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").exists, job, timeout=120)
+        job.terminate()
+        assert job.wait(timeout=60) == 1
+    assert 0 < len(_steps(run_dir)) < 12 and not (run_dir / "hf_export").exists()
+    done = subprocess.run(
+        [*words, "--launch", f"bash {PAPER / 'row.sbatch'}", *flags], env=environment, timeout=240, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "1 of 1 rows are done" in done.stdout, done.stdout[-4000:]
+    assert "step 1/12" not in done.stdout and _steps(run_dir) == list(range(1, 13))
+    assert (run_dir / "hf_export" / "model.safetensors").exists() and len(list(run_dir.glob("launch/doctor-*"))) == 2
+    text = (run_dir / "config.yaml").read_text()
+    assert "objective: tropd_clip" in text and "guidance-beta: 0.001" in text and "seed: 1\n" in text
+
+
+def test_a_row_on_several_nodes_has_servers_with_keys_on_each(tmp_path):
+    """An interpreter that only makes the recipe: what is left of the job are the words for srun."""
+    stub, log = tmp_path / "python", tmp_path / "srun.log"
+    stub.write_text(f'#!/bin/sh\ncase "$1" in *paper_recipe.py) exec {sys.executable} "$@" ;; esac\n')
+    stub.chmod(0o755)
+    more = {"PROMPTS": "p.jsonl", "PYTHON": str(stub), "SRUN_LOG": str(log), "GPUS_PER_NODE": "8"}
+    environment = _environment(tmp_path, ["a", "b"], **more)
+    words = ["--setting", "qwen3", "--row", "opd", "--out", str(tmp_path / "row"), "--seed", "3"]
+    with Job(PAPER / "row.sbatch", tmp_path, environment, *words) as job:
+        code, output = job.wait(60)
+    assert code == 1 and "KEY_FILE: set it to a YAML file" in output and not log.exists()
+    with Job(PAPER / "row.sbatch", tmp_path, {**environment, "KEY_FILE": "keys.yaml"}, *words) as job:
+        code, output = job.wait(60)
+    assert code == 0, output
+    _, train = log.read_text().splitlines()
+    assert train.endswith("train_node.sh --rollout-num-engines-per-node 8 --sglang-key-file keys.yaml --seed 3")
 
 
 @pytest.mark.slow

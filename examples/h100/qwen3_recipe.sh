@@ -1,4 +1,5 @@
-# Qwen3-1.7B learns from Qwen3-8B with the settings of the TrOPD paper (arXiv 2606.01249).
+# Qwen3-1.7B learns from Qwen3-8B by TrOPD, with the TrOPD paper's steps, batch, optimizer and method (arXiv 2606.01249).
+# This pair of models is not one of the paper's; those are in examples/paper.
 # Sourced by one_node.sh and two_nodes.sh, which add PARALLEL_ARGS and start torchrun.
 #
 # NOT RUN ON GPUS YET.  tests/test_examples.py checks every flag below with the parser and the layouts
