@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by train.sh and row.sbatch: reads their words and writes OUT/recipe.yaml, a file for --config.
 #
 #   --setting NAME   a file of settings/
@@ -24,11 +25,8 @@ while (($#)); do
                 echo "$1 needs a value; examples/paper/common.sh says what it takes" >&2
                 exit 2
             fi
-            case "$1" in
-                --setting) SETTING="$2" ;;
-                --row) ROW="$2" ;;
-                --out) OUT="$2" ;;
-            esac
+            name="${1#--}"
+            printf -v "${name^^}" "%s" "$2"
             shift 2
             ;;
         --smoke) SMOKE=1 && shift ;;

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -172,7 +173,7 @@ class TableRun:
 
 def call(words: Sequence[str], environment: dict[str, str]) -> int:
     """Run a command to its end and return its exit code; an interruption of this process ends it too, by SIGTERM."""
-    print(f"$ {' '.join(words)}", flush=True)
+    print(f"$ {shlex.join(words)}", flush=True)
     with subprocess.Popen(words, env=environment) as child:
         try:
             return child.wait()
