@@ -1,4 +1,4 @@
-"""The experiments of the paper, as ``examples/paper`` has them; commands: ``tools/paper_recipe.py``, ``paper_table.py``.
+"""The experiments of the paper, as ``examples/paper`` has them: for ``tools/paper_recipe.py`` and ``paper_table.py``.
 
     recipes.py     settings, rows and tables; a setting and a row as one file of flags
     resolved.py    all flags of a recipe, defaults included
