@@ -49,7 +49,7 @@ if [[ -n "${SMOKE}" ]]; then
         "${PYTHON}" "${REPO}/tools/make_small_world.py" --save "${SMALL_WORLD}"
     fi
     RECIPE_ARGS+=(--small-world "${SMALL_WORLD}")
-    export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 # models this small need no GPU
+    export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore # they need no GPU
 else
     RECIPE_ARGS+=(
         --prompt-data "${PROMPTS}" --student "${STUDENT:-}" --teacher "${TEACHER:-}"
