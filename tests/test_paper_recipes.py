@@ -20,6 +20,7 @@ from tools import plan_run
 from tools.model_sizes import config_of
 from tools.paper.recipes import PAPER, read_tables
 from tools.paper.resolved import configuration, methods_of, resolved_flags
+from tools.results.paper_tables import TABLES as PRINTED
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "paper"
 TABLES = read_tables()
@@ -175,10 +176,9 @@ def test_tables_have_as_many_rows_as_are_printed(table, groups):
 
 def test_rows_are_those_whose_results_are_printed():
     """Names and titles are understood by the tables of the results."""
-    printed = pytest.importorskip("tools.results.paper_tables").TABLES
     for place in TABLES.printed:
-        by_title = printed[place.table].group(place.setting.name).row(place.title)
-        assert by_title is not None and by_title is printed[place.table].group(place.setting.name).row(
+        by_title = PRINTED[place.table].group(place.setting.name).row(place.title)
+        assert by_title is not None and by_title is PRINTED[place.table].group(place.setting.name).row(
             place.row.name, place.title
         ), place
 
