@@ -139,8 +139,10 @@ def test_a_model_without_tokenizer_or_template_is_refused(data, tmp_path, capsys
     assert f"tokenizer: {model} holds no vocabulary" in capsys.readouterr().err
     assert command(tmp_path, "--hf-checkpoint", str(tmp_path)) == 2
     assert f"--hf-checkpoint {tmp_path} is no HF model directory" in capsys.readouterr().err
+    shutil.copytree(model, tmp_path / HF_EXPORT)
+    (tmp_path / HF_EXPORT / "config.json").unlink()  # an export that was ended early
     assert command(tmp_path, "--run-dir", str(tmp_path)) == 2
-    assert f"has no {HF_EXPORT}/" in capsys.readouterr().err
+    assert f"has no {HF_EXPORT}/config.json, the last file" in capsys.readouterr().err
     assert command(tmp_path, "--load", str(tmp_path / "none")) == 2
     assert "has no evalscope" in capsys.readouterr().err  # nothing is converted before the rest is right
 

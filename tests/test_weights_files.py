@@ -58,6 +58,20 @@ def test_written_files_are_byte_identical(sources, tmp_path, name):
         assert path.read_bytes() == (sources[name] / path.name).read_bytes(), path.name
 
 
+def test_a_copy_that_was_ended_early_has_no_config(sources, tmp_path):
+    """config.json comes last, so that who finds it finds an export that is whole."""
+    names = sorted(path.name for path in sources["one"].iterdir() if path.suffix == ".json")
+    blocked = tmp_path / names[-1]
+    assert blocked.name > "config.json"
+    blocked.mkdir()
+    with pytest.raises(IsADirectoryError):
+        copy_sidecars(sources["one"], tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    blocked.rmdir()
+    assert sorted(copy_sidecars(sources["one"], tmp_path)) == sorted(path.name for path in tmp_path.iterdir())
+    assert (tmp_path / "config.json").read_bytes() == (sources["one"] / "config.json").read_bytes()
+
+
 def test_metadata_and_order_of_any_writer_survive(damaged, tmp_path):
     """A legal file that the safetensors library would not write: other order, metadata, no padding."""
     directory = damaged("tied")

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.hub import MODEL_FILES, resolve
 from megatron_tropd.parallel import platform
-from megatron_tropd.reporting.run_directory import HF_EXPORT
+from megatron_tropd.reporting.run_directory import HF_EXPORT, is_exported
 from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
 
 _CONVERTED = ".converted-from"
@@ -49,9 +49,10 @@ def from_hf(name: str, flag: str) -> EvaluatedModel:
 def from_run(run_dir: Path) -> EvaluatedModel:
     """Return the model that a training run exported at its end; errors as :func:`from_hf`."""
     path = run_dir / HF_EXPORT
-    if not path.is_dir():
+    if not is_exported(run_dir):
         raise FileNotFoundError(
-            f"--run-dir {run_dir} has no {HF_EXPORT}/, which a run writes at its end; give --load with its checkpoints"
+            f"--run-dir {run_dir} has no {HF_EXPORT}/config.json, the last file that a run writes at its end; train it "
+            "to its end, or give --load with its checkpoints"
         )
     model = from_hf(str(path), "--run-dir")
     return EvaluatedModel(path=model.path, name=run_dir.absolute().name, identity=model.identity)

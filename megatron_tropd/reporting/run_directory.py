@@ -37,6 +37,11 @@ RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 """Environment variables that torchrun and Slurm set above 0 in a job that they started again."""
 
 
+def is_exported(run_dir: Path) -> bool:
+    """Whether a run has written all of its export: ``config.json`` is the last file of one."""
+    return (run_dir / HF_EXPORT / "config.json").is_file()
+
+
 class RunDirectory:
     """The files of a run whose lock this process holds; a context manager that releases the lock.
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.models.hf_config import CONFIG_FILE
 from megatron_tropd.parallel.fail_together import on_all_ranks
 from megatron_tropd.reporting.report.write import write_report
 from megatron_tropd.reporting.run_directory import HF_EXPORT
@@ -43,6 +44,7 @@ def write_results(run: Run, arch: Architecture, hf_dir: Path) -> None:
 def _write(run: Run, arch: Architecture, hf_dir: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
     run_dir = Path(run.config.logging.run_dir)
     manifest = _file_layout(hf_dir) or HfManifest.default(arch, params_dtype(run.config))
+    (run_dir / HF_EXPORT / CONFIG_FILE).unlink(missing_ok=True)  # of an earlier export: not whole until it is back
     write_hf_files(run_dir / HF_EXPORT, manifest, arch, tensors, verify=False)
     copy_sidecars(hf_dir, run_dir / HF_EXPORT, skip=[MANIFEST_FILE])
     report = write_report(run_dir)

@@ -13,8 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_tropd.atomic_files import replacing
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.models.hf_config import load_architecture
+from megatron_tropd.models.hf_config import CONFIG_FILE, load_architecture
 from megatron_tropd.weights.coordinates.hf_shapes import EMBED_TOKENS, LM_HEAD, hf_shapes
 from megatron_tropd.weights.files.byte_ranges import FileRanges, sha256_of_range
 from megatron_tropd.weights.files.other_tensors import IGNORE_FLAG, extra_tensors, listed, rotary_buffers
@@ -228,11 +229,18 @@ def is_sidecar(path: Path) -> bool:
 
 
 def copy_sidecars(source: str | Path, target: str | Path, *, skip: Iterable[str] = ()) -> list[str]:
-    """Copy all files without weights (config, tokenizer, chat template, licence) byte for byte; return their names."""
+    """Copy all files without weights (config, tokenizer, chat template, licence) byte for byte; return their names.
+
+    ``config.json`` comes last and whole: a directory that has it has all the others.
+    """
     target = Path(target)
     target.mkdir(parents=True, exist_ok=True)
     skipped = set(skip)
     names = sorted(p.name for p in Path(source).iterdir() if is_sidecar(p) and p.name not in skipped)
     for name in names:
-        shutil.copyfile(Path(source) / name, target / name)
+        if name != CONFIG_FILE:
+            shutil.copyfile(Path(source) / name, target / name)
+    if CONFIG_FILE in names:
+        with replacing(target / CONFIG_FILE) as temporary:
+            shutil.copyfile(Path(source) / CONFIG_FILE, temporary)
     return names
