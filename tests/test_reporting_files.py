@@ -104,6 +104,25 @@ def test_resume_drops_later_steps_and_a_cut_line(tmp_path):
     assert not list(tmp_path.glob(".*tmp"))
 
 
+DAMAGED = [
+    "[1]", "[" * 100_000, '{"kind": "step"}', '{"kind": "step", "step": "x"}', '{"kind": [], "step": 1}',
+    '{"kind": "eval", "step": 1, "decoding": {}}', '{"kind": "step", "step": 1, "nonfinite": [0]}',
+    '{"kind": "step", "step": 1, "nonfinite": {"loss": null}}', '{"kind": "step", "st',
+]  # fmt: skip
+
+
+def test_damaged_lines_are_left_out_and_told(tmp_path):
+    whole = ['{"kind": "step", "step": 1}', '{"kind": "step", "step": 2}', '{"kind": "step", "step": 1, "loss": 2.0}']
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([*whole, *DAMAGED]))
+    records, damaged = lines.scan_records(path)
+    assert records == lines.read_records(path) == [json.loads(line) for line in whole[1:]], "the last of a step counts"
+    assert damaged == list(range(4, 4 + len(DAMAGED)))
+    assert lines.scan_records(path, lambda record: "loss" in record)[1] == [1, 2, *damaged]
+    assert lines.drop_after(path, 1) == len(DAMAGED) + 1 and path.read_text().splitlines() == whole[::2]
+    assert lines.scan_records(tmp_path / "none") == ([], [])
+
+
 def test_whole_last_line_without_newline_is_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "step", "step": 1}\n{"kind": "step", "step": 2}')

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,20 +72,44 @@ def _without_nonfinite(value: Any, path: str, notes: dict[str, str]) -> Any:
 def read_records(path: Path) -> list[Record]:
     """All complete records of a metrics file, in order, each step and evaluation once (the last one counts).
 
-    A line that does not parse was cut off by a crash and is left out.
+    A line that holds none was cut off by a crash and is left out.
+    """
+    return scan_records(path)[0]
+
+
+def scan_records(path: Path, is_whole: Callable[[Record], bool] = bool) -> tuple[list[Record], list[int]]:
+    """Read a metrics file, and tell what of it is damaged.
+
+    Args:
+        path: the file; without it there are no records.
+        is_whole: whether a record has what the caller needs of it; by default, kind and step are enough.
+
+    Returns:
+        Records as :func:`read_records` orders them, and the numbers, from 1, of the lines that were left out.
     """
     if not path.exists():
-        return []
+        return [], []
     unique: dict[tuple[Any, ...], Record] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = decode(line)
-        except ValueError:
+    damaged = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        record = _record(line)
+        if record is None or not is_whole(record):
+            damaged.append(number)
             continue
-        key = (record.get("kind"), record.get("step"), record.get("decoding"))
+        key = (record["kind"], record["step"], record.get("decoding"))
         unique.pop(key, None)
         unique[key] = record
-    return list(unique.values())
+    return list(unique.values()), damaged
+
+
+def _record(line: str) -> Record | None:
+    """What a line records; None where it is cut off, or does not say of which kind and step it is."""
+    try:
+        record = decode(line)
+    except (ValueError, AttributeError, TypeError, RecursionError):  # also of a damaged ``nonfinite``
+        return None
+    texts = (record.get("kind"), record.get("decoding", ""))
+    return record if isinstance(record.get("step"), int) and all(isinstance(text, str) for text in texts) else None
 
 
 def drop_after(path: Path, step: int | None) -> int:
@@ -103,11 +127,8 @@ def drop_after(path: Path, step: int | None) -> int:
 
 
 def _keeps(line: str, step: int | None) -> bool:
-    try:
-        record = decode(line)
-    except ValueError:
-        return False
-    return step is None or int(record.get("step", 0)) <= step
+    record = _record(line)
+    return record is not None and (step is None or record["step"] <= step)
 
 
 def write_atomic(path: Path, text: str) -> None:

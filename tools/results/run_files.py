@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megatron_tropd.reporting.records import Record, decode, eval_scalars, of_kind, step_scalars
+from megatron_tropd.reporting.records import Record, eval_scalars, of_kind, scan_records, step_scalars
 from megatron_tropd.reporting.report.plots import standard_error
 
 METRICS, CONFIG, ENVIRONMENT = "metrics.jsonl", "config.yaml", "env.json"
@@ -80,38 +80,17 @@ def read_run(path: Path) -> Run:
 
 
 def _records(path: Path, problems: list[str]) -> list[Record]:
-    """Each step and evaluation once, the last one counting, as ``reporting/records.py`` reads them."""
-    unique: dict[tuple[Any, ...], Record] = {}
-    damaged = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        record = _record(line)
-        if record is None:
-            damaged.append(number)
-        else:
-            key = (record["kind"], record["step"], record.get("decoding"))
-            unique[key] = record
+    records, damaged = scan_records(path, _is_whole)
     if damaged:
         shown = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
         what = "line" if len(damaged) == 1 else "lines"
         problems.append(f"{path}: {len(damaged)} damaged {what} left out ({shown})")
-    return list(unique.values())
-
-
-def _record(line: str) -> Record | None:
-    """What a line records; None where it is cut off or lacks something."""
-    try:
-        record = decode(line)
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        return None
-    return record if _is_whole(record) else None
+    return records
 
 
 def _is_whole(record: Record) -> bool:
     """Whether a record has what tables and curves are made of."""
     try:
-        if not isinstance(record["step"], int):
-            return False
         if record["kind"] == "step":
             return bool(step_scalars(record)) and isinstance(record["verdict"], str)
         if record["kind"] == "eval":
