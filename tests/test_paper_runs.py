@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tropd.benchmark import main as benchmark
 from megatron_tropd.benchmarks.flags import parser as benchmark_parser
+from megatron_tropd.benchmarks.results import read_results, write_scores, write_summary
 from megatron_tropd.cli import parse
+from tests.benchmark_data import write_all
+from tests.hf_models import save_hf_checkpoint
+from tests.test_benchmark_tables import result
 from tools import paper_table
-from tools.paper.recipes import read_tables
+from tools.paper.recipes import as_yaml, read_tables, recipe
 from tools.paper.table_run import Options, TableRun
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,30 +104,84 @@ def test_a_row_of_two_tables_is_trained_once(table, tmp_path):
 def test_a_run_of_other_flags_is_not_taken_for_the_row(table, tmp_path, capsys):
     assert table("6", "--rows", "opd")[0] == 0
     run = tmp_path / "out" / "table6" / "skywork-math" / "opd" / "seed-1" / "run"
-    (run / "config.yaml").write_text("objective: opd\nlr: 1e-4\ntrain-iters: 2\ntop-k: 8\nrollout-batch-size: 4\n"
-                                     "n-samples-per-prompt: 2\nseed: 99\n")  # fmt: skip
-    code, launched = table("6", "--rows", "opd")
-    assert (code, launched) == (1, []) and "(--lr 0.0001, now 5e-06): move it" in capsys.readouterr().out
+    made = recipe(read_tables(), "skywork-math", "opd", tmp_path, {"seed": "99", "max-tokens-per-microbatch": "600"})
+    (run / "config.yaml").write_text(as_yaml(made))
+    assert table("6", "--rows", "opd") == (0, []), "another seed, and what fits a run into memory"
+    for flag, was, other in (
+        ("lr", "5e-06", "0.0001"), ("max-response-length", "40", "2048"), ("on-long-response", "cut", "skip"),
+        ("hf-checkpoint", tmp_path / "student", "other/model"), ("prompt-data", [f"{tmp_path}/train.jsonl"], "p.jsonl"),
+        ("teacher-hf-checkpoint", tmp_path / "teacher", "other/model"), ("apply-chat-template", "False", "True"),
+    ):  # fmt: skip
+        code, launched = table("6", "--rows", "opd", "--", f"--{flag}", *([] if other == "True" else [other]))
+        now = [other] if flag == "prompt-data" else other
+        assert (code, launched) == (1, []), flag
+        assert f"(--{flag} {was}, now {now}): move it" in capsys.readouterr().out
+    (run / "config.yaml").write_text(
+        as_yaml(made | recipe(read_tables(), "skywork-math", "opd", tmp_path, {"lr": "1e-4"}))
+    )
     assert table("6", "--rows", "opd", "--", "--lr", "1e-4") == (0, []), "flags behind -- are the row's too"
 
 
+def test_models_and_prompts_of_the_environment_are_the_rows(table, tmp_path, monkeypatch, capsys):
+    """PROMPTS, STUDENT and TEACHER, as train.sh takes them; a directory may have two names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts").mkdir()
+    given = {"PROMPTS": "prompts", "STUDENT": "own/student", "TEACHER": "own/teacher"}
+    words = {"how": ("--no-benchmark",), **given}
+    assert table("6", "--rows", "opd", "--", "--train-iters", "2", **words)[0] == 0
+    run = tmp_path / "out" / "table6" / "skywork-math" / "opd" / "seed-1" / "run"
+    more = {"prompt-data": str(tmp_path / "prompts"), "hf-checkpoint": "own/student", "train-iters": "2"}
+    made = recipe(read_tables(), "skywork-math", "opd", None, more | {"teacher-hf-checkpoint": "own/teacher"})
+    (run / "config.yaml").write_text(as_yaml(made))
+    again = ["6", "--rows", "opd", "--", "--train-iters", "2"]
+    assert table(*again, **words) == (0, [])
+    assert table(*again, **words | {"PROMPTS": ""}) == (0, []), "not needed for a run that is there"
+    capsys.readouterr()
+    assert table(*again, **words | {"STUDENT": "", "PROMPTS": "others"}) == (1, [])
+    printed = capsys.readouterr().out
+    assert "--hf-checkpoint own/student, now deepseek-ai/" in printed and "now ['others']" in printed
+
+
+def test_a_damaged_row_does_not_end_the_table(table, tmp_path, capsys):
+    assert table("6", "--rows", "opd", "aopd", "tropd")[0] == 0
+    setting = tmp_path / "out" / "table6" / "skywork-math"
+    with (setting / "opd" / "seed-1" / "run" / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"kind": "step"}\n{"kind": "step", "st')
+    (setting / "aopd" / "seed-1" / "run" / "config.yaml").write_bytes(b"lr: [\xff")
+    (setting / "tropd" / "seed-1" / "run" / "hf_export" / "config.json").unlink()  # the export was ended early
+    assert table("6", "--rows", "opd", "aopd", "tropd") == (1, ["tropd seed-1"])
+    printed = capsys.readouterr().out
+    assert "2 of 3 rows are done" in printed and "opd seed 1: was trained" in printed
+    assert "aopd seed 1: " in printed and "config.yaml" in printed
+
+
 @pytest.mark.slow
-def test_a_row_is_done_when_it_is_evaluated(table, tmp_path, capfd):
-    """The benchmark command itself, which finds no data."""
-    how = ("--benchmark-data", str(tmp_path / "missing"))
-    words = ["4", "--rows", "student", "opd", "--", "--train-iters", "2"]
-    setting = tmp_path / "out" / "table4" / "qwen3"
-    whole = json.dumps({name: {} for name in read_tables().settings["qwen3"].benchmarks})
-    for row, summary in (("student", whole), ("opd", '{"aime24": {}}')):
-        output = setting / row / "seed-1" / "benchmark"
-        output.mkdir(parents=True)
-        (output / "summary.json").write_text(summary)
-    assert table(*words, how=how) == (1, ["opd seed-1"])
+def test_scores_of_another_model_are_not_a_rows(table, tmp_path, capfd):
+    """The benchmark command itself; no server can start, so what is complete is seen to need none."""
+    models = [save_hf_checkpoint(tmp_path / f"model-{seed}", "qwen3", seed=seed) for seed in (0, 1)]
+    for model in models:
+        (model / "chat_template.jinja").write_text("{{ messages }}")
+    flags = f"--evalscope-python {shutil.which('true')} --sglang-python {shutil.which('false')} --num-servers 1"
+    data = str(write_all(tmp_path / "data"))
+    how = ("--benchmark-data", data, "--benchmark-flags", flags)
+
+    output = tmp_path / "out" / "table1" / "skywork-math" / "student" / "seed-1" / "benchmark"
+    benchmarks = read_tables().settings["skywork-math"].benchmarks
+    words = ["--hf-checkpoint", str(models[0]), "--benchmarks", *benchmarks, "--output", str(output)]
+    assert benchmark([*words, "--data-dir", data, *flags.split()]) == 1
+    for name in benchmarks:
+        write_scores(output, result(name, [1.0, 0.5], 2))
+    write_summary(output, list(read_results(output).values()))
+    capfd.readouterr()
+
+    row = ["5", "--rows", "student"]
+    assert table(*row, how=how, STUDENT=str(models[1])) == (1, [])
     printed = capfd.readouterr()
-    assert "[ok] table4 qwen3 student seed 1: was evaluated" in printed.out
-    assert "opd seed 1: the benchmarks ended with exit code 2" in printed.out and "Traceback" not in printed.err
-    (setting / "opd" / "seed-1" / "benchmark" / "summary.json").write_text(whole)
-    assert table(*words, how=how) == (0, [])
+    assert "was made with another model (weights" in printed.err and "Traceback" not in printed.err
+    assert "the benchmarks ended with exit code 2" in printed.out
+    assert (tmp_path / "out" / "table5" / "skywork-math" / "student" / "seed-1").is_symlink()
+    assert table(*row, how=how, STUDENT=str(models[0])) == (0, []), capfd.readouterr().err
+    assert "starting" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ HEAD = "# All flags of a setting's first row; `rows`: what others have instead. 
 
 
 def configuration(
-    tables: Tables, setting: str, row: str = "", small_world: Path | None = None, *flags: str
-) -> TrainConfig:
-    """Return the configuration of a recipe, with more ``flags`` of the trainer behind it.
+    tables: Tables, setting: str, row: str = "", small_world: Path | None = None, *flags: str,
+    more: Mapping[str, str] | None = None,
+) -> TrainConfig:  # fmt: skip
+    """Return the configuration of a recipe with ``more`` (:func:`recipe`), and the trainer's ``flags`` behind it.
 
     Raises:
         RecipeError: there is no such setting or row.
@@ -27,7 +28,7 @@ def configuration(
     """
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "recipe.yaml")
-        file.write_text(as_yaml(recipe(tables, setting, row, small_world)), encoding="utf-8")
+        file.write_text(as_yaml(recipe(tables, setting, row, small_world, more)), encoding="utf-8")
         return parse(["--config", str(file), *flags])
 
 

@@ -25,13 +25,22 @@ from megatron_tropd.cli import parse
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.json_files import read_json_object
 from megatron_tropd.reporting.records import of_kind, read_records
+from megatron_tropd.reporting.run_directory import is_exported
 from tools.paper.recipes import ROOT, Place, Row, Tables, recipe
 from tools.paper.resolved import configuration, methods_of
 
 _METHOD_SECTIONS = ("objective", "method", "rollout", "training", "reward")
-"""Sections of a configuration that decide what a row means; others say where things are."""
+"""Sections of a configuration that decide what a row means."""
+_MODELS_AND_DATA = {
+    "model": ("hf_checkpoint", "pretrained_checkpoint"),
+    "teacher": ("teacher_hf_checkpoint", "teacher_load"),
+    "data": ("prompt_data", "max_prompt_length", "max_response_length", "apply_chat_template", "on_long_response"),
+}
+"""Settings of other sections that do; the rest says where and how the work is done."""
 _OF_THE_MACHINE = ("max_tokens_per_microbatch", "logits_chunk_tokens", "head_mode", "rollout_max_batch_size")
 """Settings in these sections that fit a run into memory."""
+VARIABLES = {"PROMPTS": "prompt-data", "STUDENT": "hf-checkpoint", "TEACHER": "teacher-hf-checkpoint"}
+"""Environment variables of examples/paper/common.sh that decide what a row means -> their flags."""
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
@@ -92,9 +101,12 @@ class TableRun:
         Raises:
             ConfigError: the trainer would refuse its flags.
         """
+        options = self.options
+        given = {} if options.small_world else os.environ  # as in common.sh
         return configuration(
-            self.tables, place.setting.name, place.row.name, self.options.small_world, *self.options.trainer_flags
-        )
+            self.tables, place.setting.name, place.row.name, options.small_world, *options.trainer_flags,
+            more={flag: given[name] for name, flag in VARIABLES.items() if given.get(name)},
+        )  # fmt: skip
 
     def _make(self, place: Place, seed: int, wanted: TrainConfig | None) -> str:
         row_dir = self.options.out / place.table / place.setting.name / place.row.name
@@ -106,8 +118,9 @@ class TableRun:
             directory.unlink()
         if not directory.exists() and (twin := self._twin(place, seed, wanted)) is not None:
             directory.symlink_to(os.path.relpath(twin, row_dir), target_is_directory=True)
-            return f"the same as {twin}"
-        found = [] if wanted is None else [self._train(place, seed, directory, wanted)]
+            found = [f"the same as {twin}"]
+        else:
+            found = [] if wanted is None else [self._train(place, seed, directory, wanted)]
         if self.options.benchmark is not None:
             found.append(self._evaluate(place, directory))
         return ", ".join(found)
@@ -140,8 +153,7 @@ class TableRun:
         return "trained"
 
     def _evaluate(self, place: Place, directory: Path) -> str:
-        if _is_evaluated(directory / "benchmark", place.setting.benchmarks):
-            return "was evaluated"
+        # Also where all scores are there: whether they are of this model and these settings, only the command knows.
         code = call(self.benchmark_words(place, directory), self._environment())
         if code:
             raise RowFailure(f"the benchmarks ended with exit code {code}")
@@ -195,28 +207,47 @@ def _write_row(path: Path, place: Place) -> None:
 
 
 def _is_whole(run_dir: Path, wanted: TrainConfig) -> bool:
-    """Whether all steps were made and the student was exported; config.json is the last file of an export."""
+    """Whether all steps were made and the student was exported."""
     steps = of_kind(read_records(run_dir / "metrics.jsonl"), "step")
-    exported = (run_dir / "hf_export" / "config.json").is_file()
-    return exported and bool(steps) and steps[-1]["step"] == wanted.training.train_iters
+    return is_exported(run_dir) and bool(steps) and steps[-1]["step"] == wanted.training.train_iters
 
 
 def _is_evaluated(output: Path, benchmarks: Sequence[str]) -> bool:
+    """Whether all scores are there, of whatever model."""
     summary = output / "summary.json"
     return summary.is_file() and set(benchmarks) <= set(read_json_object(summary))
 
 
 def _differences(run_dir: Path, wanted: TrainConfig) -> list[str]:
-    """Flags of the method and the optimizer that a run was made with and that are not those wanted; [] for no run."""
+    """Flags of method, optimizer, models and data that a run was made with and that are not those wanted.
+
+    [] for no run.  Prompts that are not said, because they are not needed to evaluate, are not compared.
+    """
     file = run_dir / "config.yaml"
     if not file.is_file():
         return []
     made = parse(["--config", str(file)])
     return [
-        f"--{field.name.replace('_', '-')} {was}, now {now}"
-        for section in _METHOD_SECTIONS
-        for field in fields(getattr(wanted, section))
-        if field.name not in (*_OF_THE_MACHINE, "seed")  # the directory's name has the seed
-        and (was := getattr(getattr(made, section), field.name))
-        != (now := getattr(getattr(wanted, section), field.name))
+        f"--{name.replace('_', '-')} {was}, now {now}"
+        for section, name in _settings_of_a_row()
+        if _place(was := getattr(getattr(made, section), name))
+        != _place(now := getattr(getattr(wanted, section), name))
+        and (name, now) != ("prompt_data", [])
     ]
+
+
+def _settings_of_a_row() -> Iterator[tuple[str, str]]:
+    """Section and name of each setting that must be the same."""
+    for section in _METHOD_SECTIONS:
+        for field in fields(getattr(TrainConfig(), section)):
+            if field.name not in (*_OF_THE_MACHINE, "seed"):  # the directory's name has the seed
+                yield section, field.name
+    for section, names in _MODELS_AND_DATA.items():
+        yield from ((section, name) for name in names)
+
+
+def _place(value: object) -> object:
+    """A setting's value such that two names of one file or directory are the same."""
+    if isinstance(value, list):
+        return [_place(one) for one in value]
+    return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
