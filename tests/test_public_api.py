@@ -112,6 +112,9 @@ def test_commands_are_functions_that_exist():
         "tropd-generate",
         "tropd-score",
     }
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    listed = readme[readme.index("makes the console commands") :].split(":")[0]
+    assert all(f"`{name}`" in listed for name in scripts)
     for target in scripts.values():
         module, function = target.split(":")
         assert f"def {function}(" in (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
