@@ -85,7 +85,7 @@ class BalancedFleet(ServerFleet[A]):
             await self.router.wait_until_up()
 
     async def until_any_is_up(self) -> None:
-        """Wait until a server is up and the router, where there is one, answers; :meth:`ask` finds those that come later.
+        """Wait until a server is up and the router, if any, answers; :meth:`ask` finds the servers that come later.
 
         Raises:
             EngineError: all are given up, or the router does not answer.
