@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import GenerationConfig, Qwen3ForCausalLM
 
-from .arithmetic import MAX_RESPONSE_LEN, Problem, draw_problems, write_lesson
+from .arithmetic import MAX_RESPONSE_LEN, Lesson, Problem, add_fillers, draw_problems, write_lesson
 from .language import ANSWER_PATTERN, EOS_ID, PAD_ID, decode, make_tokenizer
 from .pretraining import STUDENT, TEACHER, Recipe, Training, make_book, make_model, train
 from .sampling import DECODINGS, TEMPERATURE_1, TOP_P, accuracy, prompt_batch, write_responses
@@ -92,7 +92,7 @@ def make_network(spec: WorldSpec, recipe: Recipe) -> dict[str, Any]:
     problems = split_problems(spec)
     rng = Random(f"{spec.seed} {recipe.name} lessons")
     lesson_problems = draw_problems(rng, recipe.num_lessons, {*problems.held_out, *problems.train, *problems.stopping})
-    book = make_book(lesson_problems, [write_lesson(rng, problem) for problem in lesson_problems])
+    book = make_book(lesson_problems, write_lessons(spec.seed, recipe, rng, lesson_problems))
     model = make_model(recipe.hidden_size, seed=Random(f"{spec.seed} {recipe.name} weights").getrandbits(32))
     once = replace(TOP_P, num_samples=1)
     training = train(
@@ -106,6 +106,19 @@ def make_network(spec: WorldSpec, recipe: Recipe) -> dict[str, Any]:
     save_checkpoint(model, spec.save / recipe.name)
     reached = {decoding.name: accuracy(model, problems.held_out, decoding, spec.seed) for decoding in DECODINGS}
     return _describe_network(model, recipe, training, reached)
+
+
+def write_lessons(seed: int, recipe: Recipe, rng: Random, problems: Sequence[Problem]) -> list[Lesson]:
+    """One lesson per problem in the style of the recipe.
+
+    Fillers have random numbers of their own: two styles that differ in fillers alone give lessons that differ in
+    fillers alone.
+    """
+    lessons = [write_lesson(rng, problem, recipe.style) for problem in problems]
+    if not recipe.style.p_filler:
+        return lessons
+    fillers = Random(f"{seed} {recipe.name} fillers")
+    return [add_fillers(fillers, lesson, recipe.style) for lesson in lessons]
 
 
 def save_checkpoint(model: Qwen3ForCausalLM, directory: Path) -> None:
