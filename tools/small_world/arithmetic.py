@@ -27,7 +27,7 @@ from .language import (
 NUM_STEPS = 4
 PROMPT_LEN = 2 + 3 * NUM_STEPS
 MAX_RESPONSE_LEN = 10 * NUM_STEPS
-"""A full response with its stop token has 7 * NUM_STEPS + 4 tokens, and a filler after every step makes NUM_STEPS more."""
+"""A full response with its stop token has 7 * NUM_STEPS + 4 tokens; a filler after every step makes NUM_STEPS more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ class Lesson:
 
     token_ids: tuple[int, ...]
     taught: tuple[bool, ...]
-    """False on what is context for the tokens after it, but not a target: a wrong result, unless the style says else."""
+    """False on what is context for the tokens after it, but no target: a wrong result, unless the style says else."""
 
 
 def apply(value: int, sign: str, operand: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tools.study import results, worlds
 from tools.study.jobs import Job, Outcome, run_jobs
-from tools.study.plan import Cell, training_flags
+from tools.study.plan import Cell, CellFiles, training_flags
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +43,8 @@ class StudyError(Exception):
     """The study cannot go on; the message says what is missing and where to look."""
 
 
-def train(words: Sequence[str], run_dir: Path) -> float:
-    """Be the training command, in a process of its own, and return its CPU seconds.
+def run_cell(cell: Cell, files: CellFiles, run_dir: Path) -> results.Result:
+    """Be the training command, in a process of its own, and return the result.
 
     What an earlier command left unfinished in ``run_dir`` is removed: a run is made whole or not at all.
 
@@ -55,9 +55,9 @@ def train(words: Sequence[str], run_dir: Path) -> float:
 
     shutil.rmtree(run_dir, ignore_errors=True)
     started = time.process_time()
-    if code := main(list(words)):
+    if code := main(training_flags(cell, files, run_dir)):
         raise StudyError(f"python -m megatron_tropd.train ended with exit code {code}")
-    return time.process_time() - started
+    return results.result_of_run(cell, worlds.settings_of(cell), run_dir, time.process_time() - started)
 
 
 @dataclass(kw_only=True)
@@ -132,13 +132,11 @@ def run_cells(
         if outcome.failed:
             progress.fail(outcome, cell.steps)
             return
-        result = results.result_of_run(cell, place.run_dir(cell), outcome.value)
+        result: results.Result = outcome.value
         results.append(place.results, result)
         if not keep_runs:
             shutil.rmtree(place.run_dir(cell))
-        scores = ", ".join(
-            f"{name} {result.before[name]:.1%} > {result.after[name]:.1%}" for name in results.DECODINGS
-        )
+        scores = ", ".join(f"{name} {result.before[name]:.1%} > {result.after[name]:.1%}" for name in results.DECODINGS)
         progress.ended(outcome, cell.steps, f"{scores};")
 
     run_jobs([_job(cell, place) for cell in cells], workers, ended)
@@ -147,9 +145,13 @@ def run_cells(
 
 
 def _job(cell: Cell, place: Place) -> Job:
-    run_dir = place.run_dir(cell)
-    words = training_flags(cell, worlds.files_of(cell, place.networks), run_dir)
-    return Job(name=cell.name, function=train, arguments=(words, run_dir), log=place.logs / f"{cell.name}.log")
+    files = worlds.files_of(cell, place.networks)
+    return Job(
+        name=cell.name,
+        function=run_cell,
+        arguments=(cell, files, place.run_dir(cell)),
+        log=place.logs / f"{cell.name}.log",
+    )
 
 
 def run_study(
@@ -165,7 +167,8 @@ def run_study(
     place.root.mkdir(parents=True, exist_ok=True)
     if results.repair(place.results):
         say(f"{place.results}: removed an incomplete last line")
-    done = results.finished(results.read(place.results), place.results) if place.results.is_file() else set()
+    found = results.read(place.results) if place.results.is_file() else []
+    done = results.finished(found, worlds.settings_of, place.results)
     missing = [cell for cell in cells if cell not in done]
     say(f"{len(cells) - len(missing)} of {len(cells)} runs are in {place.results}")
     make_networks(missing, place, workers, say)

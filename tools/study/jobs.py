@@ -25,6 +25,8 @@ ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
 }
 """Of all processes of the study; it must be set before the first of them is started."""
+PRELOADED = ["tools.study.warm"]
+"""What the server imports."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, ended: Callable[[Outcome], None]
     If ``ended`` raises, or on Ctrl-C, no further job is started, and those that run are left to end.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tools.study.warm"])
+    context.set_forkserver_preload(PRELOADED)
     waiting = list(reversed(jobs))
     running: dict[Connection, _Running] = {}
     try:

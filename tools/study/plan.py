@@ -6,8 +6,6 @@ for those of the method itself: nothing was tuned for one of them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +71,6 @@ class Cell:
             if SHARED_FLAGS[name] != value:
                 flags[name] = value
         return flags
-
-    @property
-    def settings(self) -> str:
-        """Digest of all flags but paths: a result with another one is of other settings."""
-        flags = {**SHARED_FLAGS, **self.own_flags, "seed": str(self.seed)}
-        return hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

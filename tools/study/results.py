@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Result:
     flags: Mapping[str, str]
     """Those that differ from the flags that all cells share (``plan.SHARED_FLAGS``)."""
     settings: str
-    """``Cell.settings``."""
+    """``worlds.settings_of`` the cell."""
     before: Mapping[str, float]
     """Decoding -> accuracy of the student before the run, 0 to 1."""
     after: Mapping[str, float]
@@ -43,7 +43,7 @@ class Result:
     grad_norm: Sequence[float]
     """Before clipping; the mean of every ``BLOCK`` steps."""
     trusted: Sequence[float]
-    """Share of trusted on-policy tokens by the paper's gate or the method's: mean of the first and of the last block."""
+    """Share of trusted on-policy tokens, by the method's gate or the paper's: mean of the first and the last block."""
     cpu_seconds: float
     commit: str
     versions: Mapping[str, str]
@@ -54,8 +54,8 @@ class Result:
         return Cell(world=self.world, method=self.method, lr=self.lr, steps=self.steps, seed=self.seed)
 
 
-def result_of_run(cell: Cell, run_dir: Path, cpu_seconds: float) -> Result:
-    """Read the result of a finished run from its run directory.
+def result_of_run(cell: Cell, settings: str, run_dir: Path, cpu_seconds: float) -> Result:
+    """Read the result of a finished run from its run directory; ``settings`` is the digest of the cell's.
 
     Raises:
         ResultsError: the run directory does not hold all of a finished run.
@@ -73,7 +73,7 @@ def result_of_run(cell: Cell, run_dir: Path, cpu_seconds: float) -> Result:
     return Result(
         **asdict(cell),
         flags=cell.own_flags,
-        settings=cell.settings,
+        settings=settings,
         before=accuracy[0],
         after=accuracy[cell.steps],
         entropy=_blocks(steps, "student/entropy"),
@@ -101,7 +101,7 @@ def _blocks(steps: Sequence[Mapping[str, Any]], name: str) -> list[float]:
 def _commit(git: Mapping[str, Any] | None) -> str:
     if not git:
         return "unknown"
-    return f"{git['commit'][:12]}{' with changes' if git.get('dirty') else ''}"
+    return f"{git['sha'][:12]}{' with changes' if git.get('dirty') else ''}"
 
 
 def append(path: Path, result: Result) -> None:
@@ -143,18 +143,18 @@ def read(path: Path) -> list[Result]:
     return list(results.values())
 
 
-def finished(results: Iterable[Result], path: Path) -> set[Cell]:
+def finished(results: Iterable[Result], settings_of: Callable[[Cell], str], path: Path) -> set[Cell]:
     """The cells that need no run.
 
     Raises:
-        ResultsError: a result was made with other settings than the plan's.
+        ResultsError: a result was made with other settings than ``settings_of`` its cell.
     """
     done = set()
     for result in results:
-        if result.settings != result.cell.settings:
+        if result.settings != (expected := settings_of(result.cell)):
             raise ResultsError(
                 f"{path}: {result.cell.name} was made with other settings (digest {result.settings}, expected "
-                f"{result.cell.settings}); give --directory another directory, or remove the line to make it again"
+                f"{expected}); give --directory another directory, or remove the line to make it again"
             )
         done.add(result.cell)
     return done

@@ -18,7 +18,7 @@ from typing import Any
 from tools.small_world.arithmetic import Style
 from tools.small_world.build import WorldSpec, make_network, make_teacher_side
 from tools.small_world.pretraining import STUDENT, TEACHER, Recipe
-from tools.study.plan import Cell, CellFiles
+from tools.study.plan import SHARED_FLAGS, Cell, CellFiles
 
 FACTS = "facts.json"
 """Written last: where it is, the directory is complete."""
@@ -72,8 +72,7 @@ class Network:
     def name(self) -> str:
         """Its directory: the role, the seed, and a digest of the description and of the packages that matter."""
         described = {**asdict(self), "versions": [version("torch"), version("transformers")]}
-        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
-        return f"{self.recipe.name}-seed{self.seed}-{digest}"
+        return f"{self.recipe.name}-seed{self.seed}-{_digest(described)}"
 
     def is_made(self, directory: Path) -> bool:
         """Whether it is complete in ``directory``."""
@@ -84,9 +83,7 @@ def networks_of(world: str, seed: int) -> tuple[Network, Network]:
     """Teacher and student of a world."""
     of = WORLDS[world]
     teacher, student = (
-        Network(
-            recipe=recipe, seed=seed, num_train_prompts=of.num_train_prompts, num_eval_prompts=of.num_eval_prompts
-        )
+        Network(recipe=recipe, seed=seed, num_train_prompts=of.num_train_prompts, num_eval_prompts=of.num_eval_prompts)
         for recipe in (of.teacher, of.student)
     )
     return teacher, student
@@ -107,6 +104,16 @@ def files_of(cell: Cell, directory: Path) -> CellFiles:
         held_out=teacher / "eval.jsonl",
         token_cache=directory / "tokens",
     )
+
+
+def settings_of(cell: Cell) -> str:
+    """Digest of all that a cell is made from, but for paths and versions: with another one it is another cell."""
+    flags = {**SHARED_FLAGS, **cell.own_flags, "seed": str(cell.seed)}
+    return _digest({"flags": flags, "world": asdict(WORLDS[cell.world])})
+
+
+def _digest(described: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def make(network: Network, directory: Path) -> dict[str, Any]:

@@ -66,11 +66,17 @@ def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     """Write ``name.svg`` (for pages) and ``name.png`` (for everything else)."""
     directory.mkdir(parents=True, exist_ok=True)
     svg, png = directory / f"{name}.svg", directory / f"{name}.png"
+    save_svg(figure, svg)
     with mpl.rc_context(_STYLE):
-        figure.savefig(svg, transparent=True, metadata={"Date": None})
         figure.savefig(png, dpi=144, facecolor="white")
-    svg.write_text(_with_page_colours(svg.read_text(encoding="utf-8")), encoding="utf-8")
     return [svg, png]
+
+
+def save_svg(figure: Figure, path: Path) -> None:
+    """Write a figure for pages; the same figure gives the same bytes."""
+    with mpl.rc_context(_STYLE):
+        figure.savefig(path, transparent=True, metadata={"Date": None})
+    path.write_text(_with_page_colours(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _with_page_colours(svg: str) -> str:
