@@ -1,4 +1,4 @@
-"""The miniature study: its statistics, its plan, its page, and a real run through its driver."""
+"""The miniature study: its statistics, its plan, its worlds and its page."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ import yaml
 
 from examples.miniature_study import report, run
 from megatron_tropd.cli import parse
-from megatron_tropd.reporting.records import read_records
 from tools.small_world import arithmetic, build, language, pretraining
-from tools.study import claims, comparisons, driver, jobs, plan, results, statistics, worlds
+from tools.study import claims, comparisons, plan, results, statistics, worlds
 from tools.study.methods import METHODS
 from tools.study.statistics import Difference, Verdict
 
@@ -308,56 +307,6 @@ def test_page_has_the_numbers_of_its_results():
         line for line in MADE_UP.with_suffix(".md").read_text().splitlines() if line.startswith("| `fkl_reward`")
     )
     assert f"| {mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}], 0/3 |" in row
-
-
-# A real run
-
-
-def tiny_networks(place, seeds):
-    """Networks of few steps, where the driver looks for those of B4."""
-    few = {"num_lessons": 64, "max_steps": 2, "stop_accuracy": math.inf}
-    for network in itertools.chain(*(worlds.networks_of("B4", seed) for seed in seeds)):
-        directory = place.networks / network.name
-        spec = build.WorldSpec(save=directory, seed=network.seed, num_train_prompts=40, num_eval_prompts=4)
-        directory.mkdir(parents=True)
-        recipe = replace(network.recipe, **few)
-        if recipe.name == "teacher":
-            build.make_teacher_side(replace(spec, teacher=recipe))
-        else:
-            build.make_network(spec, recipe)
-        (directory / worlds.FACTS).write_text("{}")
-
-
-@pytest.mark.slow
-def test_driver_runs_the_training_command_and_goes_on_where_it_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "PRELOADED", ["tests.warm_imports"])  # the server of this test session may run already
-    place, said = driver.Place(root=tmp_path), []
-    good, bad = (plan.Cell(seed=seed, world="B4", steps=2, lr=1e-3, method="fkl_outlier") for seed in (0, 1))
-    tiny_networks(place, (0, 1))
-    train = worlds.files_of(bad, place.networks).train
-    train.rename(train.with_suffix(".away"))
-    with pytest.raises(driver.StudyError, match=r"1 of 2 runs failed: B4-fkl_outlier-lr0\.001-2steps-seed1"):
-        driver.run_study([bad, good], place, 1, keep_runs=True, say=said.append)
-    assert "train.jsonl" in (place.logs / f"{bad.name}.log").read_text()
-    (done,) = results.read(place.results)
-    assert done.cell == good and done.settings == worlds.settings_of(good)
-    lines = read_records(place.run_dir(good) / "metrics.jsonl")
-    steps = [line for line in lines if line["kind"] == "step"]
-    assert done.grad_norm == pytest.approx([np.mean([step["grad_norm"] for step in steps])], rel=1e-3)
-    assert done.entropy == pytest.approx([np.mean([step["metrics"]["student/entropy"] for step in steps])], rel=1e-3)
-    after = {line["decoding"]: line["accuracy"] for line in lines if line["kind"] == "eval" and line["step"] == 2}
-    assert done.after == after and set(done.before) == set(after) == set(results.DECODINGS)
-    assert {line["num_samples"] for line in lines if line["kind"] == "eval"} == {1, 2}
-
-    train.with_suffix(".away").rename(train)
-    before = place.results.read_bytes()
-    place.results.write_bytes(before + before[:50])  # as a command that was killed while writing leaves it
-    driver.run_study([bad, good], place, 1, say=said.append)
-    assert place.results.read_bytes().startswith(before)
-    assert [one.cell for one in results.read(place.results)] == [good, bad]
-    assert not place.run_dir(bad).exists() and place.run_dir(good).is_dir()
-    driver.run_study([bad, good], place, 1, say=said.append)
-    assert said[-1].startswith("2 of 2 runs are in")
 
 
 def test_a_line_of_the_results_is_small():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_tropd.reporting.lock import RunLock
 from tools.study import results, worlds
 from tools.study.jobs import Job, Outcome, run_jobs
 from tools.study.plan import Cell, CellFiles, training_flags
@@ -162,9 +163,19 @@ def run_study(
     Raises:
         StudyError: a network or a run failed.
         results.ResultsError: the results that are there are of other settings, or are no results.
-        OSError: the directory cannot be used.
+        OSError: the directory cannot be used, or another command uses it.
     """
     place.root.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(place.root / "study.lock")
+    try:
+        _do_what_is_missing(cells, place, workers, keep_runs=keep_runs, say=say)
+    finally:
+        lock.release()
+
+
+def _do_what_is_missing(
+    cells: Sequence[Cell], place: Place, workers: int, *, keep_runs: bool, say: Callable[[str], None]
+) -> None:
     if results.repair(place.results):
         say(f"{place.results}: removed an incomplete last line")
     found = results.read(place.results) if place.results.is_file() else []

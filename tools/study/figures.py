@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from megatron_tropd.reporting.report.figure_style import draw, finish, new_figure, save_svg
+from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+from megatron_tropd.reporting.report.figure_style import add_legend, draw, finish, new_figure, save_svg
 from tools.study.comparisons import ENTROPY, GRAD_NORM, Condition, Table
-from tools.study.methods import METHODS
 from tools.study.results import BLOCK
 
 DRAWN = ("opd", "clip_outlier", "mask_outlier", "fkl_outlier", "tropd", "tropd_floor")
@@ -30,13 +31,17 @@ def draw_curves(table: Table, condition: Condition, quantity: str, directory: Pa
         curves = [run.entropy if quantity == ENTROPY else run.grad_norm for run in runs]
         values = [math.fsum(points) / len(points) for points in zip(*curves, strict=True)]
         steps = [(block + 0.5) * BLOCK for block in range(len(values))]
-        draw(axes, (steps, values), METHODS[method].title, index)
+        draw(axes, (steps, values), method, index)
         drawn = True
     if not drawn:
         return None
     if quantity == GRAD_NORM:
         axes.set_yscale("log")
-    finish(axes, f"{condition.world}, learning rate {condition.lr:g}, mean of the seeds", YLABELS[quantity])
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    finish(axes, f"{condition.world}, mean of the seeds", YLABELS[quantity], legend=False)
+    add_legend(axes, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     path = directory / curve_name(condition, quantity)
     save_svg(figure, path)
     return path

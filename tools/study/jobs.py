@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -61,7 +62,8 @@ class _Running:
 def run_jobs(jobs: Sequence[Job], workers: int, ended: Callable[[Outcome], None]) -> None:
     """Run the jobs, ``workers`` at a time and in their order, and hand each outcome to ``ended``.
 
-    If ``ended`` raises, or on Ctrl-C, no further job is started, and those that run are left to end.
+    If ``ended`` raises, or on Ctrl-C, no further job is started, and those that run are waited for.  If this process is
+    killed, they end with it: two of one name must never write to one place.
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -95,6 +97,7 @@ def _outcome(connection: Connection, one: _Running) -> Outcome:
 
 
 def _be_the_job(job: Job, answer: Connection) -> None:
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     os.environ.update(ENVIRONMENT)
     file = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
     for standard, stream in ((1, sys.stdout), (2, sys.stderr)):
@@ -106,3 +109,10 @@ def _be_the_job(job: Job, answer: Connection) -> None:
         traceback.print_exc()
         sys.exit(1)
     answer.send(value)
+
+
+def _end_with_the_parent() -> None:
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
