@@ -1,7 +1,7 @@
 """Run the miniature study, or go on with it: every method, in three small worlds, with five seeds, on a CPU.
 
     python examples/miniature_study/run.py                     # everything
-    python examples/miniature_study/run.py --subset            # one world, two seeds, five methods
+    python examples/miniature_study/run.py --subset            # two seeds of five methods
     python examples/miniature_study/report.py                  # the page and its figures
 
 What is finished is a line of results.jsonl and is not run again; the same command goes on where one ended.  Each run

@@ -56,7 +56,7 @@ LIMITS = """\
 
 MAKE = """\
 ```bash
-python examples/miniature_study/run.py --subset    # one world, two seeds, five methods
+python examples/miniature_study/run.py --subset    # two seeds of five methods
 python examples/miniature_study/run.py             # everything; the same command goes on where it ended
 python examples/miniature_study/report.py --results runs/miniature_study/results.jsonl
 ```
