@@ -195,7 +195,7 @@ def test_lessons_of_the_quickstart_are_unchanged():
     """Their digest, as it was before lessons had a style: the quickstart's numbers in the README rest on them."""
     rng = Random("0 teacher lessons")
     problems = arithmetic.draw_problems(rng, 500)
-    lessons = build.write_lessons(0, pretraining.TEACHER, rng, problems)
+    lessons = build.write_lessons(rng, problems, pretraining.TEACHER.style)
     text = "".join(
         f"{problem.prompt}|{problem.answer}|{list(lesson.token_ids)}|{list(map(int, lesson.taught))}\n"
         for problem, lesson in zip(problems, lessons, strict=True)
@@ -207,7 +207,7 @@ def test_lessons_of_the_quickstart_are_unchanged():
 def lessons_of(recipe, count=300):
     rng = Random(f"0 {recipe.name} lessons")
     problems = arithmetic.draw_problems(rng, count)
-    return build.write_lessons(0, recipe, rng, problems)
+    return build.write_lessons(rng, problems, recipe.style)
 
 
 @pytest.mark.parametrize(("role", "share", "taught"), [("teacher", 0.15, False), ("student", 0.4, True)])
