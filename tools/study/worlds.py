@@ -127,9 +127,9 @@ def make(network: Network, directory: Path) -> dict[str, Any]:
         num_train_prompts=network.num_train_prompts,
         num_eval_prompts=network.num_eval_prompts,
     )
-    is_teacher = network.recipe.name == TEACHER.name
-    facts = make_teacher_side(replace(spec, teacher=network.recipe)) if is_teacher else make_network(
-        spec, network.recipe
-    )  # fmt: skip
+    if network.recipe.name == TEACHER.name:
+        facts = make_teacher_side(replace(spec, teacher=network.recipe))
+    else:
+        facts = make_network(spec, network.recipe)
     (place / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return facts
