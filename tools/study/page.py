@@ -98,11 +98,12 @@ def _summary(table: Table) -> str:
     """All claims about accuracy at a glance: the verdicts by the three ways of decoding, in their order."""
     rows = []
     for claim in (*ACCURACY_CLAIMS, *OUR_CLAIMS):
-        verdicts = [
-            " / ".join(_MARKS[judge(claim, table, condition, decoding).verdict] for decoding in DECODINGS)
-            for condition in MAIN
-        ]
-        rows.append([claim.text, claim.source, *verdicts])
+        cells = []
+        for condition in MAIN:
+            verdicts = [judge(claim, table, condition, decoding).verdict for decoding in DECODINGS]
+            not_run = set(verdicts) == {Verdict.NOT_RUN}
+            cells.append("not run" if not_run else " / ".join(_MARKS[verdict] for verdict in verdicts))
+        rows.append([claim.text, claim.source, *cells])
     return _markdown(["claim", "source", *(condition.world for condition in MAIN)], rows)
 
 
