@@ -277,7 +277,8 @@ def written(source, place):
 
 
 def test_page_is_remade_byte_for_byte(tmp_path):
-    """The committed page of made-up results; two writings also agree in their figures."""
+    """The committed page of made-up results, which ``report.py --results ... --page ...`` writes when its text changes; two
+    writings also agree in their figures."""
     once, twice = written(MADE_UP, tmp_path / "a"), written(MADE_UP, tmp_path / "b")
     assert once == twice and len(once) == 7
     assert once["page.md"].decode() == MADE_UP.with_suffix(".md").read_text()
