@@ -18,7 +18,16 @@ import torch
 import transformers
 from transformers import GenerationConfig, Qwen3ForCausalLM
 
-from .arithmetic import MAX_RESPONSE_LEN, Problem, draw_problems, write_lesson
+from .arithmetic import (
+    MAX_RESPONSE_LEN,
+    USUAL,
+    Lesson,
+    Problem,
+    Style,
+    add_fillers,
+    draw_problems,
+    write_lesson,
+)
 from .language import ANSWER_PATTERN, EOS_ID, PAD_ID, decode, make_tokenizer
 from .pretraining import STUDENT, TEACHER, Recipe, Training, make_book, make_model, train
 from .sampling import DECODINGS, TEMPERATURE_1, TOP_P, accuracy, prompt_batch, write_responses
@@ -92,7 +101,7 @@ def make_network(spec: WorldSpec, recipe: Recipe) -> dict[str, Any]:
     problems = split_problems(spec)
     rng = Random(f"{spec.seed} {recipe.name} lessons")
     lesson_problems = draw_problems(rng, recipe.num_lessons, {*problems.held_out, *problems.train, *problems.stopping})
-    book = make_book(lesson_problems, [write_lesson(rng, problem) for problem in lesson_problems])
+    book = make_book(lesson_problems, write_lessons(rng, lesson_problems, recipe.style))
     model = make_model(recipe.hidden_size, seed=Random(f"{spec.seed} {recipe.name} weights").getrandbits(32))
     once = replace(TOP_P, num_samples=1)
     training = train(
@@ -106,6 +115,16 @@ def make_network(spec: WorldSpec, recipe: Recipe) -> dict[str, Any]:
     save_checkpoint(model, spec.save / recipe.name)
     reached = {decoding.name: accuracy(model, problems.held_out, decoding, spec.seed) for decoding in DECODINGS}
     return _describe_network(model, recipe, training, reached)
+
+
+def write_lessons(rng: Random, problems: Sequence[Problem], style: Style) -> list[Lesson]:
+    """One lesson per problem.
+
+    Fillers are drawn after all lessons: two styles that differ in fillers alone give lessons that differ in fillers
+    alone.
+    """
+    lessons = [write_lesson(rng, problem, style) for problem in problems]
+    return [add_fillers(rng, lesson, style) for lesson in lessons] if style.p_filler else lessons
 
 
 def save_checkpoint(model: Qwen3ForCausalLM, directory: Path) -> None:
@@ -167,10 +186,18 @@ def _describe_network(
 ) -> dict[str, Any]:
     return {
         "num_parameters": sum(weight.numel() for weight in model.parameters()),
-        "recipe": {name: value for name, value in asdict(recipe).items() if value != math.inf},
+        "recipe": _describe_recipe(recipe),
         "steps": training.steps,
         "loss": round(training.loss, 4),
         "accuracy": {name: round(value, 4) for name, value in reached.items()},
         "cpu_seconds": round(training.cpu_seconds, 1),
         "wall_seconds": round(training.wall_seconds, 1),
     }
+
+
+def _describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Its settings, without those that mean "as usual"."""
+    described = {name: value for name, value in asdict(recipe).items() if value != math.inf}
+    if recipe.style == USUAL:
+        del described["style"]
+    return described

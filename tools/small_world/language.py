@@ -19,7 +19,7 @@ OPERATIONS = ("+", "-", "*")
 LABELS = tuple("abcdefgh")
 CONNECTIVES = (",", ";", "so", "then")
 FILLERS = ("ok", "um", "hmm", "now", "well", "thus", "and", "wait")
-"""Words that no lesson uses; a world whose students write more words may use them."""
+"""Words that mean nothing.  No lesson of the quickstart uses them; other worlds do (``arithmetic.Style``)."""
 
 WORDS = (PAD, EOS, UNK, QUESTION, EQUALS, ANSWER, *DIGITS, *OPERATIONS, *LABELS, *CONNECTIVES, *FILLERS)
 """36 words: a vocabulary that 128 does not divide, so padding it for tensor parallelism is exercised."""

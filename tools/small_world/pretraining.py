@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from .arithmetic import PROMPT_LEN, Lesson, Problem
+from .arithmetic import PROMPT_LEN, USUAL, Lesson, Problem, Style
 from .language import EOS_ID, PAD_ID, WORDS, encode
 
 REPORT_EVERY = 100
@@ -38,6 +38,8 @@ class Recipe:
     """Stop as soon as accuracy with top-p 0.7 reaches it; infinite to train to the end."""
     stop_from_step: int = 160
     stop_every: int = 10
+    style: Style = USUAL
+    """How its lessons are written."""
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of the update after ``step`` updates."""
