@@ -90,6 +90,10 @@ def test_every_question_has_its_samples(run):
     assert sorted(zip(first["scores"]["accuracy"], first["finish"], first["tokens"], strict=True)) == [
         (0.0, "length", 32768), (0.0, "stop", 10), (1.0, "stop", 10), (1.0, "stop", 10),
     ]  # fmt: skip
+    (reviews,) = (run[0] / "evalscope/aime24/reviews/model").iterdir()
+    graded = [json.loads(line)["sample_score"]["score"] for line in reviews.read_text().splitlines()]
+    # The response that was cut off counts as wrong, so its box is not looked for.
+    assert [score["extracted_prediction"] for score in graded if score["metadata"]["finish"] == "length"] == [""]
     assert [row["question"] for row in rows_of(run[0], "livecodebench_v6")] == ["LCB-1", "LCB-2", "LCB-3", "LCB-4"]
 
 
