@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from megatron_tropd.atomic_files import replacing, write_text
 from megatron_tropd.benchmark import main
 from megatron_tropd.benchmarks.paper_results import PAPER
 from megatron_tropd.benchmarks.protocol import BENCHMARKS, PROFILES, Protocol, Sampling
@@ -14,6 +15,7 @@ from megatron_tropd.benchmarks.results import (
     Result,
     keep_config,
     read_results,
+    read_scores,
     write_scores,
     write_summary,
 )
@@ -93,6 +95,23 @@ def test_scores_come_back_as_they_were_written(tmp_path):
         read_results(tmp_path)
     with pytest.raises(ValueError, match="no complete benchmark"):
         read_results(tmp_path / "elsewhere")
+
+
+def test_a_file_of_scores_without_questions_is_no_complete_benchmark(tmp_path):
+    written(tmp_path, [result("aime24", [1]), result("amc23", [1])])
+    (tmp_path / "scores" / "aime24.jsonl").write_text("")
+    assert read_scores(tmp_path, "aime24") is None
+    assert list(read_results(tmp_path)) == ["amc23"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    """Lone surrogates of a model's text cannot be encoded, and are no error."""
+    path = tmp_path / "file"
+    write_text(path, "a\ud800b\n")
+    with pytest.raises(OSError), replacing(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise OSError("full")
+    assert path.read_text(encoding="utf-8") == "a?b\n" and list(tmp_path.iterdir()) == [path]
 
 
 def test_samples_of_different_lengths_are_refused():

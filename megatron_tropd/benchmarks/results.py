@@ -10,12 +10,12 @@ OUTPUT/evalscope/NAME/      evalscope's own files: prompts and responses, and wh
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tropd.atomic_files import write_text
 from megatron_tropd.benchmarks.protocol import BENCHMARKS
 from megatron_tropd.benchmarks.statistics import Estimate, estimate
 from megatron_tropd.json_files import read_json_object
@@ -79,14 +79,6 @@ def main_metric(name: str) -> str:
     return BENCHMARKS[name].metrics[0]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
@@ -95,11 +87,13 @@ def write_json(path: Path, value: Any) -> None:
 def write_scores(output: Path, result: Result) -> None:
     """Write the scores of a complete benchmark."""
     lines = [json.dumps(asdict(question)) for question in result.questions]
+    (output / SCORES).mkdir(exist_ok=True)
     write_text(output / SCORES / f"{result.benchmark}.jsonl", "\n".join(lines) + "\n")
 
 
 def read_scores(output: Path, name: str) -> Result | None:
-    """Return the scores of benchmark ``name``; None where it is not complete.
+    """Return the scores of benchmark ``name``; None where it is not complete.  A file without questions, as a crash of
+    the machine can leave, counts as none.
 
     Raises:
         ValueError: the file is not what :func:`write_scores` writes.
@@ -112,7 +106,7 @@ def read_scores(output: Path, name: str) -> Result | None:
         questions = tuple(QuestionScores(**row) for row in rows)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a file of scores: {error}") from error
-    return Result(benchmark=name, questions=questions)
+    return Result(benchmark=name, questions=questions) if questions else None
 
 
 def read_results(output: Path) -> dict[str, Result]:
@@ -142,6 +136,7 @@ def keep_config(
     Raises:
         ValueError: the directory holds scores of another model, or of other settings.
     """
+    output.mkdir(parents=True, exist_ok=True)
     path = output / CONFIG
     config: dict[str, Any] = {"model_name": name, "model": dict(model), "benchmarks": {}}
     if path.is_file():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_tropd.atomic_files import write_text
 from megatron_tropd.benchmarks import flags, tables
 from megatron_tropd.benchmarks.data_files import check_nltk_data, read_questions
 from megatron_tropd.benchmarks.job import Job, check_environment, run_job
@@ -24,7 +25,6 @@ from megatron_tropd.benchmarks.results import (
     read_scores,
     write_scores,
     write_summary,
-    write_text,
 )
 from megatron_tropd.benchmarks.serving import Served, given, server_settings, started
 from megatron_tropd.parallel import platform
