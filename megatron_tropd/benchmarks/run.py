@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from megatron_tropd.atomic_files import write_text
 from megatron_tropd.benchmarks import flags, tables
 from megatron_tropd.benchmarks.data_files import check_nltk_data, read_questions
-from megatron_tropd.benchmarks.job import Job, check_environment, run_job
+from megatron_tropd.benchmarks.job import Job, RunnerFailed, check_environment, run_job
 from megatron_tropd.benchmarks.model_source import EvaluatedModel, check_text, from_hf, from_megatron, from_run
 from megatron_tropd.benchmarks.protocol import BENCHMARKS, Protocol
 from megatron_tropd.benchmarks.results import (
@@ -73,9 +73,12 @@ def run(args: argparse.Namespace, server_flags: Sequence[str]) -> None:
         identity, name = _identity(plan, served)
         keep_config(args.output, name=name, model=identity, benchmarks=plan.benchmarks)
         todo = tuple(name for name in args.benchmarks if read_scores(args.output, name) is None)
-        if todo:
-            _run_benchmarks(plan, todo, served or connect())
-    _write_tables(args)
+        try:
+            if todo:
+                _run_benchmarks(plan, todo, served or connect())
+            _write_tables(args)
+        except OSError as error:  # a full disk, and no flag
+            raise RunnerFailed(str(error)) from error
     if args.load and not args.save_hf:
         shutil.rmtree(args.output / CONVERTED, ignore_errors=True)
 
