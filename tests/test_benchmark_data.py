@@ -168,7 +168,12 @@ WRONG = {
     "no model": ([], "expected one of --hf-checkpoint, --load, --run-dir, --server-urls; found none"),
     "two models": (["--hf-checkpoint", "a", "--load", "b"], "found --hf-checkpoint, --load"),
     "idle": (["--server-urls", "http://a:1", "--save-hf", "x"], "--save-hf belongs to --load"),
-    "unknown": (["--temprature", "1"], "--temprature: there is no such flag"),
+    "unknown": (["--temprature=1"], "--temprature: there is no such flag; did you mean --temperature?"),
+    "no flag at all": (["--zzz", "1"], "--zzz: there is no such flag; see --help"),
+    "unknown of the servers": (
+        ["--sglang-start-timout", "10"],
+        "unknown flag --sglang-start-timout; did you mean --sglang-start-timeout?",
+    ),
     "servers": (
         ["--server-urls", "http://a:1", "--sglang-mem-fraction-static", "0.5"],
         "is for servers that are started",

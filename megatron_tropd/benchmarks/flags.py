@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from megatron_tropd.benchmarks.protocol import BENCHMARKS, CHOICE_TEMPLATE, MATH
 from megatron_tropd.sglang.server_flags import BENCHMARK_FLAGS
 
 _DEFAULTS = Protocol()
+_MISSPELLED = 0.9
+"""Similarity from which a flag for SGLang counts as a misspelled one of ours; SGLang's ep-size and our tp-size have
+0.86."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,15 +114,23 @@ def split_server_flags(rest: Sequence[str]) -> tuple[str, ...]:
     """Return ``--sglang-X VALUE...`` as ``--X VALUE...`` for SGLang.
 
     Raises:
-        ValueError: a flag that is neither ours nor SGLang's.
+        ValueError: a flag that is neither ours nor SGLang's, or looks like a misspelled one of ours.
     """
+    prefix, ours = BENCHMARK_FLAGS.prefix, [word for action in parser()._actions for word in action.option_strings]
     words: list[str] = []
     for word in rest:
-        if word.startswith("--") and not word.startswith(BENCHMARK_FLAGS.prefix):
-            raise ValueError(f"{word}: there is no such flag; see --help ({BENCHMARK_FLAGS.prefix}X is SGLang's --X)")
+        flag = word.partition("=")[0]
+        if word.startswith(prefix):
+            names = [own.removeprefix(prefix) for own in ours if own.startswith(prefix)]
+            if close := difflib.get_close_matches(flag.removeprefix(prefix), names, n=1, cutoff=_MISSPELLED):
+                raise ValueError(f"unknown flag {flag}; did you mean {prefix}{close[0]}?")
+        elif word.startswith("--"):
+            close = difflib.get_close_matches(flag, ours, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"see --help ({prefix}X is SGLang's --X)"
+            raise ValueError(f"{flag}: there is no such flag; {hint}")
         if not words and not word.startswith("--"):
             raise ValueError(f"{word}: expected a flag; see --help")
-        words.append(f"--{word.removeprefix(BENCHMARK_FLAGS.prefix)}" if word.startswith("--") else word)
+        words.append(f"--{word.removeprefix(prefix)}" if word.startswith("--") else word)
     return tuple(words)
 
 

@@ -21,6 +21,14 @@ from megatron_tropd.benchmarks.statistics import Estimate, estimate
 from megatron_tropd.json_files import read_json_object
 
 CONFIG, SUMMARY, SCORES = "config.json", "summary.json", "scores"
+_CHANGED_BY = {
+    "weights": "the weights of --hf-checkpoint, --load or --run-dir are not the same",
+    "data_sha256": "the questions in --data-dir are not the same",
+    "num_questions": "their number is not the same",
+    "code_timeout_s": "--code-timeout",
+    "code_memory_mib": "--code-memory",
+}
+"""Key of config.json -> what changes it, where that is no flag of the same name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,13 +159,28 @@ def keep_config(
     write_json(path, config)
 
 
-def _other(output: Path, what: str, kept: Any, given: Any) -> str:
-    differing = (
-        [f"{key}: {kept.get(key)!r} there, {given.get(key)!r} now" for key in given if kept.get(key) != given.get(key)]
-        if isinstance(kept, dict) and isinstance(given, Mapping)
-        else []
-    )
-    return f"--output {output} was made with another {what} ({'; '.join(differing)}); give another directory"
+def _other(output: Path, what: str, kept: Any, given: Mapping[str, Any]) -> str:
+    there, now = _by_flag(kept if isinstance(kept, Mapping) else {}), _by_flag(given)
+    differing = [
+        f"{flag}: {_shown(there.get(flag))} there, {_shown(now.get(flag))} here" if flag.startswith("--") else flag
+        for flag in {**now, **there}
+        if there.get(flag) != now.get(flag)
+    ]
+    return f"--output {output} was made with another {what}; give another directory.  {'; '.join(differing)}"
+
+
+def _by_flag(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by what changes them: a flag, or in words where it is the content of files."""
+    flat = {**settings, **settings.get("sampling", {})}
+    flat.pop("sampling", None)
+    return {
+        key if key.startswith("--") else _CHANGED_BY.get(key, f"--{key.replace('_', '-')}"): value
+        for key, value in flat.items()
+    }
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else " ".join(value) if isinstance(value, list) else repr(value)
 
 
 def write_summary(output: Path, results: Sequence[Result]) -> None:

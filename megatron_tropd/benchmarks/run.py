@@ -26,7 +26,7 @@ from megatron_tropd.benchmarks.results import (
     write_scores,
     write_summary,
 )
-from megatron_tropd.benchmarks.serving import Served, given, server_settings, started
+from megatron_tropd.benchmarks.serving import Served, given, passed_flags, server_settings, started
 from megatron_tropd.parallel import platform
 from megatron_tropd.reporting.lock import RunLock
 from megatron_tropd.sandbox import check as check_sandbox
@@ -56,6 +56,8 @@ class _Plan:
     """None: servers that run already have it."""
     settings: ServerSettings | None
     """Of the servers to start."""
+    server_flags: tuple[str, ...]
+    """Those for SGLang that the user gave."""
 
 
 def run(args: argparse.Namespace, server_flags: Sequence[str]) -> None:
@@ -107,7 +109,10 @@ def _plan(args: argparse.Namespace, server_flags: Sequence[str], stack: contextl
     if problems:
         raise ValueError("\n".join(problems))
     assert protocol is not None and benchmarks is not None
-    return _Plan(args=args, protocol=protocol, benchmarks=benchmarks, model=model, settings=settings)
+    return _Plan(
+        args=args, protocol=protocol, benchmarks=benchmarks, model=model, settings=settings,
+        server_flags=tuple(server_flags),
+    )  # fmt: skip
 
 
 def _check_choices(args: argparse.Namespace, server_flags: Sequence[str]) -> None:
@@ -200,7 +205,8 @@ def _identity(plan: _Plan, served: Served | None) -> tuple[dict[str, Any], str]:
     """Return what must stay the same when the run goes on, and the model's name for tables."""
     if plan.model is not None:
         assert plan.settings is not None
-        return {**plan.model.identity, "dtype": plan.settings.dtype}, plan.args.model_name or plan.model.name
+        identity = {**plan.model.identity, "dtype": plan.settings.dtype, **passed_flags(plan.server_flags)}
+        return identity, plan.args.model_name or plan.model.name
     assert served is not None
     return {"served_model": served.model}, plan.args.model_name or served.model
 
