@@ -145,6 +145,19 @@ def test_a_model_without_tokenizer_or_template_is_refused(data, tmp_path, capsys
     assert "has no evalscope" in capsys.readouterr().err  # nothing is converted before the rest is right
 
 
+def test_a_model_that_only_servers_know_is_no_error(data, tmp_path, capsys):
+    model = save_hf_checkpoint(tmp_path / "model", "qwen3")
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    for family, refused in (("gemma3_text", False), ("of no name", True)):
+        (model / "config.json").write_text(json.dumps({"model_type": family}))
+        capsys.readouterr()
+        assert command(tmp_path, "--hf-checkpoint", str(model), "--benchmarks", "aime25") == 2
+        error = capsys.readouterr().err
+        assert "has no evalscope" in error and ("config.json" in error) == refused, error
+        assert (f"{model}: config.json names no max_position_embeddings or no vocab_size" in error) == refused
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_what_a_user_keeps_is_not_overwritten(tmp_path):
     (tmp_path / "megatron/iter_0000003").mkdir(parents=True)

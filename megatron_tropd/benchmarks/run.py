@@ -27,6 +27,7 @@ from megatron_tropd.benchmarks.results import (
     write_summary,
 )
 from megatron_tropd.benchmarks.serving import Served, given, passed_flags, server_settings, started
+from megatron_tropd.models.hf_config import ModelShape, load_hf_config
 from megatron_tropd.parallel import platform
 from megatron_tropd.reporting.lock import RunLock
 from megatron_tropd.sandbox import check as check_sandbox
@@ -56,6 +57,8 @@ class _Plan:
     """None: servers that run already have it."""
     settings: ServerSettings | None
     """Of the servers to start."""
+    shape: ModelShape | None
+    """Of the model to serve."""
     server_flags: tuple[str, ...]
     """Those for SGLang that the user gave."""
 
@@ -106,11 +109,12 @@ def _plan(args: argparse.Namespace, server_flags: Sequence[str], stack: contextl
         attempt(lambda: stack.enter_context(_locked(args.output)))
     model = attempt(lambda: _find_model(args, server_flags)) if not problems or not args.load else None
     settings = attempt(lambda: _settings(args, server_flags, model)) if model else None
+    shape = attempt(lambda: ModelShape.of_config(load_hf_config(model.path), str(model.path))) if model else None
     if problems:
         raise ValueError("\n".join(problems))
     assert protocol is not None and benchmarks is not None
     return _Plan(
-        args=args, protocol=protocol, benchmarks=benchmarks, model=model, settings=settings,
+        args=args, protocol=protocol, benchmarks=benchmarks, model=model, settings=settings, shape=shape,
         server_flags=tuple(server_flags),
     )  # fmt: skip
 
@@ -167,7 +171,7 @@ def _find_model(args: argparse.Namespace, server_flags: Sequence[str]) -> Evalua
         model, flag = from_hf(args.hf_checkpoint, "--hf-checkpoint"), "--hf-checkpoint"
     else:
         return None
-    check_text(model, flag, needs_template="--chat-template" not in server_flags)
+    check_text(model, flag, needs_template="--sglang-chat-template" not in passed_flags(server_flags))
     return model
 
 
@@ -194,11 +198,11 @@ def _locked(output: Path) -> Iterator[None]:
 
 def _connect(plan: _Plan, stack: contextlib.ExitStack) -> Served:
     """Return servers that answer; those that are started live until ``stack`` is left."""
-    if plan.settings is None:
+    if plan.settings is None or plan.shape is None:
         args = plan.args
         return given(args.server_urls, args.served_model, load_keys(file=args.sglang_key_file))
     say(f"starting {plan.settings.num_servers} servers; their logs are in {plan.settings.log_dir}")
-    return stack.enter_context(started(plan.settings))
+    return stack.enter_context(started(plan.settings, plan.shape.max_positions))
 
 
 def _identity(plan: _Plan, served: Served | None) -> tuple[dict[str, Any], str]:

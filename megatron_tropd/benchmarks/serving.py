@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_tropd.models.hf_config import load_architecture
 from megatron_tropd.sglang.api.client import Client
 from megatron_tropd.sglang.api.fields import field, items, text
 from megatron_tropd.sglang.errors import BadResponse
@@ -103,14 +102,17 @@ def _content(value: str) -> str:
 
 
 @contextlib.contextmanager
-def started(settings: ServerSettings) -> Iterator[Served]:
+def started(settings: ServerSettings, max_positions: int) -> Iterator[Served]:
     """Serve until the block ends.
+
+    Args:
+        settings: of the servers.
+        max_positions: of the model.
 
     Raises:
         EngineError: no server could be started, with the end of its log.
     """
-    positions = load_architecture(settings.hf_dir).max_position_embeddings
-    processes = [ServerProcess(settings, index, positions) for index in range(settings.num_servers)]
+    processes = [ServerProcess(settings, index, max_positions) for index in range(settings.num_servers)]
     fleet = ServerFleet(settings, [Server(index, settings, process) for index, process in enumerate(processes)])
     loop = LoopThread("benchmark-servers")
     try:
