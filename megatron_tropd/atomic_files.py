@@ -29,5 +29,6 @@ def write_text(path: Path, text: str) -> None:
 
 def remove_unfinished(directory: Path) -> None:
     """Remove what writers of :func:`replacing` that were killed left in a directory nobody else writes to."""
-    for left in directory.glob(".*"):
-        left.unlink()
+    for left in directory.glob(".*.*"):
+        if left.is_file() and left.suffix[1:].isdecimal():  # of its name the process id comes last
+            left.unlink(missing_ok=True)

@@ -210,7 +210,7 @@ def _megatron_of_yaml(name: str, given: Value) -> Any:
     return from_yaml(given, field.kind, None)
 
 
-def _sglang_errors(passed: Mapping[str, tuple[str, ...] | None], own: Collection[str]) -> list[str]:
+def sglang_errors(passed: Mapping[str, tuple[str, ...] | None], own: Collection[str]) -> list[str]:
     """Return errors for what cannot be flags of SGLang, and for names that look like a misspelled flag of ours."""
     errors = []
     for flag, words in passed.items():
@@ -311,7 +311,7 @@ def parse(argv: Sequence[str]) -> TrainConfig:
             values[name] = from_flag(given, kind)
         except ValueError as error:
             errors.append(f"--{name}: {error}")
-    errors.extend(_sglang_errors(sglang, flags))
+    errors.extend(sglang_errors(sglang, flags))
     made = _make_sections(values, errors)
     for prefix, target in SGLANG_PREFIXES.items():
         made[target] = {
@@ -322,7 +322,7 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     if "teacher" in made:
         files = made["teacher"].teacher_config
         made["teachers"] = read_teachers(
-            files, made["teacher"], made["teacher_sglang_flags"], errors, lambda passed: _sglang_errors(passed, flags)
+            files, made["teacher"], made["teacher_sglang_flags"], errors, lambda passed: sglang_errors(passed, flags)
         )
     if errors:
         raise ConfigError(errors)

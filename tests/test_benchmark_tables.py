@@ -125,7 +125,7 @@ def test_samples_of_different_lengths_are_refused():
 def test_one_directory_is_of_one_model_and_one_protocol(tmp_path):
     written(tmp_path, [result("aime24", [1])])
     written(tmp_path, [result("amc23", [1])])  # another benchmark of the same
-    with pytest.raises(ValueError, match=r"another model.*directory\.  the weights of --hf-checkpoint[^;]*$"):
+    with pytest.raises(ValueError, match=r"another model.*directory\.  the files of --hf-checkpoint[^;]*$"):
         keep_config(tmp_path, name="x", model={"weights": "other"}, benchmarks={})
     with pytest.raises(ValueError, match=r"another benchmark aime24.*--truncated: 'wrong' there, 'graded' here$"):
         written(tmp_path, [result("aime24", [1])], truncated="graded")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tests.sglang_helpers import KEYS, STOP, greedy
 from tests.torchrun_jobs import environment
 from tests.warm import WarmJob
 
+BATCH = ("--max-batch-size", "4")
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}assistant:"
 
 
@@ -47,8 +49,8 @@ def rows_of(count: int):
 
 def flags_of(model: Path, data: Path, save: Path, *more: str) -> list[str]:
     return [
-        "--hf-checkpoint", str(model), "--prompt-data", str(data), "--save", str(save), "--engine", "embedded",
-        "--max-response-length", "8", "--max-batch-size", "4", "--prompts-per-shard", "5", *more,
+        "--hf-checkpoint", str(model), "--prompt-data", str(data), "--save", str(save), "--max-response-length", "8",
+        "--responses-per-shard", "5", *more, *(() if "--engine" in more else ("--engine", "embedded", *BATCH)),
     ]  # fmt: skip
 
 
@@ -197,6 +199,7 @@ def test_a_full_disk_ends_it_and_nothing_is_lost(model, tmp_path):
         (["--seed", "5"], "--seed: 1234 there, 5 here"),
         (["--keep", "all"], "--keep: 'finished' there, 'all' here"),
         (["--max-prompt-length", "77"], "--prompt-data, or how they are read"),
+        (["--dtype", "bfloat16"], "--dtype: 'float32' there, 'bfloat16' here"),
     ],
 )
 def test_other_settings_are_refused(model, tmp_path, more, found):
@@ -206,6 +209,19 @@ def test_other_settings_are_refused(model, tmp_path, more, found):
     with pytest.raises(ConfigError, match="made in another way") as error:
         generate(model, data, tmp_path / "out", "--max-response-length", "60", *more)
     assert found in str(error.value) and bytes_of(tmp_path / "out") == kept
+
+
+def test_another_model_of_the_same_shape_is_refused_and_moved_files_are_not(model, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", rows_of(3))
+    options = ("--max-response-length", "60")
+    rows = generate(model, data, tmp_path / "out", *options)
+    moved = tmp_path / "moved"
+    shutil.copytree(model, moved / "model")
+    (moved / "rows.jsonl").write_bytes(data.read_bytes())
+    assert generate(moved / "model", moved / "rows.jsonl", tmp_path / "out", *options) == rows
+    other = save_hf_checkpoint(tmp_path / "other", "qwen3", seed=1)
+    with pytest.raises(ConfigError, match="the model of --hf-checkpoint differ"):
+        generate(other, data, tmp_path / "out", *options)
 
 
 def _no_tokenizer(model: Path, tmp_path: Path) -> Path:
@@ -221,13 +237,23 @@ def _no_tokenizer(model: Path, tmp_path: Path) -> Path:
     [
         ([{"question": "a"}], [], "no key 'prompt' (keys: 'question')"),
         ([{"prompt": "w5", "uid": 1}, {"prompt": "w6", "uid": 1}], [], "uid 1 for the second time"),
+        ([{"prompt": "w5", "uid": 1}, {"prompt": "w6"}], [], "uid 1 for the second time"),
+        ([{"prompt": "w5", "uid": 1}, {"prompt": "w6", "uid": "1"}], [], "uid 1 for the second time"),
         ([], [], "no usable row"),
+        (rows_of(1), ["--num-servers", "2"], "--engine embedded starts no servers: leave out --num-servers"),
+        (rows_of(1), ["--sglang-start-timout", "9"], "did you mean --sglang-start-timeout?"),
+        (rows_of(1), ["--engine", "sglang", "--device", "cpu", *BATCH], "leave out --device, --max-batch-size"),
+        (
+            rows_of(1),
+            ["--engine", "sglang", "--server-urls", "http://127.0.0.1:9", "--sglang-quantization", "fp8"],
+            "servers that run already: leave out --sglang-quantization",
+        ),
         (rows_of(1), ["--apply-chat-template"], "has no chat template"),
         (rows_of(1), ["--max-response-length", "100000"], "--max-response-length 100000"),
         (rows_of(1), ["--stop-token-ids", "999"], "--stop-token-ids 999: the model has ids from 0 to 130"),
         (rows_of(1), ["--temperature", "-1"], "--temperature -1"),
         (rows_of(1), ["--temperature", "0", "--n-samples-per-prompt", "2"], "would be the same"),
-        (rows_of(1), ["--max-batch-size", "0", "--prompts-per-shard", "0"], "--prompts-per-shard 0"),
+        (rows_of(1), ["--n-samples-per-prompt", "0", "--responses-per-shard", "0"], "--responses-per-shard 0"),
         ([{"prompt": "w5"}], ["--keep", "right"], "no row of --prompt-data has an answer"),
         (rows_of(1), ["--keep", "right", "--answer-pattern", "("], "--answer-pattern"),
         ([{**rows_of(1)[0], "grader": "choice"}], ["--keep", "right"], "--prompt-data: a reference answer"),
@@ -278,12 +304,16 @@ def test_servers_that_run_already_write(sglang, tmp_path, monkeypatch):
     urls = [engine.url for engine in sglang.engines]
     options = ("--engine", "sglang", "--server-urls", *urls, "--keep", "all", "--max-concurrent-prompts", "2")
     rows = generate(directory, data, tmp_path / "out", "--temperature", "0", *options)
+    rows += read(tmp_path / "out" / "dropped")
     tokenizer = load_tokenizer(directory)
     assert len(rows) == 9
-    for i, row in enumerate(rows):
+    for row in rows:
+        i = int(row["prompt_uid"])
         assert row["response_ids"] == greedy(sglang.student.model, tokenizer(words_of(i)).input_ids, 8)
     several = generate(directory, data, tmp_path / "several", "--n-samples-per-prompt", "3", *options)
-    assert [(row["prompt_uid"], row["sample"]) for row in several] == [(str(i), s) for i in range(9) for s in range(3)]
+    several += read(tmp_path / "several" / "dropped")  # an empty one is put aside
+    names = sorted((int(row["prompt_uid"]), row["sample"]) for row in several)
+    assert names == [(i, s) for i in range(9) for s in range(3)]
     assert len({tuple(row["response_ids"]) for row in several}) > 9
 
 

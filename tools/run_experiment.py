@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -37,26 +39,36 @@ def parser() -> argparse.ArgumentParser:
 
 def run(title: str, words: Sequence[str]) -> None:
     """Print a command and run it; end the experiment if it fails."""
-    print(f"\n=== {title}\n$ {' '.join(words)}", flush=True)
+    print(f"\n=== {title}\n$ {shlex.join(words)}", flush=True)
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
         "CUDA_VISIBLE_DEVICES": "",  # models this small need no GPU
     }  # fmt: skip
     start = time.monotonic()
-    code = subprocess.run(words, cwd=ROOT, env=environment, check=False).returncode
+    with subprocess.Popen(words, cwd=ROOT, env=environment) as process:
+        try:
+            code = process.wait()
+        except BaseException:  # ended from outside: so is the command, which keeps what it has
+            process.terminate()
+            raise
     if code:
         sys.exit(f"experiment: {title!r} failed with exit code {code}; the error is printed above")
     print(f"({time.monotonic() - start:.0f} s)", flush=True)
 
 
-def run_stage(stage: Stage) -> None:
-    """Run a stage that is not done."""
-    if stage.output.exists():
-        print(f"\n=== {stage.title}: done before ({stage.output})", flush=True)
+def run_stage(stage: Stage, done: Path) -> None:
+    """Run a stage, unless ``done``, a file with its words, says that it is done."""
+    words = json.dumps(stage.words)
+    if done.exists():
+        if done.read_text(encoding="utf-8") != words:
+            sys.exit(f"experiment: {stage.title!r} was done with other flags ({done}); give another --save")
+        print(f"\n=== {stage.title}: done before", flush=True)
         return
     run(stage.title, stage.words)
     if not stage.output.exists():
         sys.exit(f"experiment: {stage.title!r} ended well but did not write {stage.output}")
+    done.parent.mkdir(exist_ok=True)
+    done.write_text(words, encoding="utf-8")
 
 
 def accuracy(directory: Path) -> float:
@@ -68,12 +80,14 @@ def accuracy(directory: Path) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment; returns 1 where the student did not learn."""
     args = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     out = args.save.absolute()
     if not (out / "world").exists():
+        out.mkdir(parents=True, exist_ok=True)
         make_world(out / "world")
     interpreters = Interpreters(sglang=args.sglang_python, evalscope=args.evalscope_python)
     for stage in stages(out, interpreters, steps=args.steps):
-        run_stage(stage)
+        run_stage(stage, out / "done" / f"{stage.name}.json")
     for words in reports(out):
         run("Results", words)
     before, after = (accuracy(out / "benchmark" / name) for name in ("before", "after"))

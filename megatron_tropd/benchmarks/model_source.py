@@ -15,10 +15,10 @@ from megatron_tropd.hub import MODEL_FILES, resolve
 from megatron_tropd.parallel import platform
 from megatron_tropd.reporting.run_directory import HF_EXPORT
 from megatron_tropd.weights.files.hf_checkpoint import read_headers
+from megatron_tropd.weights.files.identity import model_identity
 
 _CONVERTED = ".converted-from"
 """File in a converted directory that names its source, written last."""
-_EDGE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ def from_hf(name: str, flag: str) -> EvaluatedModel:
     path = found.path.absolute()
     if not any(path.glob("*.safetensors")):
         raise FileNotFoundError(f"{flag} {path} is no HF model directory: it has no *.safetensors")
-    return EvaluatedModel(path=path, name=found.source or path.name, identity={"weights": _digest(path)})
+    return EvaluatedModel(path=path, name=found.source or path.name, identity={"weights": model_identity(path)})
 
 
 def from_run(run_dir: Path) -> EvaluatedModel:
@@ -111,16 +111,3 @@ def check_text(model: EvaluatedModel, flag: str, *, needs_template: bool) -> Non
             f"{flag} {model.path}: its tokenizer has no chat template, and benchmarks are asked as chat messages; add "
             "chat_template.jinja to the directory, or give --sglang-chat-template"
         )
-
-
-def _digest(path: Path) -> str:
-    """Return a sha256 over names, sizes and both ends of the weight files: their heads name the tensors, and trained
-    weights differ everywhere."""
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")):
-        size = file.stat().st_size
-        with file.open("rb") as content:
-            head = content.read(_EDGE_BYTES)
-            content.seek(max(0, size - _EDGE_BYTES))
-            digest.update(f"{file.name}\0{size}\0".encode() + head + content.read())
-    return digest.hexdigest()

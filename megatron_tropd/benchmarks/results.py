@@ -22,7 +22,7 @@ from megatron_tropd.json_files import read_json_object
 
 CONFIG, SUMMARY, SCORES = "config.json", "summary.json", "scores"
 _CHANGED_BY = {
-    "weights": "the weights of --hf-checkpoint, --load or --run-dir are not the same",
+    "weights": "the files of --hf-checkpoint, --load or --run-dir are not the same",
     "data_sha256": "the questions in --data-dir are not the same",
     "num_questions": "their number is not the same",
     "code_timeout_s": "--code-timeout",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
-from megatron_tropd.cli import ConfigError, Passed
+from megatron_tropd.cli import ConfigError
+from megatron_tropd.generation.flags import GenerationFlags
 from megatron_tropd.generation.job import GenerationJob
 from megatron_tropd.generation.servers import WritingFleet, WritingJob
 from megatron_tropd.generation.writers import EmbeddedWriter, ServerWriter, Writer
 from megatron_tropd.rollout.embedded.engine import EmbeddedEngine
-from megatron_tropd.rollout.embedded.load import check_device, load_engine
+from megatron_tropd.rollout.embedded.load import load_engine
 from megatron_tropd.rollout.sglang.api.generation import TokenRules
 from megatron_tropd.sglang.server_flags import WRITER_FLAGS
 from megatron_tropd.sglang.settings import ServerSettings, load_keys
@@ -40,22 +39,27 @@ def make_writer(job: GenerationJob) -> Writer:
     return writer
 
 
+def server_flags(flags: GenerationFlags) -> tuple[str, ...]:
+    """Return the arguments that are passed to the servers, as on their command line."""
+    prefix = WRITER_FLAGS.prefix.removeprefix("--")
+    passed = flags.passed.items()
+    return tuple(word for name, words in passed for word in (f"--{name.removeprefix(prefix)}", *(words or ())))
+
+
 def _embedded_engine(job: GenerationJob) -> EmbeddedEngine:
-    device = job.flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
     return load_engine(
-        job.model.path, stop_token_ids=job.stop_token_ids, device=device, dtype=job.flags.dtype,
+        job.model.path, stop_token_ids=job.stop_token_ids, device=job.device, dtype=job.dtype,
         max_batch_size=job.flags.max_batch_size,
     )  # fmt: skip
 
 
 def _settings(job: GenerationJob) -> ServerSettings:
-    flags, cuda = job.flags, torch.cuda.is_available()
+    flags = job.flags
     return ServerSettings(
         names=WRITER_FLAGS,
         hf_dir=job.model.path.absolute(),
         log_dir=flags.save.absolute() / "servers",
-        dtype=flags.dtype or ("bfloat16" if cuda else "float32"),
+        dtype=job.dtype,
         python=flags.sglang_python.absolute(),
         num_servers=flags.num_servers,
         urls=tuple(flags.server_urls),
@@ -64,16 +68,11 @@ def _settings(job: GenerationJob) -> ServerSettings:
         keys=load_keys(file=flags.sglang_key_file),
         tp_size=flags.sglang_tp_size,
         gpu_ids=tuple(flags.gpu_ids),
-        flags=_passed(flags.passed),
-        cuda=cuda,
+        flags=server_flags(flags),
+        cuda=job.device == "cuda",
         start_timeout_s=flags.sglang_start_timeout,
         request_timeout_s=flags.sglang_request_timeout,
     )
-
-
-def _passed(flags: Passed) -> tuple[str, ...]:
-    prefix = WRITER_FLAGS.prefix.removeprefix("--")
-    return tuple(word for name, words in flags.items() for word in (f"--{name.removeprefix(prefix)}", *(words or ())))
 
 
 def _writing_job(job: GenerationJob) -> WritingJob:

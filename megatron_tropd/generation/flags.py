@@ -40,7 +40,7 @@ class GenerationFlags:
     grader: GraderKind
     answer_pattern: str
     lenient_grading: bool
-    prompts_per_shard: int
+    responses_per_shard: int
     hf_checkpoint: str
     engine: Literal["sglang", "embedded"]
     num_servers: int
@@ -63,10 +63,14 @@ class GenerationFlags:
 
 def parse_flags(argv: Sequence[str]) -> GenerationFlags:
     """Return the flags of a command line; argparse ends the program where there are others."""
-    own = parser()
-    names = {option.removeprefix("--") for action in own._actions for option in action.option_strings}
+    names = flag_names()
     passed, words = split_flags(argv, lambda name: name.startswith("sglang-") and name not in names)
-    return GenerationFlags(**vars(own.parse_args(words)), passed=passed)
+    return GenerationFlags(**vars(parser().parse_args(words)), passed=passed)
+
+
+def flag_names() -> set[str]:
+    """Return the names of all flags, without dashes."""
+    return {option.removeprefix("--") for action in parser()._actions for option in action.option_strings}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -122,7 +126,7 @@ def _add_responses(flags: argparse._ArgumentGroup) -> None:
         "--answer-pattern", default=evaluation.answer_pattern,
         help="regular expression; group 1 of its last match is the answer; empty: the last \\boxed{...}",
     )  # fmt: skip
-    flags.add_argument("--prompts-per-shard", type=int, default=1000, help="prompts of one Parquet file")
+    flags.add_argument("--responses-per-shard", type=int, default=1000, help="responses of one Parquet file")
 
 
 def _add_engines(flags: argparse._ArgumentGroup) -> None:
@@ -141,6 +145,8 @@ def _add_engines(flags: argparse._ArgumentGroup) -> None:
     flags.add_argument("--sglang-start-timeout", type=float, default=240.0, help="seconds")
     flags.add_argument("--sglang-request-timeout", type=float, default=300.0, help="seconds without progress")
     flags.add_argument("--max-concurrent-prompts", type=int, default=128, help="at one server")
-    flags.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU, bfloat16 on a GPU")
+    flags.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="of weights; float32 on a CPU, bfloat16 on a GPU"
+    )
     flags.add_argument("--device", help="of the embedded engine; cuda where there is a GPU, else cpu")
     flags.add_argument("--max-batch-size", type=int, default=256, help="responses the embedded engine writes at once")

@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from megatron_tropd.cli import ConfigError
+import torch
+
+from megatron_tropd.cli import ConfigError, sglang_errors
 from megatron_tropd.data.encoding.encode import Encoder
 from megatron_tropd.data.encoding.row_format import PromptFormat
 from megatron_tropd.data.reading.sources import DataFile, find_source
 from megatron_tropd.data.tokenizer import eos_token_ids, load_tokenizer
-from megatron_tropd.generation.flags import GenerationFlags
+from megatron_tropd.generation.flags import GenerationFlags, flag_names, parser
 from megatron_tropd.generation.prompts import SourcePrompt, Survey, iterate, survey
 from megatron_tropd.generation.rows import RowMaker
 from megatron_tropd.grading.grader import Grader, make_grader
 from megatron_tropd.grading.references import check_references
 from megatron_tropd.hub import MODEL_FILES, Resolved, resolve
 from megatron_tropd.models.hf_config import ModelShape, load_hf_config
+from megatron_tropd.rollout.embedded.load import check_device
 from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.types import GraderKind
 
@@ -35,6 +39,10 @@ class GenerationJob:
     stop_token_ids: tuple[int, ...]
     params: SamplingParams
     maker: RowMaker
+    device: str
+    """Of the weights: ``cuda``, or ``cpu``; any of torch's for the embedded engine."""
+    dtype: Literal["float32", "bfloat16"]
+    """Of the weights."""
 
     @property
     def total(self) -> int:
@@ -62,6 +70,8 @@ def prepare(flags: GenerationFlags) -> GenerationJob:
         files = tuple(file for given in flags.prompt_data for file in find_source(given).files)
         found = survey(files, encoder)
         _check_fit(flags, found, shape, stop_ids)
+        device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_device(device)
         if grader is not None:
             _check_references(files, encoder, grader.kind)
     except (OSError, ValueError) as error:
@@ -70,14 +80,15 @@ def prepare(flags: GenerationFlags) -> GenerationJob:
     maker = RowMaker(encoder=_reader(encoder), model=name, keep=flags.keep, grader=grader)
     return GenerationJob(
         flags=flags, model=model, shape=shape, encoder=encoder, files=files, survey=found,
-        stop_token_ids=stop_ids, params=params, maker=maker,
+        stop_token_ids=stop_ids, params=params, maker=maker, device=device,
+        dtype=flags.dtype or ("float32" if device == "cpu" else "bfloat16"),
     )  # fmt: skip
 
 
 def _checked(flags: GenerationFlags) -> tuple[SamplingParams, Grader | None]:
     """Check what needs no file, and return how tokens are drawn and what grades."""
     counts = (
-        "n_samples_per_prompt", "max_response_length", "prompts_per_shard", "num_servers", "max_concurrent_prompts",
+        "n_samples_per_prompt", "max_response_length", "responses_per_shard", "num_servers", "max_concurrent_prompts",
         "max_batch_size",
     )  # fmt: skip
     problems = [
@@ -85,6 +96,7 @@ def _checked(flags: GenerationFlags) -> tuple[SamplingParams, Grader | None]:
         for name in counts
         if getattr(flags, name) < 1
     ]
+    problems += [*sglang_errors(flags.passed, flag_names()), *_unused(flags)]
     grader = None
     try:
         if flags.keep == "right":
@@ -104,6 +116,30 @@ def _checked(flags: GenerationFlags) -> tuple[SamplingParams, Grader | None]:
     if problems:
         raise ConfigError(problems)
     return params, grader
+
+
+_OF_STARTED = ("num_servers", "gpu_ids", "sglang_tp_size")
+_OF_SERVERS = ("server_urls", "router_url", *_OF_STARTED)
+_OF_EMBEDDED = ("device", "max_batch_size")
+
+
+def _unused(flags: GenerationFlags) -> list[str]:
+    """Return errors for flags that would have no effect."""
+    defaults = parser()
+    passed = [f"--{name}" for name in flags.passed]
+
+    def given(names: Sequence[str]) -> list[str]:
+        changed = [name for name in names if getattr(flags, name) != defaults.get_default(name)]
+        return [f"--{name.replace('_', '-')}" for name in changed]
+
+    if flags.engine == "embedded":
+        reason, unused = "--engine embedded starts no servers", [*given(_OF_SERVERS), *passed]
+    elif flags.server_urls:
+        reason = "--server-urls are servers that run already"
+        unused = [*given((*_OF_STARTED, *_OF_EMBEDDED)), *passed]
+    else:
+        reason, unused = "--engine sglang writes on servers", given(_OF_EMBEDDED)
+    return [f"{reason}: leave out {', '.join(unused)}"] if unused else []
 
 
 def _format(flags: GenerationFlags) -> PromptFormat:
@@ -133,7 +169,8 @@ def _check_fit(flags: GenerationFlags, found: Survey, shape: ModelShape, stop_id
             "them (--max-prompt-length says which prompts are bad rows)"
         )
     if wrong := [token for token in stop_ids if not 0 <= token < shape.vocab_size]:
-        raise ValueError(f"--stop-token-ids {wrong[0]}: the model has ids from 0 to {shape.vocab_size - 1}")
+        source = "--stop-token-ids" if wrong[0] in flags.stop_token_ids else f"a stop token of {flags.hf_checkpoint}:"
+        raise ValueError(f"{source} {wrong[0]}: the model has ids from 0 to {shape.vocab_size - 1}")
     if flags.keep == "right" and found.without_answer == found.num_prompts:
         raise ValueError(f"--keep right: no row of --prompt-data has an answer (--answer-key {flags.answer_key})")
 

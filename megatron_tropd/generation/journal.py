@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tropd.types import Finish
@@ -14,6 +14,8 @@ from megatron_tropd.types import Finish
 
 class DamagedJournal(ValueError):
     """A line that was written whole is not a response."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,11 @@ class Written:
     """Of the response, with the stop token that ended it."""
     finish: Finish
     """"stop", or "length" where it was cut."""
+
+    def line(self) -> str:
+        """Return its line in the journal."""
+        named = {"number": self.number, "sample": self.sample, "token_ids": self.token_ids, "finish": self.finish}
+        return json.dumps(named) + "\n"
 
     @property
     def key(self) -> tuple[int, int]:
@@ -67,7 +74,7 @@ class Journal:
         Raises:
             OSError: they cannot be written.
         """
-        data = "".join(json.dumps(asdict(response)) + "\n" for response in responses).encode()
+        data = "".join(response.line() for response in responses).encode()
         with writing(self._path):
             try:
                 with self._path.open("ab") as file:

@@ -58,7 +58,7 @@ def iterate(files: Sequence[DataFile], encoder: Encoder) -> Iterator[SourcePromp
     """
     number = row_number = 0
     waiting: list[Row] = []
-    seen: set[int | str] = set()
+    names, numbers = set[str](), set[int]()
     for item in _rows(files, encoder.fmt):
         if isinstance(item, Row):
             waiting.append(item)
@@ -66,12 +66,17 @@ def iterate(files: Sequence[DataFile], encoder: Encoder) -> Iterator[SourcePromp
                 continue
         rows, waiting = waiting, []
         for row, encoded in zip(rows, encoder.encode(rows), strict=True):
-            result = encoded if encoded is None or isinstance(encoded, BadRow) else _checked(row, encoded, seen)
-            if isinstance(result, EncodedRow):
-                yield _prompt(row, result, encoder.fmt, number=number, row_number=row_number)
-                number += 1
-            elif result is not None:
-                yield result
+            if isinstance(encoded, EncodedRow):
+                prompt = _prompt(row, encoded, encoder.fmt, number=number, row_number=row_number)
+                if prompt.uid in names or prompt.random_uid in numbers:
+                    yield _second(row, prompt)
+                else:
+                    names.add(prompt.uid)
+                    numbers.add(prompt.random_uid)
+                    yield prompt
+                    number += 1
+            elif encoded is not None:
+                yield encoded
             row_number += 1
         if isinstance(item, BadRow):
             yield item
@@ -85,17 +90,12 @@ def _rows(files: Sequence[DataFile], fmt: PromptFormat) -> Iterator[Row | BadRow
     yield None
 
 
-def _checked(row: Row, encoded: EncodedRow, seen: set[int | str]) -> EncodedRow | BadRow:
-    """Return the row, or a report where its uid was given before."""
-    if encoded.uid is None:
-        return encoded
-    if encoded.uid in seen:
-        return BadRow(
-            path=row.path, line=row.line, found=f"uid {encoded.uid!a} for the second time",
-            expected="every uid once", flag="--uid-key",
-        )  # fmt: skip
-    seen.add(encoded.uid)
-    return encoded
+def _second(row: Row, prompt: SourcePrompt) -> BadRow:
+    named = prompt.uid if prompt.uid == str(prompt.random_uid) else f"{prompt.uid} (row {prompt.random_uid})"
+    return BadRow(
+        path=row.path, line=row.line, found=f"uid {named} for the second time",
+        expected="every uid once; a row without one has the number of its row", flag="--uid-key",
+    )  # fmt: skip
 
 
 def _prompt(row: Row, encoded: EncodedRow, fmt: PromptFormat, *, number: int, row_number: int) -> SourcePrompt:

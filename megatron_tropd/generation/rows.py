@@ -97,7 +97,7 @@ class RowMaker:
 
     def _with_faults(self, rows: Sequence[ResponseRow]) -> list[ResponseRow]:
         """Return the rows with what a run would say of them."""
-        given = [Row(path="", line=0, value=asdict(row), keys=()) for row in rows]
+        given = [Row(path="", line=0, value=_as_read(row), keys=()) for row in rows]
         return [
             replace(row, fault=read.found) if isinstance(read, BadRow) else row
             for row, read in zip(rows, self.encoder.encode(given), strict=True)
@@ -119,6 +119,14 @@ class RowMaker:
             unreadable=sum(row.fault is not None for row in rows),
             kept=sum(map(self.keeps, rows)),
         )
+
+
+def _as_read(row: ResponseRow) -> dict[str, object]:
+    """Return what a run reads of a row."""
+    return {
+        "uid": row.uid, "prompt": row.prompt, "response": row.response, "answer": row.answer, "grader": row.grader,
+        "domain": row.domain, "tools": row.tools,
+    }  # fmt: skip
 
 
 def _question(row: ResponseRow) -> Question:

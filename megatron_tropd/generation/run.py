@@ -11,16 +11,23 @@ from collections.abc import Iterable, Iterator
 from megatron_tropd.atomic_files import replacing
 from megatron_tropd.cli import ConfigError
 from megatron_tropd.data.reading.rows import BadRow
-from megatron_tropd.generation.engines import make_writer
+from megatron_tropd.generation.engines import make_writer, server_flags
 from megatron_tropd.generation.job import GenerationJob
 from megatron_tropd.generation.progress import GenerationProgress
 from megatron_tropd.generation.prompts import iterate
-from megatron_tropd.generation.settings import Identity, claim, data_digest, model_digest
+from megatron_tropd.generation.settings import Identity, claim, data_digest
 from megatron_tropd.generation.store import ResponseStore
 from megatron_tropd.generation.task import Task
 from megatron_tropd.reporting.lock import RunLock
+from megatron_tropd.weights.files.identity import model_identity
 
 REPORT = "report.json"
+
+
+class NothingKept(ValueError):
+    """The work is done, and no response is of use."""
+
+    exit_code = 1
 
 
 def run(job: GenerationJob) -> None:
@@ -39,7 +46,7 @@ def run(job: GenerationJob) -> None:
         raise ConfigError([str(error)]) from error
     store = ResponseStore(
         directory, job.maker, num_prompts=job.survey.num_prompts, samples=job.flags.n_samples_per_prompt,
-        shard_size=job.flags.prompts_per_shard,
+        shard_size=max(1, job.flags.responses_per_shard // job.flags.n_samples_per_prompt),
     )  # fmt: skip
     store.open_journals()
     tasks = _missing(job, store)
@@ -52,13 +59,16 @@ def run(job: GenerationJob) -> None:
 def _identity(job: GenerationJob) -> Identity:
     flags = job.flags
     return Identity(
-        hf_checkpoint=job.maker.model, model=model_digest(job.model.path), prompt_data=tuple(flags.prompt_data),
+        hf_checkpoint=job.maker.model, model=model_identity(job.model.path), prompt_data=tuple(flags.prompt_data),
         data=data_digest(job.files, job.encoder), num_prompts=job.survey.num_prompts,
         n_samples_per_prompt=flags.n_samples_per_prompt, temperature=flags.temperature, top_p=flags.top_p,
         max_response_length=flags.max_response_length, stop_token_ids=job.stop_token_ids, seed=flags.seed,
         keep=flags.keep, grader=flags.grader if flags.keep == "right" else "", answer_pattern=flags.answer_pattern,
         lenient_grading=flags.lenient_grading,
-        prompts_per_shard=flags.prompts_per_shard,
+        responses_per_shard=flags.responses_per_shard,
+        engine=flags.engine,
+        dtype=job.dtype,
+        sglang_flags=server_flags(flags),
     )  # fmt: skip
 
 
@@ -88,7 +98,7 @@ def _report(job: GenerationJob, store: ResponseStore) -> None:
     """Write report.json and say what there is.
 
     Raises:
-        ValueError: no response was kept.
+        NothingKept: no response was kept.
     """
     counts = store.counts
     with replacing(job.flags.save / REPORT) as path:
@@ -105,7 +115,7 @@ def _report(job: GenerationJob, store: ResponseStore) -> None:
         flush=True,
     )
     if not counts.kept:
-        raise ValueError(
+        raise NothingKept(
             f"no response was kept: all {counts.responses:,} are in {job.flags.save}/dropped; "
             "raise --max-response-length, or look at them and give another --keep (with another --save)"
         )

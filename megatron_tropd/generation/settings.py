@@ -12,11 +12,10 @@ from typing import Any
 from megatron_tropd.atomic_files import replacing
 from megatron_tropd.data.encoding.encode import Encoder
 from megatron_tropd.data.reading.sources import DataFile
-from megatron_tropd.data.token_cache.build import cache_key
+from megatron_tropd.file_digest import digest_files
 from megatron_tropd.json_files import read_json_object
 
 FILE = "generation.json"
-_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,10 +25,10 @@ class Identity:
     hf_checkpoint: str
     """As it was given, or name and commit on the Hub."""
     model: str
-    """Hash of config.json, tokenizer files and names and sizes of the weight files."""
+    """Digest of config, tokenizer, chat template and weights."""
     prompt_data: tuple[str, ...]
     data: str
-    """Hash of the data files and of how they are read and encoded."""
+    """Digest of the data files and of how they are read and encoded."""
     num_prompts: int
     n_samples_per_prompt: int
     temperature: float
@@ -41,31 +40,36 @@ class Identity:
     grader: str
     answer_pattern: str
     lenient_grading: bool
-    prompts_per_shard: int
+    responses_per_shard: int
+    engine: str
+    dtype: str
+    sglang_flags: tuple[str, ...]
+    """Those that are passed to the servers."""
 
 
 _COMPARED = {
     "model": "the model of --hf-checkpoint",
-    "data": "the files of --prompt-data, or how they are read (keys, template, tokenizer, limits)",
+    "data": "the files of --prompt-data, or how they are read (keys, template, tokenizer and its version, limits)",
+    "sglang_flags": "flags for the SGLang servers",
 }
-"""Hashes, and what a message calls them."""
+"""Values that are not shown, and what a message calls them."""
 _NOT_COMPARED = ("hf_checkpoint", "prompt_data")
-"""Names, of which the hashes tell whether they mean the same."""
-
-
-def model_digest(directory: Path) -> str:
-    """Return a hash of what is read of a model, and of names and sizes of its weight files."""
-    state = hashlib.sha256()
-    for path in sorted(directory.glob("*.json")) + sorted(directory.glob("*.jinja")):
-        state.update(f"{path.name}\0".encode() + path.read_bytes())
-    weights = sorted(path for pattern in _WEIGHTS for path in directory.glob(pattern))
-    state.update(json.dumps([(path.name, path.stat().st_size) for path in weights]).encode())
-    return state.hexdigest()[:32]
+"""Names, of which the digests tell whether they mean the same."""
 
 
 def data_digest(files: Sequence[DataFile], encoder: Encoder) -> str:
-    """Return a hash of the data files and of how they are encoded."""
-    return cache_key(files, encoder)
+    """Return a digest of the data files, wherever they are, and of how they are encoded.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    paths = [path for file in files for path in _parts(Path(file.path))]
+    return hashlib.sha256(f"{digest_files(paths)} {encoder.fingerprint()}".encode()).hexdigest()
+
+
+def _parts(path: Path) -> list[Path]:
+    """Return the files of a saved data set, or the file itself."""
+    return sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
 
 
 def claim(directory: Path, identity: Identity) -> None:

@@ -88,6 +88,7 @@ class ServerWriter:
     def __init__(self, fleet: WritingFleet) -> None:
         self._fleet = fleet
         self._loop = LoopThread("sglang-writer")
+        self._closed = False
 
     def start(self) -> None:
         """Start the servers, and wait until one of them answers or all are given up.
@@ -96,7 +97,7 @@ class ServerWriter:
             EngineError: none can be used.
         """
         self._loop.run(self._fleet.open())
-        self._loop.run(self._fleet.until_up())
+        self._loop.run(self._fleet.until_any_is_up())
 
     def write(self, tasks: Iterable[Task]) -> Iterator[list[Written]]:
         """See :class:`Writer`."""
@@ -112,5 +113,9 @@ class ServerWriter:
 
     def close(self) -> None:
         """End the servers that were started here."""
-        self._loop.run(self._fleet.close())
-        self._loop.close()
+        if not self._closed:
+            self._closed = True
+            try:
+                self._loop.run(self._fleet.close())
+            finally:
+                self._loop.close()

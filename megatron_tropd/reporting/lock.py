@@ -35,7 +35,7 @@ class RunLock:
             owner = _read(stream)
             if owner and not is_stale(owner):
                 raise RunDirectoryBusyError(
-                    f"run directory {path.parent} is in use by process {owner.get('pid')} on host "
+                    f"{path.parent} is in use by process {owner.get('pid')} on host "
                     f"{owner.get('host')}: give this job its own directory, or, if that job is gone, delete {path}"
                 )
             _write(stream, self._mine)

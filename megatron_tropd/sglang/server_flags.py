@@ -111,6 +111,7 @@ WRITER_FLAGS = ServerFlags(
             pp_size="pipeline stages are not supported: use --sglang-tp-size",
         ),
         "--dtype": "use --dtype",
+        "--device": "it is a GPU where there is one",
         "--load-format": "weights are those of --hf-checkpoint",
         "--custom-weight-loader": "weights are those of --hf-checkpoint",
     },

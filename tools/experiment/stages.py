@@ -25,10 +25,11 @@ _SMALL = (
 class Stage:
     """One command, and where it writes."""
 
+    name: str
     title: str
     words: tuple[str, ...]
     output: Path
-    """Exists when the stage is done: a command that was ended goes on, or begins again."""
+    """Exists when the stage is done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,20 +54,20 @@ def stages(out: Path, interpreters: Interpreters, *, steps: int) -> list[Stage]:
     ]
 
 
-def _stage(title: str, output: Path, *words: object) -> Stage:
-    return Stage(title=title, words=tuple(map(str, words)), output=output)
+def _stage(name: str, title: str, output: Path, *words: object) -> Stage:
+    return Stage(name=name, title=title, words=tuple(map(str, words)), output=output)
 
 
 def _data(out: Path) -> list[Stage]:
     prepare = (sys.executable, "tools/prepare_prompts.py", "--prompt-suffix", SUFFIX)
     return [
         _stage(
-            "Conversations with answers, for finetuning", out / "lessons.jsonl",
+            "lessons", "Conversations with answers, for finetuning", out / "lessons.jsonl",
             *prepare, "--prompt-data", out / "world/published/chat.jsonl", "--responses",
             "--save", out / "lessons.jsonl",
         ),
         _stage(
-            "Prompts without duplicates and without the benchmark's questions", out / "prompts",
+            "prompts", "Prompts without duplicates and without the benchmark's questions", out / "prompts",
             *prepare, "--prompt-data", out / "world/published/rl.jsonl", "--require-answer",
             "--decontaminate", out / "world/benchmarks/aime24", "--question-key", "problem", "--save", out / "prompts",
         ),
@@ -81,7 +82,7 @@ def _torchrun(ranks: int, run_dir: Path, *words: object) -> tuple[object, ...]:
 def _finetuned(out: Path, name: str, *, steps: int, rate: float, decay: str) -> Stage:
     run_dir = out / f"{name}_sft"
     return _stage(
-        f"Supervised finetuning of the {name}", run_dir / "hf_export",
+        f"{name}_sft", f"Supervised finetuning of the {name}", run_dir / "hf_export",
         *_torchrun(
             1, run_dir, "--objective", "sft", "--hf-checkpoint", out / "world/base" / name,
             "--prompt-data", out / "lessons.jsonl", "--rollout-batch-size", 32, "--train-iters", steps, "--lr", rate,
@@ -92,7 +93,7 @@ def _finetuned(out: Path, name: str, *, steps: int, rate: float, decay: str) -> 
 
 def _responses(out: Path) -> Stage:
     return _stage(
-        "The teacher's responses, right ones only", out / "responses/report.json",
+        "responses", "The teacher's responses, right ones only", out / "responses/data",
         sys.executable, "-m", "megatron_tropd.generate", "--hf-checkpoint", out / "teacher_sft/hf_export",
         "--prompt-data", out / "prompts", "--apply-chat-template", "--engine", "embedded", "--keep", "right",
         "--max-prompt-length", PROMPT_LENGTH, "--max-response-length", RESPONSE_LENGTH, "--save", out / "responses",
@@ -101,7 +102,7 @@ def _responses(out: Path) -> Stage:
 
 def _distilled(out: Path, steps: int) -> Stage:
     return _stage(
-        "TrOPD on two ranks: the student with TP 2, the teacher with PP 2", out / "tropd/hf_export",
+        "tropd", "TrOPD on two ranks: the student with TP 2, the teacher with PP 2", out / "tropd/hf_export",
         *_torchrun(
             2, out / "tropd", "--objective", "tropd", "--hf-checkpoint", out / "student_sft/hf_export",
             "--teacher-hf-checkpoint", out / "teacher_sft/hf_export", "--prompt-data", out / "responses/data",
@@ -115,7 +116,8 @@ def _distilled(out: Path, steps: int) -> Stage:
 
 def _benchmark(out: Path, name: str, run_dir: Path, interpreters: Interpreters) -> Stage:
     return _stage(
-        f"AIME-like questions that nobody has seen: {name}", out / "benchmark" / name / "summary.json",
+        f"benchmark_{name}", f"AIME-like questions that nobody has seen: {name}",
+        out / "benchmark" / name / "summary.json",
         sys.executable, "-m", "megatron_tropd.benchmark", "--run-dir", run_dir, "--model-name", name,
         "--benchmarks", "aime24", "--samples", "aime24=4", "--data-dir", out / "world/benchmarks",
         "--max-tokens", RESPONSE_LENGTH, "--math-template", "{question}\n" + SUFFIX,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from random import Random
@@ -29,13 +30,20 @@ HIDDEN = {"teacher": 64, "student": 48}
 
 
 def make_world(directory: Path, seed: int = 0) -> None:
-    """Write models and data below ``directory``:
+    """Write models and data below ``directory``, which is there as a whole or not at all:
 
     base/teacher, base/student   random weights, a tokenizer of bytes and a chat template
     published/rl.jsonl           questions in the rows of DAPO and Skywork-OR1, some twice, some of the benchmark
     published/chat.jsonl         questions with answers, as messages
     benchmarks/aime24/           questions in the columns of AIME 2024
     """
+    unfinished = directory.with_name(f".{directory.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    _write_world(unfinished, seed)
+    unfinished.rename(directory)
+
+
+def _write_world(directory: Path, seed: int) -> None:
     for name, hidden in HIDDEN.items():
         _save_model(directory / "base" / name, hidden, seed=Random(f"{seed} {name}").getrandbits(32))
     numbers = Random(f"{seed} numbers").sample(range(100, 100_000), NUM_BENCHMARK + NUM_PUBLISHED + NUM_LESSONS)

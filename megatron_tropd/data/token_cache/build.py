@@ -17,6 +17,7 @@ from pathlib import Path
 
 import filelock
 
+from megatron_tropd.atomic_files import remove_unfinished
 from megatron_tropd.data.encoding.encode import Encoder
 from megatron_tropd.data.reading.sources import DataFile
 from megatron_tropd.data.reading.spans import Span, spans_of
@@ -105,8 +106,7 @@ def _build(directory: Path, files: Sequence[DataFile], encoder: Encoder, say: Sa
             return summary
         records = [read_record(directory, index) for index in range(len(spans))]
         assert all(records), "a finished shard disappeared"
-        for left in directory.glob(".*"):  # unfinished files of processes that died
-            left.unlink(missing_ok=True)
+        remove_unfinished(directory)
         summary = finish(directory, [record for record in records if record])
     if time.monotonic() - started > _SAY_EVERY_S:
         say(f"tokenized {summary.num_rows:,} rows in {time.monotonic() - started:.0f} s; kept in {directory}")

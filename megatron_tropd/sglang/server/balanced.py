@@ -84,6 +84,17 @@ class BalancedFleet(ServerFleet[A]):
         if self.router:
             await self.router.wait_until_up()
 
+    async def until_any_is_up(self) -> None:
+        """Wait until a server is up and the router, if any, answers; :meth:`ask` finds the servers that come later.
+
+        Raises:
+            EngineError: all are given up, or the router does not answer.
+        """
+        async with self._changed:
+            await self._changed.wait_for(lambda: any(server.is_up for server in self._usable()))
+        if self.router:
+            await self.router.wait_until_up()
+
     def _watch_come_up(self, server: A) -> None:
         self._coming_up[server.index] = asyncio.create_task(self._come_up(server))
 
@@ -214,4 +225,4 @@ class BalancedFleet(ServerFleet[A]):
         server.requests_in_flight -= 1
         server.tokens_in_flight -= num_tokens
         async with self._changed:
-            self._changed.notify()
+            self._changed.notify_all()  # one that was woken alone might look for another server than this

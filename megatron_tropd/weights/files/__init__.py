@@ -1,6 +1,7 @@
 """Weights in files: Hugging Face safetensors, and Megatron's torch_dist.
 
     hf_checkpoint.py   an opened Hugging Face directory: headers checked, ranges read on demand
+    identity.py        which model a directory holds
     load.py            fills a live module from such a directory
     hf_writer.py       writes the weight files of one, from a manifest of how they looked (hf_manifest.py)
     torch_dist.py      reads and writes torch_dist checkpoints chunk by chunk, without holding a model
@@ -15,6 +16,7 @@ FRONT = {
     "hf_checkpoint": ("HfCheckpoint", "copy_sidecars", "read_headers"),
     "hf_manifest": ("MANIFEST_FILE", "HfManifest"),
     "hf_writer": ("HfWriter", "fsync_path", "remove_other_weights", "replace_text", "write_hf_files"),
+    "identity": ("model_identity",),
     "load": ("load_hf_into",),
     "other_tensors": ("IGNORE_FLAG", "listed"),
     "torch_dist": ("ChunkFile", "TorchDistReader", "WrittenFile", "make_metadata", "write_metadata"),
