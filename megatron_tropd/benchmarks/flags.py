@@ -13,12 +13,10 @@ from typing import Any
 
 from megatron_tropd.benchmarks.paper_results import PAPER
 from megatron_tropd.benchmarks.protocol import BENCHMARKS, CHOICE_TEMPLATE, MATH_TEMPLATE, PROFILES, Protocol
+from megatron_tropd.cli import sglang_errors
 from megatron_tropd.sglang.server_flags import BENCHMARK_FLAGS
 
 _DEFAULTS = Protocol()
-_MISSPELLED = 0.9
-"""Similarity from which a flag for SGLang counts as a misspelled one of ours; SGLang's ep-size and our tp-size have
-0.86."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -121,9 +119,8 @@ def split_server_flags(rest: Sequence[str]) -> tuple[str, ...]:
     for word in rest:
         flag = word.partition("=")[0]
         if word.startswith(prefix):
-            names = [own.removeprefix(prefix) for own in ours if own.startswith(prefix)]
-            if close := difflib.get_close_matches(flag.removeprefix(prefix), names, n=1, cutoff=_MISSPELLED):
-                raise ValueError(f"unknown flag {flag}; did you mean {prefix}{close[0]}?")
+            if errors := sglang_errors({flag.removeprefix("--"): ()}, [own.removeprefix("--") for own in ours]):
+                raise ValueError(errors[0])
         elif word.startswith("--"):
             close = difflib.get_close_matches(flag, ours, n=1)
             hint = f"did you mean {close[0]}?" if close else f"see --help ({prefix}X is SGLang's --X)"
