@@ -21,6 +21,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 to ``path``, whole or not at all; lone surrogates, which a model's text may hold, become ``?``."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", errors="replace"))
+
+
 def remove_unfinished(directory: Path) -> None:
     """Remove what writers of :func:`replacing` that were killed left in a directory nobody else writes to."""
     for left in directory.glob(".*.*"):

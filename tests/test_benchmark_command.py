@@ -90,6 +90,10 @@ def test_every_question_has_its_samples(run):
     assert sorted(zip(first["scores"]["accuracy"], first["finish"], first["tokens"], strict=True)) == [
         (0.0, "length", 32768), (0.0, "stop", 10), (1.0, "stop", 10), (1.0, "stop", 10),
     ]  # fmt: skip
+    (reviews,) = (run[0] / "evalscope/aime24/reviews/model").iterdir()
+    graded = [json.loads(line)["sample_score"]["score"] for line in reviews.read_text().splitlines()]
+    # The response that was cut off counts as wrong, so its box is not looked for.
+    assert [score["extracted_prediction"] for score in graded if score["metadata"]["finish"] == "length"] == [""]
     assert [row["question"] for row in rows_of(run[0], "livecodebench_v6")] == ["LCB-1", "LCB-2", "LCB-3", "LCB-4"]
 
 
@@ -211,8 +215,19 @@ def test_a_server_that_never_answers_is_no_wait_for_ever(tmp_path, capsys):
     with serving({"A25-0": [Reply(text="")] * 9}, hold_after=0) as server:
         words = arguments(server, data, output, "aime25", "aime25=1", "--limit", "1", "--response-timeout", "0.5")
         assert main(words) == 1
-        assert len(server.requests) == 3
-    assert "APITimeoutError" in capsys.readouterr().err
+        assert len(server.requests) == 1
+    assert f"no server is left; {server.url}/v1: APITimeoutError" in capsys.readouterr().err
+
+
+def test_a_server_that_was_too_slow_once_is_not_asked_again(tmp_path):
+    """It would always have the fewest requests in flight, and take its timeout from each of them."""
+    data, output = write_all(tmp_path / "data"), tmp_path / "out"
+    script = {f"{name}-{i}": [Reply(text="\\boxed{70}")] * 4 for name in ("A25", "AMC") for i in range(2)}
+    with serving(script, hold_after=0) as slow, serving(script) as server:
+        words = arguments(server, data, output, "aime25 amc23", "aime25=2 amc23=4")
+        words[1:2] = [slow.url, server.url]
+        assert main([*words, "--concurrency", "1", "--response-timeout", "4"]) == 0
+        assert (len(slow.requests), len(server.requests)) == (1, 12)
 
 
 def test_another_server_takes_over_from_a_dead_one(tmp_path, capsys):

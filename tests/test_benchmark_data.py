@@ -147,6 +147,19 @@ def test_a_model_without_tokenizer_or_template_is_refused(data, tmp_path, capsys
     assert "has no evalscope" in capsys.readouterr().err  # nothing is converted before the rest is right
 
 
+def test_a_model_that_only_servers_know_is_no_error(data, tmp_path, capsys):
+    model = save_hf_checkpoint(tmp_path / "model", "qwen3")
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    for family, refused in (("gemma3_text", False), ("of no name", True)):
+        (model / "config.json").write_text(json.dumps({"model_type": family}))
+        capsys.readouterr()
+        assert command(tmp_path, "--hf-checkpoint", str(model), "--benchmarks", "aime25") == 2
+        error = capsys.readouterr().err
+        assert "has no evalscope" in error and ("config.json" in error) == refused, error
+        assert (f"{model}: config.json names no max_position_embeddings or no vocab_size" in error) == refused
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_what_a_user_keeps_is_not_overwritten(tmp_path):
     (tmp_path / "megatron/iter_0000003").mkdir(parents=True)
@@ -170,7 +183,12 @@ WRONG = {
     "no model": ([], "expected one of --hf-checkpoint, --load, --run-dir, --server-urls; found none"),
     "two models": (["--hf-checkpoint", "a", "--load", "b"], "found --hf-checkpoint, --load"),
     "idle": (["--server-urls", "http://a:1", "--save-hf", "x"], "--save-hf belongs to --load"),
-    "unknown": (["--temprature", "1"], "--temprature: there is no such flag"),
+    "unknown": (["--temprature=1"], "--temprature: there is no such flag; did you mean --temperature?"),
+    "no flag at all": (["--zzz", "1"], "--zzz: there is no such flag; see --help"),
+    "unknown of the servers": (
+        ["--sglang-start-timout", "10"],
+        "unknown flag --sglang-start-timout; did you mean --sglang-start-timeout?",
+    ),
     "servers": (
         ["--server-urls", "http://a:1", "--sglang-mem-fraction-static", "0.5"],
         "is for servers that are started",

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from megatron_tropd.atomic_files import replacing, write_text
 from megatron_tropd.benchmark import main
 from megatron_tropd.benchmarks.paper_results import PAPER
 from megatron_tropd.benchmarks.protocol import BENCHMARKS, PROFILES, Protocol, Sampling
@@ -14,11 +15,15 @@ from megatron_tropd.benchmarks.results import (
     Result,
     keep_config,
     read_results,
+    read_scores,
     write_scores,
     write_summary,
 )
+from megatron_tropd.benchmarks.serving import passed_flags
 from megatron_tropd.benchmarks.tables import results_table
 
+LONG = 5000 * "x"
+"""A word that no file can be called."""
 RESPONSES = {"aime24": 960, "aime25": 960, "amc23": 1280, "gpqa_diamond": 792, "ifbench": 294, "livecodebench_v6": 175}
 
 
@@ -95,6 +100,23 @@ def test_scores_come_back_as_they_were_written(tmp_path):
         read_results(tmp_path / "elsewhere")
 
 
+def test_a_file_of_scores_without_questions_is_no_complete_benchmark(tmp_path):
+    written(tmp_path, [result("aime24", [1]), result("amc23", [1])])
+    (tmp_path / "scores" / "aime24.jsonl").write_text("")
+    assert read_scores(tmp_path, "aime24") is None
+    assert list(read_results(tmp_path)) == ["amc23"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    """Lone surrogates of a model's text cannot be encoded, and are no error."""
+    path = tmp_path / "file"
+    write_text(path, "a\ud800b\n")
+    with pytest.raises(OSError), replacing(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise OSError("full")
+    assert path.read_text(encoding="utf-8") == "a?b\n" and list(tmp_path.iterdir()) == [path]
+
+
 def test_samples_of_different_lengths_are_refused():
     with pytest.raises(ValueError, match="q: lists of samples differ"):
         QuestionScores(benchmark="aime24", question="q", scores={"accuracy": [1.0]}, finish=["stop"] * 2, tokens=[1, 1])
@@ -103,10 +125,33 @@ def test_samples_of_different_lengths_are_refused():
 def test_one_directory_is_of_one_model_and_one_protocol(tmp_path):
     written(tmp_path, [result("aime24", [1])])
     written(tmp_path, [result("amc23", [1])])  # another benchmark of the same
-    with pytest.raises(ValueError, match=r"another model.*weights: 'model a' there, 'other' now"):
+    with pytest.raises(ValueError, match=r"another model.*directory\.  the files of --hf-checkpoint[^;]*$"):
         keep_config(tmp_path, name="x", model={"weights": "other"}, benchmarks={})
-    with pytest.raises(ValueError, match=r"another benchmark aime24.*truncated: 'wrong' there, 'graded' now"):
+    with pytest.raises(ValueError, match=r"another benchmark aime24.*--truncated: 'wrong' there, 'graded' here$"):
         written(tmp_path, [result("aime24", [1])], truncated="graded")
+    with pytest.raises(ValueError, match=r"\.  --top-k: -1 there, 20 here$"):
+        written(tmp_path, [result("aime24", [1])], sampling=Sampling(temperature=1.0, top_p=0.7, top_k=20))
+
+
+def test_a_run_does_not_go_on_with_other_flags_for_the_servers(tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("a")
+    words = ["--chat-template", str(template), "--mem-fraction-static", "0.8"]
+
+    def keep(*given):
+        model = {"weights": "w", **passed_flags(given)}
+        keep_config(tmp_path / "out", name="x", model=model, benchmarks={})
+
+    assert passed_flags(["--json-model-override-args", LONG]) == {"--sglang-json-model-override-args": [LONG]}
+    keep(*words, "--quantization=fp8")
+    keep("--quantization", "fp8", *words[:3], "0.7")  # in another order, with another share of memory
+    with pytest.raises(ValueError, match=r"\.  --sglang-quantization: fp8 there, not given here$"):
+        keep(*words)
+    with pytest.raises(ValueError, match=r"\.  --sglang-speculative-num-steps: not given there, 3 here$"):
+        keep(*words, "--quantization", "fp8", "--speculative-num-steps", "3")
+    template.write_text("b")
+    with pytest.raises(ValueError, match=r"\.  --sglang-chat-template: sha256:\w+ there, sha256:\w+ here$"):
+        keep(*words, "--quantization", "fp8")
 
 
 def test_a_protocol_survives_json_and_names_what_matters():

@@ -9,7 +9,7 @@ import torch
 
 from megatron_tropd.models.architecture import FAMILIES, UnsupportedArchitecture
 from megatron_tropd.models.build import _softmax_scale
-from megatron_tropd.models.hf_config import load_architecture
+from megatron_tropd.models.hf_config import ModelShape, load_architecture
 from megatron_tropd.models.rope import inverse_frequencies
 from megatron_tropd.weights.coordinates.hf_shapes import hf_shapes
 
@@ -200,3 +200,24 @@ def test_a_lora_adapter_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"adapter_config\.json is .* LoRA adapter.*merge_and_unload"):
         load_architecture(tmp_path)
+
+
+SHAPES = {
+    "at the top": ({"model_type": "llama", "max_position_embeddings": 256, "vocab_size": 97}, 256, 97),
+    "in the text model": (
+        {"model_type": "x", "text_config": {"max_position_embeddings": 64, "vocab_size": 7}, "vocab_size": 1}, 64, 7,
+    ),
+    "left to transformers": ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, 131072, 262208),
+    "left to transformers at both levels": ({"model_type": "gemma3", "text_config": {"vocab_size": 9}}, 131072, 9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config, positions, rows", SHAPES.values(), ids=SHAPES)
+def test_the_shape_of_a_model_of_any_family(config, positions, rows):
+    shape = ModelShape.of_config(config, "here")
+    assert (shape.model_type, shape.max_positions, shape.vocab_size) == (config["model_type"], positions, rows)
+
+
+def test_a_model_without_a_known_shape_is_refused():
+    with pytest.raises(ValueError, match=r"^here: config\.json names no max_position_embeddings"):
+        ModelShape.of_config({"model_type": "unknown", "vocab_size": 7}, "here")

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megatron_tropd.reporting.records import write_atomic  # noqa: E402
+from megatron_tropd.atomic_files import write_text  # noqa: E402
 from tools.results.compare_input import load  # noqa: E402
 from tools.results.compare_page import comparison_page  # noqa: E402
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for problem in (problem for named in runs for problem in named.run.problems):
         print(f"compare_runs: {problem}", file=sys.stderr)
     try:
-        write_atomic(args.output, comparison_page(runs))
+        write_text(args.output, comparison_page(runs))
     except OSError as error:
         print(f"compare_runs: --output {args.output} cannot be written: {error}", file=sys.stderr)
         return 1

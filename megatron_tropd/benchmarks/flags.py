@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from megatron_tropd.benchmarks.paper_results import PAPER
 from megatron_tropd.benchmarks.protocol import BENCHMARKS, CHOICE_TEMPLATE, MATH_TEMPLATE, PROFILES, Protocol
+from megatron_tropd.cli import sglang_errors
 from megatron_tropd.sglang.server_flags import BENCHMARK_FLAGS
 
 _DEFAULTS = Protocol()
@@ -110,15 +112,22 @@ def split_server_flags(rest: Sequence[str]) -> tuple[str, ...]:
     """Return ``--sglang-X VALUE...`` as ``--X VALUE...`` for SGLang.
 
     Raises:
-        ValueError: a flag that is neither ours nor SGLang's.
+        ValueError: a flag that is neither ours nor SGLang's, or looks like a misspelled one of ours.
     """
+    prefix, ours = BENCHMARK_FLAGS.prefix, [word for action in parser()._actions for word in action.option_strings]
     words: list[str] = []
     for word in rest:
-        if word.startswith("--") and not word.startswith(BENCHMARK_FLAGS.prefix):
-            raise ValueError(f"{word}: there is no such flag; see --help ({BENCHMARK_FLAGS.prefix}X is SGLang's --X)")
+        flag = word.partition("=")[0]
+        if word.startswith(prefix):
+            if errors := sglang_errors({flag.removeprefix("--"): ()}, [own.removeprefix("--") for own in ours]):
+                raise ValueError(errors[0])
+        elif word.startswith("--"):
+            close = difflib.get_close_matches(flag, ours, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"see --help ({prefix}X is SGLang's --X)"
+            raise ValueError(f"{flag}: there is no such flag; {hint}")
         if not words and not word.startswith("--"):
             raise ValueError(f"{word}: expected a flag; see --help")
-        words.append(f"--{word.removeprefix(BENCHMARK_FLAGS.prefix)}" if word.startswith("--") else word)
+        words.append(f"--{word.removeprefix(prefix)}" if word.startswith("--") else word)
     return tuple(words)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from megatron_tropd.benchmarks.serving import Served
 
 LAUNCHER = Path(__file__).with_name("runner") / "launch.py"
 _TAIL_BYTES = 3000
+_LINE_CHARACTERS = 200
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 class RunnerFailed(RuntimeError):
-    """The runner ended before its job was done; the message says why."""
+    """The work ended before it was done; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +79,7 @@ def run_job(python: Path, job: Job, served: Served, progress: Callable[[str, int
         progress: called with benchmark, graded responses and all responses.
 
     Raises:
-        RunnerFailed: the runner ended early; what was answered is kept in ``job.output``.
+        RunnerFailed: the runner ended early, or wrote what is no message; what was answered is kept in ``job.output``.
     """
     job.output.mkdir(parents=True, exist_ok=True)
     log = job.output / "runner.log"
@@ -88,22 +90,43 @@ def run_job(python: Path, job: Job, served: Served, progress: Callable[[str, int
         )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
     try:
-        with process.stdin, process.stdout:
+        with contextlib.suppress(BrokenPipeError):  # it ended already; its log says why
             process.stdin.write(json.dumps(job.to_json(served)) + "\n")
             process.stdin.flush()
-            for message in map(json.loads, process.stdout):
-                if message["kind"] == "progress":
-                    progress(message["benchmark"], message["done"], message["total"])
-                elif message["kind"] == "scores":
-                    questions = tuple(QuestionScores(**row) for row in message["rows"])
-                    yield Result(benchmark=message["benchmark"], questions=questions)
-                elif message["kind"] == "error":
-                    raise RunnerFailed(f"{message['text']} (all of it: {log})")
-                else:
-                    return
-            raise RunnerFailed(f"the runner ended with status {process.wait()}; end of {log}:\n{_tail(log)}")
+        for message in _messages(process.stdout):
+            if message["kind"] == "progress":
+                progress(message["benchmark"], message["done"], message["total"])
+            elif message["kind"] == "scores":
+                questions = tuple(QuestionScores(**row) for row in message["rows"])
+                yield Result(benchmark=message["benchmark"], questions=questions)
+            elif message["kind"] == "error":
+                raise RunnerFailed(f"{message['text']} (all of it: {log})")
+            else:
+                return
+        raise RunnerFailed(f"the runner ended with status {process.wait()}; end of {log}:\n{_tail(log)}")
     finally:
         _end(process)
+        with contextlib.suppress(BrokenPipeError):  # what could not be written is written once more
+            process.stdin.close()
+        process.stdout.close()
+
+
+def _messages(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the runner's messages; a last line without an end is one that it was killed in.
+
+    Raises:
+        RunnerFailed: a line is no message.
+    """
+    for line in lines:
+        if not line.endswith("\n"):
+            return
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict) or "kind" not in message:
+            raise RunnerFailed(f"the runner wrote {line[:_LINE_CHARACTERS]!r} instead of a message")
+        yield message
 
 
 def _environment() -> Mapping[str, str]:

@@ -14,7 +14,7 @@ from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.hub import MODEL_FILES, resolve
 from megatron_tropd.parallel import platform
 from megatron_tropd.reporting.run_directory import HF_EXPORT, is_exported
-from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint
+from megatron_tropd.weights.files.hf_checkpoint import read_headers
 from megatron_tropd.weights.files.identity import model_identity
 
 _CONVERTED = ".converted-from"
@@ -106,7 +106,7 @@ def check_text(model: EvaluatedModel, flag: str, *, needs_template: bool) -> Non
     Raises:
         OSError, ValueError: the directory has no usable weights or tokenizer, or no chat template.
     """
-    HfCheckpoint.open(model.path)
+    read_headers(model.path)  # no more: servers know families, and quantized weights, that this package does not build
     if not load_tokenizer(model.path).chat_template and needs_template:
         raise ValueError(
             f"{flag} {model.path}: its tokenizer has no chat template, and benchmarks are asked as chat messages; add "

@@ -10,17 +10,25 @@ OUTPUT/evalscope/NAME/      evalscope's own files: prompts and responses, and wh
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tropd.atomic_files import write_text
 from megatron_tropd.benchmarks.protocol import BENCHMARKS
 from megatron_tropd.benchmarks.statistics import Estimate, estimate
 from megatron_tropd.json_files import read_json_object
 
 CONFIG, SUMMARY, SCORES = "config.json", "summary.json", "scores"
+_CHANGED_BY = {
+    "weights": "the files of --hf-checkpoint, --load or --run-dir are not the same",
+    "data_sha256": "the questions in --data-dir are not the same",
+    "num_questions": "their number is not the same",
+    "code_timeout_s": "--code-timeout",
+    "code_memory_mib": "--code-memory",
+}
+"""Key of config.json -> what changes it, where that is no flag of the same name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,14 +87,6 @@ def main_metric(name: str) -> str:
     return BENCHMARKS[name].metrics[0]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
@@ -95,11 +95,13 @@ def write_json(path: Path, value: Any) -> None:
 def write_scores(output: Path, result: Result) -> None:
     """Write the scores of a complete benchmark."""
     lines = [json.dumps(asdict(question)) for question in result.questions]
+    (output / SCORES).mkdir(exist_ok=True)
     write_text(output / SCORES / f"{result.benchmark}.jsonl", "\n".join(lines) + "\n")
 
 
 def read_scores(output: Path, name: str) -> Result | None:
-    """Return the scores of benchmark ``name``; None where it is not complete.
+    """Return the scores of benchmark ``name``; None where it is not complete.  A file without questions, as a crash of
+    the machine can leave, counts as none.
 
     Raises:
         ValueError: the file is not what :func:`write_scores` writes.
@@ -112,7 +114,7 @@ def read_scores(output: Path, name: str) -> Result | None:
         questions = tuple(QuestionScores(**row) for row in rows)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a file of scores: {error}") from error
-    return Result(benchmark=name, questions=questions)
+    return Result(benchmark=name, questions=questions) if questions else None
 
 
 def read_results(output: Path) -> dict[str, Result]:
@@ -142,6 +144,7 @@ def keep_config(
     Raises:
         ValueError: the directory holds scores of another model, or of other settings.
     """
+    output.mkdir(parents=True, exist_ok=True)
     path = output / CONFIG
     config: dict[str, Any] = {"model_name": name, "model": dict(model), "benchmarks": {}}
     if path.is_file():
@@ -156,13 +159,28 @@ def keep_config(
     write_json(path, config)
 
 
-def _other(output: Path, what: str, kept: Any, given: Any) -> str:
-    differing = (
-        [f"{key}: {kept.get(key)!r} there, {given.get(key)!r} now" for key in given if kept.get(key) != given.get(key)]
-        if isinstance(kept, dict) and isinstance(given, Mapping)
-        else []
-    )
-    return f"--output {output} was made with another {what} ({'; '.join(differing)}); give another directory"
+def _other(output: Path, what: str, kept: Any, given: Mapping[str, Any]) -> str:
+    there, now = _by_flag(kept if isinstance(kept, Mapping) else {}), _by_flag(given)
+    differing = [
+        f"{flag}: {_shown(there.get(flag))} there, {_shown(now.get(flag))} here" if flag.startswith("--") else flag
+        for flag in {**now, **there}
+        if there.get(flag) != now.get(flag)
+    ]
+    return f"--output {output} was made with another {what}; give another directory.  {'; '.join(differing)}"
+
+
+def _by_flag(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by what changes them: a flag, or in words where it is the content of files."""
+    flat = {**settings, **settings.get("sampling", {})}
+    flat.pop("sampling", None)
+    return {
+        key if key.startswith("--") else _CHANGED_BY.get(key, f"--{key.replace('_', '-')}"): value
+        for key, value in flat.items()
+    }
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else " ".join(value) if isinstance(value, list) else repr(value)
 
 
 def write_summary(output: Path, results: Sequence[Result]) -> None:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_tropd.atomic_files import write_text
 from megatron_tropd.benchmarks import flags, tables
 from megatron_tropd.benchmarks.data_files import check_nltk_data, read_questions
-from megatron_tropd.benchmarks.job import Job, check_environment, run_job
+from megatron_tropd.benchmarks.job import Job, RunnerFailed, check_environment, run_job
 from megatron_tropd.benchmarks.model_source import EvaluatedModel, check_text, from_hf, from_megatron, from_run
 from megatron_tropd.benchmarks.protocol import BENCHMARKS, Protocol
 from megatron_tropd.benchmarks.results import (
@@ -24,9 +25,9 @@ from megatron_tropd.benchmarks.results import (
     read_scores,
     write_scores,
     write_summary,
-    write_text,
 )
-from megatron_tropd.benchmarks.serving import Served, given, server_settings, started
+from megatron_tropd.benchmarks.serving import Served, given, passed_flags, server_settings, started
+from megatron_tropd.models.hf_config import ModelShape, load_hf_config
 from megatron_tropd.parallel import platform
 from megatron_tropd.reporting.lock import RunLock
 from megatron_tropd.sandbox import check as check_sandbox
@@ -56,6 +57,10 @@ class _Plan:
     """None: servers that run already have it."""
     settings: ServerSettings | None
     """Of the servers to start."""
+    shape: ModelShape | None
+    """Of the model to serve."""
+    server_flags: tuple[str, ...]
+    """Those for SGLang that the user gave."""
 
 
 def run(args: argparse.Namespace, server_flags: Sequence[str]) -> None:
@@ -73,9 +78,12 @@ def run(args: argparse.Namespace, server_flags: Sequence[str]) -> None:
         identity, name = _identity(plan, served)
         keep_config(args.output, name=name, model=identity, benchmarks=plan.benchmarks)
         todo = tuple(name for name in args.benchmarks if read_scores(args.output, name) is None)
-        if todo:
-            _run_benchmarks(plan, todo, served or connect())
-    _write_tables(args)
+        try:
+            if todo:
+                _run_benchmarks(plan, todo, served or connect())
+            _write_tables(args)
+        except OSError as error:  # a full disk, and no flag
+            raise RunnerFailed(str(error)) from error
     if args.load and not args.save_hf:
         shutil.rmtree(args.output / CONVERTED, ignore_errors=True)
 
@@ -101,10 +109,14 @@ def _plan(args: argparse.Namespace, server_flags: Sequence[str], stack: contextl
         attempt(lambda: stack.enter_context(_locked(args.output)))
     model = attempt(lambda: _find_model(args, server_flags)) if not problems or not args.load else None
     settings = attempt(lambda: _settings(args, server_flags, model)) if model else None
+    shape = attempt(lambda: ModelShape.of_config(load_hf_config(model.path), str(model.path))) if model else None
     if problems:
         raise ValueError("\n".join(problems))
     assert protocol is not None and benchmarks is not None
-    return _Plan(args=args, protocol=protocol, benchmarks=benchmarks, model=model, settings=settings)
+    return _Plan(
+        args=args, protocol=protocol, benchmarks=benchmarks, model=model, settings=settings, shape=shape,
+        server_flags=tuple(server_flags),
+    )  # fmt: skip
 
 
 def _check_choices(args: argparse.Namespace, server_flags: Sequence[str]) -> None:
@@ -159,7 +171,7 @@ def _find_model(args: argparse.Namespace, server_flags: Sequence[str]) -> Evalua
         model, flag = from_hf(args.hf_checkpoint, "--hf-checkpoint"), "--hf-checkpoint"
     else:
         return None
-    check_text(model, flag, needs_template="--chat-template" not in server_flags)
+    check_text(model, flag, needs_template="--sglang-chat-template" not in passed_flags(server_flags))
     return model
 
 
@@ -186,18 +198,19 @@ def _locked(output: Path) -> Iterator[None]:
 
 def _connect(plan: _Plan, stack: contextlib.ExitStack) -> Served:
     """Return servers that answer; those that are started live until ``stack`` is left."""
-    if plan.settings is None:
+    if plan.settings is None or plan.shape is None:
         args = plan.args
         return given(args.server_urls, args.served_model, load_keys(file=args.sglang_key_file))
     say(f"starting {plan.settings.num_servers} servers; their logs are in {plan.settings.log_dir}")
-    return stack.enter_context(started(plan.settings))
+    return stack.enter_context(started(plan.settings, plan.shape.max_positions))
 
 
 def _identity(plan: _Plan, served: Served | None) -> tuple[dict[str, Any], str]:
     """Return what must stay the same when the run goes on, and the model's name for tables."""
     if plan.model is not None:
         assert plan.settings is not None
-        return {**plan.model.identity, "dtype": plan.settings.dtype}, plan.args.model_name or plan.model.name
+        identity = {**plan.model.identity, "dtype": plan.settings.dtype, **passed_flags(plan.server_flags)}
+        return identity, plan.args.model_name or plan.model.name
     assert served is not None
     return {"served_model": served.model}, plan.args.model_name or served.model
 

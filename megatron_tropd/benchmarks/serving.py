@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_tropd.models.hf_config import load_architecture
 from megatron_tropd.sglang.api.client import Client
 from megatron_tropd.sglang.api.fields import field, items, text
 from megatron_tropd.sglang.errors import BadResponse
@@ -24,6 +25,23 @@ _QUESTION_S = 30.0
 """Until a given server must have said which model it serves."""
 _CUDA_MEMORY = ("--mem-fraction-static", "0.85")
 """No trainer shares the GPU.  Not run."""
+_SPEED_ONLY = frozenset(
+    {
+        "--chunked-prefill-size",
+        "--cuda-graph-bs",
+        "--cuda-graph-max-bs",
+        "--disable-cuda-graph",
+        "--log-level",
+        "--log-requests",
+        "--max-prefill-tokens",
+        "--max-running-requests",
+        "--max-total-tokens",
+        "--mem-fraction-static",
+        "--watchdog-timeout",
+    }
+)
+"""Flags of SGLang that say how much memory and time a response takes.  They may change when a run goes on, for example
+because memory ran out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,15 +72,47 @@ def server_settings(
     )  # fmt: skip
 
 
+def passed_flags(words: Sequence[str]) -> dict[str, list[str]]:
+    """Return the flags for SGLang that can change a response, as ``--sglang-X`` -> its values.
+
+    Of a file, as a chat template can be, the value is the digest of its content: it may be moved, and not be changed.
+
+    Args:
+        words: ``--X VALUE...`` of all flags.
+    """
+    found: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            values = found.setdefault(flag, [])
+            values += [_content(value)] if equals else []
+        else:
+            values.append(_content(word))
+    return {
+        f"{BENCHMARK_FLAGS.prefix}{flag.removeprefix('--')}": given
+        for flag, given in found.items()
+        if flag not in _SPEED_ONLY
+    }
+
+
+def _content(value: str) -> str:
+    # Unlike Path.is_file, this takes a value that is too long for a name.
+    return f"sha256:{hashlib.sha256(Path(value).read_bytes()).hexdigest()}" if os.path.isfile(value) else value
+
+
 @contextlib.contextmanager
-def started(settings: ServerSettings) -> Iterator[Served]:
+def started(settings: ServerSettings, max_positions: int) -> Iterator[Served]:
     """Serve until the block ends.
+
+    Args:
+        settings: of the servers.
+        max_positions: of the model.
 
     Raises:
         EngineError: no server could be started, with the end of its log.
     """
-    positions = load_architecture(settings.hf_dir).max_position_embeddings
-    processes = [ServerProcess(settings, index, positions) for index in range(settings.num_servers)]
+    processes = [ServerProcess(settings, index, max_positions) for index in range(settings.num_servers)]
     fleet = ServerFleet(settings, [Server(index, settings, process) for index, process in enumerate(processes)])
     loop = LoopThread("benchmark-servers")
     try:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -20,34 +20,10 @@ from megatron_tropd.generation.rows import RowMaker
 from megatron_tropd.grading.grader import Grader, make_grader
 from megatron_tropd.grading.references import check_references
 from megatron_tropd.hub import MODEL_FILES, Resolved, resolve
-from megatron_tropd.models.hf_config import load_hf_config
+from megatron_tropd.models.hf_config import ModelShape, load_hf_config
 from megatron_tropd.rollout.embedded.load import check_device
 from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.types import GraderKind
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelShape:
-    """What config.json says of a model of any family."""
-
-    model_type: str
-    max_positions: int
-    """Longest sequence, in tokens."""
-    vocab_size: int
-
-    @classmethod
-    def of_config(cls, config: Mapping[str, Any], source: str) -> ModelShape:
-        """Read it from config.json, or from the text model in it.
-
-        Raises:
-            ValueError: a key is missing; the message names ``source``.
-        """
-        inner = config.get("text_config")
-        keys = {**config, **(inner if isinstance(inner, dict) else {})}
-        positions, rows = keys.get("max_position_embeddings"), keys.get("vocab_size")
-        if not isinstance(positions, int) or not isinstance(rows, int):
-            raise ValueError(f"{source}: config.json names no max_position_embeddings or no vocab_size")
-        return cls(model_type=str(config.get("model_type")), max_positions=positions, vocab_size=rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,8 @@ transformers, or is refused.  No code of the checkpoint is run, and nothing is f
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,43 @@ def load_hf_config(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; an HF checkpoint directory needs a config.json")
     return read_json_object(path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What config.json says of a model of any family, also of one that only servers can run."""
+
+    model_type: str
+    max_positions: int
+    """Longest sequence, in tokens."""
+    vocab_size: int
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any], source: str) -> ModelShape:
+        """Read it from config.json, or from the text model in it; a missing key has transformers' default.
+
+        Raises:
+            ValueError: a key is missing and transformers has no default for it; the message names ``source``.
+        """
+        text = config.get("text_config")
+        keys = {**config, **(text if isinstance(text, dict) else {})}
+        names = ("max_position_embeddings", "vocab_size")
+        if missing := [name for name in names if keys.get(name) is None]:
+            keys |= _defaults(keys.get("model_type"), missing)
+        positions, rows = (keys.get(name) for name in names)
+        if not isinstance(positions, int) or not isinstance(rows, int):
+            raise ValueError(f"{source}: config.json names no max_position_embeddings or no vocab_size")
+        return cls(model_type=str(config.get("model_type")), max_positions=positions, vocab_size=rows)
+
+
+def _defaults(model_type: object, names: Sequence[str]) -> dict[str, Any]:
+    """Return transformers' values for missing keys of a family's config, as far as it knows the family."""
+    from transformers import CONFIG_MAPPING  # see _transformers_config
+
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return {}
+    text = CONFIG_MAPPING[model_type]().get_text_config()
+    return {name: getattr(text, name, None) for name in names}
 
 
 def load_architecture(directory: str | Path) -> Architecture:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_tropd.atomic_files import write_text
 from megatron_tropd.reports import EvalReport, StepReport
 
 Record = dict[str, Any]
@@ -122,24 +122,13 @@ def drop_after(path: Path, step: int | None) -> int:
     kept = [line for line in lines if _keeps(line, step)]
     after = "".join(f"{line}\n" for line in kept)
     if after.encode() != before:
-        write_atomic(path, after)
+        write_text(path, after)
     return len(lines) - len(kept)
 
 
 def _keeps(line: str, step: int | None) -> bool:
     record = _record(line)
     return record is not None and (step is None or record["step"] <= step)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a whole file, or leave the old one: a reader never sees a partly written file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # Model text may hold lone surrogates, which UTF-8 cannot carry.
-    with temporary.open("wb") as stream:
-        stream.write(text.encode("utf-8", errors="replace"))
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
 
 
 def step_scalars(record: Mapping[str, Any]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tropd.reporting.records import write_atomic
+from megatron_tropd.atomic_files import write_text
 from megatron_tropd.reports import TokenNumbers
 from megatron_tropd.types import Rollout
 
@@ -166,7 +166,7 @@ def token_texts(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]
 
 def write_samples(path: Path, samples: Sequence[RolloutSample]) -> None:
     """Write one line for each sample, atomically."""
-    write_atomic(path, "".join(f"{json.dumps(asdict(sample), allow_nan=False)}\n" for sample in samples))
+    write_text(path, "".join(f"{json.dumps(asdict(sample), allow_nan=False)}\n" for sample in samples))
 
 
 def read_samples(path: Path) -> list[RolloutSample]:

@@ -25,9 +25,10 @@ from typing import Any, TextIO
 
 import yaml
 
+from megatron_tropd.atomic_files import write_text
 from megatron_tropd.reporting.environment import describe_environment
 from megatron_tropd.reporting.lock import RunLock
-from megatron_tropd.reporting.records import Record, drop_after, encode, eval_record, step_record, write_atomic
+from megatron_tropd.reporting.records import Record, drop_after, encode, eval_record, step_record
 from megatron_tropd.reporting.redaction import redact_mapping
 from megatron_tropd.reporting.rollout_samples import RolloutSample, write_samples
 from megatron_tropd.reports import EvalReport, StepReport
@@ -87,7 +88,7 @@ class RunDirectory:
         """Write what describes one of several teachers."""
         (self.path / "teachers").mkdir(exist_ok=True)
         text = yaml.safe_dump(plain(redact_mapping(dict(settings))), sort_keys=False, width=100)
-        write_atomic(self.path / "teachers" / f"{name}.yaml", text)
+        write_text(self.path / "teachers" / f"{name}.yaml", text)
 
     def rewind(self, step: int) -> int:
         """Delete everything after ``step``, so that no curve has a point twice; returns how many lines were dropped."""
@@ -180,8 +181,8 @@ def _write_config(path: Path, config: dict[str, Any]) -> None:
     if target.exists() and (before := target.read_text(encoding="utf-8")) != text:
         # A run may be resumed with other flags; the flags of its first part must not be lost.
         number = 1 + len(list(path.glob("config.before_*.yaml")))
-        write_atomic(path / f"config.before_{number}.yaml", before)
-    write_atomic(target, text)
+        write_text(path / f"config.before_{number}.yaml", before)
+    write_text(target, text)
 
 
 def _changed(config: Mapping[str, object], defaults: Mapping[str, object] | None) -> dict[str, Any] | None:
@@ -203,4 +204,4 @@ def _write_environment(path: Path, changed: dict[str, Any] | None) -> None:
         before = json.loads(target.read_text(encoding="utf-8"))
         brief = {name: before.get(name) for name in ("started", "host", "command", "git")}
         environment["earlier_launches"] = [*before.get("earlier_launches", []), brief]
-    write_atomic(target, json.dumps(environment, indent=1, allow_nan=False, default=str) + "\n")
+    write_text(target, json.dumps(environment, indent=1, allow_nan=False, default=str) + "\n")

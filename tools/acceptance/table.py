@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from megatron_tropd.atomic_files import write_text
 
 Verdict = Literal["pass", "miss", "failed", "not run", "measured"]
 """``pass``: a limit of correctness or a goal of speed holds.  ``miss``: a goal of speed is not reached.  ``failed``: a
@@ -95,13 +96,6 @@ def markdown(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old text or the new one, whenever this process ends."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def write(directory: Path, results: Results) -> None:
     """Write both files anew."""
     value = {
@@ -110,5 +104,5 @@ def write(directory: Path, results: Results) -> None:
         "sections": [asdict(end) for end in results.sections],
         "rows": [asdict(row) for row in results.rows],
     }
-    replace_text(directory / JSON_FILE, json.dumps(value, indent=1, allow_nan=False) + "\n")
-    replace_text(directory / MARKDOWN_FILE, markdown(results))
+    write_text(directory / JSON_FILE, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    write_text(directory / MARKDOWN_FILE, markdown(results))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tropd.reporting.records import write_atomic
+from megatron_tropd.atomic_files import write_text
 from tools.results.figures import figure_3_names, save_figures
 from tools.results.tables import ResultsTable, cells, csv_rows, make_tables
 from tools.results.tree import Row, read_rows
@@ -96,6 +96,6 @@ def save(results: Results, directory: Path) -> list[Path]:
     """
     directory.mkdir(parents=True, exist_ok=True)
     figures = save_figures(results.tables, results.rows, directory / FIGURES)
-    write_atomic(directory / MARKDOWN, markdown(results, [path.relative_to(directory) for path in figures]))
-    write_atomic(directory / CSV, csv_text(results))
+    write_text(directory / MARKDOWN, markdown(results, [path.relative_to(directory) for path in figures]))
+    write_text(directory / CSV, csv_text(results))
     return [directory / MARKDOWN, directory / CSV, *figures]

@@ -72,16 +72,17 @@ class _Adapter(DefaultDataAdapter):
         work, output = self.work, task_state.output
         row = work.questions.rows[task_state.sample_id // self.repeats]
         finish = {"max_tokens": "length"}.get(output.stop_reason, output.stop_reason)
-        grade = _grade(work, row, task_state.metadata, answer_text(original_prediction))
-        scores = grade.scores
+        metrics = BENCHMARKS[work.name].metrics
         if finish != "stop" and work.protocol.truncated == "wrong":
-            scores = dict.fromkeys(scores, 0.0)
+            grade = Grade(scores=dict.fromkeys(metrics, 0.0))
+        else:
+            grade = _grade(work, row, task_state.metadata, answer_text(original_prediction))
         work.graded()
         return Score(
-            value={"acc": scores[BENCHMARKS[work.name].metrics[0]]}, prediction=original_prediction,
+            value={"acc": grade.scores[metrics[0]]}, prediction=original_prediction,
             extracted_prediction=grade.answer, main_score_name="acc",
             metadata={
-                "scores": scores, "finish": finish, "tokens": output.usage.output_tokens if output.usage else 0,
+                "scores": grade.scores, "finish": finish, "tokens": output.usage.output_tokens if output.usage else 0,
                 "error": grade.error,
             },
         )  # fmt: skip

@@ -28,22 +28,25 @@ def run(job: Mapping[str, Any], tell: Tell) -> None:
         Exception: what evalscope or a server raised; finished responses are kept in the job's directory.
     """
     os.environ["NLTK_DATA"] = str(Path(job["data_dir"]) / NLTK_FOLDER)  # before nltk is imported
+    from megatron_tropd.benchmarks.runner.servers import BalancedServers
+
     protocol = Protocol.from_json(job["protocol"])
+    config = _generation(protocol, job["response_timeout_s"])
+    model = BalancedServers(job["urls"], job["model"], job["key"], config)  # one, so that a dead server stays dead
     for name in job["benchmarks"]:
         questions = read_questions(name, Path(job["data_dir"]), protocol)
         work_dir = Path(job["output"]) / "evalscope" / name
-        _run_one(job, name, questions, protocol, work_dir, tell)
+        _run_one(job, model, name, questions, protocol, work_dir, tell)
         tell(kind="scores", benchmark=name, rows=_rows(name, questions, protocol, work_dir))
 
 
 def _run_one(
-    job: Mapping[str, Any], name: str, questions: Questions, protocol: Protocol, work_dir: Path, tell: Tell
+    job: Mapping[str, Any], model: Any, name: str, questions: Questions, protocol: Protocol, work_dir: Path, tell: Tell
 ) -> None:
     from evalscope import TaskConfig, run_task
 
     from megatron_tropd.benchmarks.runner.adapters import Work, register
     from megatron_tropd.benchmarks.runner.grading import CodeGrader
-    from megatron_tropd.benchmarks.runner.servers import BalancedServers
 
     progress = _Progress(name, len(questions.ids) * protocol.samples[name], tell)
     limits = Limits(cpu_s=protocol.code_timeout_s, wall_s=10 * protocol.code_timeout_s,
@@ -54,12 +57,10 @@ def _run_one(
         progress.done = max(progress.done, _end_at_a_line(path))
     progress.start()
     kept = (work_dir / "configs" / "task_config.yaml").is_file()  # evalscope writes it before the first response
-    config = _generation(protocol, job["response_timeout_s"])
-    model = BalancedServers(job["urls"], job["model"], job["key"], config)
     run_task(
         TaskConfig(
             model=model, model_id=_MODEL_ID, datasets=[known_as], repeats=protocol.samples[name],
-            generation_config=config, eval_batch_size=job["concurrency"], eval_type="openai_api",
+            generation_config=model.config, eval_batch_size=job["concurrency"], eval_type="openai_api",
             work_dir=str(work_dir), use_cache=str(work_dir) if kept else None, no_timestamp=True,
             ignore_errors=False, collect_perf=False, judge={"strategy": "rule"},
         )

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megatron_tropd.reporting.records import write_atomic
+from megatron_tropd.atomic_files import write_text
 from megatron_tropd.types import Counts
 
 FILE = "heartbeat.json"
@@ -108,7 +108,7 @@ class Heartbeat:
             "pid": os.getpid(),
         }
         try:
-            write_atomic(self._path, json.dumps(record) + "\n")
+            write_text(self._path, json.dumps(record) + "\n")
             self._complained = False
         except OSError as error:  # a full disk ends the run only when something that matters cannot be written
             if not self._complained:

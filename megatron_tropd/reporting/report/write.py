@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from megatron_tropd.reporting.records import read_records, write_atomic
+from megatron_tropd.atomic_files import write_text
+from megatron_tropd.reporting.records import read_records
 from megatron_tropd.reporting.report import sections
 from megatron_tropd.reporting.report.page import image, page, section
 from megatron_tropd.reporting.report.plots import FIGURES, make_plots
@@ -42,7 +43,7 @@ def write_report(run_dir: Path) -> Path:
         sections.environment_section(environment),
     )
     path = run_dir / "report.html"
-    write_atomic(path, page(f"{name} - megatron_tropd", body, rollouts.script))
+    write_text(path, page(f"{name} - megatron_tropd", body, rollouts.script))
     return path
 
 

@@ -13,7 +13,7 @@ the rest of a training checkpoint: directories, digests and metadata.
 
 FRONT = {
     "byte_ranges": ("Scratch", "tensor_bytes"),
-    "hf_checkpoint": ("HfCheckpoint", "copy_sidecars"),
+    "hf_checkpoint": ("HfCheckpoint", "copy_sidecars", "read_headers"),
     "hf_manifest": ("MANIFEST_FILE", "HfManifest"),
     "hf_writer": ("HfWriter", "fsync_path", "remove_other_weights", "replace_text", "write_hf_files"),
     "identity": ("model_identity",),

@@ -61,12 +61,7 @@ class HfCheckpoint:
         directory = Path(directory)
         if arch is None:
             arch = load_architecture(directory)
-        index_text, weight_map = _read_index(directory)
-        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]
-        headers = {name: read_header(directory / name) for name in names}
-        tensors = _merge(headers)
-        if weight_map is not None:
-            _check_index(weight_map, tensors)
+        index_text, headers, tensors = read_headers(directory)
         aside = _left_aside(directory, tensors, ignore_extra=ignore_extra)
         weights = {name: info for name, info in tensors.items() if name not in aside}
         _check_tensors(arch, weights)
@@ -128,6 +123,24 @@ class HfCheckpoint:
                 f"{self.directory}: config.json says tie_word_embeddings, but {LM_HEAD} differs from {EMBED_TOKENS} "
                 f"(rows {start[0]} to {start[0] + size[0] - 1}); set tie_word_embeddings to false or drop {LM_HEAD}"
             )
+
+
+def read_headers(directory: Path) -> tuple[str | None, dict[str, FileHeader], dict[str, TensorInfo]]:
+    """Read what a model of any family has on disk.
+
+    Returns:
+        Text of the index (None for a one-file checkpoint), the header of each file, and all tensors by name.
+
+    Raises:
+        HfCheckpointError: a file is missing or damaged, or the index and the files disagree.
+    """
+    index_text, weight_map = _read_index(directory)
+    names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]
+    headers = {name: read_header(directory / name) for name in names}
+    tensors = _merge(headers)
+    if weight_map is not None:
+        _check_index(weight_map, tensors)
+    return index_text, headers, tensors
 
 
 def _read_index(directory: Path) -> tuple[str | None, dict[str, str] | None]:
