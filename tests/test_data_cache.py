@@ -177,6 +177,7 @@ WORKER = """
 import os, signal, sys
 from pathlib import Path
 from megatron_tropd.data.prompts import load_prompts
+from megatron_tropd import atomic_files
 from megatron_tropd.data.reading import spans
 from megatron_tropd.data.token_cache import build
 from megatron_tropd.data.tokenizer import load_tokenizer
@@ -188,8 +189,9 @@ make, made = build.make_shard, []
 
 def watched(directory, index, span, encoder):
     if len(made) == int(die_at):
-        (directory / f".{index:05d}.arrow.leftover").write_bytes(b"half")
-        os.kill(os.getpid(), signal.SIGKILL)
+        with atomic_files.replacing(directory / f"{index:05d}.arrow") as half:
+            half.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
     make(directory, index, span, encoder)
     made.append(index)
 

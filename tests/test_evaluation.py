@@ -291,7 +291,7 @@ def test_bad_references_are_found_before_the_model_is_read(checkpoint, tmp_path,
     directory, _ = checkpoint
     data = tmp_path / "eval.jsonl"
     data.write_text(json.dumps({"prompt": "w20", **row}) + "\n")
-    monkeypatch.setattr("megatron_tropd.evaluate.HfCheckpoint.open", lambda *_: pytest.fail("the model was read"))
+    monkeypatch.setattr("megatron_tropd.evaluate.load_engine", lambda *_, **__: pytest.fail("the model was read"))
     assert main(["--hf-checkpoint", str(directory), "--eval-data", str(data), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
