@@ -3,9 +3,9 @@
 #                     (ENGINE=sglang: rollouts by the real SGLang server, whose environment is made first;
 #                     TEACHER=server: the teacher on such a server; TEACHER=dedicated: on two ranks of its own;
 #                     TEACHER=file: it scores the data's responses once, and the student learns from these scores)
-#   make test         the whole test suite, about 25 minutes
-# and besides: make check (lint, types, and all tests without ranks, servers or other processes: 75 seconds, the
-#   first time two minutes, because mypy then reads torch),
+#   make test         the whole test suite, about half an hour
+# and besides: make check (lint, types, and all tests without ranks, servers or other processes: two to four minutes, the
+#   first time a minute longer, because mypy then reads torch),
 #   make test-megatron (the tests that touch Megatron-core, 5 minutes: for another version of it),
 #   make verify (prints measured errors), make lint, make format, make clean, and
 #   make sglang-env   the SGLang server's own environment, for machines without a GPU (docs/sglang.md)

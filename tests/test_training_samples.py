@@ -178,7 +178,7 @@ METHODS = {  # (flags, columns without a number, weights of the gate that are be
     "expected": ({"objective": "tropd", "gate": "expected"}, {"coin"}, True),
     "the student's top-k": ({"objective": "topk_rkl", "guidance": "none"}, {"trust", "coin", "teacher_top"}, False),
     "no teacher": (
-        {"objective": "grpo", "guidance": "none", "reward_function": "megatron_tropd.rewards:exact_match"},
+        {"objective": "grpo", "guidance": "none", "reward_function": "megatron_tropd.grading.rewards:exact_match"},
         {"teacher_logprob", "reward", "trust", "coin", "teacher_top", "teacher_entropy"}, False,
     ),
     "from the engine": ({"objective": "tropd", "reward_logprob": "rollout"}, set(), False),
