@@ -48,7 +48,6 @@ def run(job: GenerationJob) -> None:
         directory, job.maker, num_prompts=job.survey.num_prompts, samples=job.flags.n_samples_per_prompt,
         shard_size=max(1, job.flags.responses_per_shard // job.flags.n_samples_per_prompt),
     )  # fmt: skip
-    store.open_journals()
     tasks = _missing(job, store)
     if (first := next(tasks, None)) is not None:
         _write(job, store, itertools.chain([first], tasks))

@@ -27,6 +27,10 @@ class ResponseStore:
 
     Prompts are announced in order (:meth:`missing`); their responses arrive in any order (:meth:`add`).  Memory holds
     the prompts of the shards that are being written, and of their responses the names only.
+
+    Raises:
+        OSError: the directory cannot be written.
+        DamagedJournal: a journal of an earlier launch was changed.
     """
 
     def __init__(self, directory: Path, maker: RowMaker, *, num_prompts: int, samples: int, shard_size: int) -> None:
@@ -41,6 +45,8 @@ class ResponseStore:
             if (path := self._record(shard)).exists():
                 self._whole[shard] = Counts(**json.loads(path.read_text(encoding="utf-8")))
                 self._journal(shard).unlink(missing_ok=True)  # a kill between the two left it
+            elif self._journal(shard).exists():
+                self._open(shard)
 
     @property
     def num_shards(self) -> int:
@@ -56,20 +62,6 @@ class ResponseStore:
     def num_stored(self) -> int:
         """Responses on disk, in whole shards and in journals."""
         return self.counts.responses + sum(len(shard.stored) for shard in self._shards.values())
-
-    def is_whole(self) -> bool:
-        """Return whether every response is there."""
-        return len(self._whole) == self.num_shards
-
-    def open_journals(self) -> None:
-        """Read which responses the journals of an earlier launch have.
-
-        Raises:
-            DamagedJournal: a journal was changed.
-        """
-        for shard in range(self.num_shards):
-            if shard not in self._whole and self._journal(shard).exists():
-                self._open(shard)
 
     def missing(self, prompt: SourcePrompt) -> tuple[int, ...]:
         """Return the samples of the next prompt that have to be written."""
