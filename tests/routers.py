@@ -17,6 +17,7 @@ from tests.ranks import free_port
 from tests.sglang_helpers import NO_SGLANG, PYTHON
 
 START_S = 120.0
+PORT_TAKEN = "Address already in use"
 
 
 def _unavailable() -> str:
@@ -55,6 +56,29 @@ class Router:
 @contextlib.contextmanager
 def routing(urls: Sequence[str], log: Path, *, key: str = "") -> Iterator[Router]:
     """A router before the servers at ``urls``, which have the API key ``key``."""
+    router = _started(urls, log, key)
+    try:
+        yield router
+    finally:
+        router.kill()
+
+
+def _started(urls: Sequence[str], log: Path, key: str) -> Router:
+    """It is given its ports, so another process may have taken one before it listens; then others are tried."""
+    deadline = time.monotonic() + START_S
+    while True:
+        router = Router(*_launched(urls, log, key))
+        while router.process.poll() is None and time.monotonic() < deadline:
+            if router.answers(key):
+                return router
+            time.sleep(0.1)
+        router.kill()
+        said = log.read_text()
+        assert PORT_TAKEN in said and time.monotonic() < deadline, said
+
+
+def _launched(urls: Sequence[str], log: Path, key: str) -> tuple[str, subprocess.Popen[bytes]]:
+    """Its URL and its process."""
     port = free_port()
     words = [
         PYTHON, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port),
@@ -63,13 +87,4 @@ def routing(urls: Sequence[str], log: Path, *, key: str = "") -> Iterator[Router
         *(("--api-key", key) if key else ()),
     ]  # fmt: skip
     with log.open("wb") as output:
-        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT)
-    router = Router(f"http://127.0.0.1:{port}", process)
-    try:
-        deadline = time.monotonic() + START_S
-        while not router.answers(key):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        yield router
-    finally:
-        router.kill()
+        return f"http://127.0.0.1:{port}", subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT)

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import pickle
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch.multiprocessing import get_sharing_strategy, reductions, set_sharing_
 
 _ALIGNMENT = 16
 """Bytes; every dtype may be viewed at its place."""
-_SHARE_ATTEMPTS = 5
+_SHARE_WITHIN_S = 60.0
 _MANAGER_IS_SLOW = "Shared memory manager connection has timed out"
 """torch waits for one second for the process that keeps shared memory; on a busy machine that may be too short."""
 _CUDA_DEVICE_ARGUMENT = 6
@@ -111,14 +112,14 @@ def shared_message(bucket: WeightBucket) -> bytes:
     if bucket.flat.is_cuda:
         return _pickled({"flattened_tensor": _Handle(bucket.flat), "metadata": metadata})
     message = {"flattened_tensor": bucket.flat, "metadata": metadata}
+    give_up = time.monotonic() + _SHARE_WITHIN_S
     with _shared_by_file_name():
-        for _ in range(_SHARE_ATTEMPTS - 1):
+        while True:
             try:
                 return _pickled(message)
             except RuntimeError as error:
-                if _MANAGER_IS_SLOW not in str(error):
+                if _MANAGER_IS_SLOW not in str(error) or time.monotonic() > give_up:
                     raise
-        return _pickled(message)
 
 
 def _pickled(message: dict[str, Any]) -> bytes:
