@@ -67,7 +67,7 @@ experiment: $(VENV)/.runtime $(SGLANG_VENV)/.ready $(BENCHMARK_VENV)/.ready
 		--evalscope-python $(BENCHMARK_VENV)/bin/python $(ARGS)
 
 test: $(VENV)/.test $(SGLANG_VENV)/.ready
-	$(BIN)/python -m pytest $(IN_WORKERS) $(ARGS)
+	$(BIN)/python -m pytest $(IN_WORKERS) --durations 25 --durations-min 10 $(ARGS)
 
 test-megatron: $(VENV)/.test $(SGLANG_VENV)/.ready
 	$(BIN)/python -m pytest $(IN_WORKERS) $(addprefix tests/test_,$(addsuffix .py,$(MEGATRON))) $(ARGS)

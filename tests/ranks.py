@@ -12,7 +12,9 @@ They begin with Megatron imported (tests/warm.py), and every test that needs n r
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import itertools
 import os
 import signal
 import socket
@@ -25,14 +27,23 @@ from typing import Any
 
 from tests.warm import CONTEXT
 
+_PORTS = itertools.count()
 CALL_TIMEOUT_S = float(os.environ.get("TEST_CALL_TIMEOUT_S", "240"))
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port nobody listens on, for a process that will do so later.
+
+    The system gives ports from 32768 on to whoever asks for any, and may give a free one to another process at any
+    moment.  So this one is below, and each worker of xdist has a part of them for itself.
+    """
+    first = 10000 + 5000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 4)
+    for _ in range(5000):
+        port = first + (os.getpid() + next(_PORTS)) % 5000
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no TCP port is free")
 
 
 def serve(rank: int, world_size: int, port: int, pipe: Connection, *, teacher_ranks: int = 0) -> None:

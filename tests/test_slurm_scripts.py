@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ import psutil
 import pytest
 import yaml
 
+from tests.ranks import free_port
 from tests.sglang_helpers import KEYS, PYTHON, needs_sglang
 from tests.tiny_run import flags, make_world
 from tests.torchrun_jobs import command_of, wait_for, wait_for_steps
@@ -49,18 +49,12 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _environment(tmp_path, nodes, **more):
     """What Slurm gives to a batch script, and what the user does; nothing else of this process's but its paths."""
     return {
         "PATH": f"{ROOT / 'tests' / 'slurm'}:{os.environ['PATH']}", "HOME": str(tmp_path), "PYTHONWARNINGS": "ignore",
         "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": ",".join(nodes), "SLURM_SUBMIT_DIR": str(ROOT),
-        "SLURM_CPUS_PER_TASK": "2", "PYTHON": sys.executable, "MASTER_PORT": str(_free_port()),
+        "SLURM_CPUS_PER_TASK": "2", "PYTHON": sys.executable, "MASTER_PORT": str(free_port()),
         "CONFIG": str(tmp_path / "run.yaml"), "RUN_DIR": str(tmp_path / "run"), **more,
     }  # fmt: skip
 
@@ -259,7 +253,7 @@ def test_engines_on_a_node_of_their_own(world, tmp_path):
     keys = tmp_path / "keys.yaml"
     keys.touch(0o600)
     keys.write_text(f"api-key: {KEYS.api}\nadmin-api-key: {KEYS.admin}\n")
-    port = _free_port()
+    port = free_port()
     environment = _environment(
         tmp_path, ["localhost", "127.0.0.1"], GPUS_PER_NODE="1", KEY_FILE=str(keys), STUDENT=str(world / "student"),
         SGLANG_PYTHON=str(PYTHON), ENGINE_PORT=str(port), SGLANG_USE_CPU_ENGINE="1",
