@@ -20,6 +20,7 @@ from megatron_tropd.cli import parse
 from tools.small_world import arithmetic, build, language, pretraining
 from tools.study import claims, comparisons, plan, results, statistics, worlds
 from tools.study.methods import METHODS
+from tools.study.readme_table import BEGIN, END, with_table
 from tools.study.statistics import Difference, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -293,6 +294,27 @@ def test_page_does_not_depend_on_the_order_of_the_runs(tmp_path):
 def test_committed_page_is_that_of_the_committed_results(tmp_path):
     made = written(COMMITTED, tmp_path)
     assert made["page.md"].decode() == (ROOT / "docs/miniature_study.md").read_text()
+
+
+@pytest.mark.skipif(not COMMITTED.is_file(), reason="the study's results are not committed")
+def test_readme_shows_the_committed_results():
+    text = (ROOT / "README.md").read_text()
+    assert with_table(text, results.read(COMMITTED)) == text
+
+
+def test_readme_keeps_what_is_around_its_table(tmp_path, capsys):
+    words = ["--results", str(MADE_UP), "--page", str(tmp_path / "p.md"), "--images", str(tmp_path)]
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert report.main([*words, "--readme", str(readme)]) == 0
+    first, *table, last = readme.read_text().splitlines()
+    assert (first, table[0], table[-1], last) == ("before", BEGIN, END, "after") and "old" not in table
+    assert table[1].startswith("|  | B4, top-p 0.7 | B4, greedy | B4, temperature 1 | H4, top-p 0.7 |")
+    assert "| OPD (`opd`) | 54.0 (1.5) | 57.0 (1.5) | 43.0 (0.6) | 51.0 | 48.0 (2.0) |" in table
+    for text in ("no marks\n", f"{END}\n{BEGIN}\n", f"{BEGIN}\n{END}\n{END}\n"):
+        readme.write_text(text)
+        assert report.main([*words, "--readme", str(readme)]) == 2 and readme.read_text() == text
+        assert "expected one line" in capsys.readouterr().err
 
 
 def test_page_has_the_numbers_of_its_results():

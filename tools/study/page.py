@@ -26,11 +26,12 @@ from tools.study.comparisons import (
     Condition,
     Table,
 )
+from tools.study.formatting import difference_text, markdown, mean_text
 from tools.study.methods import METHODS
 from tools.study.page_text import ABOUT, AFTER_CLAIMS, COLUMNS, DECODING_NAMES, LIMITS, MAKE, RULE, WORLD_TEXT
 from tools.study.plan import HARSH_METHODS, LONG_METHODS, WARNING_METHODS, WARNING_WORLD, Cell, full_plan
 from tools.study.results import DECODINGS, Result
-from tools.study.statistics import Difference, Mean, Verdict
+from tools.study.statistics import Verdict
 
 BASELINE = "opd"
 _MARKS = {Verdict.HOLDS: "**yes**", Verdict.OPPOSITE: "**no**", Verdict.OPEN: "?", Verdict.NOT_RUN: "not run"}
@@ -104,7 +105,7 @@ def _summary(table: Table) -> str:
             not_run = set(verdicts) == {Verdict.NOT_RUN}
             cells.append("not run" if not_run else " / ".join(_MARKS[verdict] for verdict in verdicts))
         rows.append([claim.text, claim.source, *cells])
-    return _markdown(["claim", "source", *(condition.world for condition in MAIN)], rows)
+    return markdown(["claim", "source", *(condition.world for condition in MAIN)], rows)
 
 
 def _claims(table: Table) -> list[str]:
@@ -115,7 +116,7 @@ def _claims(table: Table) -> list[str]:
             [claim.text, claim.source, *(_judged(judge(claim, table, condition, decoding)) for condition in MAIN)]
             for claim in (*ACCURACY_CLAIMS, *OUR_CLAIMS)
         ]
-        parts += [f"### Judged by {DECODING_NAMES[decoding]}", _markdown(["claim", "source", *worlds], rows)]
+        parts += [f"### Judged by {DECODING_NAMES[decoding]}", markdown(["claim", "source", *worlds], rows)]
     curves = [
         [claim.text, claim.source, *(_judged(judge(claim, table, condition, quantity), digits=2) for condition in MAIN)]
         for quantity, claim in CURVE_CLAIMS
@@ -123,7 +124,7 @@ def _claims(table: Table) -> list[str]:
     parts += [
         "### Entropy at the end of the runs, and gradient norm",
         "Differences are in nats, and of norms.",
-        _markdown(["claim", "source", *worlds], curves),
+        markdown(["claim", "source", *worlds], curves),
     ]
     others = [
         [
@@ -133,7 +134,7 @@ def _claims(table: Table) -> list[str]:
         for condition, claim in OTHER_CLAIMS
     ]  # fmt: skip
     head = ["claim", "where", *(DECODING_NAMES[decoding] for decoding in DECODINGS)]
-    return [*parts, "### A larger learning rate, and longer runs", _markdown(head, others)]
+    return [*parts, "### A larger learning rate, and longer runs", markdown(head, others)]
 
 
 def _judged(judgement: Judgement, digits: int = 1) -> str:
@@ -142,7 +143,7 @@ def _judged(judgement: Judgement, digits: int = 1) -> str:
     word = judgement.verdict.value
     if judgement.verdict is not Verdict.OPEN:
         word = f"**{word}**"
-    text = f"{word}: {_difference(judgement.least, digits)}"
+    text = f"{word}: {difference_text(judgement.least, digits)}"
     if judgement.least_pair is not None:
         first, second = judgement.least_pair
         text += f", least for {first} against {second}"
@@ -152,11 +153,11 @@ def _judged(judgement: Judgement, digits: int = 1) -> str:
 def _worlds(table: Table) -> str:
     rows = []
     for condition in MAIN:
-        before = [_mean(table.mean(condition, STUDENT, decoding)) for decoding in DECODINGS]
-        trust = _mean(table.mean(condition, BASELINE, TRUST_FIRST), digits=3)
+        before = [mean_text(table.mean(condition, STUDENT, decoding)) for decoding in DECODINGS]
+        trust = mean_text(table.mean(condition, BASELINE, TRUST_FIRST), digits=3)
         rows.append([f"**{condition.world}**", WORLD_TEXT[condition.world], *before, trust])
     head = ["world", "teacher and student", *(f"student, {DECODING_NAMES[name]}" for name in DECODINGS), "trusted"]
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _results(table: Table, condition: Condition, methods: Sequence[str], title: str) -> str:
@@ -164,11 +165,11 @@ def _results(table: Table, condition: Condition, methods: Sequence[str], title: 
     for decoding in DECODINGS:
         head += [DECODING_NAMES[decoding], "against OPD"]
     head += ["trusted", "entropy", "gradient norm"]
-    before = [_mean(table.mean(condition, STUDENT, decoding)) for decoding in DECODINGS]
+    before = [mean_text(table.mean(condition, STUDENT, decoding)) for decoding in DECODINGS]
     rows = [["student before", "", "", *(text for value in before for text in (value, "")), "", "", ""]]
     for method in methods:
         rows.append(_result_row(table, condition, method))
-    return f"### {title}\n\n{_markdown(head, rows)}"
+    return f"### {title}\n\n{markdown(head, rows)}"
 
 
 def _warning(table: Table) -> str:
@@ -187,27 +188,12 @@ def _result_row(table: Table, condition: Condition, method: str) -> list[str]:
     row = [*name, str(len(runs))]
     for decoding in DECODINGS:
         difference = table.difference(condition, method, BASELINE, decoding)
-        compared = "" if method == BASELINE or difference is None else _difference(difference)
-        row += [_mean(table.mean(condition, method, decoding)), compared]
+        compared = "" if method == BASELINE or difference is None else difference_text(difference)
+        row += [mean_text(table.mean(condition, method, decoding)), compared]
     first, last = (table.mean(condition, method, name) for name in (TRUST_FIRST, TRUST_LAST))
     assert first is not None and last is not None
-    entropy, norm = (_mean(table.mean(condition, method, name), digits=2) for name in (ENTROPY, GRAD_NORM))
+    entropy, norm = (mean_text(table.mean(condition, method, name), digits=2) for name in (ENTROPY, GRAD_NORM))
     return [*row, f"{first.mean:.3f} to {last.mean:.3f}", entropy, norm]
-
-
-def _mean(value: Mean | None, digits: int = 1) -> str:
-    if value is None:
-        return "not run"
-    error = "" if value.standard_error is None else f" ({value.standard_error:.{digits}f})"
-    return f"{value.mean:.{digits}f}{error}"
-
-
-def _difference(value: Difference, digits: int = 1) -> str:
-    interval = ""
-    if value.half_width is not None:
-        low, high = value.mean - value.half_width, value.mean + value.half_width
-        interval = f" [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"{value.mean:+.{digits}f}{interval}, {value.above}/{value.seeds}"
 
 
 def _figures(figures: Mapping[tuple[Condition, str], str]) -> str:
@@ -217,8 +203,3 @@ def _figures(figures: Mapping[tuple[Condition, str], str]) -> str:
         f"![{'Entropy' if quantity == ENTROPY else 'Gradient norm'} over the steps in {condition.world}]({path})"
         for (condition, quantity), path in figures.items()
     )
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
