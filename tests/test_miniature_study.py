@@ -290,13 +290,25 @@ def test_page_does_not_depend_on_the_order_of_the_runs(tmp_path):
     assert written(shuffled, tmp_path / "a")["page.md"] == MADE_UP.with_suffix(".md").read_bytes()
 
 
-@pytest.mark.skipif(not COMMITTED.is_file(), reason="the study's results are not committed")
 def test_committed_page_is_that_of_the_committed_results(tmp_path):
     made = written(COMMITTED, tmp_path)
     assert made["page.md"].decode() == (ROOT / "docs/miniature_study.md").read_text()
 
 
-@pytest.mark.skipif(not COMMITTED.is_file(), reason="the study's results are not committed")
+def test_what_holds_for_every_seed_of_the_committed_results():
+    runs = {run.cell: run for run in results.read(COMMITTED)}
+    assert set(runs) == set(plan.full_plan())
+    for condition, seed in itertools.product(claims.MAIN, range(5)):
+        cell = plan.Cell(world=condition.world, method="opd", lr=condition.lr, steps=condition.steps, seed=seed)
+        run = {name: runs[replace(cell, method=name)] for name in METHODS}
+        norm = {name: math.fsum(one.grad_norm) / len(one.grad_norm) for name, one in run.items()}
+        assert all(run["fkl_reward"].after[d] < run["opd"].before[d] for d in results.DECODINGS)
+        assert norm["opd"] > norm["clip_outlier"] > norm["mask_outlier"] and norm["opd"] > norm["tropd"]
+        assert run["tropd"].entropy[-1] > run["opd"].entropy[-1]
+        assert run["fkl_outlier"].after["greedy"] > run["fkl_outlier_reward"].after["greedy"]
+        assert run["mask_outlier"].after["temperature_1"] < run["opd"].after["temperature_1"]
+
+
 def test_readme_shows_the_committed_results():
     text = (ROOT / "README.md").read_text()
     assert with_table(text, results.read(COMMITTED)) == text
