@@ -75,7 +75,10 @@ def _numbers(reports):
 
 @pytest.mark.parametrize(
     ("killed_before", "fails_in", "changes"),
-    [(2, {2, 3}, {"rollout_lag": 1}), (0, {0}, {"tensor_model_parallel_size": 2})],
+    [
+        (2, {2, 3}, {"rollout_lag": 1}),
+        pytest.param(0, {0}, {"tensor_model_parallel_size": 2}, marks=pytest.mark.thorough),
+    ],
     ids=["DP2, lag 1", "TP2, the first step"],
 )
 def test_a_run_goes_on_from_the_rollouts_that_it_could_not_score(

@@ -71,6 +71,7 @@ def test_a_server_behind_it_with_other_weights_gets_them_before_more_is_written(
 
 
 @needs_router
+@pytest.mark.thorough
 def test_a_router_that_is_killed_is_named(sglang, routed):
     pool, router = routed
     version = _push(sglang, pool)
@@ -84,6 +85,7 @@ def test_a_router_that_is_killed_is_named(sglang, routed):
 
 
 @needs_router
+@pytest.mark.thorough
 def test_a_server_that_is_killed_behind_it_loses_nothing(sglang, routed):
     pool, _ = routed
     version = _push(sglang, pool)

@@ -48,7 +48,7 @@ def _steps_with_a_killed_server(argv, run_dir, tmp_path):
 
 
 @needs_sglang
-@pytest.mark.parametrize("transport", ["auto", "planned", "planned-shared"])
+@pytest.mark.parametrize("transport", ["auto", "planned", pytest.param("planned-shared", marks=pytest.mark.thorough)])
 def test_a_run_on_a_server_that_is_killed_in_the_middle(world, tmp_path, transport):
     """The server comes back with the weights of the step; every step is made once, on tokens of its own weights."""
     run_dir, num_steps = tmp_path / "run", 5

@@ -131,6 +131,7 @@ def test_a_job_trains(world, tmp_path, name, nodes, ranks_per_node):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_table_of_the_paper_goes_on_as_jobs_of_two_nodes(world, tmp_path):
     """run_table.sh, train.sh and the trainer on two ranks, ended at the first checkpoint; then the same with row.sbatch."""
     words = ["bash", str(PAPER / "run_table.sh"), "5", "--smoke", "--out", str(tmp_path), "--rows", "tropd_clip"]
@@ -204,7 +205,14 @@ def _torchrun_of(job, node_rank):
     ("name", "nodes", "changes", "expected", "message"),
     [
         ("one_node.sbatch", ["localhost"], {"lr": -1.0}, 2, "--lr -1.0 must be positive"),
-        ("several_nodes.sbatch", ["localhost", "127.0.0.1"], {"spike_grad_norm": 1e-30}, 18, "gradient norm"),
+        pytest.param(
+            "several_nodes.sbatch",
+            ["localhost", "127.0.0.1"],
+            {"spike_grad_norm": 1e-30},
+            18,
+            "gradient norm",
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_the_exit_code_is_that_of_the_rank(world, tmp_path, name, nodes, changes, expected, message):

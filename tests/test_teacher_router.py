@@ -92,6 +92,7 @@ def test_a_router_that_nobody_answers_at_is_named(hf_dir, handles, tmp_path):
         fleet.up()
 
 
+@pytest.mark.thorough
 def test_a_router_that_is_killed_in_the_middle_is_named(hf_dir, handles, tmp_path):
     urls = [handle.url for handle in handles]
     with (
