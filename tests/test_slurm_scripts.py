@@ -253,6 +253,12 @@ def test_some_nodes_must_train_and_some_must_write(tmp_path, engine_nodes):
     assert code == 2 and f"ENGINE_NODES is {engine_nodes}; the job has 2 nodes" in output
 
 
+def _servers_of(job):
+    """Servers that the job started; the shell that makes their log becomes one a moment later."""
+    family = psutil.Process(job.pid).children(recursive=True)
+    return [p for p in family if (words := command_of(p)) and "python" in words[0] and "server/launch.py" in str(words)]
+
+
 @pytest.mark.slow
 @needs_sglang
 def test_engines_on_a_node_of_their_own(world, tmp_path):
@@ -271,10 +277,8 @@ def test_engines_on_a_node_of_their_own(world, tmp_path):
         "--max-running-requests 16",
     )  # fmt: skip
     with Job("engines_on_own_nodes.sbatch", tmp_path, environment) as job:
-        wait_for(lambda: list((tmp_path / "run" / "engines").glob("4711-0-127.0.0.1-0.log")), job, timeout=60)
-        server = next(
-            p for p in psutil.Process(job.pid).children(recursive=True) if "server/launch.py" in str(command_of(p))
-        )
+        wait_for(lambda: _servers_of(job), job, timeout=60)
+        (server,) = _servers_of(job)
         assert KEYS.admin not in str(server.cmdline())
         code, output = job.wait(400)
     assert code == 0, output[-4000:]
