@@ -237,6 +237,13 @@ class CheckpointConfig:
     save: str = setting("", "checkpoint directory; default RUN_DIR/checkpoints")
     load: str = setting("", "directory to resume from; default --save")
     save_interval: int = setting(0, "steps between checkpoints; the last step is always saved")
+    exit_interval: int = setting(0, "save and exit after every step that it divides; 0: never")
+    exit_duration_in_mins: int = setting(
+        0, "save and exit when the run has taken this many minutes since its launch; 0: never"
+    )
+    grace_period: float = setting(
+        25.0, "seconds in which a run must have saved after a signal; torchrun kills after its --shutdown-timeout (30)"
+    )
     exit_on_missing_checkpoint: bool = setting(False, "fail when --load has no checkpoint instead of starting fresh")
     allow_changed_run: bool = setting(
         False, "resume with another method, data, models or seed than the checkpoint's run had"

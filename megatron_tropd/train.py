@@ -1,8 +1,8 @@
 """Train a student: ``torchrun --nproc-per-node N -m megatron_tropd.train --config X.yaml [flags]``.
 
 Exit codes of a rank: 0 done, 1 failed while running or ended from outside, 2 the configuration or a file that it names
-cannot be used, 17 a loss or gradient norm was not finite, 18 a number of an update was absurd.  If a rank fails,
-torchrun itself exits with 1 and prints the rank's code.
+cannot be used, 17 a loss or gradient norm was not finite, 18 a number of an update was absurd, 75 stopped and saved
+before the last step.  If a rank does not end with 0, torchrun itself exits with 1 and prints the rank's code.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from megatron_tropd.parallel.job_end import (
     explains_itself,
     is_consequence,
 )
+from megatron_tropd.parallel.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from megatron_tropd.config import TrainConfig
@@ -105,18 +106,23 @@ def _train(argv: Sequence[str], launch: Launch, job_end: JobEnd) -> int:
     from megatron_tropd.setup.engines import make_keeper
     from megatron_tropd.setup.run_spec import make_run_spec
     from megatron_tropd.setup.teacher_world import make_worker
+    from megatron_tropd.training.stopping import Stopped
 
     spec = make_run_spec(config, int(os.environ.get("WORLD_SIZE", "1")))
     job = job_of_environment(spec.roles)
     _refusing(lambda: init_distributed(spec.config.parallel.distributed_timeout_s, job))
     keeper = make_keeper(spec)
+    request = StopRequest()
     try:
         if job.role.name == TRAINER:
-            _run(spec, launch, job_end)
+            _run(spec, launch, job_end, request)
         else:
             worker = _refusing(lambda: make_worker(spec, job))
             launch.trains = spec.config
-            worker.serve()
+            with job_end.saving_first(request, spec.config.checkpoint.grace_period):  # its trainer tells it to end
+                worker.serve()
+            if request.why is not None:
+                raise Stopped(f"Stopped by {request.why}: the trainer, for which this rank scored, has ended.")
         dist.barrier()
     finally:
         if keeper is not None:
@@ -125,20 +131,20 @@ def _train(argv: Sequence[str], launch: Launch, job_end: JobEnd) -> int:
     return 0
 
 
-def _run(spec: RunSpec, launch: Launch, job_end: JobEnd) -> None:
+def _run(spec: RunSpec, launch: Launch, job_end: JobEnd, request: StopRequest) -> None:
     """Build the run, train, write the results and close the run's parts; nothing holds a process group afterwards."""
     from megatron_tropd.setup.assemble import assemble, close
     from megatron_tropd.training.finish import write_results
     from megatron_tropd.training.loop import train
 
-    assembled = _refusing(lambda: assemble(spec))
+    assembled = _refusing(lambda: assemble(spec, request))
     launch.trains = spec.config
     try:
         for note in spec.data.notes:
             assembled.run.progress.message(note)
         for warning in spec.warnings:
             assembled.run.progress.message(f"warning: {warning}")
-        with assembled.run.progress:
+        with job_end.saving_first(request, spec.config.checkpoint.grace_period), assembled.run.progress:
             train(assembled.run, assembled.start_step)
         write_results(assembled.run, spec.models.student.arch, spec.models.student.hf_dir)
     except (Exception, Terminated) as error:

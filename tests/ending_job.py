@@ -8,23 +8,42 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from megatron_tropd.parallel.job_end import EXIT_FAILED, End, JobEnd, Terminated, describe
+from megatron_tropd.parallel.stop_request import StopRequest
 
 
 def _end_of(error: BaseException) -> End:
     return End(text=f"END OF {describe(error)}", exit_code=EXIT_FAILED, summary=type(error).__name__)
 
 
+def _ready() -> None:
+    """Write the file of this rank, whole."""
+    part = Path(f"part_{os.environ['RANK']}")
+    part.write_text(str(os.getpid()))
+    part.rename(f"ready_{os.environ['RANK']}")
+
+
 def _wait() -> None:
     """Wait in Python for a signal; ready when the file of this rank is there."""
-    Path(f"ready_{os.environ['RANK']}").touch()
+    _ready()
     while True:
         signal.pause()
 
 
-def _act(way: str, mine: bool) -> int:
+def _save_when_asked(end: JobEnd) -> int:
+    request = StopRequest()
+    with end.saving_first(request, 200.0):
+        _ready()
+        while request.why is None:
+            time.sleep(0.01)
+        Path(f"saved_{os.environ['RANK']}").touch()
+    return 0
+
+
+def _act(way: str, mine: bool, end: JobEnd) -> int:
     import torch
     import torch.distributed as dist
 
@@ -38,8 +57,10 @@ def _act(way: str, mine: bool) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
     if way == "signal":
         _wait()
+    if way.startswith("saving"):
+        return _save_when_asked(end)
     if way == "stuck":
-        Path(f"ready_{os.environ['RANK']}").touch()
+        _ready()
         dist.recv(torch.zeros(1), src=1 - dist.get_rank())  # nobody sends; no instruction of Python comes any more
     if way == "late cause":
         if mine:
@@ -56,7 +77,8 @@ def _act(way: str, mine: bool) -> int:
 
 def main() -> int:
     """Run the command line."""
-    return JobEnd(_end_of).run(lambda: _act(sys.argv[1], os.environ["RANK"] == sys.argv[2]))
+    end = JobEnd(_end_of)
+    return end.run(lambda: _act(sys.argv[1], os.environ["RANK"] == sys.argv[2], end))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_a_rank_waits_until_another_has_printed(launch, capsys):
     waiting.start()
     waiting.join(0.2)
     assert waiting.is_alive()
-    os.pwrite(record, b"2", 0)
+    os.pwrite(record, b"%d" % CAUSE, 0)
     os.close(record)
     waiting.join()
     assert capsys.readouterr().err == ""

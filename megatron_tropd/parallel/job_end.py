@@ -4,6 +4,8 @@ A job of many ranks ends because of one of them, and all others then see consequ
 a connection breaks.  :class:`JobEnd` tells causes from consequences.  A rank reports a cause before it ends, so the
 ranks of its node print nothing more.  On a node that sees only consequences, one rank prints the first of them.
 
+A command that can save itself does so on a signal before it ends (:meth:`JobEnd.saving_first`).
+
 Imports neither torch nor Megatron, so that a command can use it before it imports them.
 """
 
@@ -15,26 +17,34 @@ import json
 import math
 import os
 import re
+import select
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 from megatron_tropd.parallel.print_once import Importance, print_once
+from megatron_tropd.parallel.stop_request import StopRequest
+from megatron_tropd.parallel.torchrun import has_lost_a_rank
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""The signals that torchrun, when it gets one, sends on to its ranks."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+"""The signals that torchrun, when it gets one, sends on to its ranks; and SIGUSR1, a scheduler's before a limit."""
+_AT_ONCE = (signal.SIGQUIT,)
+"""Ends a rank at once, also one that could save itself first."""
 EXIT_FAILED = 1
 _PACKAGES = ("megatron_tropd", "checkpoint_convert")
 _GRACE_S = 5.0
 """How long after a signal the main thread may take to report it; torchrun kills a rank after 30 s."""
 
-_NO_SIGNAL = b"\0"
+_SAME_S = 3.0
+"""Signals that come so soon after the first are copies of it: a terminal and a scheduler send one to the ranks and to
+torchrun, which sends it on."""
+_NO_SIGNAL = 0
 """Ends the thread that waits for signals."""
 
 
@@ -44,8 +54,9 @@ class Terminated(BaseException):
     Not an Exception: code that handles any Exception and goes on, as fail_together does, must not handle this one.
     """
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(number).name}")
+    def __init__(self, number: int, why: str = "") -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}{why and ', '}{why}")
+        self.number, self.explained = number, bool(why)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +107,8 @@ def describe(error: BaseException) -> str:
     error with a text for the user come the rank and the place; an unexpected error has its traceback."""
     who = f"rank {os.environ.get('RANK', '0')}"
     if isinstance(error, Terminated):
+        if error.explained:
+            return f"{who}: {error}"
         return f"{who}: {error}; torchrun sends a signal to its ranks when it gets one, or when another rank has ended"
     if is_consequence(error):
         return f"{who}: communication with the other ranks failed, as it does when one of them is lost: {error}"
@@ -107,12 +120,27 @@ def describe(error: BaseException) -> str:
     return f"{who}: {what}\n({place.filename}:{place.lineno}, {place.name})"
 
 
+@dataclass(slots=True, kw_only=True)
+class _Saving:
+    """A command that saves itself on a signal.  Only the thread that waits for signals changes this."""
+
+    stop: StopRequest
+    grace_s: float
+    first: tuple[int, float] | None = None
+    """The signal that asked for the stop, and when it came."""
+
+    def seconds_left(self) -> float | None:
+        """Return how long the command may still take; None before a signal came."""
+        return None if self.first is None else max(self.first[1] + self.grace_s - time.monotonic(), 0.0)
+
+
 class JobEnd:
     """Runs a command, and reports its end if that is an error or a signal.
 
-    Meanwhile the signals of torchrun raise :class:`Terminated` in the main thread.  Python can raise it only between
-    two of its own instructions, and a rank that waits in a collective for a lost rank, or for the GPU, may never reach
-    the next.  So a thread waits for signals too, and reports one that the main thread has not reported in time.
+    Meanwhile signals raise :class:`Terminated` in the main thread.  Python can raise it only between two of its own
+    instructions, and a rank that waits in a collective for a lost rank, or for the GPU, may never reach the next.  So a
+    thread waits for signals too, and reports one that the main thread has not reported in time.  The same thread judges
+    what a signal means while the command can save itself first.
 
     Args:
         end_of: returns what to say of an error.  Called from either thread.
@@ -124,6 +152,23 @@ class JobEnd:
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._before: dict[signal.Signals, Any] = {}
+        self._saving: _Saving | None = None
+        self._final: Terminated | None = None
+        """Set by the thread before it has the main thread raise it."""
+
+    @contextlib.contextmanager
+    def saving_first(self, stop: StopRequest, grace_s: float) -> Iterator[None]:
+        """Until this context is left, a signal does not end the command: it asks for ``stop``, and the command saves.
+
+        It ends at once, by :class:`Terminated`, when it has not left the context ``grace_s`` seconds after the signal,
+        at a second signal (or SIGQUIT), and when torchrun sends the signal because it has lost a rank, without which
+        nothing can be saved.
+        """
+        self._saving = _Saving(stop=stop, grace_s=grace_s)
+        try:
+            yield
+        finally:
+            self._saving = None
 
     def _install(self) -> None:
         if not faulthandler.is_enabled():
@@ -142,7 +187,7 @@ class JobEnd:
     def _uninstall(self) -> None:
         self._done.set()
         self._restore()
-        os.write(self._wakeup, _NO_SIGNAL)
+        os.write(self._wakeup, bytes([_NO_SIGNAL]))
         self._watcher.join()
         os.close(self._wakeup)
 
@@ -154,8 +199,10 @@ class JobEnd:
             signal.signal(*self._before.popitem())
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self._saving is not None and self._final is None:
+            return  # the other thread judges it
         self._ignore_signals()  # clean up undisturbed; whoever sent the signal can still kill
-        raise Terminated(number)
+        raise self._final or Terminated(number)
 
     def _ignore_signals(self) -> None:
         for number in self._before:
@@ -163,9 +210,54 @@ class JobEnd:
 
     def _watch(self, read: int) -> None:
         with open(read, "rb", buffering=0) as signals:
-            while (arrived := signals.read(1)) != _NO_SIGNAL:
-                if arrived[0] in SIGNALS and not self._done.wait(_GRACE_S):
-                    self.report(Terminated(arrived[0]))
+            while True:
+                saving = self._judged()
+                arrived = bool(select.select([signals], [], [], saving.seconds_left() if saving else None)[0])
+                number = signals.read(1)[0] if arrived else 0
+                if arrived and number == _NO_SIGNAL:
+                    return
+                if (saving := self._judged()) is not None:  # which may have begun, or ended, meanwhile
+                    if end := self._judge(number, saving):
+                        self._end_now(end)
+                elif number in SIGNALS:
+                    self._report_unless_done(self._final or Terminated(number))
+
+    def _judged(self) -> _Saving | None:
+        """Return the command that saves itself, as long as it is not to end at once."""
+        return None if self._final or self._done.is_set() else self._saving
+
+    def _judge(self, number: int, saving: _Saving) -> Terminated | None:
+        """Ask for a stop because of signal ``number``, or return what ends the command; 0: no signal came in time."""
+        if saving.seconds_left() == 0.0:
+            assert saving.first is not None
+            return Terminated(saving.first[0], f"and not saved within --grace-period {saving.grace_s:g} s")
+        if number not in SIGNALS:
+            return None
+        name = signal.Signals(number).name
+        if has_lost_a_rank():
+            return Terminated(number)
+        if number in _AT_ONCE:
+            return Terminated(number, "which does not wait for a save")
+        if saving.first is None:
+            saving.first = number, time.monotonic()
+            if saving.stop.ask(name):
+                print_once(f"{name}: the run saves, then ends; at most {saving.grace_s:g} s", Importance.NOTE)
+        elif time.monotonic() - saving.first[1] > _SAME_S:
+            return Terminated(number, "the second signal")
+        return None
+
+    def _end_now(self, end: Terminated) -> None:
+        """Raise ``end`` in the main thread, or report it here."""
+        self._final = end
+        main = threading.main_thread().ident
+        assert main is not None, "it runs"
+        signal.pthread_kill(main, end.number)
+        self._report_unless_done(end)
+
+    def _report_unless_done(self, end: Terminated) -> None:
+        """Report ``end`` if the main thread, in which it is raised, does not."""
+        if not self._done.wait(_GRACE_S):
+            self.report(end)
 
     def run(self, command: Callable[[], int]) -> int:
         """Run ``command`` and return its exit code, or that of the error that ended it, after reporting the error."""

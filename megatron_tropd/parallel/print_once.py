@@ -30,9 +30,11 @@ _LOCK_S = 10.0
 class Importance(enum.IntEnum):
     """A message is printed if no other of at least its importance was."""
 
-    CONSEQUENCE = 1
+    NOTE = 1
+    """A signal has arrived, and the job does not end yet."""
+    CONSEQUENCE = 2
     """Something else ended the job: a signal arrived, or the connection to another rank was lost."""
-    CAUSE = 2
+    CAUSE = 3
     """What ended the job, or another answer to the user, such as --help."""
 
 

@@ -10,6 +10,7 @@ Files::
     heartbeat.json           what rank 0 is doing (``progress/heartbeat.py``)
     hf_export/               the student at the end (``training/finish.py``)
     plots/  report.html      made from the files above (``python -m megatron_tropd.reporting.report RUN_DIR``)
+    stop                     made by whoever wants the run to save and end (``training/stopping.py``)
     run.lock                 host and process of the job that writes here; empty when there is none
 """
 
@@ -28,7 +29,15 @@ import yaml
 from megatron_tropd.atomic_files import write_text
 from megatron_tropd.reporting.environment import describe_environment
 from megatron_tropd.reporting.lock import RunLock
-from megatron_tropd.reporting.records import Record, drop_after, encode, eval_record, step_record
+from megatron_tropd.reporting.records import (
+    Record,
+    drop_after,
+    encode,
+    eval_record,
+    of_kind,
+    read_records,
+    step_record,
+)
 from megatron_tropd.reporting.redaction import redact_mapping
 from megatron_tropd.reporting.rollout_samples import RolloutSample, write_samples
 from megatron_tropd.reports import EvalReport, StepReport
@@ -106,6 +115,11 @@ class RunDirectory:
     def evaluation(self, report: EvalReport) -> Record:
         """Append one evaluation; returns the record that was written."""
         return self._append(eval_record(report))
+
+    def has_evaluation(self, step: int) -> bool:
+        """Return whether an evaluation after ``step`` was appended, by this launch or an earlier one."""
+        records = of_kind(read_records(self.path / "metrics.jsonl"), "eval")
+        return any(record["step"] == step for record in records)
 
     def rollouts(self, step: int, samples: Sequence[RolloutSample]) -> Path:
         """Write the rollouts of ``step`` that are kept for reading."""

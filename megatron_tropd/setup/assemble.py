@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.prompt_source import PromptSource
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel.roles import job_of_environment
+from megatron_tropd.parallel.stop_request import StopRequest
 from megatron_tropd.reporting.progress.progress import NullProgress, Progress
 from megatron_tropd.reporting.rollout_samples import TokenText
 from megatron_tropd.rollout.engine_pool import Export
@@ -33,6 +35,7 @@ from megatron_tropd.training.parity import ParityAlarm, Probes, probe_sequences
 from megatron_tropd.training.rewarding import Rewarder
 from megatron_tropd.training.run import Run
 from megatron_tropd.training.run_logger import RolloutReader, RunLogger
+from megatron_tropd.training.stopping import Stopping
 from megatron_tropd.training.stream import Pending, Stream
 from megatron_tropd.training.student import Student, params_dtype
 from megatron_tropd.types import Rollout
@@ -100,9 +103,13 @@ def make_run_logger(spec: RunSpec, text: TokenText, files: RunFiles, progress: N
     )
 
 
-def assemble(spec: RunSpec) -> Assembled:
-    """Build all parts of the run, resumed from its checkpoint if there is one; collective over the world."""
+def assemble(spec: RunSpec, request: StopRequest | None = None) -> Assembled:
+    """Build all parts of the run, resumed from its checkpoint if there is one; collective over the world.
+
+    ``request`` is where a signal to this rank asks the run to stop; its time (--exit-duration-in-mins) begins here.
+    """
     config = spec.config
+    stopping = Stopping(config, request or StopRequest(), time.monotonic())
     check_same_configuration(config, job_of_environment(spec.roles))
     student = spec.models.student
     checkpoints = Checkpoints(config, student.arch, student.hf_dir, student.source)
@@ -113,12 +120,15 @@ def assemble(spec: RunSpec) -> Assembled:
     files = open_files(config, origin.start_step)
     with ExitStack() as on_failure:
         on_failure.callback(files.close)
-        run = _make_run(spec, checkpoints, files, origin, on_failure)
+        stopping.obeyed()  # an earlier launch ended before it saw the file
+        run = _make_run(spec, checkpoints, stopping, files, origin, on_failure)
         on_failure.pop_all()
     return Assembled(run=run, start_step=origin.start_step or 0, files=files)
 
 
-def _make_run(spec: RunSpec, checkpoints: Checkpoints, files: RunFiles, origin: Origin, on_failure: ExitStack) -> Run:
+def _make_run(
+    spec: RunSpec, checkpoints: Checkpoints, stopping: Stopping, files: RunFiles, origin: Origin, on_failure: ExitStack
+) -> Run:
     config, objective, models = spec.config, spec.objective, spec.models
     student = make_student(spec)
     source = PromptSource(spec.data.prompts, config.training.seed)
@@ -163,6 +173,7 @@ def _make_run(spec: RunSpec, checkpoints: Checkpoints, files: RunFiles, origin: 
         engines=engines,
         export=export,
         checkpoints=checkpoints,
+        stopping=stopping,
         guard=Guard(config.training, progress.message),
         parity=ParityAlarm(config.parity_limit, config.engine.on_parity),
         probes=probes,

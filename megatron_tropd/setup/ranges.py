@@ -56,6 +56,8 @@ RANGES = {
     "teacher-decoder-first-pipeline-num-layers": _RANKS_OR_DEFAULT,
     "teacher-decoder-last-pipeline-num-layers": _RANKS_OR_DEFAULT,
     "teacher-num-servers": Range(1, 10**4), "teacher-sglang-tp-size": Range(1, 10**4),
+    "exit-interval": _COUNT_OR_NONE, "exit-duration-in-mins": Range(0, _MINUTES_OF_A_YEAR),
+    "grace-period": Range(0, 60 * _MINUTES_OF_A_YEAR, open_low=True),
     "distributed-timeout-minutes": Range(0, _MINUTES_OF_A_YEAR, open_low=True),
     "max-prompt-length": _COUNT, "max-response-length": _COUNT, "min-response-share": _SHARE,
     "rollout-batch-size": _COUNT, "n-samples-per-prompt": Range(1, 1 << 20), "rollout-max-batch-size": _COUNT,

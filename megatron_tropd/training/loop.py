@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NoReturn
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from megatron_tropd.training.guard import Update
 from megatron_tropd.training.parity import probe_differences
 from megatron_tropd.training.run import Run
 from megatron_tropd.training.step import Batch, PackedUpdate, StepSums, forward_backward, mean_logprobs, pack_batch
+from megatron_tropd.training.stopping import Stopped
 from megatron_tropd.training.student import Student
 from megatron_tropd.training.token_numbers import send_to_rank_zero
 from megatron_tropd.types import Counts, Rollout
@@ -34,11 +35,18 @@ def train(run: Run, start_step: int) -> None:
     push_weights(run)
     if start_step == 0 and run.stream.pending is None:  # else an earlier launch ended in the first step
         _evaluate(run, 0, whole=True)
+    elif run.evaluations.due(start_step) and not run.logger.has_evaluation(start_step):
+        _evaluate(run, start_step)  # an earlier launch was stopped before it
     for step in range(start_step, run.config.training.train_iters):
         report, trained = train_step(run, step)
         run.logger.step(report, trained.rollouts, trained.tokens)
-        _evaluate(run, report.step)  # before the save: a resumed run does not evaluate its start
-        save_if_due(run, report.step)
+        why = run.stopping.why(report.step)
+        if why is None:
+            _evaluate(run, report.step)  # before the save: a resumed run evaluates its start only if this is left out
+            why = run.stopping.why()
+        save_if_due(run, report.step, now=why is not None)
+        if why is not None and report.step < run.config.training.train_iters:
+            _stop(run, why, f"the state after step {report.step}")
     _evaluate(run, run.config.training.train_iters, whole=True)
 
 
@@ -60,6 +68,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
         if run.objective.needs.rollouts and not ahead:
             run.student.sleep()
         rollouts = run.stream.take(step, run.student.version)
+    _stop_before_update(run, step)
     arrived = {}
     if ahead:
         arrived = _begin_next(run, step)
@@ -70,6 +79,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
     with _keeping_rollouts(run, step), progress.phase("score"):
         scored = score_batch(run, rollouts, plan, step)
         updates = pack_batch(run.student, run.objective, scored.batch, plan)
+    _stop_before_update(run, step)
     with progress.phase("train"):
         run.student.wake()
         gradients = _diagnostics(run, scored.batch, plan, step)
@@ -110,17 +120,44 @@ def _keeping_rollouts(run: Run, step: int) -> Iterator[None]:
     try:
         yield
     except ScorerError as error:
-        run.stream.take_prompts_back()
-        run.student.wake()
         try:
-            with run.progress.phase("save"):
-                run.checkpoints.save(step, run.student, run.source, run.stream.pending)
+            _save_before_update(run, step)
         except CheckpointError as not_saved:
             raise ScorerError(f"{error}\nThe rollouts of step {step + 1} are lost: {not_saved}") from error
         raise ScorerError(
             f"{error}\nThe rollouts of step {step + 1} are saved, with the state before the step: the same command "
             "scores them and goes on from there"
         ) from error
+
+
+def _save_before_update(run: Run, step: int) -> None:
+    """Save the state before the update of batch ``step``, with the rollouts of the batch.  Collective."""
+    run.stream.take_prompts_back()
+    run.student.wake()
+    with run.progress.phase("save"):
+        run.checkpoints.save(step, run.student, run.source, run.stream.pending)
+
+
+def _stop_before_update(run: Run, step: int) -> None:
+    """Where a stop is asked for between two phases of a step, save before its update; the rollouts are not lost.
+
+    Raises:
+        Stopped: on every rank.
+    """
+    if run.engines is None or not run.objective.needs.rollouts:  # the responses are those of the data
+        return
+    if why := run.stopping.why():
+        _save_before_update(run, step)
+        _stop(run, why, f"the rollouts of step {step + 1}, with the state before it,")
+
+
+def _stop(run: Run, why: str, what: str) -> NoReturn:
+    run.stopping.obeyed()
+    plural = "are" if what.startswith("the rollouts") else "is"
+    raise Stopped(
+        f"Stopped by {why}: {what} {plural} saved in {run.config.save_dir}.  Run the same command again: it goes on "
+        "from there."
+    )
 
 
 def _begin_next(run: Run, step: int) -> dict[str, float]:
@@ -192,9 +229,10 @@ def _diagnostics(run: Run, batch: Batch, plan: BatchPlan, step: int) -> dict[str
     return gradient_diagnostics(run.student, run.objective, batch, plan.minibatches[0])
 
 
-def save_if_due(run: Run, step: int) -> None:
-    """Save a checkpoint if it is due after ``step``, with the batch that was begun before the step's update."""
-    if not run.checkpoints.due(step):
+def save_if_due(run: Run, step: int, *, now: bool = False) -> None:
+    """Save a checkpoint if it is due after ``step`` or asked for ``now``, with the batch that was begun before the
+    step's update."""
+    if not (now or run.checkpoints.due(step)):
         return
     with run.progress.phase("generate"):
         run.stream.settle(run.student.version)

@@ -17,6 +17,7 @@ from megatron_tropd.training.guard import Guard
 from megatron_tropd.training.parity import ParityAlarm, Probes
 from megatron_tropd.training.rewarding import Rewarder
 from megatron_tropd.training.run_logger import RunLogger
+from megatron_tropd.training.stopping import Stopping
 from megatron_tropd.training.stream import Scoring, Stream
 from megatron_tropd.training.student import Student
 
@@ -40,6 +41,7 @@ class Run:
     """None for supervised finetuning without --eval-data, which generates nothing."""
     export: Export
     checkpoints: Checkpoints
+    stopping: Stopping
     guard: Guard
     parity: ParityAlarm
     probes: Probes

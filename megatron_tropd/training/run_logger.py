@@ -10,6 +10,7 @@ import torch
 
 from megatron_tropd.grading.grader import Grader, Question
 from megatron_tropd.parallel import platform
+from megatron_tropd.parallel.fail_together import on_rank_zero
 from megatron_tropd.reporting.progress.progress import NullProgress
 from megatron_tropd.reporting.rollout_samples import TokenText, sample_of
 from megatron_tropd.reporting.run_directory import RunDirectory
@@ -110,6 +111,10 @@ class RunLogger:
                 for index, rollout in enumerate(rollouts[:shown])
             ]
             self._directory.rollouts(report.step, samples)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Return on every rank whether the log holds an evaluation after ``step``.  Collective."""
+        return on_rank_zero(lambda: self._directory is not None and self._directory.has_evaluation(step))
 
     def evaluation(self, report: EvalReport) -> None:
         """Log one finished evaluation."""

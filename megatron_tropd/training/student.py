@@ -259,9 +259,9 @@ class Student:
                 state["optimizer"], {name: self.optimizer.param_groups[0][name] for name in _SET_BY_FLAGS}
             )
             self.optimizer.load_state_dict(state["optimizer"])
-            platform.separate_adam_steps(self.optimizer)
         else:  # before the first update the optimizer knows only the weights, and Megatron stores no count of 0 updates
             self.optimizer.reload_model_params()
+        platform.separate_adam_steps(self.optimizer)  # also before the first update: the state was primed to be read
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
         self.version = version
 
