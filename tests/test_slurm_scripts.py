@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -190,6 +191,31 @@ def test_a_node_that_is_lost_ends_the_job_and_the_same_command_resumes(world, tm
         code, output = job.wait()
     assert code == 0, output[-4000:]
     assert _steps(run_dir) == list(range(1, 11)), "steps are missing or twice"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("requeue", "nodes"),
+    [("1", ["localhost", "127.0.0.1"]), pytest.param("0", ["localhost"], marks=pytest.mark.thorough)],
+)
+def test_a_job_whose_time_is_nearly_up_saves_and_is_queued_again(world, tmp_path, requeue, nodes):
+    run_dir = tmp_path / "run"
+    _write_config(tmp_path, world, tensor_model_parallel_size=2, train_iters=10000)
+    environment = _environment(tmp_path, nodes, GPUS_PER_NODE=str(2 // len(nodes)), REQUEUE=requeue)
+    name = "one_node.sbatch" if len(nodes) == 1 else "several_nodes.sbatch"
+    with Job(name, tmp_path, environment) as job:
+        done = wait_for_steps(run_dir / "metrics.jsonl", 2, job)
+        os.kill(job.pid, signal.SIGUSR1)  # Slurm's --signal=B:USR1@300
+        code, output = job.wait(timeout=120)
+    assert code == 75 and "Stopped by the file" in output, output[-4000:]
+    requeued = run_dir / "requeued"
+    assert (requeued.read_text() if requeued.exists() else "") == ("4711\n" if requeue == "1" else "")
+    saved = int((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert _steps(run_dir) == list(range(1, saved + 1)) and saved >= done
+    again = {**environment, "SLURM_RESTART_COUNT": "1"}
+    with Job(name, tmp_path, again, "--train-iters", str(saved + 1)) as job:
+        code, output = job.wait()
+    assert code == 0 and _steps(run_dir) == list(range(1, saved + 2)), output[-4000:]
 
 
 def _torchrun_of(job, node_rank):

@@ -9,6 +9,7 @@
 #   PYTHON         the trainer's interpreter; default: REPO/.venv/bin/python
 #   GPUS_PER_NODE  ranks on each node; default: the GPUs that Slurm gave to it
 #   MASTER_PORT    port of the rendezvous on the first node; default: made of the job's number, so that jobs do not meet
+#   REQUEUE        0: a job that has saved because its time is nearly up ends with 75 and is not started again; default: 1
 #   SRUN_FLAGS     more flags of srun, separated by blanks, such as those of a container runtime
 #   NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME   the network interface between nodes, where the default is the wrong one
 
@@ -53,17 +54,29 @@ doctor() {
 
 # Train on TRAIN_NODES; arguments are flags of the trainer.  Ends the job with the code of the rank that failed: torchrun's
 # own is 1 whatever happened, and 2, 17 and 18 mean that the same job would fail again (docs/launch.md).
+# USR1, which Slurm sends to this script before the time is up (#SBATCH --signal), has the run save and end with 75; the
+# job is then queued again.
 train() {
-    local code=0 of_rank
+    local code=0 of_rank step
     TRAIN_NODE_LIST="${TRAIN_NODES[*]}"
     export TRAIN_NODE_LIST
     step_on "${TRAIN_NODES[@]}"
-    srun "${STEP[@]}" bash "${REPO}/examples/slurm/train_node.sh" "$@" || code=$?
+    trap 'touch "${RUN_DIR}/stop"' USR1
+    srun "${STEP[@]}" bash "${REPO}/examples/slurm/train_node.sh" "$@" &
+    step=$!
+    while
+        code=0
+        wait "${step}" || code=$? # also ended by the trap
+        kill -0 "${step}" 2>/dev/null
+    do :; done
     if ((code)); then
         of_rank="$(cat "${LAUNCH_DIR}/error-${ATTEMPT}-"*.json 2>/dev/null | grep -o '"errorCode": *[0-9]*' |
             grep -o '[0-9]*$' | sort -n | tail -n 1)" || true
         code="${of_rank:-${code}}"
         echo "job ${SLURM_JOB_ID} ends with exit code ${code}" >&2
+    fi
+    if ((code == 75 && ${REQUEUE:-1})); then
+        scontrol requeue "${SLURM_JOB_ID}" || echo "job ${SLURM_JOB_ID} cannot be queued again: submit it again" >&2
     fi
     exit "${code}"
 }
