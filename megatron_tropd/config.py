@@ -59,6 +59,12 @@ class ParallelConfig:
         False, "while rollouts are written and scored, keep optimizer state in host memory and free gradient buffers"
     )
     distributed_timeout_minutes: float = setting(10.0, "a collective that takes longer ends the job")
+    rank_heartbeat_timeout: float = setting(
+        180.0, "seconds without a sign of life of a rank after which the job ends, with all stacks; 0: never"
+    )
+    hang_timeout_minutes: float = setting(
+        60.0, "minutes in which no rank gets on, though all live, after which the job ends, with all stacks; 0: never"
+    )
 
     @property
     def distributed_timeout_s(self) -> float:

@@ -25,6 +25,7 @@ from megatron_tropd.parallel.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from megatron_tropd.config import TrainConfig
+    from megatron_tropd.parallel.roles import Job
     from megatron_tropd.setup.run_spec import RunSpec
 
 Built = TypeVar("Built")
@@ -106,6 +107,7 @@ def _train(argv: Sequence[str], launch: Launch, job_end: JobEnd) -> int:
     from megatron_tropd.setup.engines import make_keeper
     from megatron_tropd.setup.run_spec import make_run_spec
     from megatron_tropd.setup.teacher_world import make_worker
+    from megatron_tropd.setup.watching import serving, watched
     from megatron_tropd.training.stopping import Stopped
 
     spec = make_run_spec(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -115,11 +117,14 @@ def _train(argv: Sequence[str], launch: Launch, job_end: JobEnd) -> int:
     request = StopRequest()
     try:
         if job.role.name == TRAINER:
-            _run(spec, launch, job_end, request)
+            _run(spec, job, launch, job_end, request)
         else:
             worker = _refusing(lambda: make_worker(spec, job))
             launch.trains = spec.config
-            with job_end.saving_first(request, spec.config.checkpoint.grace_period):  # its trainer tells it to end
+            with (
+                watched(spec.config, job, serving(), job_end.report),
+                job_end.saving_first(request, spec.config.checkpoint.grace_period),  # its trainer tells it to end
+            ):
                 worker.serve()
             if request.why is not None:
                 raise Stopped(f"Stopped by {request.why}: the trainer, for which this rank scored, has ended.")
@@ -131,9 +136,10 @@ def _train(argv: Sequence[str], launch: Launch, job_end: JobEnd) -> int:
     return 0
 
 
-def _run(spec: RunSpec, launch: Launch, job_end: JobEnd, request: StopRequest) -> None:
+def _run(spec: RunSpec, job: Job, launch: Launch, job_end: JobEnd, request: StopRequest) -> None:
     """Build the run, train, write the results and close the run's parts; nothing holds a process group afterwards."""
     from megatron_tropd.setup.assemble import assemble, close
+    from megatron_tropd.setup.watching import watched
     from megatron_tropd.training.finish import write_results
     from megatron_tropd.training.loop import train
 
@@ -144,7 +150,12 @@ def _run(spec: RunSpec, launch: Launch, job_end: JobEnd, request: StopRequest) -
             assembled.run.progress.message(note)
         for warning in spec.warnings:
             assembled.run.progress.message(f"warning: {warning}")
-        with job_end.saving_first(request, spec.config.checkpoint.grace_period), assembled.run.progress:
+        progress = assembled.run.progress
+        with (
+            watched(spec.config, job, lambda: progress.activity, job_end.report),
+            job_end.saving_first(request, spec.config.checkpoint.grace_period),
+            progress,
+        ):
             train(assembled.run, assembled.start_step)
         write_results(assembled.run, spec.models.student.arch, spec.models.student.hf_dir)
     except (Exception, Terminated) as error:

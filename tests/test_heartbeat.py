@@ -87,8 +87,8 @@ def test_what_no_longer_changes_is_said():
 
 def test_unchanged_counts_from_the_last_change(tmp_path):
     counts = [Counts(done=0, total=2, unit="responses")]
-    heartbeat = Heartbeat(tmp_path, TICK, lambda _: None)
-    heartbeat.activity = Activity(step=1, phase="generate", since=time.monotonic(), counts=lambda: counts[-1])
+    activity = Activity(step=1, phase="generate", since=time.monotonic(), counts=lambda: counts[-1])
+    heartbeat = Heartbeat(tmp_path, TICK, lambda: activity, lambda _: None)
     heartbeat.start()
     _until(lambda: _read(tmp_path)["unchanged"] >= 0.5)
     counts.append(Counts(done=1, total=2, unit="responses"))
@@ -108,7 +108,9 @@ def test_no_thread_is_left_and_none_is_made_without_an_interval(tmp_path, log, i
 
 def test_a_file_that_cannot_be_written_is_said_once(tmp_path):
     said = []
-    heartbeat = Heartbeat(tmp_path / "gone", TICK, said.append)
+    heartbeat = Heartbeat(
+        tmp_path / "gone", TICK, lambda: Activity(step=1, phase="save", since=time.monotonic()), said.append
+    )
     heartbeat.start()
     time.sleep(6 * TICK)
     heartbeat.stop()
@@ -119,8 +121,8 @@ def test_a_lost_log_does_not_end_the_beats(tmp_path):
     def lost(_):
         raise BrokenPipeError
 
-    heartbeat = Heartbeat(tmp_path, TICK, lost)
-    heartbeat.activity = Activity(step=1, phase="save", since=time.monotonic() - 10)
+    activity = Activity(step=1, phase="save", since=time.monotonic() - 10)
+    heartbeat = Heartbeat(tmp_path, TICK, lambda: activity, lost)
     heartbeat.start()
     _until(lambda: _read(tmp_path)["seconds"] >= 10.3)
     heartbeat.stop()

@@ -203,7 +203,7 @@ def _width(rollout: Rollout) -> int:
 
 def _progress(config: TrainConfig, start_step: int) -> NullProgress:
     if dist.get_rank():
-        return NullProgress()
+        return NullProgress(start_step)
     logging = config.logging
     return Progress(
         config.training.train_iters, start_step, logging.log_interval,

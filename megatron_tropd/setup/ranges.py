@@ -59,6 +59,7 @@ RANGES = {
     "exit-interval": _COUNT_OR_NONE, "exit-duration-in-mins": Range(0, _MINUTES_OF_A_YEAR),
     "grace-period": Range(0, 60 * _MINUTES_OF_A_YEAR, open_low=True),
     "distributed-timeout-minutes": Range(0, _MINUTES_OF_A_YEAR, open_low=True),
+    "rank-heartbeat-timeout": Range(0, 60 * _MINUTES_OF_A_YEAR), "hang-timeout-minutes": Range(0, _MINUTES_OF_A_YEAR),
     "max-prompt-length": _COUNT, "max-response-length": _COUNT, "min-response-share": _SHARE,
     "rollout-batch-size": _COUNT, "n-samples-per-prompt": Range(1, 1 << 20), "rollout-max-batch-size": _COUNT,
     "rollout-lag": _SHARE, "teacher-world-size": _RANKS_OR_DEFAULT, "student-world-size": _RANKS_OR_DEFAULT,

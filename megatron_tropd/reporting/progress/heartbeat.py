@@ -39,7 +39,7 @@ GetCounts = Callable[[], Counts | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activity:
-    """What rank 0 does now."""
+    """What a rank does now."""
 
     step: int
     phase: str
@@ -49,17 +49,19 @@ class Activity:
 
 
 class Heartbeat:
-    """Writes what :attr:`activity` says, from :meth:`start` to :meth:`stop`.
+    """Writes what rank 0 does, from :meth:`start` to :meth:`stop`.
 
     Args:
         directory: of the run.
         interval_s: seconds between two beats; 0 for none at all.
+        activity: says what rank 0 does.
         write_line: prints one line of the log; an OSError of it is ignored, because the main thread meets it too.
     """
 
-    def __init__(self, directory: Path, interval_s: float, write_line: Callable[[str], None]) -> None:
-        self.activity = Activity(step=0, phase="", since=time.monotonic())
-        """Replaced as a whole by the main thread; reading and replacing an attribute needs no lock."""
+    def __init__(
+        self, directory: Path, interval_s: float, activity: Callable[[], Activity], write_line: Callable[[str], None]
+    ) -> None:
+        self._activity = activity
         self._path, self._interval, self._write_line = directory / FILE, interval_s, write_line
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -80,7 +82,8 @@ class Heartbeat:
             self._stopped.set()
             self._thread.join()
             self._thread = None
-            self.activity = Activity(step=self.activity.step, phase=ENDED, since=time.monotonic())
+            ended = Activity(step=self._activity().step, phase=ENDED, since=time.monotonic())
+            self._activity = lambda: ended
             self._beat()
 
     def _run(self) -> None:
@@ -88,7 +91,7 @@ class Heartbeat:
             self._beat()
 
     def _beat(self) -> None:
-        now, activity = time.monotonic(), self.activity
+        now, activity = time.monotonic(), self._activity()
         counts = activity.counts() if activity.counts else None
         seen = (activity.step, activity.phase, activity.since, counts)
         if seen != self._seen:

@@ -2,7 +2,7 @@
 
 Rank 0 makes a :class:`Progress`: a live panel on a terminal, plain lines in Megatron's style everywhere
 else (a pipe, ``NO_COLOR``, ``TERM=dumb``).  All other ranks make a :class:`NullProgress`, which only
-measures seconds.  With a run directory rank 0 also writes a heartbeat (``heartbeat.py``).
+measures seconds and knows what the rank does.  With a run directory rank 0 also writes a heartbeat (``heartbeat.py``).
 
 Example:
     with Progress(200, start_step, log_interval=10) as progress:
@@ -31,10 +31,12 @@ from megatron_tropd.reports import EvalReport, StepReport
 
 
 class NullProgress:
-    """Measures the seconds of the phases and shows nothing."""
+    """Measures the seconds of the phases, knows what the rank does, and shows nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, start_step: int = 0) -> None:
         self._clock = PhaseClock()
+        self.activity = Activity(step=start_step, phase="", since=time.monotonic())
+        """Replaced as a whole by the main thread; other threads read it."""
 
     def __enter__(self) -> NullProgress:
         return self
@@ -44,12 +46,18 @@ class NullProgress:
 
     def begin_step(self, step: int) -> None:
         """Report that ``step`` is being made from now on."""
+        self.activity = Activity(step=step, phase="", since=time.monotonic())
 
     @contextlib.contextmanager
     def phase(self, name: str, counts: GetCounts | None = None) -> Iterator[None]:
-        """Measure the body as phase ``name``; ``counts`` says how far it is, to the heartbeat."""
-        with self._clock.phase(name):
-            yield
+        """Measure the body as phase ``name``; ``counts`` says how far it is, to other threads."""
+        around = self.activity
+        self.activity = Activity(step=around.step, phase=name, since=time.monotonic(), counts=counts)
+        try:
+            with self._clock.phase(name):
+                yield
+        finally:
+            self.activity = around
 
     def take_seconds(self) -> dict[str, float]:
         """Wall seconds by phase since the last call."""
@@ -83,13 +91,13 @@ class Progress(NullProgress):
         heartbeat_interval: float = 0.0,
     ) -> None:
         """``run_dir``: where the heartbeat goes, every ``heartbeat_interval`` seconds; 0 or None for no heartbeat."""
-        super().__init__()
+        super().__init__(start_step)
         self._stream = stream or sys.stdout
         self._display = _choose_display(total_steps, start_step, log_interval, self._stream, console)
         self._eta = Eta(total_steps)
         self._first_accuracy: dict[str, float] = {}
-        self._heartbeat = Heartbeat(run_dir or Path(), heartbeat_interval if run_dir else 0.0, self._beat)
-        self.begin_step(start_step)
+        interval = heartbeat_interval if run_dir else 0.0
+        self._heartbeat = Heartbeat(run_dir or Path(), interval, lambda: self.activity, self._beat)
 
     def __enter__(self) -> Progress:
         self._show(lambda display: display.start())
@@ -101,21 +109,14 @@ class Progress(NullProgress):
         self._heartbeat.stop()
         self._show(lambda display: display.close())
 
-    def begin_step(self, step: int) -> None:
-        """Report that ``step`` is being made from now on."""
-        self._heartbeat.activity = Activity(step=step, phase="", since=time.monotonic())
-
     @contextlib.contextmanager
     def phase(self, name: str, counts: GetCounts | None = None) -> Iterator[None]:
         """Measure the body as phase ``name`` and show that it is going on."""
-        around = self._heartbeat.activity
-        self._heartbeat.activity = Activity(step=around.step, phase=name, since=time.monotonic(), counts=counts)
         try:
-            with self._clock.phase(name):
+            with super().phase(name, counts):
                 self.detail("")
                 yield
         finally:
-            self._heartbeat.activity = around
             self.detail("")
 
     def _beat(self, text: str) -> None:
