@@ -35,9 +35,11 @@ from megatron_tropd.training.parity import ParityAlarm, Probes, probe_sequences
 from megatron_tropd.training.rewarding import Rewarder
 from megatron_tropd.training.run import Run
 from megatron_tropd.training.run_logger import RolloutReader, RunLogger
+from megatron_tropd.training.spool import FOLDER, Spool
 from megatron_tropd.training.stopping import Stopping
 from megatron_tropd.training.stream import Pending, Stream
 from megatron_tropd.training.student import Student, params_dtype
+from megatron_tropd.training.weights_digest import weights_digest
 from megatron_tropd.types import Rollout
 from megatron_tropd.weights.coordinates.parameters import local_parameters
 from megatron_tropd.weights.transport.hf_export import HfExporter
@@ -156,7 +158,7 @@ def _make_run(
     rollouts_from = engines if objective.needs.rollouts else None
     stream = Stream(
         config, source, rollouts_from, [scoring for scoring in (teacher, reference) if scoring],
-        report_top_k=objective.needs.student_top_k,
+        report_top_k=objective.needs.student_top_k, spool=_spool(config, student, progress) if rollouts_from else None,
     )  # fmt: skip
     if pending is not None:
         _go_on_with(pending, stream, student, source, spec)
@@ -181,6 +183,17 @@ def _make_run(
         logger=logger,
         progress=progress,
     )
+
+
+def _spool(config: TrainConfig, student: Student, progress: NullProgress) -> Spool | None:
+    """Make what keeps finished rollouts; None where nobody could use them: under --rollout-lag the weights that wrote
+    them are gone when a run resumes."""
+    if not config.rollout.keep_unfinished_rollouts or config.rollout.rollout_lag:
+        return None
+    return Spool(
+        Path(config.logging.run_dir) / FOLDER, partial(weights_digest, student),
+        f"{config.engine.rollout_engine} {params_dtype(config)}", progress.message,
+    )  # fmt: skip
 
 
 def _go_on_with(pending: Pending, stream: Stream, student: Student, source: PromptSource, spec: RunSpec) -> None:

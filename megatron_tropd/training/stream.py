@@ -22,6 +22,7 @@ from megatron_tropd.parallel.fail_together import is_rank_zero
 from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.rollout.engine_pool import EnginePool
 from megatron_tropd.teacher.scorer import Scorer
+from megatron_tropd.training.spool import Spool
 from megatron_tropd.types import GenerationRequest, Prompt, Rollout, ScoreRequest
 
 
@@ -42,6 +43,17 @@ class Pending:
     rollouts: Sequence[Rollout]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _InWriting:
+    """A batch that the engines write."""
+
+    step: int
+    kept: Mapping[int, Rollout]
+    """What an earlier launch wrote of it, by request."""
+    missing: Sequence[int]
+    """The requests that the engines were given."""
+
+
 class Stream:
     """The batches of a run, in order.  Every method is collective over the trainer's ranks.
 
@@ -51,15 +63,16 @@ class Stream:
         engines: None where responses are those of the data.
         scorers: all that score the rollouts of a batch.
         report_top_k: number of the student's own most probable ids that rollouts bring.
+        spool: keeps finished rollouts of an unfinished batch; None: they are lost with the process.
     """
 
     def __init__(
         self, config: TrainConfig, source: PromptSource, engines: EnginePool | None, scorers: Sequence[Scoring], *,
-        report_top_k: int = 0,
+        report_top_k: int = 0, spool: Spool | None = None,
     ) -> None:  # fmt: skip
-        self._report_top_k = report_top_k
+        self._report_top_k, self._spool = report_top_k, spool
         self._config, self._source, self._engines, self._scorers = config, source, engines, scorers
-        self._in_writing: int | None = None
+        self._in_writing: _InWriting | None = None
         self._pending: Pending | None = None
 
     @property
@@ -78,7 +91,7 @@ class Stream:
         Raises:
             EngineError: on every rank alike.
         """
-        if self._in_writing == step or (self._pending and self._pending.step == step):
+        if (self._in_writing and self._in_writing.step == step) or (self._pending and self._pending.step == step):
             return
         prompts = self._source.take(self._config.rollout.rollout_batch_size)
         if self._engines is None:
@@ -88,8 +101,16 @@ class Stream:
         sampling = SamplingParams(
             seed=self._config.training.seed, stream=rng.Stream.SAMPLING, step=step, report_top_k=self._report_top_k
         )
-        self._engines.submit(self._requests(prompts, step), sampling, version, lambda found: self._hand_on(step, found))
-        self._in_writing = step
+        requests = self._requests(prompts, step)
+        kept = self._spool.begin(requests, sampling, version) if self._spool else {}
+        missing = [index for index in range(len(requests)) if index not in kept]
+        self._hand_on(step, kept if is_rank_zero() else {})
+        if missing:
+            self._engines.submit(
+                [requests[index] for index in missing], sampling, version,
+                lambda found: self._arrived(step, {missing[number]: rollout for number, rollout in found.items()}),
+            )  # fmt: skip
+        self._in_writing = _InWriting(step=step, kept=kept, missing=missing)
 
     def _requests(self, prompts: Sequence[Prompt], step: int) -> list[GenerationRequest]:
         config = self._config
@@ -101,6 +122,12 @@ class Stream:
             n_samples_per_prompt=config.rollout.n_samples_per_prompt,
             max_response_length=config.data.max_response_length,
         )
+
+    def _arrived(self, step: int, found: Mapping[int, Rollout]) -> None:
+        """Keep and hand on rollouts that an engine has finished."""
+        if self._spool is not None:
+            self._spool.add(found)
+        self._hand_on(step, found)
 
     def _hand_on(self, step: int, found: Mapping[int, Rollout]) -> None:
         """Give finished rollouts to the scorers, on the rank and in the thread where they arrived."""
@@ -117,8 +144,10 @@ class Stream:
         if self._in_writing is None:
             return
         assert self._engines is not None, "only engines write"
-        step, self._in_writing = self._in_writing, None
-        self._pending = Pending(step=step, rollouts=self._engines.finished(version))
+        batch, self._in_writing = self._in_writing, None
+        written = self._engines.finished(version) if batch.missing else []
+        rollouts = {**batch.kept, **dict(zip(batch.missing, written, strict=True))}
+        self._pending = Pending(step=batch.step, rollouts=[rollouts[index] for index in range(len(rollouts))])
 
     def take(self, step: int, version: int) -> Sequence[Rollout]:
         """Return the rollouts of ``step`` on every rank, begun now unless they were begun before.
@@ -142,3 +171,5 @@ class Stream:
     def trained(self) -> None:
         """The batch that was taken is trained on."""
         self._pending = None
+        if self._spool is not None:
+            self._spool.clear()
