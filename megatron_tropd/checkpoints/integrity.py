@@ -43,10 +43,8 @@ def record_and_sync(folder: Path, known: Mapping[str, FileRecord]) -> dict[str, 
     return {name: record for part in parts for name, record in sorted(part.items())}
 
 
-def verify_files(
-    folder: Path, metadata: CheckpointMetadata, *, digests: bool, except_suffix: tuple[str, ...] = ()
-) -> None:  # fmt: skip
-    """Check that every recorded file has its recorded size and, with ``digests``, this rank's share its sha256.
+def check_sizes(folder: Path, metadata: CheckpointMetadata) -> None:
+    """Check that every recorded file is there with its recorded size.  Not collective.
 
     Raises:
         CheckpointError: names the file that is missing or damaged.
@@ -57,6 +55,17 @@ def verify_files(
             raise CheckpointError(f"{path} is missing; the checkpoint is incomplete")
         if path.stat().st_size != record.bytes:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, {record.bytes} were saved; it is damaged")
+
+
+def verify_files(
+    folder: Path, metadata: CheckpointMetadata, *, digests: bool, except_suffix: tuple[str, ...] = ()
+) -> None:  # fmt: skip
+    """Check that every recorded file has its recorded size and, with ``digests``, this rank's share its sha256.
+
+    Raises:
+        CheckpointError: names the file that is missing or damaged.
+    """
+    check_sizes(folder, metadata)
     for path in _share_of_files(folder) if digests else ():
         if path.name.endswith(except_suffix):
             continue

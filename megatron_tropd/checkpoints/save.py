@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,7 +24,15 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tropd.checkpoints.directory import HF_FOLDER, TRACKER_FILE, is_temporary, iteration_name
+from megatron_tropd.atomic_files import exchange
+from megatron_tropd.checkpoints.directory import (
+    HF_FOLDER,
+    TRACKER_FILE,
+    is_temporary,
+    iteration_name,
+    restore_replaced,
+    temporary_name,
+)
 from megatron_tropd.checkpoints.integrity import record_and_sync
 from megatron_tropd.checkpoints.metadata import (
     METADATA_JSON,
@@ -66,10 +73,12 @@ def write_hf_folder(sidecar: Path, manifest: HfManifest | None, target: Path) ->
 def _prepare(save_dir: Path, iteration: Iteration) -> Path:
     """Remove the temporary folders of earlier saves, and make one for this save."""
     save_dir.mkdir(parents=True, exist_ok=True)
+    fsync_path(save_dir.parent)
+    restore_replaced(save_dir)
     for stale in save_dir.iterdir():
         if is_temporary(stale.name):
             shutil.rmtree(stale)
-    temporary = save_dir / f"{iteration_name(iteration)}.tmp-{secrets.token_hex(4)}"
+    temporary = save_dir / temporary_name(iteration)
     temporary.mkdir()
     return temporary
 
@@ -96,13 +105,19 @@ def _publish(save_dir: Path, temporary: Path, iteration: Iteration, metadata: Ch
         if folder.is_dir():
             fsync_path(folder)
     final = save_dir / iteration_name(iteration)
-    if final.exists():  # saved before a restart; moved away first, because a rename cannot replace a folder
-        os.rename(final, final.with_name(f"{temporary.name}-old"))
-    os.rename(temporary, final)
+    former = None
+    if not final.exists():
+        os.rename(temporary, final)
+    elif exchange(temporary, final):  # saved before a restart, or without the batch that is in this one
+        former = temporary
+    else:  # moved away first, because a rename cannot replace a folder; restore_replaced mends what ends in between
+        former = final.with_name(f"{temporary.name}-old")
+        os.rename(final, former)
+        os.rename(temporary, final)
     fsync_path(save_dir)
     replace_text(save_dir / TRACKER_FILE, f"{iteration}\n")
-    for old in save_dir.glob(f"{temporary.name}-old"):
-        shutil.rmtree(old)
+    if former is not None:
+        shutil.rmtree(former, ignore_errors=True)  # the next save removes what is left
     return final
 
 
@@ -193,5 +208,7 @@ def add_text(folder: Path, name: str, text: str) -> None:
 def _sweep(save_dir: Path, temporary: Path) -> None:
     """Remove the files of a failed save as far as possible; the next save removes what is left."""
     shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        restore_replaced(save_dir)
     with contextlib.suppress(OSError):
         save_dir.rmdir()  # works only if the folder is empty

@@ -76,10 +76,11 @@ def find_origin(spec: RunSpec, checkpoints: Checkpoints) -> Origin:
         before = checkpoints.resume_record()
     except CheckpointError as error:  # on every rank
         raise ConfigError([str(error)]) from error
-    where = f"{origin[0]}, step {origin[1]}"
+    where = f"{origin.directory}, step {origin.step}"
+    refused = (origin.note,) if origin.note else ()
     if before is None:
         note = f"the checkpoint ({where}) does not record its settings; whether they changed is not known"
-        return Origin(start_step=origin[1], record=record, before=None, new_prompts=True, notes=(note,))
+        return Origin(start_step=origin.step, record=record, before=None, new_prompts=True, notes=(*refused, note))
     _check_optimizer(before, record, where)
     changes = compare(before, record)
     if changes.refused and not config.checkpoint.allow_changed_run:
@@ -92,9 +93,9 @@ def find_origin(spec: RunSpec, checkpoints: Checkpoints) -> Origin:
             ]
         )
     lines = [*changes.refused, *changes.shown]
-    notes = (f"changed since the checkpoint ({where}):" + "".join(f"\n  {line}" for line in lines),) if lines else ()
+    changed = (f"changed since the checkpoint ({where}):" + "".join(f"\n  {line}" for line in lines),) if lines else ()
     new_prompts = before.settings.get("prompt-data") != record.settings["prompt-data"]
-    return Origin(start_step=origin[1], record=record, before=before, new_prompts=new_prompts, notes=notes)
+    return Origin(start_step=origin.step, record=record, before=before, new_prompts=new_prompts, notes=(*refused, *changed))
 
 
 def _check_optimizer(before: RunRecord, now: RunRecord, where: str) -> None:
