@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 from pathlib import Path
@@ -50,7 +51,8 @@ def restore_replaced(directory: Path) -> None:
     took the name (``save.py``)."""
     for path in directory.glob("*.tmp-*-old"):
         if (match := _REPLACED.fullmatch(path.name)) and not (final := directory / match[1]).exists():
-            path.rename(final)
+            with contextlib.suppress(FileNotFoundError):  # another rank was faster
+                path.rename(final)
 
 
 def iteration_name(iteration: Iteration) -> str:

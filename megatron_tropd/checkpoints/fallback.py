@@ -60,7 +60,7 @@ def newest_whole(directory: str | Path) -> Choice | None:
     refused = [saved.damage] if saved.damage else []
     for step in saved.steps:
         try:
-            open_checkpoint(directory, step)
+            open_checkpoint(directory, None if step == saved.latest else step)
         except CheckpointError as error:  # on every rank
             refused.append(str(error))
             continue
@@ -109,6 +109,11 @@ def _note(directory: str | Path, saved: _Saved, step: int, refused: list[str]) -
     if not refused:
         return ""
     newest = max([step, *saved.steps])
-    lost = f"{newest - step} steps are made again" if newest > step else "no saved step is lost"
+    count = newest - step
+    lost = (
+        f"{count} saved step{' is' if count == 1 else 's are'} lost and made again"
+        if count
+        else "no saved step is lost"
+    )
     reasons = "".join(f"\n  {reason}" for reason in refused)
     return f"warning: resuming from step {step} in {directory}; {lost}.  Refused (--fallback-previous):{reasons}"

@@ -45,9 +45,9 @@ class Retention:
 def remove_superseded(save_dir: Path, newest: int, retention: Retention) -> list[str]:
     """Remove what ``newest``, which the tracker names, makes superfluous; return warnings.  Not collective.
 
-    Nothing is removed before the newest is found whole: all files of its manifest with their sizes, which were read back
-    for their digests when it was written, and no code in them.  A checkpoint that is removed loses its name first, so
-    that a reader sees all of it or none.
+    Nothing is removed before the newest is found whole: all files of its manifest with their sizes, which were read
+    back for their digests when it was written, and no code in them.  A checkpoint that is removed loses its name first,
+    so that a reader sees all of it or none.
     """
     superseded = retention.superseded(iterations(save_dir), newest)
     if not superseded:

@@ -15,8 +15,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from megatron_tropd.checkpoints.directory import (
     restore_replaced,
     temporary_name,
 )
-from megatron_tropd.checkpoints.integrity import record_and_sync
+from megatron_tropd.checkpoints.integrity import all_records, share_of_records
 from megatron_tropd.checkpoints.metadata import (
     METADATA_JSON,
     CheckpointError,
@@ -83,19 +83,45 @@ def _prepare(save_dir: Path, iteration: Iteration) -> Path:
     return temporary
 
 
-def _write(state: dict[str, Any], folder: Path) -> None:
-    """Save with Megatron, so that every supported version of it can load the checkpoint.  If Megatron's part fails, it
-    raises on every rank, but only rank 0 gets the reasons."""
-    common = common_part(state)
+@contextlib.contextmanager
+def megatrons_reasons(folder: Path) -> Iterator[None]:
+    """Raise Megatron's error of a failed save as a CheckpointError with the reasons.  If Megatron's part fails, it
+    raises on every rank, but only rank 0 gets them."""
     try:
-        dist_checkpointing.save(state, str(folder))
-        if dist.get_rank() == 0:
-            platform.write_common_state(folder, common)
+        yield
     except CheckpointException as error:
         if not error.failures:
             raise FailedElsewhere from error
         reasons = "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items())
         raise CheckpointError(f"cannot write {folder}: {reasons}") from error
+
+
+def begin_write(state: dict[str, Any], folder: Path, **options: Any) -> Any:
+    """Save with Megatron, so that every supported version of it can load the checkpoint; return what its ``save`` does
+    with these ``options``.  Fails on all ranks or on none."""
+    common = common_part(state)
+    with megatrons_reasons(folder):
+        request = dist_checkpointing.save(state, str(folder), **options)
+    if dist.get_rank() == 0:
+        platform.write_common_state(folder, common)
+    return request
+
+
+def state_to_save(sharded_state_dict: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what Megatron is to save.  Collective.
+
+    Raises:
+        CheckpointError: on every rank: a value is not plain data, and no load would accept it.
+    """
+    state = {**without_extra_state(sharded_state_dict), COMMON_KEY: dict(common)}
+    on_all_ranks(lambda: check_plain(state), CheckpointError)
+    return state
+
+
+def write_record(folder: Path, record: RunRecord | None) -> None:
+    """Write ``run.json``, if there is a record.  Collective."""
+    if record is not None:
+        on_rank_zero(lambda: replace_text(folder / RUN_JSON, record.to_json()), CheckpointError)
 
 
 def _publish(save_dir: Path, temporary: Path, iteration: Iteration, metadata: CheckpointMetadata) -> Path:
@@ -144,13 +170,11 @@ def save_checkpoint(
     Raises:
         CheckpointError: on every rank; the tracker still names the previous checkpoint.
     """
-    state = {**without_extra_state(sharded_state_dict), COMMON_KEY: dict(common)}
 
     def write(folder: Path) -> dict[str, FileRecord]:
-        on_all_ranks(lambda: check_plain(state), CheckpointError)
-        on_all_ranks(lambda: _write(state, folder), CheckpointError)
-        if record is not None:
-            on_rank_zero(lambda: replace_text(folder / RUN_JSON, record.to_json()), CheckpointError)
+        state = state_to_save(sharded_state_dict, common)
+        on_all_ranks(lambda: begin_write(state, folder), CheckpointError)
+        write_record(folder, record)
         return {}
 
     def write_hf(target: Path) -> None:
@@ -178,23 +202,61 @@ def write_checkpoint(
     Raises:
         CheckpointError: on every rank; the tracker still names the previous checkpoint.
     """
-    save_dir = Path(save_dir)
-    temporary = on_rank_zero(lambda: _prepare(save_dir, iteration), CheckpointError)
-    try:
-        known = write(temporary)
-        on_rank_zero(lambda: write_hf(temporary / HF_FOLDER), CheckpointError)
-        metadata = CheckpointMetadata(
-            iteration=iteration,
-            architecture=arch,
-            make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-            files=record_and_sync(temporary, known),
-            source=source,
-        )
-        return on_rank_zero(lambda: _publish(save_dir, temporary, iteration, metadata), CheckpointError)
-    except CheckpointError:  # raised on every rank, so no rank is still writing
-        if dist.get_rank() == 0:
-            _sweep(save_dir, temporary)
-        raise
+    unpublished = Unpublished.begin(
+        save_dir, iteration, arch=arch, make_vocab_size_divisible_by=make_vocab_size_divisible_by, source=source
+    )
+    with unpublished.swept_on_failure():
+        known = write(unpublished.folder)
+        on_rank_zero(lambda: write_hf(unpublished.folder / HF_FOLDER), CheckpointError)
+        return unpublished.publish(lambda: share_of_records(unpublished.folder, known))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unpublished:
+    """A checkpoint that is being written under a temporary name."""
+
+    folder: Path
+    """Where it is written."""
+    save_dir: Path
+    content: CheckpointMetadata
+    """What is known of it, still without its files."""
+
+    @classmethod
+    def begin(
+        cls, save_dir: str | Path, iteration: Iteration, *, arch: Architecture, make_vocab_size_divisible_by: int,
+        source: str,
+    ) -> Unpublished:  # fmt: skip
+        """Make the folder; arguments are those of :func:`write_checkpoint`.  Collective.
+
+        Raises:
+            CheckpointError: on every rank: it cannot be made.
+        """
+        path = Path(save_dir)
+        content = CheckpointMetadata(
+            iteration=iteration, architecture=arch, make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+            files={}, source=source,
+        )  # fmt: skip
+        folder = on_rank_zero(lambda: _prepare(path, iteration), CheckpointError)
+        return cls(folder=folder, save_dir=path, content=content)
+
+    def publish(self, share: Callable[[], dict[str, FileRecord]]) -> Path:
+        """Give the folder its final name and return it; ``share`` gives this rank's records.  Collective.
+
+        Raises:
+            CheckpointError: on every rank; the tracker still names the previous checkpoint.
+        """
+        metadata = replace(self.content, files=all_records(share))
+        return on_rank_zero(lambda: _publish(self.save_dir, self.folder, metadata.iteration, metadata), CheckpointError)
+
+    @contextlib.contextmanager
+    def swept_on_failure(self) -> Iterator[None]:
+        """Remove what was written if a CheckpointError is raised, on every rank: then no rank is still writing."""
+        try:
+            yield
+        except CheckpointError:
+            if dist.get_rank() == 0:
+                _sweep(self.save_dir, self.folder)
+            raise
 
 
 def add_text(folder: Path, name: str, text: str) -> None:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import logging
 import os
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ REPLACED: dict[str, tuple[str, ...]] = {
     ),
     "megatron.core.transformer.torch_norm.WrappedTorchNorm": ("__new__",),
     "megatron.core.dist_checkpointing.strategies.filesystem_async": ("mp",),
+    "megatron.core.dist_checkpointing.strategies.async_utils": ("mp",),
     "megatron.core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync": ("write_preloaded_data",),
     "megatron.core.transformer.moe.token_dispatcher": ("maybe_move_tensor_to_cpu",),
 }  # fmt: skip
@@ -121,7 +123,7 @@ LEFT_OUT = {
     # As of megatron-core 0.19.  common.pt is written and read because 0.16 needs it (checkpoints/save.py).
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
-    # Said at every save; ours are synchronous.
+    # Said at every save, synchronous ones too.  What replaces it is a package of its own, for GPUs.
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
 }
 """Logger -> what it would say in every run about this package's use of it, which no user can change."""
@@ -241,8 +243,8 @@ class _ThreadContext:
     JoinableQueue: Any = Queue
 
     @staticmethod
-    def Process(*, target: Any, kwargs: dict[str, Any]) -> threading.Thread:
-        return threading.Thread(target=target, kwargs=kwargs)
+    def Process(*, target: Any, args: Sequence[Any] = (), kwargs: dict[str, Any]) -> threading.Thread:
+        return threading.Thread(target=target, args=args, kwargs=kwargs, daemon=True)
 
     def Manager(self) -> _ThreadContext:
         return self
@@ -252,11 +254,42 @@ class _ThreadContext:
 
 
 def _patch_checkpoint_writers() -> None:
-    """Let the checkpoint writer use threads.  It forks a process that has gloo and OpenMP threads, which was seen to
-    hang, and starts a manager process, which takes seconds.  A synchronous save on a CPU needs neither."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    """Let the checkpoint writer use threads, which are beside the training in an asynchronous save.  It forks a process
+    that has gloo and OpenMP threads, which was seen to hang, and starts a manager process, which takes seconds."""
+    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
-    filesystem_async.mp = _ThreadContext()
+    filesystem_async.mp = async_utils.mp = _ThreadContext()
+
+
+def async_calls_queue() -> Any:
+    """Return Megatron's queue of asynchronous saves, each in a process of its own (on a CPU, a thread)."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+    return AsyncCallsQueue()
+
+
+def async_save_options() -> dict[str, Any]:
+    """Return the arguments with which ``dist_checkpointing.save`` returns a request for :func:`async_calls_queue`."""
+    from megatron.core import dist_checkpointing
+
+    named = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters  # by later versions than 0.16
+    return {"async_sharded_save": True, **({"async_strategy": "mcore"} if named else {})}
+
+
+def copying(request: Any) -> Any:
+    """Let a request of an asynchronous save write copies of tensors that are in host memory already: Megatron copies
+    those on a GPU only, and a thread, unlike a forked process, would see what the optimizer changes."""
+    if is_cuda() or request.preload_fn is None:
+        return request
+    original = request.preload_fn
+
+    def preload() -> Any:
+        return [
+            (path, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+            for path, key, (data, tensors) in original()
+        ]
+
+    return request._replace(preload_fn=preload)
 
 
 def _patch_checkpoint_errors() -> None:

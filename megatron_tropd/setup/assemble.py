@@ -138,7 +138,7 @@ def _make_run(spec: RunSpec, checkpoints: Checkpoints, files: RunFiles, origin: 
     text = make_token_text(spec)
     progress = _progress(config, origin.start_step or 0)
     health = check_scorers(spec, scorers.by_role, origin)
-    checkpoints.record = health.record
+    checkpoints.record, checkpoints.message = health.record, progress.message
     for note in (*files.notes, *origin.notes, *health.warnings):
         progress.message(note)
     logger = make_run_logger(spec, text, files, progress)

@@ -30,8 +30,8 @@ class RunFiles:
         if moved is None:
             return ()
         return (
-            f"note: an earlier launch in {moved.parent} ended before its first checkpoint: this one starts over, and the "
-            f"log and rollouts of the earlier one are now in {moved.name}/",
+            f"note: an earlier launch in {moved.parent} ended before its first checkpoint: this one starts over, and "
+            f"the log and rollouts of the earlier one are now in {moved.name}/",
         )
 
     def close(self) -> None:

@@ -8,20 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_tropd.checkpoints.async_save import AsyncSaver
 from megatron_tropd.checkpoints.directory import find_checkpoint, restore_replaced
 from megatron_tropd.checkpoints.fallback import newest_step, newest_whole, with_advice
 from megatron_tropd.checkpoints.load import load_checkpoint, open_checkpoint
 from megatron_tropd.checkpoints.metadata import CheckpointError
+from megatron_tropd.checkpoints.retention import Retention, remove_superseded
 from megatron_tropd.checkpoints.run_record import RunRecord, read_run_record
 from megatron_tropd.checkpoints.save import save_checkpoint
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.prompt_source import PromptSource
 from megatron_tropd.data.rollout_codec import decode_rollouts, encode_rollouts
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.parallel.fail_together import on_rank_zero
+from megatron_tropd.parallel.fail_together import is_rank_zero, on_rank_zero
 from megatron_tropd.training.stream import Pending
 from megatron_tropd.training.student import Student
-
 
 log = logging.getLogger(__name__)
 Read = TypeVar("Read")
@@ -70,6 +71,7 @@ class Checkpoints:
 
     def __init__(self, config: TrainConfig, arch: Architecture, hf_dir: Path, source: str) -> None:
         self._config, self._arch, self._hf_dir, self._source = config, arch, hf_dir, source
+        self._saver = AsyncSaver() if config.checkpoint.async_save else None
         self._origin: Origin | None = None
         self.message: Callable[[str], None] = log.warning
         """Prints to the user, on rank 0."""
@@ -81,12 +83,22 @@ class Checkpoints:
         interval = self._config.checkpoint.save_interval
         return step == self._config.training.train_iters or bool(interval and step % interval == 0)
 
-    def save(self, step: int, student: Student, source: PromptSource, pending: Pending | None) -> None:
-        """Save the state after ``step`` steps, with the batch that is written but not trained on.  Collective."""
+    def save(
+        self, step: int, student: Student, source: PromptSource, pending: Pending | None, *, wait: bool = False
+    ) -> None:
+        """Save the state after ``step`` steps, with the batch that is written but not trained on.  Collective.
+
+        With --async-save the checkpoint is written when :meth:`finish` says so, or with ``wait`` when this returns.
+
+        Raises:
+            CheckpointError: on every rank: this save failed, or the one before that was still being written.
+        """
+        self.finish()
         common: dict[str, Any] = {"weight_version": student.version, "cursor": dict(source.state_dict())}
         if pending is not None:
             common["pending"] = {"step": pending.step, "rollouts": encode_rollouts(pending.rollouts)}
-        save_checkpoint(
+        begin = save_checkpoint if self._saver is None else self._saver.start
+        begin(
             self._config.save_dir,
             step,
             student.sharded_state_dict(),
@@ -97,6 +109,33 @@ class Checkpoints:
             source=self._source,
             record=self.record,
         )
+        if self._saver is None:
+            self._delete_superseded(step)
+        elif wait:
+            self.finish()
+
+    @property
+    def in_writing(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._saver is not None and self._saver.in_writing
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Make the checkpoint visible that is being written in the background, if there is one; without ``wait`` only
+        if all ranks have written it.  Collective.
+
+        Raises:
+            CheckpointError: on every rank: it could not be written.
+        """
+        if self._saver is not None and (step := self._saver.finish(wait=wait)) is not None:
+            self._delete_superseded(step)
+
+    def _delete_superseded(self, newest: int) -> None:
+        if not is_rank_zero():
+            return
+        settings = self._config.checkpoint
+        retention = Retention(last=settings.keep_last, interval=settings.save_retain_interval)
+        for warning in remove_superseded(Path(self._config.save_dir), newest, retention):
+            self.message(f"warning: {warning}")
 
     def resume_origin(self) -> Origin | None:
         """Return where to resume from; None when there is no checkpoint to load.  Collective.

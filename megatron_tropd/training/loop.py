@@ -39,6 +39,7 @@ def train(run: Run, start_step: int) -> None:
         run.logger.step(report, trained.rollouts, trained.tokens)
         _evaluate(run, report.step)  # before the save: a resumed run does not evaluate its start
         save_if_due(run, report.step)
+    finish_save(run)
     _evaluate(run, run.config.training.train_iters, whole=True)
 
 
@@ -114,7 +115,7 @@ def _keeping_rollouts(run: Run, step: int) -> Iterator[None]:
         run.student.wake()
         try:
             with run.progress.phase("save"):
-                run.checkpoints.save(step, run.student, run.source, run.stream.pending)
+                run.checkpoints.save(step, run.student, run.source, run.stream.pending, wait=True)
         except CheckpointError as not_saved:
             raise ScorerError(f"{error}\nThe rollouts of step {step + 1} are lost: {not_saved}") from error
         raise ScorerError(
@@ -193,13 +194,22 @@ def _diagnostics(run: Run, batch: Batch, plan: BatchPlan, step: int) -> dict[str
 
 
 def save_if_due(run: Run, step: int) -> None:
-    """Save a checkpoint if it is due after ``step``, with the batch that was begun before the step's update."""
+    """Save a checkpoint if it is due after ``step``, with the batch that was begun before the step's update, and make
+    visible what --async-save has written."""
+    finish_save(run, wait=False)
     if not run.checkpoints.due(step):
         return
     with run.progress.phase("generate"):
         run.stream.settle(run.student.version)
     with run.progress.phase("save"):
         run.checkpoints.save(step, run.student, run.source, run.stream.pending)
+
+
+def finish_save(run: Run, *, wait: bool = True) -> None:
+    """Make the checkpoint visible that --async-save is writing; without ``wait`` only if it is written."""
+    if run.checkpoints.in_writing:
+        with run.progress.phase("save"):
+            run.checkpoints.finish(wait=wait)
 
 
 def push_weights(run: Run) -> dict[str, float]:

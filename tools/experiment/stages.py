@@ -85,8 +85,8 @@ def _finetuned(out: Path, name: str, *, steps: int, rate: float, decay: str) -> 
         f"{name}_sft", f"Supervised finetuning of the {name}", run_dir / "hf_export",
         *_torchrun(
             1, run_dir, "--objective", "sft", "--hf-checkpoint", out / "world/base" / name,
-            "--prompt-data", out / "lessons.jsonl", "--rollout-batch-size", 32, "--train-iters", steps, "--lr", rate, "--save-interval", 0,
-            "--lr-decay-style", decay, "--min-lr", rate / 10 if decay == "cosine" else 0,
+            "--prompt-data", out / "lessons.jsonl", "--rollout-batch-size", 32, "--train-iters", steps, "--lr", rate,
+            "--save-interval", 0, "--lr-decay-style", decay, "--min-lr", rate / 10 if decay == "cosine" else 0,
         ),
     )  # fmt: skip
 
