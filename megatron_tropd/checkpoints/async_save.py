@@ -1,7 +1,7 @@
 """Write a checkpoint while training goes on, with Megatron's own asynchronous strategy.
 
     start    copies the state to host memory, plans the files (Megatron's ``save`` with ``async_sharded_save``) and lets
-             Megatron's AsyncCallsQueue write them: in a forked process, on a CPU in a thread (``parallel/platform.py``)
+             Megatron's AsyncCallsQueue write them: in a forked process, on a CPU in a thread
     finish   asked at the end of every step: when all ranks have written, Megatron finalizes its files; a thread of
              every rank reads its share of them back for their digests; when all have, the folder gets its name and
              the tracker its iteration, as after a synchronous save
@@ -31,7 +31,7 @@ from megatron_tropd.checkpoints.save import (
     write_record,
 )
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.parallel import platform
+from megatron_tropd.parallel import checkpoint_writers
 from megatron_tropd.parallel.fail_together import from_all_ranks, on_all_ranks, on_rank_zero
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class AsyncSaver:
     """Writes one checkpoint at a time in the background.  Both methods are collective."""
 
     def __init__(self) -> None:
-        self._queue = platform.async_calls_queue()
+        self._queue = checkpoint_writers.async_calls_queue()
         self._saving: _Saving | None = None
 
     @property
@@ -94,11 +94,11 @@ class AsyncSaver:
         folder = unpublished.folder
         with unpublished.swept_on_failure():
             state = state_to_save(sharded_state_dict, common)
-            request = on_all_ranks(
-                lambda: platform.copying(begin_write(state, folder, **platform.async_save_options())), CheckpointError
-            )
+            options = checkpoint_writers.async_save_options()
+            request = on_all_ranks(lambda: begin_write(state, folder, **options), CheckpointError)
             write_record(folder, record)
             on_rank_zero(lambda: write_hf_folder(hf_sidecar, None, folder / HF_FOLDER), CheckpointError)
+            request = checkpoint_writers.copying(request)
             on_all_ranks(lambda: self._queue.schedule_async_request(request), CheckpointError)
         self._saving = _Saving(step=step, unpublished=unpublished)
 

@@ -110,10 +110,7 @@ def _note(directory: str | Path, saved: _Saved, step: int, refused: list[str]) -
         return ""
     newest = max([step, *saved.steps])
     count = newest - step
-    lost = (
-        f"{count} saved step{' is' if count == 1 else 's are'} lost and made again"
-        if count
-        else "no saved step is lost"
-    )
+    steps = "1 saved step is" if count == 1 else f"{count} saved steps are"
+    lost = f"{steps} lost and made again" if count else "no saved step is lost"
     reasons = "".join(f"\n  {reason}" for reason in refused)
     return f"warning: resuming from step {step} in {directory}; {lost}.  Refused (--fallback-previous):{reasons}"

@@ -1,5 +1,5 @@
-"""Run on CUDA or, without it, on the CPU, with every supported Megatron-core.  The only file that patches
-Megatron-core, and that knows in what its versions differ.
+"""Run on CUDA or, without it, on the CPU, with every supported Megatron-core.  Only this file and
+checkpoint_writers.py, for saves, patch Megatron-core and know in what its versions differ.
 
 Megatron-core calls ``torch.cuda`` and uses ``device="cuda"`` unconditionally.  On a machine without CUDA,
 :func:`install` patches these calls (torch_without_cuda.py), so that the unmodified Megatron-core runs on the CPU over
@@ -13,30 +13,25 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect
 import logging
 import os
-import queue
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_tropd.parallel import torch_without_cuda
+from megatron_tropd.parallel import checkpoint_writers, torch_without_cuda
 
 REPLACED: dict[str, tuple[str, ...]] = {
     **torch_without_cuda.REPLACED,
+    **checkpoint_writers.REPLACED,
     "megatron.core.tensor_parallel.random": ("_get_cuda_rng_state", "_set_cuda_rng_state"),
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer": (
         "_set_main_param_and_optimizer_states", "sharded_param_state_fully_reshardable",
     ),
     "megatron.core.transformer.torch_norm.WrappedTorchNorm": ("__new__",),
-    "megatron.core.dist_checkpointing.strategies.filesystem_async": ("mp",),
-    "megatron.core.dist_checkpointing.strategies.async_utils": ("mp",),
-    "megatron.core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync": ("write_preloaded_data",),
     "megatron.core.transformer.moe.token_dispatcher": ("maybe_move_tensor_to_cpu",),
 }  # fmt: skip
 
@@ -101,7 +96,7 @@ def install() -> None:
     _leave_out_log_lines()
     if is_cuda():
         _patch_padding_of_buckets()
-        _patch_checkpoint_errors()
+        checkpoint_writers.tell_errors()
         _keep_the_name_in_pickles()
         if not has_transformer_engine():
             _patch_distributed_optimizer_load()
@@ -142,8 +137,8 @@ def _patch_megatron() -> None:
     _patch_padding_of_buckets()
     _patch_distributed_optimizer_load()
     _patch_norm_sequence_parallel()
-    _patch_checkpoint_writers()
-    _patch_checkpoint_errors()
+    checkpoint_writers.use_threads()
+    checkpoint_writers.tell_errors()
     _keep_the_name_in_pickles()
     _patch_expert_dispatch()
     _name_the_missing_gemm()
@@ -234,79 +229,6 @@ def _patch_norm_sequence_parallel() -> None:
         return norm
 
     WrappedTorchNorm.__new__ = new
-
-
-class _ThreadContext:
-    """The part of a multiprocessing context that Megatron's checkpoint writer uses, with threads."""
-
-    Queue: Any = staticmethod(queue.Queue)
-    JoinableQueue: Any = Queue
-
-    @staticmethod
-    def Process(*, target: Any, args: Sequence[Any] = (), kwargs: dict[str, Any]) -> threading.Thread:
-        return threading.Thread(target=target, args=args, kwargs=kwargs, daemon=True)
-
-    def Manager(self) -> _ThreadContext:
-        return self
-
-    def get_context(self, _method: str) -> _ThreadContext:
-        return self
-
-
-def _patch_checkpoint_writers() -> None:
-    """Let the checkpoint writer use threads, which are beside the training in an asynchronous save.  It forks a process
-    that has gloo and OpenMP threads, which was seen to hang, and starts a manager process, which takes seconds."""
-    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
-
-    filesystem_async.mp = async_utils.mp = _ThreadContext()
-
-
-def async_calls_queue() -> Any:
-    """Return Megatron's queue of asynchronous saves, each in a process of its own (on a CPU, a thread)."""
-    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-
-    return AsyncCallsQueue()
-
-
-def async_save_options() -> dict[str, Any]:
-    """Return the arguments with which ``dist_checkpointing.save`` returns a request for :func:`async_calls_queue`."""
-    from megatron.core import dist_checkpointing
-
-    named = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters  # by later versions than 0.16
-    return {"async_sharded_save": True, **({"async_strategy": "mcore"} if named else {})}
-
-
-def copying(request: Any) -> Any:
-    """Let a request of an asynchronous save write copies of tensors that are in host memory already: Megatron copies
-    those on a GPU only, and a thread, unlike a forked process, would see what the optimizer changes."""
-    if is_cuda() or request.preload_fn is None:
-        return request
-    original = request.preload_fn
-
-    def preload() -> Any:
-        return [
-            (path, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
-            for path, key, (data, tensors) in original()
-        ]
-
-    return request._replace(preload_fn=preload)
-
-
-def _patch_checkpoint_errors() -> None:
-    """Let a failed save say why: megatron-core 0.19 names only the type of an error of its last writer, which is the
-    only one unless a save asks for several threads."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    original = FileSystemWriterAsync.write_preloaded_data
-
-    @functools.wraps(original)
-    def write(*args: Any, results_queue: Any, **kwargs: Any) -> Any:
-        output = original(*args, results_queue=results_queue, **kwargs)
-        if results_queue is None and output is not None and isinstance(output[1], Exception):
-            raise output[1]
-        return output
-
-    FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
 
 
 def _keep_the_name_in_pickles() -> None:
