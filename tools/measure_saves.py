@@ -2,9 +2,9 @@
 
     python tools/measure_saves.py --output saves            # about two minutes on two cores
 
-A random model (Qwen3, 4 layers of width 256) learns from another one with the training command on one rank.  A run
-without checkpoints, one with --save-interval 4 and one with --async-save besides take turns.  Printed are medians over
-the repetitions: seconds of a step on average, seconds of the ``save`` phase in it, and what checkpoints add to a step.
+A random model (Qwen3, 4 layers of width 256) learns from another one with the training command on one rank, without
+checkpoints, with --save-interval 4, and with --async-save besides.  Training waits in the ``save`` phase; what a save
+in the background takes from the other phases is seen in these.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _KINDS = {
     "asynchronous": ["--save-interval", str(INTERVAL), "--async-save"],
 }
 _FLAGS = [
-    "--objective", "tropd", "--guidance", "none", "--rollout-batch-size", "16", "--n-samples-per-prompt", "2",
+    "--objective", "tropd", "--guidance", "none", "--rollout-batch-size", "8", "--n-samples-per-prompt", "1",
     "--max-prompt-length", "64", "--max-response-length", "32", "--max-tokens-per-microbatch", "2048", "--top-k", "8",
     "--lr", "1e-6", "--on-spike", "warn", "--keep-last", "1", "--heartbeat-interval", "0",
 ]  # fmt: skip
@@ -40,12 +40,12 @@ _FLAGS = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seconds:
-    """Means over the steps of a run, in seconds."""
+    """Of a run, in seconds."""
 
     step: float
-    """All phases."""
+    """All phases of a step but the save phase; the median over the steps."""
     save: float
-    """The save phase, in which training waits."""
+    """The save phase of one checkpoint; the mean over the checkpoints."""
 
 
 def train(world: Path, run_dir: Path, steps: int, flags: list[str]) -> Seconds:
@@ -68,9 +68,10 @@ def train(world: Path, run_dir: Path, steps: int, flags: list[str]) -> Seconds:
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, words))}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
     measured = [record["seconds"] for record in of_kind(read_records(run_dir / "metrics.jsonl"), "step")][_WARM_UP:]
+    saves = sum(seconds.get("save", 0.0) for seconds in measured)
     return Seconds(
-        step=statistics.fmean(sum(seconds.values()) for seconds in measured),
-        save=statistics.fmean(seconds.get("save", 0.0) for seconds in measured),
+        step=statistics.median(sum(s for name, s in seconds.items() if name != "save") for seconds in measured),
+        save=saves / (len(measured) // INTERVAL),
     )
 
 
@@ -78,8 +79,10 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="directory for the models and the runs")
-    parser.add_argument("--steps", type=int, default=_WARM_UP + 5 * INTERVAL, help="steps of a run")
-    parser.add_argument("--repetitions", type=int, default=3, help="runs of each kind")
+    parser.add_argument("--steps", type=int, default=_WARM_UP + 4 * INTERVAL, help="steps of a run")
+    parser.add_argument(
+        "--repetitions", type=int, default=1, help="runs of each kind, of which the medians are printed"
+    )
     options = parser.parse_args()
     output = options.output.resolve()
     world = make_world(output / "world", Costs(teacher_layers=4, prompt_words=48), num_prompts=64)
@@ -89,11 +92,11 @@ def main() -> None:
             runs[name].append(train(world, output / name, options.steps, flags))
     saved = sum(path.stat().st_size for path in (output / "synchronous/checkpoints").rglob("*") if path.is_file())
     print(f"a checkpoint has {saved / 1e6:.0f} MB; one every {INTERVAL} steps\n")
-    print("| checkpoints | step, s | of it save phase, s | added to a step |\n|---|---|---|---|")
-    without = statistics.median(run.step for run in runs["none"])
+    print("| checkpoints | step without save phase, s | save phase of a checkpoint, s | share of a step |")
+    print("|---|---|---|---|")
     for name, repeated in runs.items():
         step, save = (statistics.median(getattr(run, field) for run in repeated) for field in ("step", "save"))
-        print(f"| {name} | {step:.3f} | {save:.3f} | {step / without - 1:+.1%} |")
+        print(f"| {name} | {step:.2f} | {save:.3f} | {save / INTERVAL / (step + save / INTERVAL):.1%} |")
 
 
 if __name__ == "__main__":
