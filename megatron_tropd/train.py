@@ -64,8 +64,8 @@ def _how_to_continue(config: TrainConfig) -> str:
         saved = True
     if not saved:
         return (
-            f"there is no checkpoint to go on from (--save-interval {interval}): start over with another --run-dir, "
-            f"or delete {config.logging.run_dir}."
+            f"there is no checkpoint to go on from (--save-interval {interval}).  Run the same command again: it "
+            "starts over, and moves the log of this launch aside."
         )
     return (
         "no weight of an unfinished step was saved.  Run the same command again: it resumes from the "

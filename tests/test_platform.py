@@ -14,10 +14,10 @@ import sys
 import pytest
 import torch
 
-from megatron_tropd.parallel import determinism, platform, torch_without_cuda
+from megatron_tropd.parallel import checkpoint_writers, determinism, platform, torch_without_cuda
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced where CUDA is present")
-OURS = {platform.__name__, torch_without_cuda.__name__}
+OURS = {platform.__name__, checkpoint_writers.__name__, torch_without_cuda.__name__}
 NAMES = [(owner, name) for owner, names in platform.REPLACED.items() for name in names]
 
 
@@ -107,11 +107,15 @@ def test_norm_under_sequence_parallelism_is_marked():
 def test_checkpoint_writers_are_threads():
     import threading
 
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
     done = []
-    process = filesystem_async.mp.get_context("fork").Process(target=done.append, kwargs={})
-    assert isinstance(process, threading.Thread)
+    for module in (filesystem_async, async_utils):
+        process = module.mp.get_context("fork").Process(target=done.append, args=(1,), kwargs={})
+        assert isinstance(process, threading.Thread)
+        process.start()
+        process.join()
+    assert done == [1, 1]
     results = filesystem_async.mp.get_context("spawn").Manager().Queue()
     results.put(1)
     assert results.get() == 1

@@ -130,22 +130,33 @@ def test_whole_last_line_without_newline_is_kept(tmp_path):
     assert path.read_text().endswith('"step": 2}\n')
 
 
-def test_a_fresh_run_does_not_overwrite_an_old_one(tmp_path):
+def test_a_finished_run_is_not_started_over(tmp_path):
     with create(tmp_path) as run:
         run.step(step_report(1))
-    with pytest.raises(ValueError, match="already holds a run"):
+    (tmp_path / "hf_export").mkdir()
+    (tmp_path / "hf_export/config.json").write_text("{}")
+    with pytest.raises(ValueError, match="already holds a run that was finished, but not its checkpoints"):
         create(tmp_path)
     create(tmp_path, resume=True).close()  # the refusal gave the lock back
+    assert steps_in(tmp_path) == [1]
 
 
-def test_a_job_that_was_started_again_before_its_first_checkpoint_starts_over(tmp_path, monkeypatch):
+def test_a_launch_without_a_checkpoint_moves_the_log_of_the_one_before_aside(tmp_path):
+    for number, seed in enumerate((7, 8, 9)):
+        with create(tmp_path, seed=seed) as run:
+            assert steps_in(tmp_path) == [] and not list((tmp_path / "rollouts").iterdir())
+            assert (run.moved_aside.name if run.moved_aside else None) == (f"interrupted_{number}" if number else None)
+            run.step(step_report(1, loss=float(seed)))
+            run.rollouts(1, [])
+    for number, seed in ((1, 7), (2, 8)):
+        aside = tmp_path / f"interrupted_{number}"
+        assert steps_in(aside) == [1] and lines.read_records(aside / "metrics.jsonl")[0]["loss"] == seed
+        assert [path.name for path in (aside / "rollouts").iterdir()] == ["step_0000001.jsonl"]
+        assert yaml.safe_load((aside / "config.yaml").read_text()) == {"seed": seed}
+    assert steps_in(tmp_path) == [1]
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "st')  # it ended before its first step
     with create(tmp_path) as run:
-        run.evaluation(eval_report(0))
-        run.step(step_report(1))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with create(tmp_path) as run:
-        run.rewind(0)
-        assert steps_in(tmp_path) == []
+        assert run.moved_aside is None and steps_in(tmp_path) == []
 
 
 def test_second_job_is_refused(tmp_path):

@@ -90,7 +90,7 @@ def reports_here(argv: list[str], stop_after: int | None = None) -> list[StepRep
     from megatron_tropd.cli import parse
     from megatron_tropd.setup.assemble import assemble, close
     from megatron_tropd.setup.run_spec import make_run_spec
-    from megatron_tropd.training.loop import push_weights, save_if_due, train_step
+    from megatron_tropd.training.loop import finish_save, push_weights, save_if_due, train_step
 
     assembled = assemble(make_run_spec(parse(argv), int(os.environ["WORLD_SIZE"])))
     run, reports = assembled.run, []
@@ -102,6 +102,7 @@ def reports_here(argv: list[str], stop_after: int | None = None) -> list[StepRep
             save_if_due(run, report.step)
             if report.step == stop_after:
                 break
+        finish_save(run)
     finally:
         close(assembled)
     return reports

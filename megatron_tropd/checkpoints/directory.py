@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import secrets
 from pathlib import Path
 from typing import Literal
 
@@ -23,13 +25,34 @@ RELEASE: Literal["release"] = "release"
 """The iteration of converted weights that have not been trained."""
 _ITERATION = re.compile(r"iter_\d{7,}|release")
 _TEMPORARY = re.compile(r"(iter_\d{7,}|release)\.tmp-")
+_REPLACED = re.compile(r"(iter_\d{7,}|release)\.tmp-[0-9a-f]+-old")
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 """Prefixes of the keys of model weights; keys of optimizer state have none of them."""
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a folder name is that of an unfinished save."""
+    """Return whether a folder name is that of an unfinished save, or of a checkpoint in removal."""
     return _TEMPORARY.match(name) is not None
+
+
+def temporary_name(iteration: Iteration, suffix: str = "") -> str:
+    """Return a new name of which :func:`is_temporary` is true."""
+    return f"{iteration_name(iteration)}.tmp-{secrets.token_hex(4)}{suffix}"
+
+
+def iterations(directory: str | Path) -> list[int]:
+    """Return the numbers of the checkpoints of a directory in order, whatever the tracker says."""
+    names = (path.name for path in Path(directory).glob("iter_*") if path.is_dir())
+    return sorted(int(name.removeprefix("iter_")) for name in names if _ITERATION.fullmatch(name))
+
+
+def restore_replaced(directory: Path) -> None:
+    """Give a checkpoint its name back that was moved away for its successor, by a save that ended before the successor
+    took the name (``save.py``)."""
+    for path in directory.glob("*.tmp-*-old"):
+        if (match := _REPLACED.fullmatch(path.name)) and not (final := directory / match[1]).exists():
+            with contextlib.suppress(FileNotFoundError):  # another rank was faster
+                path.rename(final)
 
 
 def iteration_name(iteration: Iteration) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
@@ -24,29 +24,32 @@ def _share_of_files(folder: Path) -> list[Path]:
     return files[dist.get_rank() :: dist.get_world_size()]
 
 
-def record_and_sync(folder: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
-    """Return size and digest of every file, after the rank that reads the file has synced it to disk.  Collective.
+def share_of_records(folder: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    """Return size and digest of the files that this rank reads on behalf of all, each synced to disk first.
 
     Files in ``known`` were already digested and synced when they were written; they are not read again.
     """
+    records = {}
+    for path in _share_of_files(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in known:
+            fsync_path(path)
+        records[name] = known.get(name) or record_file(path)
+    return records
 
-    def mine() -> dict[str, FileRecord]:
-        records = {}
-        for path in _share_of_files(folder):
-            name = path.relative_to(folder).as_posix()
-            if name not in known:
-                fsync_path(path)
-            records[name] = known.get(name) or record_file(path)
-        return records
 
+def all_records(mine: Callable[[], dict[str, FileRecord]]) -> dict[str, FileRecord]:
+    """Return the records of all files, of which ``mine`` gives this rank's :func:`share_of_records`.  Collective.
+
+    Raises:
+        CheckpointError: on every rank: a file could not be read on some rank.
+    """
     parts = from_all_ranks(mine, CheckpointError)
     return {name: record for part in parts for name, record in sorted(part.items())}
 
 
-def verify_files(
-    folder: Path, metadata: CheckpointMetadata, *, digests: bool, except_suffix: tuple[str, ...] = ()
-) -> None:  # fmt: skip
-    """Check that every recorded file has its recorded size and, with ``digests``, this rank's share its sha256.
+def check_sizes(folder: Path, metadata: CheckpointMetadata) -> None:
+    """Check that every recorded file is there with its recorded size.  Not collective.
 
     Raises:
         CheckpointError: names the file that is missing or damaged.
@@ -57,6 +60,17 @@ def verify_files(
             raise CheckpointError(f"{path} is missing; the checkpoint is incomplete")
         if path.stat().st_size != record.bytes:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, {record.bytes} were saved; it is damaged")
+
+
+def verify_files(
+    folder: Path, metadata: CheckpointMetadata, *, digests: bool, except_suffix: tuple[str, ...] = ()
+) -> None:  # fmt: skip
+    """Check that every recorded file has its recorded size and, with ``digests``, this rank's share its sha256.
+
+    Raises:
+        CheckpointError: names the file that is missing or damaged.
+    """
+    check_sizes(folder, metadata)
     for path in _share_of_files(folder) if digests else ():
         if path.name.endswith(except_suffix):
             continue

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,16 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tropd.checkpoints.directory import HF_FOLDER, TRACKER_FILE, is_temporary, iteration_name
-from megatron_tropd.checkpoints.integrity import record_and_sync
+from megatron_tropd.atomic_files import exchange
+from megatron_tropd.checkpoints.directory import (
+    HF_FOLDER,
+    TRACKER_FILE,
+    is_temporary,
+    iteration_name,
+    restore_replaced,
+    temporary_name,
+)
+from megatron_tropd.checkpoints.integrity import all_records, share_of_records
 from megatron_tropd.checkpoints.metadata import (
     METADATA_JSON,
     CheckpointError,
@@ -66,27 +73,55 @@ def write_hf_folder(sidecar: Path, manifest: HfManifest | None, target: Path) ->
 def _prepare(save_dir: Path, iteration: Iteration) -> Path:
     """Remove the temporary folders of earlier saves, and make one for this save."""
     save_dir.mkdir(parents=True, exist_ok=True)
+    fsync_path(save_dir.parent)
+    restore_replaced(save_dir)
     for stale in save_dir.iterdir():
         if is_temporary(stale.name):
             shutil.rmtree(stale)
-    temporary = save_dir / f"{iteration_name(iteration)}.tmp-{secrets.token_hex(4)}"
+    temporary = save_dir / temporary_name(iteration)
     temporary.mkdir()
     return temporary
 
 
-def _write(state: dict[str, Any], folder: Path) -> None:
-    """Save with Megatron, so that every supported version of it can load the checkpoint.  If Megatron's part fails, it
-    raises on every rank, but only rank 0 gets the reasons."""
-    common = common_part(state)
+@contextlib.contextmanager
+def megatrons_reasons(folder: Path) -> Iterator[None]:
+    """Raise Megatron's error of a failed save as a CheckpointError with the reasons.  If Megatron's part fails, it
+    raises on every rank, but only rank 0 gets them."""
     try:
-        dist_checkpointing.save(state, str(folder))
-        if dist.get_rank() == 0:
-            platform.write_common_state(folder, common)
+        yield
     except CheckpointException as error:
         if not error.failures:
             raise FailedElsewhere from error
         reasons = "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items())
         raise CheckpointError(f"cannot write {folder}: {reasons}") from error
+
+
+def begin_write(state: dict[str, Any], folder: Path, **options: Any) -> Any:
+    """Save with Megatron, so that every supported version of it can load the checkpoint; return what its ``save`` does
+    with these ``options``.  Fails on all ranks or on none."""
+    common = common_part(state)
+    with megatrons_reasons(folder):
+        request = dist_checkpointing.save(state, str(folder), **options)
+    if dist.get_rank() == 0:
+        platform.write_common_state(folder, common)
+    return request
+
+
+def state_to_save(sharded_state_dict: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what Megatron is to save.  Collective.
+
+    Raises:
+        CheckpointError: on every rank: a value is not plain data, and no load would accept it.
+    """
+    state = {**without_extra_state(sharded_state_dict), COMMON_KEY: dict(common)}
+    on_all_ranks(lambda: check_plain(state), CheckpointError)
+    return state
+
+
+def write_record(folder: Path, record: RunRecord | None) -> None:
+    """Write ``run.json``, if there is a record.  Collective."""
+    if record is not None:
+        on_rank_zero(lambda: replace_text(folder / RUN_JSON, record.to_json()), CheckpointError)
 
 
 def _publish(save_dir: Path, temporary: Path, iteration: Iteration, metadata: CheckpointMetadata) -> Path:
@@ -96,13 +131,19 @@ def _publish(save_dir: Path, temporary: Path, iteration: Iteration, metadata: Ch
         if folder.is_dir():
             fsync_path(folder)
     final = save_dir / iteration_name(iteration)
-    if final.exists():  # saved before a restart; moved away first, because a rename cannot replace a folder
-        os.rename(final, final.with_name(f"{temporary.name}-old"))
-    os.rename(temporary, final)
+    former = None
+    if not final.exists():
+        os.rename(temporary, final)
+    elif exchange(temporary, final):  # saved before a restart, or without the batch that is in this one
+        former = temporary
+    else:  # moved away first, because a rename cannot replace a folder; restore_replaced mends what ends in between
+        former = final.with_name(f"{temporary.name}-old")
+        os.rename(final, former)
+        os.rename(temporary, final)
     fsync_path(save_dir)
     replace_text(save_dir / TRACKER_FILE, f"{iteration}\n")
-    for old in save_dir.glob(f"{temporary.name}-old"):
-        shutil.rmtree(old)
+    if former is not None:
+        shutil.rmtree(former, ignore_errors=True)  # the next save removes what is left
     return final
 
 
@@ -129,13 +170,11 @@ def save_checkpoint(
     Raises:
         CheckpointError: on every rank; the tracker still names the previous checkpoint.
     """
-    state = {**without_extra_state(sharded_state_dict), COMMON_KEY: dict(common)}
 
     def write(folder: Path) -> dict[str, FileRecord]:
-        on_all_ranks(lambda: check_plain(state), CheckpointError)
-        on_all_ranks(lambda: _write(state, folder), CheckpointError)
-        if record is not None:
-            on_rank_zero(lambda: replace_text(folder / RUN_JSON, record.to_json()), CheckpointError)
+        state = state_to_save(sharded_state_dict, common)
+        on_all_ranks(lambda: begin_write(state, folder), CheckpointError)
+        write_record(folder, record)
         return {}
 
     def write_hf(target: Path) -> None:
@@ -163,23 +202,61 @@ def write_checkpoint(
     Raises:
         CheckpointError: on every rank; the tracker still names the previous checkpoint.
     """
-    save_dir = Path(save_dir)
-    temporary = on_rank_zero(lambda: _prepare(save_dir, iteration), CheckpointError)
-    try:
-        known = write(temporary)
-        on_rank_zero(lambda: write_hf(temporary / HF_FOLDER), CheckpointError)
-        metadata = CheckpointMetadata(
-            iteration=iteration,
-            architecture=arch,
-            make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-            files=record_and_sync(temporary, known),
-            source=source,
-        )
-        return on_rank_zero(lambda: _publish(save_dir, temporary, iteration, metadata), CheckpointError)
-    except CheckpointError:  # raised on every rank, so no rank is still writing
-        if dist.get_rank() == 0:
-            _sweep(save_dir, temporary)
-        raise
+    unpublished = Unpublished.begin(
+        save_dir, iteration, arch=arch, make_vocab_size_divisible_by=make_vocab_size_divisible_by, source=source
+    )
+    with unpublished.swept_on_failure():
+        known = write(unpublished.folder)
+        on_rank_zero(lambda: write_hf(unpublished.folder / HF_FOLDER), CheckpointError)
+        return unpublished.publish(lambda: share_of_records(unpublished.folder, known))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unpublished:
+    """A checkpoint that is being written under a temporary name."""
+
+    folder: Path
+    """Where it is written."""
+    save_dir: Path
+    content: CheckpointMetadata
+    """What is known of it, still without its files."""
+
+    @classmethod
+    def begin(
+        cls, save_dir: str | Path, iteration: Iteration, *, arch: Architecture, make_vocab_size_divisible_by: int,
+        source: str,
+    ) -> Unpublished:  # fmt: skip
+        """Make the folder; arguments are those of :func:`write_checkpoint`.  Collective.
+
+        Raises:
+            CheckpointError: on every rank: it cannot be made.
+        """
+        path = Path(save_dir)
+        content = CheckpointMetadata(
+            iteration=iteration, architecture=arch, make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+            files={}, source=source,
+        )  # fmt: skip
+        folder = on_rank_zero(lambda: _prepare(path, iteration), CheckpointError)
+        return cls(folder=folder, save_dir=path, content=content)
+
+    def publish(self, share: Callable[[], dict[str, FileRecord]]) -> Path:
+        """Give the folder its final name and return it; ``share`` gives this rank's records.  Collective.
+
+        Raises:
+            CheckpointError: on every rank; the tracker still names the previous checkpoint.
+        """
+        metadata = replace(self.content, files=all_records(share))
+        return on_rank_zero(lambda: _publish(self.save_dir, self.folder, metadata.iteration, metadata), CheckpointError)
+
+    @contextlib.contextmanager
+    def swept_on_failure(self) -> Iterator[None]:
+        """Remove what was written if a CheckpointError is raised, on every rank: then no rank is still writing."""
+        try:
+            yield
+        except CheckpointError:
+            if dist.get_rank() == 0:
+                _sweep(self.save_dir, self.folder)
+            raise
 
 
 def add_text(folder: Path, name: str, text: str) -> None:
@@ -193,5 +270,7 @@ def add_text(folder: Path, name: str, text: str) -> None:
 def _sweep(save_dir: Path, temporary: Path) -> None:
     """Remove the files of a failed save as far as possible; the next save removes what is left."""
     shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        restore_replaced(save_dir)
     with contextlib.suppress(OSError):
         save_dir.rmdir()  # works only if the folder is empty

@@ -198,8 +198,8 @@ def _judge_disk(free: int, directory: str) -> Finding:
     found = f"{size(free)} free in {directory}"
     if free < 20 * GIB:
         advice = (
-            "A checkpoint holds 14 bytes per weight in bf16, 24 GB at 1.7B, and none is deleted.  --run-dir and --save "
-            "name another disk, --save-interval says how often."
+            "A checkpoint holds 14 bytes per weight in bf16, 24 GB at 1.7B.  --keep-last deletes old ones, "
+            "--save-interval says how often one is made, and --run-dir and --save name another disk."
         )
         return SUBJECT.note("disk", found, advice)
     return SUBJECT.ok("disk", found)

@@ -1,5 +1,5 @@
-"""Run on CUDA or, without it, on the CPU, with every supported Megatron-core.  The only file that patches
-Megatron-core, and that knows in what its versions differ.
+"""Run on CUDA or, without it, on the CPU, with every supported Megatron-core.  Only this file and
+checkpoint_writers.py, for saves, patch Megatron-core and know in what its versions differ.
 
 Megatron-core calls ``torch.cuda`` and uses ``device="cuda"`` unconditionally.  On a machine without CUDA,
 :func:`install` patches these calls (torch_without_cuda.py), so that the unmodified Megatron-core runs on the CPU over
@@ -15,8 +15,6 @@ import functools
 import importlib.util
 import logging
 import os
-import queue
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,17 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tropd.parallel import torch_without_cuda
+from megatron_tropd.parallel import checkpoint_writers, torch_without_cuda
 
 REPLACED: dict[str, tuple[str, ...]] = {
     **torch_without_cuda.REPLACED,
+    **checkpoint_writers.REPLACED,
     "megatron.core.tensor_parallel.random": ("_get_cuda_rng_state", "_set_cuda_rng_state"),
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer": (
         "_set_main_param_and_optimizer_states", "sharded_param_state_fully_reshardable",
     ),
     "megatron.core.transformer.torch_norm.WrappedTorchNorm": ("__new__",),
-    "megatron.core.dist_checkpointing.strategies.filesystem_async": ("mp",),
-    "megatron.core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync": ("write_preloaded_data",),
     "megatron.core.transformer.moe.token_dispatcher": ("maybe_move_tensor_to_cpu",),
 }  # fmt: skip
 
@@ -99,7 +96,7 @@ def install() -> None:
     _leave_out_log_lines()
     if is_cuda():
         _patch_padding_of_buckets()
-        _patch_checkpoint_errors()
+        checkpoint_writers.tell_errors()
         _keep_the_name_in_pickles()
         if not has_transformer_engine():
             _patch_distributed_optimizer_load()
@@ -121,7 +118,7 @@ LEFT_OUT = {
     # As of megatron-core 0.19.  common.pt is written and read because 0.16 needs it (checkpoints/save.py).
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
-    # Said at every save; ours are synchronous.
+    # Said at every save, synchronous ones too.  What replaces it is a package of its own, for GPUs.
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
 }
 """Logger -> what it would say in every run about this package's use of it, which no user can change."""
@@ -140,8 +137,8 @@ def _patch_megatron() -> None:
     _patch_padding_of_buckets()
     _patch_distributed_optimizer_load()
     _patch_norm_sequence_parallel()
-    _patch_checkpoint_writers()
-    _patch_checkpoint_errors()
+    checkpoint_writers.use_threads()
+    checkpoint_writers.tell_errors()
     _keep_the_name_in_pickles()
     _patch_expert_dispatch()
     _name_the_missing_gemm()
@@ -232,48 +229,6 @@ def _patch_norm_sequence_parallel() -> None:
         return norm
 
     WrappedTorchNorm.__new__ = new
-
-
-class _ThreadContext:
-    """The part of a multiprocessing context that Megatron's checkpoint writer uses, with threads."""
-
-    Queue: Any = staticmethod(queue.Queue)
-    JoinableQueue: Any = Queue
-
-    @staticmethod
-    def Process(*, target: Any, kwargs: dict[str, Any]) -> threading.Thread:
-        return threading.Thread(target=target, kwargs=kwargs)
-
-    def Manager(self) -> _ThreadContext:
-        return self
-
-    def get_context(self, _method: str) -> _ThreadContext:
-        return self
-
-
-def _patch_checkpoint_writers() -> None:
-    """Let the checkpoint writer use threads.  It forks a process that has gloo and OpenMP threads, which was seen to
-    hang, and starts a manager process, which takes seconds.  A synchronous save on a CPU needs neither."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async.mp = _ThreadContext()
-
-
-def _patch_checkpoint_errors() -> None:
-    """Let a failed save say why: megatron-core 0.19 names only the type of an error of its last writer, which is the
-    only one unless a save asks for several threads."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    original = FileSystemWriterAsync.write_preloaded_data
-
-    @functools.wraps(original)
-    def write(*args: Any, results_queue: Any, **kwargs: Any) -> Any:
-        output = original(*args, results_queue=results_queue, **kwargs)
-        if results_queue is None and output is not None and isinstance(output[1], Exception):
-            raise output[1]
-        return output
-
-    FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
 
 
 def _keep_the_name_in_pickles() -> None:

@@ -11,6 +11,7 @@ Files::
     hang_*.txt               stacks of all ranks of a job that hung (``parallel/hang_watch.py``)
     heartbeat.json           what rank 0 is doing (``progress/heartbeat.py``)
     hf_export/               the student at the end (``training/finish.py``)
+    interrupted_N/           log and rollouts of an earlier launch that ended before its first checkpoint
     plots/  report.html      made from the files above (``python -m megatron_tropd.reporting.report RUN_DIR``)
     stop                     made by whoever wants the run to save and end (``training/stopping.py``)
     run.lock                 host and process of the job that writes here; empty when there is none
@@ -18,9 +19,11 @@ Files::
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -45,8 +48,8 @@ from megatron_tropd.reporting.rollout_samples import RolloutSample, write_sample
 from megatron_tropd.reports import EvalReport, StepReport
 
 HF_EXPORT = "hf_export"
-RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-"""Environment variables that torchrun and Slurm set above 0 in a job that they started again."""
+_OF_A_LAUNCH = ("metrics.jsonl", "rollouts", "plots", "report.html")
+"""What a launch that starts from nothing must not mix with its own."""
 
 
 def is_exported(run_dir: Path) -> bool:
@@ -67,6 +70,8 @@ class RunDirectory:
         self.path = path
         self._lock = lock
         self._metrics: TextIO | None = None
+        self.moved_aside: Path | None = None
+        """Where the log of an earlier launch is now that this one could not go on from."""
 
     @classmethod
     def create(
@@ -79,21 +84,29 @@ class RunDirectory:
     ) -> RunDirectory:
         """Take the directory and write ``config.yaml`` and ``env.json``.
 
-        ``resume`` allows a directory that already holds a run; the caller then says with :meth:`rewind`
-        from which step the run continues.  With ``defaults`` the report can show the flags that differ from them.
+        With ``resume`` the directory holds the run that goes on; the caller then says with :meth:`rewind` from which
+        step.  Without, the log of an earlier launch, which left no checkpoint, is moved aside (``moved_aside``).  With
+        ``defaults`` the report can show the flags that differ from them.
+
+        Raises:
+            ValueError: without ``resume`` the directory holds the export of a run that was finished.
+            RunDirectoryBusyError: another process writes to it.
         """
         path = Path(path)
-        for folder in (path / "rollouts", path / "plots"):
-            folder.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         lock = RunLock(path / "run.lock")
         try:
-            _make_room(path, resume=resume)
+            moved = _make_room(path, resume=resume)
+            for folder in (path / "rollouts", path / "plots"):
+                folder.mkdir(exist_ok=True)
             _write_config(path, plain(redact_mapping(config)))
             _write_environment(path, _changed(config, defaults))
         except BaseException:
             lock.release()
             raise
-        return cls(path, lock)
+        directory = cls(path, lock)
+        directory.moved_aside = moved
+        return directory
 
     def teacher(self, name: str, settings: Mapping[str, object]) -> None:
         """Write what describes one of several teachers."""
@@ -153,22 +166,33 @@ class RunDirectory:
             self._metrics = None
 
 
-def _make_room(path: Path, *, resume: bool) -> None:
-    """Drop lines that a crash cut off; without ``resume``, refuse to mix two runs.
+def _make_room(path: Path, *, resume: bool) -> Path | None:
+    """Drop lines that a crash cut off; without ``resume``, move the log of an earlier launch aside and return where to.
 
-    A job that its launcher started again before the first checkpoint has nothing to resume from.  It must not fail
-    at every restart because of its own lines, so it drops all of them and starts over.
+    A launch that ended before its first checkpoint left nothing to go on from.  The same command, given again by a
+    person or by the job's launcher, must work all the same, and must not mix its lines with those.
     """
     metrics = path / "metrics.jsonl"
     if resume or not metrics.exists():
         drop_after(metrics, None)
-    elif any(int(os.environ.get(name, "0")) > 0 for name in RESTART_COUNTS):
-        drop_after(metrics, -1)
-    else:
+        return None
+    if is_exported(path):
         raise ValueError(
-            f"run directory {path} already holds a run: choose another directory, resume that run from its "
-            "checkpoint, or delete the directory"
+            f"run directory {path} already holds a run that was finished, but not its checkpoints: choose another "
+            "directory, say with --load where the checkpoints are, or delete the directory"
         )
+    if not read_records(metrics):  # not one step
+        drop_after(metrics, -1)
+        return None
+    number = next(number for number in itertools.count(1) if not (path / f"interrupted_{number}").exists())
+    aside = path / f"interrupted_{number}"
+    aside.mkdir()
+    for name in reversed(_OF_A_LAUNCH):  # the lines last: until then a launch that comes after this one moves the rest
+        if (path / name).exists():
+            os.rename(path / name, aside / name)
+    if (path / "config.yaml").exists():
+        shutil.copyfile(path / "config.yaml", aside / "config.yaml")
+    return aside
 
 
 def step_of(samples: Path) -> int:

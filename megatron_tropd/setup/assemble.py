@@ -150,8 +150,8 @@ def _make_run(
     text = make_token_text(spec)
     progress = _progress(config, origin.start_step or 0)
     health = check_scorers(spec, scorers.by_role, origin)
-    checkpoints.record = health.record
-    for note in (*origin.notes, *health.warnings):
+    checkpoints.record, checkpoints.message = health.record, progress.message
+    for note in (*files.notes, *origin.notes, *health.warnings):
         progress.message(note)
     logger = make_run_logger(spec, text, files, progress)
     held_out = spec.data.eval_prompts or ()

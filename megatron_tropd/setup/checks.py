@@ -35,6 +35,12 @@ def check_numbers(config: TrainConfig, problems: Problems) -> None:
             f"--num-minibatches {training.num_minibatches} does not divide the --rollout-batch-size "
             f"{rollout.rollout_batch_size} prompts of a step",
         )
+    saved, kept = config.checkpoint.save_interval, config.checkpoint.save_retain_interval
+    problems.require(
+        not kept or (saved >= 1 and kept % saved == 0),
+        f"--save-retain-interval {kept} is not a multiple of --save-interval {saved}: no checkpoint would be made at "
+        "some of the steps that are to be kept",
+    )
     problems.errors.extend(
         check_sinks(tensorboard_dir=config.logging.tensorboard_dir, wandb_project=config.logging.wandb_project)
     )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
+from megatron_tropd.checkpoints.directory import iterations
 from megatron_tropd.cli import ConfigError, to_flags
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.parallel.fail_together import is_rank_zero, on_all_ranks
@@ -20,6 +23,17 @@ class RunFiles:
     directory: RunDirectory | None
     sinks: Sinks
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What happened to the files of an earlier launch, for people."""
+        moved = self.directory.moved_aside if self.directory is not None else None
+        if moved is None:
+            return ()
+        return (
+            f"note: an earlier launch in {moved.parent} ended before its first checkpoint: this one starts over, and "
+            f"the log and rollouts of the earlier one are now in {moved.name}/",
+        )
+
     def close(self) -> None:
         """Close the sinks and release the run directory."""
         self.sinks.close()
@@ -27,7 +41,31 @@ class RunFiles:
             self.directory.close()
 
 
+def _check_no_checkpoint_is_left(config: TrainConfig) -> None:
+    """Refuse to start over in a directory whose former launch has checkpoints in another place.
+
+    Raises:
+        ValueError: it has; the message names the flag.
+    """
+    run_dir = Path(config.logging.run_dir)
+    former = run_dir / "config.yaml"
+    if not (former.is_file() and (run_dir / "metrics.jsonl").is_file()):
+        return
+    try:
+        save = yaml.safe_load(former.read_text(encoding="utf-8")).get("save")
+        kept = iterations(str(save)) if save else []
+    except (AttributeError, OSError, ValueError, yaml.YAMLError):  # damaged: it names no place
+        return
+    if kept:
+        raise ValueError(
+            f"it holds a run whose checkpoints, up to step {kept[-1]}, are in {save}: give --save {save} to go on with "
+            "it, or choose another directory"
+        )
+
+
 def _take_directory(config: TrainConfig, start_step: int | None) -> RunDirectory:
+    if start_step is None:
+        _check_no_checkpoint_is_left(config)
     directory = RunDirectory.create(
         config.logging.run_dir,
         config=to_flags(config),

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from megatron_tropd.checkpoints.directory import RELEASE, find_checkpoint, latest_iteration, read_metadata
-from megatron_tropd.checkpoints.metadata import check_architecture
+from megatron_tropd.checkpoints.directory import (
+    RELEASE,
+    find_checkpoint,
+    latest_iteration,
+    read_metadata,
+    restore_replaced,
+)
+from megatron_tropd.checkpoints.fallback import with_advice
+from megatron_tropd.checkpoints.metadata import CheckpointError, check_architecture
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.grading.grader import Grader, make_grader
@@ -178,9 +186,16 @@ def _check_resume(config: TrainConfig, arch: Architecture) -> None:
         ValueError: it holds converted weights and not a run, or a model of another architecture.
     """
     load_dir = config.load_dir
-    iteration = latest_iteration(load_dir)
-    if isinstance(iteration, int):
-        check_architecture(read_metadata(load_dir), arch, find_checkpoint(load_dir))
+    restore_replaced(Path(load_dir))
+    try:
+        iteration = latest_iteration(load_dir)
+        metadata = read_metadata(load_dir) if isinstance(iteration, int) else None
+    except CheckpointError as error:
+        if config.checkpoint.fallback_previous:
+            return  # which checkpoint is whole is found when all ranks can look
+        raise with_advice(error, load_dir) from error
+    if metadata is not None:
+        check_architecture(metadata, arch, find_checkpoint(load_dir))
     elif iteration == RELEASE and config.checkpoint.load:
         raise ValueError(
             f"--load {load_dir} holds converted weights ('release'), not a run to go on with; give it to "

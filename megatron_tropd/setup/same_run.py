@@ -31,7 +31,9 @@ from megatron_tropd.training.checkpointing import Checkpoints
 EXPERIMENT_SECTIONS = ("data", "objective", "method", "reward")
 CHECKS_OF_DATA = ("data-cache-path", "min-response-share")
 """Flags of the data that change no prompt."""
-NOT_COMPARED = ("run-dir", "save", "load", "exit-on-missing-checkpoint", "allow-changed-run", "teacher-config")
+NOT_COMPARED = (
+    "run-dir", "save", "load", "exit-on-missing-checkpoint", "fallback-previous", "allow-changed-run", "teacher-config",
+)  # fmt: skip
 """Of --teacher-config what the files say is compared, not where they are."""
 MODEL_FLAGS = {
     "hf-checkpoint": "student", "pretrained-checkpoint": "student",
@@ -76,10 +78,11 @@ def find_origin(spec: RunSpec, checkpoints: Checkpoints) -> Origin:
         before = checkpoints.resume_record()
     except CheckpointError as error:  # on every rank
         raise ConfigError([str(error)]) from error
-    where = f"{origin[0]}, step {origin[1]}"
+    where = f"{origin.directory}, step {origin.step}"
+    newer = (origin.note,) if origin.note else ()
     if before is None:
         note = f"the checkpoint ({where}) does not record its settings; whether they changed is not known"
-        return Origin(start_step=origin[1], record=record, before=None, new_prompts=True, notes=(note,))
+        return Origin(start_step=origin.step, record=record, before=None, new_prompts=True, notes=(*newer, note))
     _check_optimizer(before, record, where)
     changes = compare(before, record)
     if changes.refused and not config.checkpoint.allow_changed_run:
@@ -92,9 +95,10 @@ def find_origin(spec: RunSpec, checkpoints: Checkpoints) -> Origin:
             ]
         )
     lines = [*changes.refused, *changes.shown]
-    notes = (f"changed since the checkpoint ({where}):" + "".join(f"\n  {line}" for line in lines),) if lines else ()
+    changed = (f"changed since the checkpoint ({where}):" + "".join(f"\n  {line}" for line in lines),) if lines else ()
     new_prompts = before.settings.get("prompt-data") != record.settings["prompt-data"]
-    return Origin(start_step=origin[1], record=record, before=before, new_prompts=new_prompts, notes=notes)
+    notes = (*newer, *changed)
+    return Origin(start_step=origin.step, record=record, before=before, new_prompts=new_prompts, notes=notes)
 
 
 def _check_optimizer(before: RunRecord, now: RunRecord, where: str) -> None:

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from megatron_tropd.checkpoints.directory import find_checkpoint, latest_iteration
-from megatron_tropd.checkpoints.load import load_checkpoint
+from megatron_tropd.checkpoints.async_save import AsyncSaver
+from megatron_tropd.checkpoints.directory import find_checkpoint, restore_replaced
+from megatron_tropd.checkpoints.fallback import newest_step, newest_whole, with_advice
+from megatron_tropd.checkpoints.load import load_checkpoint, open_checkpoint
 from megatron_tropd.checkpoints.metadata import CheckpointError
+from megatron_tropd.checkpoints.retention import Retention, remove_superseded
 from megatron_tropd.checkpoints.run_record import RunRecord, read_run_record
 from megatron_tropd.checkpoints.save import save_checkpoint
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.data.prompt_source import PromptSource
 from megatron_tropd.data.rollout_codec import decode_rollouts, encode_rollouts
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.parallel.fail_together import on_rank_zero
+from megatron_tropd.parallel.fail_together import is_rank_zero, on_rank_zero
 from megatron_tropd.training.stream import Pending
 from megatron_tropd.training.student import Student
+
+log = logging.getLogger(__name__)
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """The checkpoint that a run resumes from."""
+
+    directory: str
+    step: int
+    verified: bool = False
+    """Whether the digests of its files were compared already."""
+    note: str = ""
+    """Which newer checkpoints were refused, for people."""
 
 
 def resume_origin(config: TrainConfig) -> tuple[str, int] | None:
@@ -27,15 +48,22 @@ def resume_origin(config: TrainConfig) -> tuple[str, int] | None:
     Raises:
         CheckpointError: a tracker is damaged, or there is no checkpoint and --exit-on-missing-checkpoint is set.
     """
-    for directory in (config.save_dir, config.load_dir):
-        iteration = latest_iteration(directory)
-        if isinstance(iteration, int):
-            return directory, iteration
+    for directory in dict.fromkeys((config.save_dir, config.load_dir)):
+        try:
+            step = newest_step(directory)
+        except CheckpointError as error:
+            raise with_advice(error, directory) from error
+        if step is not None:
+            return directory, step
+    _check_missing(config)
+    return None
+
+
+def _check_missing(config: TrainConfig) -> None:
     if config.checkpoint.exit_on_missing_checkpoint:
         raise CheckpointError(
             f"--load {config.load_dir} holds no checkpoint of a run, and --exit-on-missing-checkpoint is set"
         )
-    return None
 
 
 class Checkpoints:
@@ -43,6 +71,10 @@ class Checkpoints:
 
     def __init__(self, config: TrainConfig, arch: Architecture, hf_dir: Path, source: str) -> None:
         self._config, self._arch, self._hf_dir, self._source = config, arch, hf_dir, source
+        self._saver = AsyncSaver() if config.checkpoint.async_save else None
+        self._origin: Origin | None = None
+        self.message: Callable[[str], None] = log.warning
+        """Prints to the user, on rank 0."""
         self.record: RunRecord | None = None
         """What the run is made of, stored with every checkpoint; known when all models are loaded."""
 
@@ -51,12 +83,22 @@ class Checkpoints:
         interval = self._config.checkpoint.save_interval
         return step == self._config.training.train_iters or bool(interval and step % interval == 0)
 
-    def save(self, step: int, student: Student, source: PromptSource, pending: Pending | None) -> None:
-        """Save the state after ``step`` steps, with the batch that is written but not trained on.  Collective."""
+    def save(
+        self, step: int, student: Student, source: PromptSource, pending: Pending | None, *, wait: bool = False
+    ) -> None:
+        """Save the state after ``step`` steps, with the batch that is written but not trained on.  Collective.
+
+        With --async-save the checkpoint is written when :meth:`finish` says so, or with ``wait`` when this returns.
+
+        Raises:
+            CheckpointError: on every rank: this save failed, or the one before that was still being written.
+        """
+        self.finish()
         common: dict[str, Any] = {"weight_version": student.version, "cursor": dict(source.state_dict())}
         if pending is not None:
             common["pending"] = {"step": pending.step, "rollouts": encode_rollouts(pending.rollouts)}
-        save_checkpoint(
+        begin = save_checkpoint if self._saver is None else self._saver.start
+        begin(
             self._config.save_dir,
             step,
             student.sharded_state_dict(),
@@ -67,14 +109,61 @@ class Checkpoints:
             source=self._source,
             record=self.record,
         )
+        if self._saver is None:
+            self._delete_superseded(step)
+        elif wait:
+            self.finish()
 
-    def resume_origin(self) -> tuple[str, int] | None:
-        """Return the (directory, step) to resume from; None when there is no checkpoint to load.  Collective.
+    @property
+    def in_writing(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._saver is not None and self._saver.in_writing
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Make the checkpoint visible that is being written in the background, if there is one; without ``wait`` only
+        if all ranks have written it.  Collective.
 
         Raises:
-            CheckpointError: a tracker is damaged, or there is no checkpoint and --exit-on-missing-checkpoint is set.
+            CheckpointError: on every rank: it could not be written.
         """
-        return on_rank_zero(lambda: resume_origin(self._config), CheckpointError)
+        if self._saver is not None and (step := self._saver.finish(wait=wait)) is not None:
+            self._delete_superseded(step)
+
+    def _delete_superseded(self, newest: int) -> None:
+        if not is_rank_zero():
+            return
+        settings = self._config.checkpoint
+        retention = Retention(last=settings.keep_last, interval=settings.save_retain_interval)
+        for warning in remove_superseded(Path(self._config.save_dir), newest, retention):
+            self.message(f"warning: {warning}")
+
+    def resume_origin(self) -> Origin | None:
+        """Return where to resume from; None when there is no checkpoint to load.  Collective.
+
+        With --fallback-previous it is the newest checkpoint of which every file was verified.
+
+        Raises:
+            CheckpointError: a tracker is damaged (with --fallback-previous, every checkpoint is), or there is no
+                checkpoint and --exit-on-missing-checkpoint is set.
+        """
+        on_rank_zero(self._mend, CheckpointError)
+        if self._config.checkpoint.fallback_previous:
+            self._origin = self._fall_back()
+        else:
+            found = on_rank_zero(lambda: resume_origin(self._config), CheckpointError)
+            self._origin = None if found is None else Origin(directory=found[0], step=found[1])
+        return self._origin
+
+    def _mend(self) -> None:
+        if Path(self._config.save_dir).is_dir():
+            restore_replaced(Path(self._config.save_dir))
+
+    def _fall_back(self) -> Origin | None:
+        for directory in dict.fromkeys((self._config.save_dir, self._config.load_dir)):
+            if (choice := newest_whole(directory)) is not None:
+                return Origin(directory=directory, step=choice.step, verified=True, note=choice.note)
+        _check_missing(self._config)
+        return None
 
     def resume_record(self) -> RunRecord | None:
         """Return what the run that wrote the checkpoint was made of; None where it did not record it.  Collective.
@@ -82,13 +171,28 @@ class Checkpoints:
         Raises:
             CheckpointError: the record is damaged.
         """
-        directory, step = self._origin()
-        return on_rank_zero(lambda: read_run_record(find_checkpoint(directory, step)), CheckpointError)
+        origin = self._known_origin()
+        return self._advising(
+            lambda: on_rank_zero(
+                lambda: read_run_record(find_checkpoint(origin.directory, origin.step)), CheckpointError
+            )
+        )
 
-    def _origin(self) -> tuple[str, int]:
-        origin = self.resume_origin()
-        assert origin is not None, "called only where there is a checkpoint"
-        return origin
+    def _known_origin(self) -> Origin:
+        assert self._origin is not None, "called only after resume_origin has found a checkpoint"
+        return self._origin
+
+    def _advising(self, read: Callable[[], Read]) -> Read:
+        """Call ``read``, whose errors are of damage and the same on every rank, and add to them what can be done."""
+        origin = self._known_origin()
+        try:
+            return read()
+        except CheckpointError as error:
+            if origin.verified:
+                raise
+            text = str(error)
+            advised = on_rank_zero(lambda: str(with_advice(CheckpointError(text), origin.directory)), CheckpointError)
+            raise CheckpointError(advised) from error
 
     def resume(self, student: Student, source: PromptSource, *, new_prompts: bool) -> Pending | None:
         """Load the saved state of the student and of the prompt cursor; return the batch that was written but not
@@ -97,8 +201,13 @@ class Checkpoints:
         If --allow-changed-run permits other prompts than those of the checkpoint, ``new_prompts`` start at their
         beginning, and changed ones go on after as many as were taken.
         """
-        directory, step = self._origin()
-        state, common = load_checkpoint(directory, step, student.sharded_state_dict(is_loading=True), arch=self._arch)
+        origin = self._known_origin()
+        if not origin.verified:
+            self._advising(lambda: open_checkpoint(origin.directory, origin.step))
+        state, common = load_checkpoint(
+            origin.directory, origin.step, student.sharded_state_dict(is_loading=True), arch=self._arch,
+            verify_digests=False,
+        )  # fmt: skip
         student.load_state_dict(state, version=int(common["weight_version"]))
         cursor: Any = common["cursor"]
         digest = source.state_dict()["digest"]

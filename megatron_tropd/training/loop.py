@@ -47,6 +47,7 @@ def train(run: Run, start_step: int) -> None:
         save_if_due(run, report.step, now=why is not None)
         if why is not None and report.step < run.config.training.train_iters:
             _stop(run, why, f"the state after step {report.step}")
+    finish_save(run)
     _evaluate(run, run.config.training.train_iters, whole=True)
 
 
@@ -135,7 +136,7 @@ def _save_before_update(run: Run, step: int) -> None:
     run.stream.take_prompts_back()
     run.student.wake()
     with run.progress.phase("save"):
-        run.checkpoints.save(step, run.student, run.source, run.stream.pending)
+        run.checkpoints.save(step, run.student, run.source, run.stream.pending, wait=True)
 
 
 def _stop_before_update(run: Run, step: int) -> None:
@@ -231,13 +232,21 @@ def _diagnostics(run: Run, batch: Batch, plan: BatchPlan, step: int) -> dict[str
 
 def save_if_due(run: Run, step: int, *, now: bool = False) -> None:
     """Save a checkpoint if it is due after ``step`` or asked for ``now``, with the batch that was begun before the
-    step's update."""
+    step's update; and make visible what --async-save has written."""
+    finish_save(run, wait=False)
     if not (now or run.checkpoints.due(step)):
         return
     with run.progress.phase("generate"):
         run.stream.settle(run.student.version)
     with run.progress.phase("save"):
-        run.checkpoints.save(step, run.student, run.source, run.stream.pending)
+        run.checkpoints.save(step, run.student, run.source, run.stream.pending, wait=now)
+
+
+def finish_save(run: Run, *, wait: bool = True) -> None:
+    """Make the checkpoint visible that --async-save is writing; without ``wait`` only if it is written."""
+    if run.checkpoints.in_writing:
+        with run.progress.phase("save"):
+            run.checkpoints.finish(wait=wait)
 
 
 def push_weights(run: Run) -> dict[str, float]:

@@ -86,7 +86,7 @@ def _finetuned(out: Path, name: str, *, steps: int, rate: float, decay: str) -> 
         *_torchrun(
             1, run_dir, "--objective", "sft", "--hf-checkpoint", out / "world/base" / name,
             "--prompt-data", out / "lessons.jsonl", "--rollout-batch-size", 32, "--train-iters", steps, "--lr", rate,
-            "--lr-decay-style", decay, "--min-lr", rate / 10 if decay == "cosine" else 0,
+            "--save-interval", 0, "--lr-decay-style", decay, "--min-lr", rate / 10 if decay == "cosine" else 0,
         ),
     )  # fmt: skip
 
