@@ -7,6 +7,7 @@ file has to hold.  No value is converted to make it fit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -123,15 +124,9 @@ def as_dataclass(cls: type[T], value: object, where: str) -> T:
     """
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} is {shown(value)}; expected an object")
-    hints = typing.get_type_hints(cls, include_extras=True)
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # a dataclass
-    if unknown := value.keys() - fields.keys():
-        raise ValueError(f"{where} has {names_shown(unknown)}; expected only {', '.join(fields)}")
-    needed = {
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
+    hints, needed = _fields(cls)
+    if unknown := value.keys() - hints.keys():
+        raise ValueError(f"{where} has {names_shown(unknown)}; expected only {', '.join(hints)}")
     if missing := needed - value.keys():
         raise ValueError(f"{where} has no {', '.join(sorted(missing))}")
     found = {name: _typed(hints[name], entry, f"{where}: {name}") for name, entry in value.items()}
@@ -139,6 +134,15 @@ def as_dataclass(cls: type[T], value: object, where: str) -> T:
         return cls(**found)
     except ValueError as error:  # what the dataclass itself refuses
         raise ValueError(f"{where}: {error}") from error
+
+
+@functools.cache
+def _fields(cls: type) -> tuple[dict[str, Any], frozenset[str]]:
+    """Return the types of a dataclass's fields by name, and the names of those without a default."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields = dataclasses.fields(cls)
+    needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+    return {field.name: hints[field.name] for field in fields}, frozenset(needed)
 
 
 def _typed(kind: Any, value: object, what: str) -> Any:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-
-import pytest
-
-from megatron_tropd.data.tokenizer import eos_token_ids, load_tokenizer
-from megatron_tropd.models.hf_config import ModelShape, load_architecture, load_hf_config
 from megatron_tropd.models.architecture import UnsupportedArchitecture
-from megatron_tropd.weights.files.hf_checkpoint import read_headers, HfCheckpoint
-from megatron_tropd.weights.files.hf_manifest import HfManifest
+from megatron_tropd.models.hf_config import ModelShape, load_architecture, load_hf_config
+from megatron_tropd.weights.files.hf_checkpoint import read_headers
 from megatron_tropd.weights.files.safetensors_header import HfCheckpointError
 from tests.hostile import Mutator, Trial
 from tests.test_hf_files_mutated import BASES
-from tests.hf_models import save_tokenizer, SIZES
 
 
 def test_config(tmp_path):

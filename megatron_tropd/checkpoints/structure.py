@@ -73,7 +73,7 @@ def _field(record: object, name: str, kinds: type | tuple[type, ...], what: str)
     value = getattr(record, name, None)
     allowed = kinds if isinstance(kinds, tuple) else (kinds,)
     if type(value) not in allowed:
-        expected = " or ".join(kind.__name__ for kind in allowed)
+        expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
         raise StructureFault(f"{what}: {name} is {shown(value)}; expected {expected}")
     return value
 
@@ -118,7 +118,7 @@ def _check_place(name: str, place: object, folder: Path, sizes: dict[str, int]) 
 def _check_tensor(name: str, entry: TensorStorageMetadata, storage: Mapping[Any, Any]) -> None:
     what = f"tensor {shown(name)}"
     dtype = _field(_field(entry, "properties", TensorProperties, what), "dtype", torch.dtype, what)
-    size = _extents(entry, "size", what)
+    size, elements = _extents(entry, "size", what), 0
     for chunk in _field(entry, "chunks", list, what):
         if type(chunk) is not ChunkStorageMetadata:
             raise StructureFault(f"{what}: chunks holds {shown(chunk)}; expected chunks")
@@ -127,8 +127,11 @@ def _check_tensor(name: str, entry: TensorStorageMetadata, storage: Mapping[Any,
             a + n > whole for a, n, whole in zip(start, extent, size, strict=True)
         ):
             raise StructureFault(f"{what} of size {list(size)} has a chunk of size {list(extent)} at {list(start)}")
+        elements += math.prod(extent)
         if math.prod(extent) * dtype.itemsize > _place_of(storage, name, chunk.offsets).length:
             raise StructureFault(f"{what}: a chunk of size {list(extent)} is larger than its bytes in the file")
+    if elements != math.prod(size):
+        raise StructureFault(f"{what} of size {list(size)} has {elements} elements in its chunks")
 
 
 def _place_of(storage: Mapping[Any, Any], name: str, start: Any) -> Any:

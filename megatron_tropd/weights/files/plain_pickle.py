@@ -98,7 +98,8 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._known:
-            raise PickleFault(f"it refers to {module}.{name}, which is not plain data")
+            named = f"{module}.{name}".encode("ascii", errors="backslashreplace").decode()
+            raise PickleFault(f"it refers to {named[:200]}, which is not plain data")
         return self._known[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
