@@ -81,6 +81,11 @@ def shown(value: object) -> str:
         return f"a very long {type(value).__name__}"
 
 
+def printable(name: str) -> str:
+    """Return a name of a file as text for a message: as it is, unless a terminal would show something else."""
+    return name if name.isprintable() and len(name) <= 300 else shown(name)
+
+
 def names_shown(names: Iterable[str], most: int = 5) -> str:
     """Return names of a file as text for a message: the first few, quoted, and the number of the rest."""
     listed = sorted(names)

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import json
 import logging
+import os
 import resource
 import signal
 import traceback
@@ -161,14 +162,15 @@ class Trial:
 
     Args:
         refusals: the types that a refusal may have; exactly these, because Python's own errors are subclasses of some.
-        clear: whether a text that holds words of Python's own errors is a finding too.
+        quotes: what stands before the words of a library, which may be those of Python's own errors; elsewhere in a
+            text these are a finding.
     """
 
-    def __init__(self, *refusals: type[Exception], clear: bool = True) -> None:
-        self._refusals, self._clear = refusals, clear
+    def __init__(self, *refusals: type[Exception], quotes: str = "") -> None:
+        self._refusals, self._quotes = refusals, quotes
         self.accepted = self.refused = 0
         self.findings: list[str] = []
-        self._ceiling = 0
+        self._held = contextlib.ExitStack()
 
     @property
     def tried(self) -> int:
@@ -179,7 +181,7 @@ class Trial:
         """Run ``action``.  ``shown`` describes its input in findings; a refusal has to say ``names``."""
         before = self.accepted, self.refused
         try:
-            with _quietly(), _limited():
+            with _in_time():
                 action()
             self.accepted += 1
         except self._refusals as error:
@@ -199,7 +201,7 @@ class Trial:
             if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
                 raise
             self._note(f"{type(error).__name__}: {error}", shown, error)
-        if (grown := _peak() - self._ceiling) > MAX_GROWTH:
+        if (grown := self._peak() - self._ceiling) > MAX_GROWTH:
             self.accepted, self.refused = before
             self._note(f"{grown >> 20} MiB of memory", shown, None)
 
@@ -213,7 +215,8 @@ class Trial:
             return f"{names!r} is not named: {text[:500]}"
         if len(text) > 4000:
             return f"a text of {len(text)} characters: {text[:200]}"
-        found = next((word for word in PYTHONS_OWN if word in text), "") if self._clear else ""
+        own = text.partition(self._quotes)[0] if self._quotes else text
+        found = next((word for word in PYTHONS_OWN if word in own), "")
         return f"words of Python's own errors ({found}): {text[:500]}" if found or "MemoryError" in text else ""
 
     def _note(self, fault: str, shown: object, error: BaseException | None) -> None:
@@ -222,11 +225,21 @@ class Trial:
         self.findings.append(f"{fault[:700]}\n    at {where}\n    given {shown!r:.400}")
 
     def __enter__(self) -> Trial:
+        self._held.enter_context(_quietly())
+        self._held.enter_context(_bounded_memory())
+        self._status = os.open("/proc/self/status", os.O_RDONLY)
+        self._held.callback(os.close, self._status)
         Path("/proc/self/clear_refs").write_text("5")  # the highest memory use so far is forgotten
-        self._ceiling = _peak()
+        self._ceiling = self._peak()
         return self
 
+    def _peak(self) -> int:
+        """Most memory [bytes] that this process had since :meth:`__enter__`."""
+        status = os.pread(self._status, 4096, 0)
+        return int(status[status.index(b"VmHWM:") + 6 :].split(maxsplit=1)[0]) << 10
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._held.close()
         if kind is None and self.findings:
             kinds = {finding.splitlines()[1]: finding for finding in self.findings}
             listed = "\n".join(f"  {finding}" for finding in list(kinds.values())[:30])
@@ -242,22 +255,13 @@ class Trial:
         )
 
 
-def _peak() -> int:
-    """Most memory [bytes] that this process had since :meth:`Trial.__enter__`."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) << 10
-
-
 @contextlib.contextmanager
-def _limited() -> Iterator[None]:
-    """Let the block use :data:`CPU_SECONDS` and a bounded address space; the machine must not swap for a test."""
+def _in_time() -> Iterator[None]:
+    """Let the block use :data:`CPU_SECONDS`; pytest-timeout, which has the other timer, ends what only waits."""
 
     def give_up(*_: object) -> None:
         raise _Hang(f"no end after {CPU_SECONDS:g} seconds of CPU")
 
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (4 << 30), hard))
     before = signal.signal(signal.SIGPROF, give_up)
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     try:
@@ -265,6 +269,17 @@ def _limited() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
+
+
+@contextlib.contextmanager
+def _bounded_memory() -> Iterator[None]:
+    """Let the block have 4 GiB of addresses more than it has now: the machine must not swap for a test."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (4 << 30), hard))
+    try:
+        yield
+    finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
