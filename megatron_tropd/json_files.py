@@ -81,9 +81,9 @@ def shown(value: object) -> str:
         return f"a very long {type(value).__name__}"
 
 
-def printable(name: str) -> str:
-    """Return a name of a file as text for a message: as it is, unless a terminal would show something else."""
-    return name if name.isprintable() and len(name) <= 300 else shown(name)
+def printable(name: object) -> str:
+    """Return a name that stands in a file as text for a message: as it is, unless a terminal would not show that."""
+    return name if isinstance(name, str) and name.isprintable() and len(name) <= 300 else shown(name)
 
 
 def names_shown(names: Iterable[str], most: int = 5) -> str:

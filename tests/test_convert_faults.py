@@ -149,7 +149,7 @@ FAULTS = {
     ),
     "missing chunk": (
         lambda f: _drop(f, ("decoder.layers.mlp.linear_fc2.weight", 3)),
-        r"tensor 'decoder.layers.mlp.linear_fc2.weight' of size .* has \d+ elements in its chunks",
+        r"tensor decoder.layers.mlp.linear_fc2.weight of size .* has \d+ elements in its chunks",
     ),
     "half as many heads of twice the size": (
         lambda f: _change_architecture(f, num_attention_heads=4, num_query_groups=2, head_dim=8),

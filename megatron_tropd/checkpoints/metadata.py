@@ -10,7 +10,7 @@ from typing import Literal
 
 from megatron_tropd.json_files import as_dataclass, read_json_object, shown
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.weights.files.plain_names import inner_path_fault
+from megatron_tropd.plain_names import inner_path_fault
 
 METADATA_JSON = "checkpoint.json"
 FORMAT = 1

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan
 
-from megatron_tropd.json_files import shown
-from megatron_tropd.weights.files.plain_names import plain_name_fault
+from megatron_tropd.json_files import printable, shown
+from megatron_tropd.plain_names import plain_name_fault
 
 _MAX_EXTENT, _MAX_DIMENSIONS = 2**48, 64
 
@@ -54,18 +54,13 @@ def check_structure(metadata: object, folder: Path) -> Metadata:
         _check_index(index, entries)
         _check_place(index.fqn, place, folder, sizes)
     for name, entry in entries.items():
-        if plain_text(name) and type(entry) is BytesStorageMetadata:
+        if type(name) is str and type(entry) is BytesStorageMetadata:
             _place_of(storage, name, None)
-        elif plain_text(name) and type(entry) is TensorStorageMetadata:
+        elif type(name) is str and type(entry) is TensorStorageMetadata:
             _check_tensor(name, entry, storage)
         else:
             raise StructureFault(f"{shown(name)} is {shown(entry)}; expected a tensor or bytes under a name")
     return metadata
-
-
-def plain_text(name: object) -> bool:
-    """Return whether ``name`` can be the name of a value: text that can be written to a message."""
-    return isinstance(name, str) and name.isprintable()
 
 
 def _field(record: object, name: str, kinds: type | tuple[type, ...], what: str) -> Any:
@@ -87,15 +82,16 @@ def _extents(record: object, name: str, what: str) -> tuple[int, ...]:
 
 
 def _check_index(index: object, entries: Mapping[str, object]) -> None:
-    if type(index) is not MetadataIndex or getattr(index, "fqn", None) not in entries:
-        raise StructureFault(f"it says where {shown(getattr(index, 'fqn', index))} lies, which it does not describe")
+    name = getattr(index, "fqn", None)
+    if type(index) is not MetadataIndex or not isinstance(name, str) or name not in entries:
+        raise StructureFault(f"it says where {printable(name)} lies, which it does not describe")
     if index.offset is not None:
-        _extents(index, "offset", f"the place of {shown(index.fqn)}")
+        _extents(index, "offset", f"the place of {printable(index.fqn)}")
 
 
 def _check_place(name: str, place: object, folder: Path, sizes: dict[str, int]) -> None:
     """Check that a value lies inside a file of the folder; ``sizes`` are those of the files seen so far."""
-    what = f"the place of {shown(name)}"
+    what = f"the place of {printable(name)}"
     if type(place) is not _StorageInfo:
         raise StructureFault(f"{what} is {shown(place)}; expected file, offset and length")
     file = _field(place, "relative_path", str, what)
@@ -116,7 +112,7 @@ def _check_place(name: str, place: object, folder: Path, sizes: dict[str, int]) 
 
 
 def _check_tensor(name: str, entry: TensorStorageMetadata, storage: Mapping[Any, Any]) -> None:
-    what = f"tensor {shown(name)}"
+    what = f"tensor {printable(name)}"
     dtype = _field(_field(entry, "properties", TensorProperties, what), "dtype", torch.dtype, what)
     size, elements = _extents(entry, "size", what), 0
     for chunk in _field(entry, "chunks", list, what):
@@ -137,5 +133,5 @@ def _check_tensor(name: str, entry: TensorStorageMetadata, storage: Mapping[Any,
 def _place_of(storage: Mapping[Any, Any], name: str, start: Any) -> Any:
     place = storage.get(MetadataIndex(name, start))
     if place is None:
-        raise StructureFault(f"it does not say where {shown(name)}{f' at {list(start)}' if start else ''} lies")
+        raise StructureFault(f"it does not say where {printable(name)}{f' at {list(start)}' if start else ''} lies")
     return place

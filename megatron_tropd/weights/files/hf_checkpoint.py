@@ -16,10 +16,10 @@ from megatron_tropd.atomic_files import replacing
 from megatron_tropd.json_files import parse_json_object, printable, shown
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.models.hf_config import CONFIG_FILE, load_architecture
+from megatron_tropd.plain_names import plain_name_fault
 from megatron_tropd.weights.coordinates.hf_shapes import EMBED_TOKENS, LM_HEAD, hf_shapes
 from megatron_tropd.weights.files.byte_ranges import FileRanges, sha256_of_range
 from megatron_tropd.weights.files.other_tensors import IGNORE_FLAG, extra_tensors, listed, rotary_buffers
-from megatron_tropd.weights.files.plain_names import plain_name_fault
 from megatron_tropd.weights.files.safetensors_header import FileHeader, HfCheckpointError, TensorInfo, read_header
 
 SINGLE_FILE = "model.safetensors"
@@ -165,9 +165,8 @@ def _read_index(directory: Path) -> tuple[str | None, dict[str, str] | None]:
     for name in sorted(set(weight_map.values())):
         if not (directory / name).is_file():
             count = sum(file == name for file in weight_map.values())
-            raise HfCheckpointError(
-                f"{index} places {count} tensors in {printable(name)}, which is no file in {directory}"
-            )
+            where = f"{printable(name)}, which does not exist in {directory}"
+            raise HfCheckpointError(f"{index} places {count} tensors in {where}")
     return text, weight_map
 
 

@@ -12,9 +12,9 @@ import torch
 
 from megatron_tropd.json_files import as_dataclass, parse_json_object, shown
 from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.plain_names import plain_name_fault
 from megatron_tropd.weights.coordinates.hf_shapes import EMBED_TOKENS, LM_HEAD, hf_shapes
 from megatron_tropd.weights.files.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HfCheckpoint, parse_index
-from megatron_tropd.weights.files.plain_names import plain_name_fault
 from megatron_tropd.weights.files.safetensors_header import (
     FileHeader,
     HfCheckpointError,

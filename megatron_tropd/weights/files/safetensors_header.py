@@ -108,7 +108,10 @@ def parse_header(text: str, file: str) -> FileHeader:
     """
     data_start = LENGTH_BYTES + len(text.encode())
     try:
-        entries = parse_json_object(text, "the safetensors header")
+        entries = parse_json_object(text, f"{file}: the safetensors header is damaged: it")
+    except ValueError as error:
+        raise HfCheckpointError(str(error)) from error
+    try:
         entries.pop("__metadata__", None)
         if method := quantization_of(entries):
             raise ValueError(f"the weights are quantized ({method}), but {DEQUANTIZE}")
