@@ -184,9 +184,8 @@ def _read_json(span: Span) -> Iterator[Row | BadRow]:
     with _opened(span.file) as file:
         raw = file.read(most).removeprefix(codecs.BOM_UTF8)
         if most >= 0 and file.read(1):
-            yield bad_file(
-                span.file, f"more than {most} bytes when decompressed", f"{MAX_RATIO} times its size at most"
-            )
+            found, expected = f"more than {most} bytes when decompressed", f"at most {MAX_RATIO} times its size"
+            yield bad_file(span.file, found, expected)
             return
     expected = "an array of JSON objects, or one object a line"
     if not raw.strip():
@@ -236,11 +235,21 @@ def _read_saved(span: Span, columns: Collection[str]) -> Iterator[Row | BadRow]:
         keys = tuple(whole.column_names)
         stop = len(whole) if span.stop is None else span.stop
         part = whole.select(range(span.start, stop)).select_columns([name for name in keys if name in columns])
-        batches = (table.to_batches() for table in part.with_format("arrow").iter(batch_size=_BATCH))
-        yield from _batch_rows(span.file, (batch for some in batches for batch in some), keys)
+        tables = part.with_format("arrow").iter(batch_size=_BATCH)
+        yield from _batch_rows(span.file, (batch for table in tables for batch in _valid_batches(table)), keys)
     except Exception as error:  # its errors have no common type
         text = (str(error) or type(error).__name__).splitlines()[0]
         yield bad_file(span.file, f"unreadable data set ({text})", "what Dataset.save_to_disk writes")
+
+
+def _valid_batches(table: Any) -> list[Any]:
+    """Return the batches of a table, which was mapped from a file as it is: its offsets may point anywhere.
+
+    Raises:
+        pyarrow.ArrowInvalid: they do.
+    """
+    table.validate(full=True)
+    return table.to_batches()  # type: ignore[no-any-return]
 
 
 def _batch_rows(file: DataFile, batches: Iterable[Any], keys: tuple[str, ...]) -> Iterator[Row | BadRow]:
@@ -252,11 +261,16 @@ def _batch_rows(file: DataFile, batches: Iterable[Any], keys: tuple[str, ...]) -
 
 
 def _arrow_row(path: str, line: int, batch: Any, index: int, keys: tuple[str, ...]) -> Row | BadRow:
-    try:
-        value = {name: batch.column(name)[index].as_py() for name in batch.schema.names}
-    except UnicodeDecodeError as error:  # Arrow does not check the strings of a file
-        found = f"byte 0x{error.object[error.start]:02x} at offset {error.start} is not UTF-8"
-        return BadRow(path=path, line=line, found=found, expected="UTF-8 text", flag="")
+    value = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            value[name] = column[index].as_py()
+        except UnicodeDecodeError as error:  # Arrow does not check the strings of a file
+            found = f"byte 0x{error.object[error.start]:02x} at offset {error.start} is not UTF-8"
+            return BadRow(path=path, line=line, found=found, expected="UTF-8 text", flag="")
+        except (ValueError, OverflowError, KeyError):  # a date that Python does not have, a time zone that nobody knows
+            found = f"a {column.type} in column {show(name)} that cannot be read"
+            return BadRow(path=path, line=line, found=found, expected="text, numbers, lists or objects", flag="")
     return Row(path=path, line=line, value=value, keys=keys)
 
 
