@@ -129,7 +129,7 @@ def as_dataclass(cls: type[T], value: object, where: str) -> T:
     """
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} is {shown(value)}; expected an object")
-    hints, needed = _fields(cls)
+    hints, needed = _fields(typing.cast(typing.Hashable, cls))
     if unknown := value.keys() - hints.keys():
         raise ValueError(f"{where} has {names_shown(unknown)}; expected only {', '.join(hints)}")
     if missing := needed - value.keys():
@@ -142,7 +142,7 @@ def as_dataclass(cls: type[T], value: object, where: str) -> T:
 
 
 @functools.cache
-def _fields(cls: type) -> tuple[dict[str, Any], frozenset[str]]:
+def _fields(cls: Any) -> tuple[dict[str, Any], frozenset[str]]:
     """Return the types of a dataclass's fields by name, and the names of those without a default."""
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = dataclasses.fields(cls)

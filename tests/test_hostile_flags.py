@@ -78,3 +78,28 @@ def test_command_lines(given, whole, count, monkeypatch):
             argv = _argv({**(given if whole else {}), **_changes(draw)}, draw)
             trial.give(lambda argv=argv: make_run_spec(parse(argv), 1), argv)
     trial.check(count, accepted=0.02 if whole else 0)
+
+
+def test_yaml_files(given, tmp_path):
+    """--config and --teacher-config with values of any shape: both are YAML, of which JSON is a part."""
+    path, make = tmp_path / "run.yaml", Mutator("yaml")
+    good = {name: words if len(words) > 1 else words[0] for name, words in given.items()}
+    good |= {"sglang-x": ["1", "2"], "bf16": True, "lr": 1e-3, "prompt-data": given["prompt-data"]}
+    teacher = {
+        "teacher-hf-checkpoint": given["hf-checkpoint"][0],
+        "domains": ["a"],
+        "weight": 0.5,
+        "teacher-sglang-y": "z",
+    }
+    with Trial(ConfigError) as trial:
+        for number in range(1000):
+            raw = make.json(teacher if number % 3 == 0 else good)
+            if make.draw.random() < 0.15:
+                raw = raw.replace(b'"', b"") + make.draw.choice(
+                    [b"", b"\n---\n", b"\n<<: *x", b" !!python/object:os.system x", b"&a [*a]"]
+                )
+            path.write_bytes(raw)
+            trial.give(
+                lambda flag=("--teacher-config" if number % 3 == 0 else "--config"): parse([flag, str(path)]), raw
+            )
+    trial.check(1000)

@@ -72,7 +72,7 @@ def test_rows(tmp_path, tokenizer, base, suffix):
             raw = make.json(base if suffix == ".jsonl" else [base])
             path.write_bytes(raw)
             trial.give(lambda: encode(path, tokenizer, chat=base is not ROW), raw, names=path.name)
-    trial.check(300)
+    trial.check(300, accepted=0.01)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.bz2", ".parquet", ".jsonl.zst"])
@@ -186,14 +186,14 @@ def test_names(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", [".json.gz", ".jsonl.gz", ".jsonl"])
 def test_files_that_grow(tmp_path, tokenizer, suffix):
-    """A few kilobytes that become hundreds of megabytes, and megabytes without a row."""
+    """A few kilobytes that become megabytes, which nothing holds as a whole, and many lines without a row."""
     path = tmp_path / f"p{suffix}"
     if suffix == ".json.gz":
-        path.write_bytes(gzip.compress(b"[" + b" " * (400 << 20) + b"]", 1))
+        path.write_bytes(gzip.compress(b"[" + b" " * (64 << 20) + b"]", 1))
     elif suffix == ".jsonl.gz":
-        path.write_bytes(gzip.compress(b" " * (100 << 20), 1))
+        path.write_bytes(gzip.compress(b" " * (20 << 20), 1))
     else:
-        path.write_bytes(b"\n" * 3_000_000)
+        path.write_bytes(b"\n" * 200_000)
     with Trial(*TYPED) as trial:
         trial.give(lambda: encode(path, tokenizer), suffix, names=path.name)
     assert trial.tried == 1

@@ -66,7 +66,7 @@ class ModelShape:
         names = ("max_position_embeddings", "vocab_size")
         if missing := [name for name in names if keys.get(name) is None]:
             keys |= _defaults(keys.get("model_type"), missing)
-        found = {"model_type": config.get("model_type"), **{name: keys.get(name) for name in names}}
+        found: dict[str, Any] = {"model_type": config.get("model_type"), **{name: keys.get(name) for name in names}}
         for name, value in found.items():
             if value is None:
                 raise ValueError(f"{source}: config.json names no {name}")
