@@ -52,9 +52,10 @@ ODD: list[Any] = [
 class Mutator:
     """Random changes, the same for the same seed."""
 
-    def __init__(self, seed: int | str, odd: list[Any] | None = None) -> None:
+    def __init__(self, seed: int | str, odd: list[Any] | None = None, *, deep: bool = True) -> None:
         self.draw = Random(seed)
-        self._odd = [*ODD, *(odd or [])]
+        usual = [value for value in ODD if deep or not isinstance(value, Raw) or len(value.text) < 1000]
+        self._odd = [*usual, *(odd or [])]
 
     def json(self, value: Any, *, damaged: float = 0.15) -> bytes:
         """The JSON of ``value`` after one to three changes of its structure, or with its bytes damaged."""

@@ -68,7 +68,7 @@ def test_a_run_could_start(given):
     make_run_spec(parse(_argv(given, draw)), 1)
 
 
-@pytest.mark.parametrize(("whole", "count"), [(True, 300), (False, 1200)])
+@pytest.mark.parametrize(("whole", "count"), [(True, 200), (False, 900)])
 def test_command_lines(given, whole, count, monkeypatch):
     """With a model and prompts, and without, where all that is wrong with the numbers is found at once."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -82,7 +82,7 @@ def test_command_lines(given, whole, count, monkeypatch):
 
 def test_yaml_files(given, tmp_path):
     """--config and --teacher-config with values of any shape: both are YAML, of which JSON is a part."""
-    path, make = tmp_path / "run.yaml", Mutator("yaml")
+    path, make = tmp_path / "run.yaml", Mutator("yaml", deep=False)  # PyYAML takes a second for each that is deep
     good = {name: words if len(words) > 1 else words[0] for name, words in given.items()}
     good |= {"sglang-x": ["1", "2"], "bf16": True, "lr": 1e-3, "prompt-data": given["prompt-data"]}
     teacher = {
@@ -92,7 +92,7 @@ def test_yaml_files(given, tmp_path):
         "teacher-sglang-y": "z",
     }
     with Trial(ConfigError) as trial:
-        for number in range(1000):
+        for number in range(700):
             raw = make.json(teacher if number % 3 == 0 else good)
             if make.draw.random() < 0.15:
                 raw = raw.replace(b'"', b"") + make.draw.choice(
@@ -102,4 +102,4 @@ def test_yaml_files(given, tmp_path):
             trial.give(
                 lambda flag=("--teacher-config" if number % 3 == 0 else "--config"): parse([flag, str(path)]), raw
             )
-    trial.check(1000)
+    trial.check(700)
