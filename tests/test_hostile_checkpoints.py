@@ -99,11 +99,11 @@ def test_bytes_of_the_metadata(damaged):
         *(pickle.dumps(load_plain(path.read_bytes(), ALLOWED), protocol) for protocol in (2, 3, 5)),
     ]
     with Trial(*TYPED) as trial:
-        for number in range(1500):
+        for number in range(1000):
             raw = make.bytes(good[number % len(good)])
             path.write_bytes(raw)
             trial.give(lambda: read_dcp_metadata(damaged), raw, names=str(path))
-    trial.check(1500, accepted=0.02)
+    trial.check(1000, accepted=0.02)
 
 
 class Deep:
@@ -143,7 +143,7 @@ def test_values_of_the_metadata(damaged):
     path, draw = damaged / ".metadata", Mutator("values of .metadata").draw
     good = path.read_bytes()
     with Trial(*TYPED) as trial:
-        for _ in range(1200):
+        for _ in range(800):
             metadata = load_plain(good, ALLOWED)
             for _ in range(draw.choice([1, 1, 2])):
                 holder, key, old = draw.choice(list(Deep.fields(metadata)))
@@ -162,7 +162,7 @@ def test_values_of_the_metadata(damaged):
                 path.write_bytes(pickle.dumps(metadata))
             read = check_pickles if draw.random() < 0.3 else read_all
             trial.give(lambda read=read: read(damaged), path.read_bytes())
-    trial.check(1200)
+    trial.check(800)
 
 
 def _setattr_of_a_class():
@@ -228,11 +228,11 @@ def test_json_files(damaged, name):
     path, make = damaged / name, Mutator(name, odd=[float("inf"), [[1, 2]], "../latest_checkpointed_iteration.txt"])
     good = json.loads(path.read_text())
     with Trial(CheckpointError) as trial:
-        for _ in range(700):
+        for _ in range(500):
             raw = make.json(good)
             path.write_bytes(raw)
             trial.give(lambda: JSON_FILES[name](damaged), raw, names=str(damaged))
-    trial.check(700, accepted=0.01)
+    trial.check(500, accepted=0.01)
 
 
 def test_files_outside_of_the_checkpoint(damaged):
@@ -274,13 +274,13 @@ def test_bytes_of_saved_objects(damaged):
     path, make = damaged / "common.pt", Mutator("common.pt")
     good = path.read_bytes()
     with Trial(UnsafeCheckpoint) as trial:
-        for _ in range(500):
+        for _ in range(300):
             raw = make.bytes(good)
             if make.draw.random() < 0.5:  # in the pickle, with a sum that is right
                 raw = _resaved(good, make)
             path.write_bytes(raw)
             trial.give(lambda: check_pickles(damaged), raw, names=str(path))
-    trial.check(500, accepted=0.02)
+    trial.check(300, accepted=0.02)
 
 
 def _resaved(good, make):
@@ -306,10 +306,10 @@ def test_trackers(damaged):
     texts = [b"3", b"release", b"3\n", b"0000003", b" 3 ", *(str(value).encode(errors="surrogatepass") for value in ODD if not isinstance(value, Raw)),
              b"9" * 400, b"9" * 5000, "\u0663".encode(), "\u00b3".encode()]  # fmt: skip
     with Trial(CheckpointError) as trial:
-        for number in range(600):
+        for number in range(400):
             raw = texts[number] if number < len(texts) else make.bytes(make.draw.choice(texts))
             tracker.write_bytes(raw)
             trial.give(
                 lambda: (latest_iteration(damaged.parent), find_checkpoint(damaged.parent)), raw, names=tracker.name
             )
-    trial.check(600, accepted=0.02)
+    trial.check(400, accepted=0.02)

@@ -68,11 +68,11 @@ TYPED = (PromptError, SourceError)
 def test_rows(tmp_path, tokenizer, base, suffix):
     path, make = tmp_path / f"p{suffix}", Mutator(f"{base}{suffix}")
     with Trial(*TYPED) as trial:
-        for _ in range(300):
+        for _ in range(200):
             raw = make.json(base if suffix == ".jsonl" else [base])
             path.write_bytes(raw)
             trial.give(lambda: encode(path, tokenizer, chat=base is not ROW), raw, names=path.name)
-    trial.check(300, accepted=0.01)
+    trial.check(200, accepted=0.01)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.bz2", ".parquet", ".jsonl.zst"])
@@ -87,11 +87,11 @@ def test_bytes(tmp_path, tokenizer, suffix):
             file.write(text.encode())
     good = path.read_bytes()
     with Trial(*TYPED) as trial:
-        for _ in range(250):
+        for _ in range(150):
             raw = make.bytes(good)
             path.write_bytes(raw)
             trial.give(lambda: encode(path, tokenizer), raw, names=path.name)
-    trial.check(250, accepted=0)
+    trial.check(150, accepted=0)
 
 
 NOW = datetime.datetime(2024, 1, 2)
@@ -124,7 +124,7 @@ def test_columns(tmp_path, tokenizer, chat):
     path, draw = tmp_path / "p.parquet", Mutator(f"columns {chat}").draw
     columns = [*COLUMNS, _broken_text()]
     with Trial(*TYPED) as trial:
-        for _ in range(250):
+        for _ in range(200):
             keys = draw.sample(
                 ["prompt", "response", "answer", "domain", "grader", "uid", "tools", "other"], draw.choice([1, 2, 3])
             )
@@ -139,7 +139,7 @@ def test_columns(tmp_path, tokenizer, chat):
                 {key: str(value.type) for key, value in made.items()},
                 names=path.name,
             )
-    trial.check(250)
+    trial.check(200)
 
 
 def test_saved_data_sets(tmp_path, tokenizer):
@@ -154,13 +154,13 @@ def test_saved_data_sets(tmp_path, tokenizer):
     files = ["dataset_dict.json", "train/state.json", "train/dataset_info.json", "train/data-00000-of-00001.arrow"]
     make = Mutator("saved", odd=["data-00000-of-00001.arrow", [{"filename": "../../p.arrow"}], ["train"]])
     with Trial(*TYPED, quotes="unreadable data set (") as trial:
-        for number in range(160):
+        for number in range(120):
             path = tmp_path / "both" / files[number % len(files)]
             good = path.read_bytes()
             path.write_bytes(make.bytes(good) if path.suffix == ".arrow" else make.json(json.loads(good)))
             trial.give(lambda: encode(f"{tmp_path / 'both'}::train", tokenizer), path.read_bytes(), names="both")
             path.write_bytes(good)
-    trial.check(160)
+    trial.check(120)
 
 
 def test_names(tmp_path, monkeypatch):
@@ -178,10 +178,10 @@ def test_names(tmp_path, monkeypatch):
         f"{tmp_path}::train",
     ]
     with Trial(SourceError) as trial:
-        for number in range(300):
+        for number in range(200):
             name = make.bytes(good[number % len(good)].encode()).decode("utf-8", errors="replace")
             trial.give(lambda name=name: find_source(name), name)
-    trial.check(300, accepted=0.01)
+    trial.check(200, accepted=0.01)
 
 
 @pytest.mark.parametrize("suffix", [".json.gz", ".jsonl.gz", ".jsonl"])
