@@ -69,7 +69,8 @@ class ModelShape:
         found: dict[str, Any] = {"model_type": config.get("model_type"), **{name: keys.get(name) for name in names}}
         for name, value in found.items():
             if value is None:
-                raise ValueError(f"{source}: config.json names no {name}")
+                lacking = " or no ".join(names) if name in names else name
+                raise ValueError(f"{source}: config.json names no {lacking}")
             if not FIELDS[name].fits(value):
                 raise ValueError(f"{source} has {name} {shown(value)}; expected {FIELDS[name].expected}")
         return cls(model_type=found["model_type"], max_positions=found[names[0]], vocab_size=found[names[1]])
