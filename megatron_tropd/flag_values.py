@@ -103,6 +103,8 @@ def from_flag(given: Any, kind: Any) -> Any:
     if isinstance(given, bool):
         return given
     words = given if isinstance(given, list) else [given]
+    if not words:
+        raise ValueError("'--' is no value; give one or leave the flag out")  # argparse drops it
     if "" in words:
         raise ValueError("the value is empty; give one or leave the flag out")
     return [_coerce(word, str) for word in words] if kind == list[str] else _coerce(given, kind)

@@ -94,6 +94,9 @@ def _settings(document: yaml.MappingNode) -> dict[str, Value]:
         if not isinstance(key, yaml.ScalarNode) or key.tag != _TEXT:
             errors.append(f"line {line}: a key must be one word")
             continue
+        if not key.value.isprintable():
+            errors.append(f"line {line}: the key {key.value[:80]!a} has characters that no name has")
+            continue
         name = key.value.replace("_", "-")
         if name in lines:
             errors.append(f"{name[:80]}: is given twice, in line {lines[name]} and in line {line}; keep one of them")

@@ -65,7 +65,7 @@ REFUSED = [
     ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "a part of type 'image'"),
     ([{"role": "user", "content": ["u"]}], "a part of type 'str'"),
     ({"role": ["user"], "content": []}, "lists of different lengths"),
-    ([USER, {"role": "assistant", "content": None}], "content of message 1 is a NoneType"),
+    ([USER, {"role": "assistant", "content": None}], "content of message 1 is null"),
     ([USER, {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}], "the reply at the end calls tools"),
     ([USER, {"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}, USER], "the prompt has tool_calls"),
 ]

@@ -158,7 +158,7 @@ REFUSED = [
     ("llama", {"hidden_size": None}, "hidden_size None"),
     ("llama", {"hidden_size": -24}, "hidden_size -24"),
     ("qwen2", {"num_hidden_layers": 2**31 - 1}, "num_hidden_layers 2147483647; expected a positive integer up to 10000"),
-    ("llama", {"torch_dtype": "nonsense", "eos_token_id": "x"}, "eos_token_id 'x', which transformers refuses"),
+    ("llama", {"rope_parameters": {"rope_type": "x"}, "eos_token_id": "x"}, "eos_token_id 'x'; expected a token id"),
     ("llama", {"num_attention_heads": 0}, "num_attention_heads 0"),
     ("qwen2", {"num_key_value_heads": 3}, "num_key_value_heads 3; expected a divisor of num_attention_heads 4"),
     ("qwen2", {"head_dim": 7}, "head_dim 7"),
@@ -180,7 +180,7 @@ REFUSED = [
     ("qwen2_vl", {}, "model_type 'qwen2_vl'; supported are llama, mistral"),
     ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quant_method 'fp8'.*dequantize.*delete quantization_config"),
     ("llama", {"compression_config": {"quant_method": "compressed-tensors"}}, "compression_config"),
-    ("llama", {"torch_dtype": "nonsense"}, "torch_dtype 'nonsense', which transformers refuses"),
+    ("llama", {"torch_dtype": "nonsense"}, "torch_dtype 'nonsense'; expected the name of a dtype"),
     ("llama", {"to_dict": 5}, "to_dict 5, which transformers refuses: to_dict is a part of LlamaConfig"),
 ]  # fmt: skip
 

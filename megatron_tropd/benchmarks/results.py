@@ -18,7 +18,7 @@ from typing import Any
 from megatron_tropd.atomic_files import write_text
 from megatron_tropd.benchmarks.protocol import BENCHMARKS
 from megatron_tropd.benchmarks.statistics import Estimate, estimate
-from megatron_tropd.json_files import read_json_object
+from megatron_tropd.json_files import as_dataclass, parse_json_object, read_json_object
 
 CONFIG, SUMMARY, SCORES = "config.json", "summary.json", "scores"
 _CHANGED_BY = {
@@ -110,9 +110,10 @@ def read_scores(output: Path, name: str) -> Result | None:
     if not path.is_file():
         return None
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        questions = tuple(QuestionScores(**row) for row in rows)
-    except (TypeError, ValueError) as error:
+        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        rows = [(f"line {number}", parse_json_object(line, f"line {number}")) for number, line in lines]
+        questions = tuple(as_dataclass(QuestionScores, row, where) for where, row in rows)
+    except ValueError as error:
         raise ValueError(f"{path} is not a file of scores: {error}") from error
     return Result(benchmark=name, questions=questions) if questions else None
 

@@ -10,7 +10,8 @@
     known_logprobs.py  known_logprobs.json: what transformers' model gives a few sequences
     metadata.py        checkpoint.json: architecture, size and digest of every file
     integrity.py       compare the files with those sizes and digests
-    safety.py          refuse checkpoints that would run code when they are read
+    safety.py          refuse checkpoints that would run code or fill the memory when they are read
+    structure.py       what .metadata has to look like
     conversion/        convert between Hugging Face files and checkpoints, as streams
 
 ``training/checkpointing.py`` decides when a run saves.

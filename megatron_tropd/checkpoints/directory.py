@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_tropd.checkpoints.metadata import (
     METADATA_JSON,
@@ -26,6 +27,7 @@ RELEASE: Literal["release"] = "release"
 _ITERATION = re.compile(r"iter_\d{7,}|release")
 _TEMPORARY = re.compile(r"(iter_\d{7,}|release)\.tmp-")
 _REPLACED = re.compile(r"(iter_\d{7,}|release)\.tmp-[0-9a-f]+-old")
+_LONGEST_NUMBER = 18
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 """Prefixes of the keys of model weights; keys of optimizer state have none of them."""
 
@@ -72,7 +74,7 @@ def latest_iteration(directory: str | Path) -> Iteration | None:
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if text == RELEASE:
         return RELEASE
-    if not text.isdecimal():
+    if not (text.isascii() and text.isdecimal() and len(text) <= _LONGEST_NUMBER):
         found = "empty" if not text else f"{text[:40]!r}"
         raise CheckpointError(f"{tracker} is {found}; expected an iteration number or 'release'")
     return int(text)
@@ -134,7 +136,11 @@ def stored_tensors(
         stored = read_dcp_metadata(folder).state_dict_metadata
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    return {name: (entry.size, entry.properties.dtype) for name, entry in stored.items() if hasattr(entry, "size")}
+    return {
+        name: (entry.size, entry.properties.dtype)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
 
 
 def model_dtype(directory: str | Path, iteration: Iteration | None = None) -> torch.dtype:

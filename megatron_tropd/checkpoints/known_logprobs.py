@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from megatron_tropd.checkpoints.directory import find_checkpoint
 from megatron_tropd.checkpoints.metadata import CheckpointError
+from megatron_tropd.json_files import MAYBE_INFINITE, as_dataclass, read_json_object
 
 KNOWN_LOGPROBS_JSON = "known_logprobs.json"
 
@@ -23,20 +24,12 @@ class KnownLogprobs:
     """Token sequences and the log-probability [nats] of every token but the first, over the model's own vocabulary."""
 
     sequences: tuple[tuple[int, ...], ...]
-    logprobs: tuple[tuple[float, ...], ...]
+    logprobs: tuple[tuple[Annotated[float, MAYBE_INFINITE], ...], ...]
 
     def __post_init__(self) -> None:
         lengths = [len(sequence) - 1 for sequence in self.sequences]
         if not lengths or min(lengths) < 1 or lengths != [len(logprobs) for logprobs in self.logprobs]:
             raise ValueError("expected sequences of two tokens or more, with a log-probability of every token but one")
-
-    @classmethod
-    def of(cls, value: Mapping[str, Any]) -> KnownLogprobs:
-        """Return the value that was written as JSON."""
-        return cls(
-            sequences=tuple(tuple(map(int, sequence)) for sequence in value["sequences"]),
-            logprobs=tuple(tuple(map(float, logprobs)) for logprobs in value["logprobs"]),
-        )
 
     def to_json(self) -> str:
         """Return the text of ``known_logprobs.json``."""
@@ -63,6 +56,6 @@ def read_known_logprobs(load_dir: str | Path) -> KnownLogprobs | None:
     if not path.is_file():
         return None
     try:
-        return KnownLogprobs.of(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+        return as_dataclass(KnownLogprobs, read_json_object(path, strict=True), str(path))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error

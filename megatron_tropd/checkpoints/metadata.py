@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_tropd.models.architecture import Architecture, architecture_from_dict
+from megatron_tropd.json_files import as_dataclass, read_json_object, shown
+from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.plain_names import inner_path_fault
 
 METADATA_JSON = "checkpoint.json"
 FORMAT = 1
@@ -63,21 +65,18 @@ def parse_metadata(path: Path) -> CheckpointMetadata:
     """Read ``checkpoint.json``.
 
     Raises:
-        CheckpointError: it is not JSON, of another format or incomplete.
+        CheckpointError: it is not JSON, of another format or incomplete; the message names the field.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if value["format"] != FORMAT:
-            raise ValueError(f"format {value['format']}, this version reads {FORMAT}")
-        return CheckpointMetadata(
-            iteration=value["iteration"],
-            architecture=architecture_from_dict(value["architecture"]),
-            make_vocab_size_divisible_by=int(value["make_vocab_size_divisible_by"]),
-            files={name: FileRecord(**record) for name, record in value["files"].items()},
-            source=str(value.get("source", "")),  # 0.2.0 did not write it
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+        value = read_json_object(path, strict=True)
+        if (found := value.pop("format", None)) != FORMAT:
+            raise ValueError(f"{path}: format is {shown(found)}; this version reads {FORMAT}")
+        metadata = as_dataclass(CheckpointMetadata, value, str(path))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if fault := next((fault for name in metadata.files if (fault := inner_path_fault(name))), ""):
+        raise CheckpointError(f"{path} is damaged: it names {fault}")
+    return metadata
 
 
 def check_architecture(metadata: CheckpointMetadata, architecture: Architecture, folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_tropd.checkpoints.known_logprobs import KnownLogprobs
 from megatron_tropd.checkpoints.metadata import CheckpointError
+from megatron_tropd.json_files import as_dataclass, read_json_object
 
 RUN_JSON = "run.json"
 
@@ -54,19 +55,6 @@ def read_run_record(folder: Path) -> RunRecord | None:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        return RunRecord(
-            settings=dict(value["settings"]),
-            code=str(value["code"]),
-            prompts=str(value["prompts"]),
-            answers=str(value["answers"]),
-            models={
-                role: ModelRecord(
-                    digest=str(model["digest"]),
-                    known=None if model["known"] is None else KnownLogprobs.of(model["known"]),
-                )
-                for role, model in value["models"].items()
-            },
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+        return as_dataclass(RunRecord, read_json_object(path, strict=True), str(path))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error

@@ -1,75 +1,84 @@
 """Refuse checkpoints that would run code when they are read.
 
 torch.distributed.checkpoint unpickles ``.metadata`` and every non-tensor object without restriction.  Both are
-therefore first read here, with an allow-list, so that a checkpoint from elsewhere cannot run code.
+therefore first read here, with an allow-list and with limits (``weights/files/plain_pickle.py``), so that a checkpoint
+from elsewhere cannot run code or fill the memory.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
-import pickle
+from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_tropd.checkpoints.structure import StructureFault, check_structure
 from megatron_tropd.parallel.platform import COMMON_FILE, COMMON_OBJECT
+from megatron_tropd.weights.files.plain_pickle import PickleFault, load_plain
+from megatron_tropd.weights.files.saved_objects import read_saved
 
 METADATA_FILE = ".metadata"
 
-_DCP = "torch.distributed.checkpoint."
-_METADATA_CLASSES = (
-    "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-    "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-)  # fmt: skip
-ALLOWED = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    (_DCP + "filesystem", "_StorageInfo"),
-    *((_DCP + "metadata", name) for name in _METADATA_CLASSES),
-    *((_DCP + "planner", name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
+_RECORDS = {
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.planner": ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+}  # fmt: skip
+ALLOWED: dict[tuple[str, str], object] = {
+    **{
+        (module, name): getattr(importlib.import_module(module), name)
+        for module in _RECORDS
+        for name in _RECORDS[module]
+    },
+    **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+    ("torch", "Size"): torch.Size,
+    ("collections", "OrderedDict"): OrderedDict,
 }
+"""What ``.metadata`` may name."""
 
 
 class UnsafeCheckpoint(ValueError):
     """A checkpoint file refers to code, or holds objects other than plain data."""
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in ALLOWED:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        raise UnsafeCheckpoint(f"{METADATA_FILE} refers to {module}.{name}, which a checkpoint does not need")
-
-
-def read_dcp_metadata(directory: Path) -> Any:
-    """Read the ``.metadata`` of a torch_dist checkpoint (a torch.distributed.checkpoint ``Metadata``).
+def read_dcp_metadata(directory: Path) -> Metadata:
+    """Read the ``.metadata`` of a torch_dist checkpoint, and check that it describes one.
 
     Raises:
-        UnsafeCheckpoint: it refers to anything outside the allow-list.
-        ValueError: it is missing or damaged.
+        UnsafeCheckpoint: it is damaged, refers to anything outside the allow-list, or would take more memory than its
+            size justifies; or what it says is not so.
+        ValueError: it is missing or cannot be read.
     """
     path = directory / METADATA_FILE
     if not path.is_file():
         raise ValueError(f"{path} is missing; the checkpoint is incomplete")
     try:
-        return _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-    except UnsafeCheckpoint as error:
-        raise UnsafeCheckpoint(f"{path}: {error}") from None
-    except Exception as error:  # a damaged pickle may raise anything
-        raise ValueError(f"{path} is damaged: {error!r}") from error
+        return check_structure(load_plain(path.read_bytes(), ALLOWED), directory)
+    except (PickleFault, StructureFault) as error:
+        raise UnsafeCheckpoint(f"{path} is damaged or unsafe: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _load_plain(stream: io.BytesIO | Path, what: str) -> Any:
+def _check_loads(stream: IO[bytes], size: int, what: str) -> None:
+    """Check that ``torch.load`` builds plain data from ``size`` bytes: first its pickle is read, then all is loaded."""
     try:
-        return torch.load(stream, map_location="cpu", weights_only=True)
+        read_saved(stream, size)
+        stream.seek(0)
+        torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types
-        raise UnsafeCheckpoint(f"{what} is damaged or holds more than plain data: {error}") from error
+        reason = " ".join(str(error).split())[:500]
+        raise UnsafeCheckpoint(f"{what} is damaged or holds more than plain data: {reason}") from error
 
 
 def check_pickles(directory: Path) -> None:
@@ -79,17 +88,19 @@ def check_pickles(directory: Path) -> None:
         UnsafeCheckpoint, ValueError: a file is missing, damaged or refers to other code.
     """
     metadata = read_dcp_metadata(directory)
+    entries = metadata.state_dict_metadata
     common = directory / COMMON_FILE
     if common.is_file():
-        _load_plain(common, str(common))
-    elif not any(name.startswith(COMMON_OBJECT) for name in metadata.state_dict_metadata):
+        with common.open("rb") as stream:
+            _check_loads(stream, common.stat().st_size, str(common))
+    elif not any(name.startswith(COMMON_OBJECT) for name in entries):
         raise ValueError(f"{common} is missing; the checkpoint is incomplete")
-    for index, place in (metadata.storage_data or {}).items():
-        if hasattr(metadata.state_dict_metadata.get(index.fqn), "chunks"):
-            continue  # a tensor: torch itself reads it with weights_only
+    for index, place in metadata.storage_data.items():
+        if type(entries[index.fqn]) is TensorStorageMetadata:
+            continue  # torch itself reads it with weights_only
         with (directory / place.relative_path).open("rb") as stream:
             stream.seek(place.offset)
-            _load_plain(io.BytesIO(stream.read(place.length)), f"{directory}: object {index.fqn}")
+            _check_loads(io.BytesIO(stream.read(place.length)), place.length, f"{directory}: object {index.fqn}")
 
 
 def common_part(state_dict: Any) -> Any:
@@ -111,5 +122,6 @@ def check_plain(state_dict: Any) -> None:
     for what, value in values:
         buffer = io.BytesIO()
         torch.save(value, buffer)
+        size = buffer.tell()
         buffer.seek(0)
-        _load_plain(buffer, what)
+        _check_loads(buffer, size, what)

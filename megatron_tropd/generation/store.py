@@ -18,6 +18,7 @@ from megatron_tropd.atomic_files import remove_unfinished, replacing
 from megatron_tropd.generation.journal import Journal, Written, writing
 from megatron_tropd.generation.prompts import SourcePrompt
 from megatron_tropd.generation.rows import Counts, ResponseRow, RowMaker, write_parquet
+from megatron_tropd.json_files import as_dataclass, read_json_object
 
 FOLDERS = ("journal", "data", "dropped", "shards")
 
@@ -43,7 +44,7 @@ class ResponseStore:
         self._whole: dict[int, Counts] = {}
         for shard in range(self.num_shards):
             if (path := self._record(shard)).exists():
-                self._whole[shard] = Counts(**json.loads(path.read_text(encoding="utf-8")))
+                self._whole[shard] = as_dataclass(Counts, read_json_object(path, strict=True), str(path))
                 self._journal(shard).unlink(missing_ok=True)  # a kill between the two left it
             elif self._journal(shard).exists():
                 self._open(shard)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from megatron_tropd.models.weight_table import (
     ATTENTION_RULES,
@@ -188,19 +187,3 @@ class Architecture:
                 f"--{owner}tensor-model-parallel-size {tp} does not divide the model's {groups} key/value heads"
             )
         return errors
-
-
-def architecture_from_dict(value: Mapping[str, Any]) -> Architecture:
-    """Return the architecture in a mapping made by ``dataclasses.asdict``, as files and messages hold it.
-
-    A mapping of an older version may lack the newer fields, which have defaults.
-
-    Raises:
-        KeyError, TypeError: a field is missing or unknown.
-    """
-    llama3, yarn = value["rope_llama3"], value.get("rope_yarn")
-    scalings = {
-        "rope_llama3": Llama3Scaling(**llama3) if llama3 else None,
-        "rope_yarn": YarnScaling(**yarn) if yarn else None,
-    }
-    return Architecture(**{**value, **scalings})

@@ -14,7 +14,8 @@ from typing import Any
 
 from megatron_tropd.json_files import culprit, read_json_object, shown
 from megatron_tropd.models.architecture import FAMILIES, Architecture, UnsupportedArchitecture, Window
-from megatron_tropd.models.hf_rope import check, rope_fields, rope_kind
+from megatron_tropd.models.hf_fields import FIELDS, check, check_field, check_fields
+from megatron_tropd.models.hf_rope import rope_fields, rope_kind
 
 CONFIG_FILE = "config.json"
 ADAPTER_FILE = "adapter_config.json"
@@ -22,13 +23,6 @@ DEQUANTIZE = (
     "quantized weights cannot be read; use the unquantized checkpoint that it was made from, or dequantize it with "
     "transformers (FP8: FineGrainedFP8Config(dequantize=True); bitsandbytes: model.dequantize()) and save_pretrained"
 )
-_LARGEST = {"num_hidden_layers": 10_000, "num_labels": 1_000_000}
-"""Values for which transformers makes lists of that length; other sizes may go up to 2**31 - 1."""
-_SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "num_experts", "num_local_experts",
-    "num_experts_per_tok", "moe_intermediate_size", "num_labels",
-)  # fmt: skip
 _ROPE_KEYS = ("rope_scaling", "rope_parameters")
 
 
@@ -64,17 +58,22 @@ class ModelShape:
         """Read it from config.json, or from the text model in it; a missing key has transformers' default.
 
         Raises:
-            ValueError: a key is missing and transformers has no default for it; the message names ``source``.
+            ValueError: a key is missing and transformers has no default for it, or it is not a whole number; the
+                message names ``source``.
         """
         text = config.get("text_config")
         keys = {**config, **(text if isinstance(text, dict) else {})}
         names = ("max_position_embeddings", "vocab_size")
         if missing := [name for name in names if keys.get(name) is None]:
             keys |= _defaults(keys.get("model_type"), missing)
-        positions, rows = (keys.get(name) for name in names)
-        if not isinstance(positions, int) or not isinstance(rows, int):
-            raise ValueError(f"{source}: config.json names no max_position_embeddings or no vocab_size")
-        return cls(model_type=str(config.get("model_type")), max_positions=positions, vocab_size=rows)
+        found: dict[str, Any] = {"model_type": config.get("model_type"), **{name: keys.get(name) for name in names}}
+        for name, value in found.items():
+            if value is None:
+                lacking = " or no ".join(names) if name in names else name
+                raise ValueError(f"{source}: config.json names no {lacking}")
+            if not FIELDS[name].fits(value):
+                raise ValueError(f"{source} has {name} {shown(value)}; expected {FIELDS[name].expected}")
+        return cls(model_type=found["model_type"], max_positions=found[names[0]], vocab_size=found[names[1]])
 
 
 def _defaults(model_type: object, names: Sequence[str]) -> dict[str, Any]:
@@ -119,9 +118,7 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
     if not isinstance(name, str) or name not in FAMILIES:
         raise UnsupportedArchitecture(f"has model_type {shown(name)}; supported are {', '.join(sorted(FAMILIES))}")
     _refuse_quantized(config)
-    for key in _SIZES:
-        if config.get(key) is not None:
-            _check_size(key, config[key])
+    check_fields(config)
     hf = _transformers_config(config)
     _check_one_rope(config)
     _check_switches(hf, name, config)
@@ -231,16 +228,10 @@ def _check_switches(hf: Any, family: str, config: Mapping[str, Any]) -> None:
         check(good, key, value, f"{wanted!r}, with which alone {family} is supported")
 
 
-def _check_size(key: str, value: object) -> None:
-    largest = _LARGEST.get(key, 2**31 - 1)
-    good = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
-    check(good, key, value, f"a positive integer up to {largest}")
-
-
 def _size(hf: Any, key: str) -> int:
     """Return a positive integer of a config."""
     value: Any = getattr(hf, key, None)
-    _check_size(key, value)
+    check_field(key, value)
     return value
 
 

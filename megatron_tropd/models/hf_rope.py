@@ -8,12 +8,7 @@ from typing import Any
 
 from megatron_tropd.json_files import shown
 from megatron_tropd.models.architecture import Llama3Scaling, UnsupportedArchitecture, YarnScaling
-
-
-def check(good: object, key: str, value: object, expected: str) -> None:
-    """Raise UnsupportedArchitecture, which names the key of the config, unless ``good``."""
-    if not good:
-        raise UnsupportedArchitecture(f"has {key} {shown(value)}; expected {expected}")
+from megatron_tropd.models.hf_fields import check
 
 
 def rope_fields(hf: Any) -> dict[str, Any]:

@@ -214,7 +214,7 @@ def make_objective(name: str, settings: ObjectiveSettings) -> Objective:
         ValueError: the name is unknown (the message lists the known names), or a setting is out of its range.
     """
     if name not in METHODS:
-        raise ValueError(f"--objective {name!r} is not known; choose one of {', '.join(METHODS)}")
+        raise ValueError(f"--objective {name[:80]!r} is not known; choose one of {', '.join(METHODS)}")
     return METHODS[name].make(settings)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_tropd.data.encoding.fields import check_characters, check_text
 from megatron_tropd.data.encoding.row_format import Fault
-from megatron_tropd.data.reading.rows import show
+from megatron_tropd.data.reading.rows import kind_of, show
 
 _FLAG = "--prompt-key"
 _EXPECTED = "a string or a list of {role, content} (or {from, value})"
@@ -44,7 +44,7 @@ def read_conversation(prompt: object) -> Conversation:
     if isinstance(prompt, dict):
         prompt = _by_message(prompt)
     if not isinstance(prompt, list) or not prompt:
-        found = "an empty list" if prompt == [] else f"a {type(prompt).__name__}: {show(prompt)}"
+        found = "an empty list" if prompt == [] else kind_of(prompt)
         raise Fault(f"prompt is {found}", _EXPECTED, _FLAG)
     messages = [_message(number, message) for number, message in enumerate(prompt)]
     last = messages[-1]
@@ -85,7 +85,7 @@ def _by_message(columns: Mapping[str, Any]) -> object:
 def _message(number: int, message: object) -> dict[str, Any]:
     """Return one message with ``role`` and ``content``, and what else it has that templates may read."""
     if not isinstance(message, dict):
-        raise Fault(f"message {number} is a {type(message).__name__}: {show(message)}", _EXPECTED, _FLAG)
+        raise Fault(f"message {number} is {kind_of(message)}", _EXPECTED, _FLAG)
     # In Parquet every message has the keys of all messages; absent values are null.
     given = {key: value for key, value in message.items() if value is not None}
     if "from" in given or "value" in given:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_tropd.data.encoding.row_format import Fault
-from megatron_tropd.data.reading.rows import Row, show
+from megatron_tropd.data.reading.rows import Row, kind_of, show
 
 MAX_UID = 1 << 43
 """Uids are below this: rng.sample_uid shifts a uid left by 20 bits and the result must fit an int64."""
@@ -54,7 +54,7 @@ def check_characters(text: str, what: str, flag: str) -> None:
 def check_text(text: object, what: str, flag: str, expected: str = "a string") -> str:
     """Return ``text``; raise Fault unless it is a non-blank string without NUL characters or lone surrogates."""
     if not isinstance(text, str):
-        raise Fault(f"{what} is a {type(text).__name__}: {show(text)}", expected, flag)
+        raise Fault(f"{what} is {kind_of(text)}", expected, flag)
     if not text.strip():
         raise Fault(f"{what} is {'only whitespace' if text else 'empty'}", "text", flag)
     check_characters(text, what, flag)
@@ -66,7 +66,7 @@ def plain_value(value: object, what: str, flag: str) -> str | None:
     if value is None or isinstance(value, Missing):
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise Fault(f"{what} is a {type(value).__name__}: {show(value)}", "a string, a number or null", flag)
+        raise Fault(f"{what} is {kind_of(value)}", "a string, a number or null", flag)
     if isinstance(value, float) and not math.isfinite(value):
         raise Fault(f"{what} is {value}", "a string, a finite number or null", flag)
     text = str(value)
@@ -84,7 +84,7 @@ def read_uid(value: object) -> int | str | None:
         check_characters(value, "uid", "--uid-key")
         return value
     if isinstance(value, bool) or not isinstance(value, int):
-        raise Fault(f"uid is a {type(value).__name__}: {show(value)}", "an integer, a text or null", "--uid-key")
+        raise Fault(f"uid is {kind_of(value)}", "an integer, a text or null", "--uid-key")
     if not 0 <= value < MAX_UID:
         raise Fault(f"uid {show(value)}", f"an integer in [0, {MAX_UID})", "--uid-key")
     return value

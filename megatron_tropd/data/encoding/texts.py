@@ -11,7 +11,7 @@ from megatron_tropd.data.encoding.conversation import read_conversation
 from megatron_tropd.data.encoding.fields import MISSING, check_characters, check_text, lookup, plain_value, read_uid
 from megatron_tropd.data.encoding.row_format import Fault, PromptFormat
 from megatron_tropd.data.encoding.thinking import check_thinking
-from megatron_tropd.data.reading.rows import Row, show
+from megatron_tropd.data.reading.rows import Row, kind_of, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,5 +106,5 @@ def _tools(tools: object) -> list[Any]:
     if tools is MISSING or tools is None or tools == [] or tools == "":
         return []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Fault(f"tools is a {type(tools).__name__}: {show(tools)}", "a list of tools", "--tools-key")
+        raise Fault(f"tools is {kind_of(tools)}", "a list of tools", "--tools-key")
     return tools

@@ -13,14 +13,17 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import IO, Any
 
-from megatron_tropd.data.reading.rows import BadRow, Row, show
+from megatron_tropd.data.reading.rows import BadRow, Row, kind_of, show
 from megatron_tropd.data.reading.sources import DataFile
 from megatron_tropd.data.reading.spans import Span
 
 MAX_LINE_BYTES = 16 << 20
 """A longer JSONL line is a bad row: tokenizing it would take minutes and it can only be a mistake."""
+MAX_RATIO = 100
+"""A compressed JSON array that is more times larger than its file is not read: it has to be in memory as a whole."""
 _UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _BATCH = 1024
 _ONE_A_LINE = "one JSON object a line"
@@ -107,20 +110,25 @@ def _skip_line(file: IO[bytes]) -> int:
 
 def _read_jsonl(span: Span) -> Iterator[Row | BadRow]:
     path = span.file.path
-    blank: list[Row | BadRow] = []  # empty lines at the end of a file are no rows
+    blank = range(1, 1)  # lines that are empty; those at the end of a file are no rows
     for line, raw in enumerate(_lines(span), start=1):
         if raw is not None and not raw.strip():
-            blank.append(BadRow(path=path, line=line, found="an empty line", expected=_ONE_A_LINE, flag=""))
+            blank = range(blank.start if blank else line, line + 1)
             continue
-        yield from blank
-        blank.clear()
+        yield from _empty_lines(path, blank)
+        blank = range(1, 1)
         if raw is None:
             found, expected = f"a line of more than {MAX_LINE_BYTES} bytes", f"at most {MAX_LINE_BYTES}"
             yield BadRow(path=path, line=line, found=found, expected=expected, flag="")
         else:
             yield _parse_line(path, line, raw)
     if span.stop is not None:
-        yield from blank
+        yield from _empty_lines(path, blank)
+
+
+def _empty_lines(path: str, lines: Iterable[int]) -> Iterator[BadRow]:
+    for line in lines:
+        yield BadRow(path=path, line=line, found="an empty line", expected=_ONE_A_LINE, flag="")
 
 
 class _Refused(ValueError):
@@ -152,7 +160,7 @@ def _parse_line(path: str, line: int, raw: bytes) -> Row | BadRow:
 
 def _record(path: str, line: int, value: object, expected: str) -> Row | BadRow:
     if not isinstance(value, dict):
-        found = f"a JSON {type(value).__name__}: {show(value)}"
+        found = kind_of(value, "a JSON")
         return BadRow(path=path, line=line, found=found, expected=expected, flag="")
     return Row(path=path, line=line, value=value, keys=tuple(value))
 
@@ -172,8 +180,13 @@ def _json_fault(error: Exception, raw: bytes, expected: str) -> tuple[str, str]:
 def _read_json(span: Span) -> Iterator[Row | BadRow]:
     """Read a ``.json`` file: an array of objects, or one object a line (many such files are named so)."""
     path = span.file.path
+    most = MAX_RATIO * Path(path).stat().st_size + MAX_LINE_BYTES if span.file.compression else -1
     with _opened(span.file) as file:
-        raw = file.read().removeprefix(codecs.BOM_UTF8)
+        raw = file.read(most).removeprefix(codecs.BOM_UTF8)
+        if most >= 0 and file.read(1):
+            found, expected = f"more than {most} bytes when decompressed", f"at most {MAX_RATIO} times its size"
+            yield bad_file(span.file, found, expected)
+            return
     expected = "an array of JSON objects, or one object a line"
     if not raw.strip():
         return
@@ -193,7 +206,7 @@ def _read_json(span: Span) -> Iterator[Row | BadRow]:
         for number, record in enumerate(value, start=1):
             yield _record(path, number, record, "an array of JSON objects")
     else:
-        yield bad_file(span.file, f"a JSON {type(value).__name__}: {show(value)}", expected, "")
+        yield bad_file(span.file, kind_of(value, "a JSON"), expected, "")
 
 
 # ---- Arrow ----
@@ -222,11 +235,21 @@ def _read_saved(span: Span, columns: Collection[str]) -> Iterator[Row | BadRow]:
         keys = tuple(whole.column_names)
         stop = len(whole) if span.stop is None else span.stop
         part = whole.select(range(span.start, stop)).select_columns([name for name in keys if name in columns])
-        batches = (table.to_batches() for table in part.with_format("arrow").iter(batch_size=_BATCH))
-        yield from _batch_rows(span.file, (batch for some in batches for batch in some), keys)
+        tables = part.with_format("arrow").iter(batch_size=_BATCH)
+        yield from _batch_rows(span.file, (batch for table in tables for batch in _valid_batches(table)), keys)
     except Exception as error:  # its errors have no common type
         text = (str(error) or type(error).__name__).splitlines()[0]
         yield bad_file(span.file, f"unreadable data set ({text})", "what Dataset.save_to_disk writes")
+
+
+def _valid_batches(table: Any) -> list[Any]:
+    """Return the batches of a table, which was mapped from a file as it is: its offsets may point anywhere.
+
+    Raises:
+        pyarrow.ArrowInvalid: they do.
+    """
+    table.validate(full=True)
+    return table.to_batches()  # type: ignore[no-any-return]
 
 
 def _batch_rows(file: DataFile, batches: Iterable[Any], keys: tuple[str, ...]) -> Iterator[Row | BadRow]:
@@ -238,11 +261,16 @@ def _batch_rows(file: DataFile, batches: Iterable[Any], keys: tuple[str, ...]) -
 
 
 def _arrow_row(path: str, line: int, batch: Any, index: int, keys: tuple[str, ...]) -> Row | BadRow:
-    try:
-        value = {name: batch.column(name)[index].as_py() for name in batch.schema.names}
-    except UnicodeDecodeError as error:  # Arrow does not check the strings of a file
-        found = f"byte 0x{error.object[error.start]:02x} at offset {error.start} is not UTF-8"
-        return BadRow(path=path, line=line, found=found, expected="UTF-8 text", flag="")
+    value = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            value[name] = column[index].as_py()
+        except UnicodeDecodeError as error:  # Arrow does not check the strings of a file
+            found = f"byte 0x{error.object[error.start]:02x} at offset {error.start} is not UTF-8"
+            return BadRow(path=path, line=line, found=found, expected="UTF-8 text", flag="")
+        except (ValueError, OverflowError, KeyError):  # a date that Python does not have, a time zone that nobody knows
+            found = f"a {column.type} in column {show(name)} that cannot be read"
+            return BadRow(path=path, line=line, found=found, expected="text, numbers, lists or objects", flag="")
     return Row(path=path, line=line, value=value, keys=keys)
 
 

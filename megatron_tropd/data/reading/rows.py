@@ -57,6 +57,11 @@ class PromptError(ValueError):
         super().__init__("\n".join(lines))
 
 
+def kind_of(value: object, article: str = "a") -> str:
+    """Return a value that is of the wrong type as text for a message: its type and what it is."""
+    return "null" if value is None else f"{article} {type(value).__name__}: {show(value)}"
+
+
 def show(value: object, limit: int = 60) -> str:
     """Return ``value`` as a short ASCII text for an error message."""
     text = ascii(value)

@@ -8,19 +8,22 @@ what it means there.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_tropd.flag_values import shortened
 from megatron_tropd.hub import is_hub_name, resolve
+from megatron_tropd.json_files import read_json_object, shown
+from megatron_tropd.plain_names import plain_name_fault
 
 Kind = Literal["jsonl", "json", "parquet", "saved"]
 """How the rows are read; "saved" is a directory written by ``datasets.Dataset.save_to_disk``."""
 
 _KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
+_SAVED = "what datasets writes with save_to_disk"
 _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 _READABLE = "a .jsonl, .json or .parquet file (JSON also as .gz, .zst, .bz2 or .xz), a directory of such, or a data set"
 _NOT_DATA = {
@@ -70,7 +73,7 @@ def find_source(given: str, flag: str = "--prompt-data") -> Source:
     try:
         return _find(given, flag)
     except OSError as error:  # a name that is too long, a directory that may not be listed
-        raise SourceError(given, f"cannot be read ({error.strerror})") from error
+        raise SourceError(shortened(given, 400), f"cannot be read ({error.strerror})") from error
 
 
 def _find(given: str, flag: str) -> Source:
@@ -117,7 +120,7 @@ def _of_directory(path: Path, part: str) -> tuple[DataFile, ...]:
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         if part:
             raise SourceError(f"{path}::{part}", "a saved data set without splits", "the directory without ::SPLIT")
-        return (DataFile(path=str(path), kind="saved"),)
+        return (_saved(path),)
     config, _, split = part.rpartition("/")
     splits = _splits(path, config)
     chosen = _choose(path, list(splits), split)
@@ -134,12 +137,31 @@ def _of_directory(path: Path, part: str) -> tuple[DataFile, ...]:
 def _saved_split(path: Path, part: str) -> DataFile:
     description = path / "dataset_dict.json"
     try:
-        names = [str(name) for name in json.loads(description.read_text(encoding="utf-8"))["splits"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SourceError(
-            str(description), f"unreadable ({error!r})", "what DatasetDict.save_to_disk writes"
-        ) from error
-    return DataFile(path=str(path / _choose(path, names, part)), kind="saved")
+        names = read_json_object(description, strict=True).get("splits")
+        if not isinstance(names, list) or not names:
+            raise ValueError(f"splits is {shown(names)}")
+        _check_names(names)
+    except ValueError as error:
+        raise SourceError(str(description), f"unreadable ({error})", _SAVED) from error
+    return _saved(path / _choose(path, names, part))
+
+
+def _saved(path: Path) -> DataFile:
+    """Return a saved data set, whose files are all in its directory."""
+    state = path / "state.json"
+    try:
+        files = read_json_object(state, strict=True).get("_data_files")
+        if not isinstance(files, list):
+            raise ValueError(f"_data_files is {shown(files)}")
+        _check_names([file.get("filename") if isinstance(file, dict) else file for file in files])
+    except (OSError, ValueError) as error:
+        raise SourceError(str(state), f"unreadable ({error})", _SAVED) from error
+    return DataFile(path=str(path), kind="saved")
+
+
+def _check_names(names: Sequence[object]) -> None:
+    if fault := next((fault for name in names if (fault := plain_name_fault(name))), ""):
+        raise ValueError(f"it names {fault}")
 
 
 def _choose(path: Path, names: Sequence[str], split: str) -> str:

@@ -23,6 +23,7 @@ from megatron_tropd.data.token_cache.shard import (
     replacing,
     write_record,
 )
+from megatron_tropd.json_files import as_dataclass, read_json_object
 
 _UNIQUE = "a uid of its own for every row (or no uid in any)"
 
@@ -101,11 +102,8 @@ def finish(directory: Path, records: Sequence[ShardRecord]) -> Summary:
 def read_summary(directory: Path) -> Summary | None:
     """Return the summary of a finished cache; None if it is not finished, or damaged."""
     try:
-        document = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-        details = tuple(BadRow(**row) for row in document.pop("details"))
-        files = {path: FileCounts(**counts) for path, counts in document.pop("files").items()}
-        return Summary(**{**document, "kept": tuple(document["kept"])}, details=details, files=files)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return as_dataclass(Summary, read_json_object(directory / "summary.json"), "the summary")
+    except (OSError, ValueError):
         return None
 
 

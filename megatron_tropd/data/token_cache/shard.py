@@ -20,6 +20,7 @@ from megatron_tropd.data.encoding.encode import EncodedRow, Encoder
 from megatron_tropd.data.reading.readers import read_span
 from megatron_tropd.data.reading.rows import BadRow, Row
 from megatron_tropd.data.reading.spans import Span
+from megatron_tropd.json_files import as_dataclass, read_json_object
 
 BATCH_ROWS = 1024
 """Rows of every record batch of a shard but the last, so that the batch of a row is known without an index."""
@@ -68,11 +69,9 @@ def arrow_path(directory: Path, index: int) -> Path:
 def read_record(directory: Path, index: int) -> ShardRecord | None:
     """Return the record of a finished shard; None if it is not finished, or damaged."""
     try:
-        document = json.loads((directory / f"{index:05d}.json").read_text(encoding="utf-8"))
-        details = tuple(BadRow(**row) for row in document.pop("details"))
-        record = ShardRecord(**document, details=details)
+        record = as_dataclass(ShardRecord, read_json_object(directory / f"{index:05d}.json"), "the record")
         return record if arrow_path(directory, index).stat().st_size == record.num_bytes else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError):
         return None
 
 

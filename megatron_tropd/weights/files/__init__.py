@@ -7,7 +7,8 @@
     torch_dist.py      reads and writes torch_dist checkpoints chunk by chunk, without holding a model
 
 ``safetensors_header.py``, ``other_tensors.py`` (names of tensors that are no weights of the decoder),
-``torch_dist_chunk.py`` and ``byte_ranges.py`` are the parts that those are built from.  The package ``checkpoints`` has
+``torch_dist_chunk.py``, ``saved_objects.py`` (what a file of torch.save holds), ``plain_pickle.py`` (pickles of plain
+data, within limits) and ``byte_ranges.py`` are the parts that those are built from.  The package ``checkpoints`` has
 the rest of a training checkpoint: directories, digests and metadata.
 """
 
@@ -19,5 +20,7 @@ FRONT = {
     "identity": ("model_identity",),
     "load": ("load_hf_into",),
     "other_tensors": ("IGNORE_FLAG", "listed"),
+    "plain_pickle": ("PickleFault", "load_plain"),
+    "saved_objects": ("read_saved",),
     "torch_dist": ("ChunkFile", "TorchDistReader", "WrittenFile", "make_metadata", "write_metadata"),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +13,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_tropd.atomic_files import replacing
+from megatron_tropd.json_files import parse_json_object, printable, shown
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.models.hf_config import CONFIG_FILE, load_architecture
+from megatron_tropd.plain_names import plain_name_fault
 from megatron_tropd.weights.coordinates.hf_shapes import EMBED_TOKENS, LM_HEAD, hf_shapes
 from megatron_tropd.weights.files.byte_ranges import FileRanges, sha256_of_range
 from megatron_tropd.weights.files.other_tensors import IGNORE_FLAG, extra_tensors, listed, rotary_buffers
@@ -156,18 +157,32 @@ def _read_index(directory: Path) -> tuple[str | None, dict[str, str] | None]:
         found = sorted(p.name for p in directory.glob("*.bin")) if directory.is_dir() else []
         hint = f"; {found[0]} is a pickle, which is not supported (save with safe_serialization=True)" if found else ""
         raise HfCheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
-    text = index.read_bytes().decode()
     try:
-        weight_map = dict(json.loads(text)["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise HfCheckpointError(f"{index} is damaged: {error!r}") from error
+        text = index.read_bytes().decode()
+        weight_map = parse_index(text)
+    except ValueError as error:
+        raise HfCheckpointError(f"{index} is damaged: {error}") from error
     for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
-            raise HfCheckpointError(f"{index} names {name!r}, which is not a plain file name")
         if not (directory / name).is_file():
             count = sum(file == name for file in weight_map.values())
-            raise HfCheckpointError(f"{index} places {count} tensors in {name}, which does not exist in {directory}")
+            where = f"{printable(name)}, which does not exist in {directory}"
+            raise HfCheckpointError(f"{index} places {count} tensors in {where}")
     return text, weight_map
+
+
+def parse_index(text: str) -> dict[str, str]:
+    """Return tensor -> file from the text of an index.
+
+    Raises:
+        ValueError: it is no index, or names a file elsewhere.
+    """
+    found = parse_json_object(text, "it").get("weight_map")
+    if not isinstance(found, dict):
+        raise ValueError(f"weight_map is {shown(found)}; expected an object of tensors and files")
+    for tensor, file in found.items():
+        if fault := plain_name_fault(file):
+            raise ValueError(f"it places {printable(tensor)} in {fault}")
+    return found
 
 
 def _merge(headers: dict[str, FileHeader]) -> dict[str, TensorInfo]:
@@ -175,19 +190,19 @@ def _merge(headers: dict[str, FileHeader]) -> dict[str, TensorInfo]:
     for file, header in headers.items():
         for name, info in header.tensors.items():
             if name in merged:
-                raise HfCheckpointError(f"{name} is in two files: {merged[name].file} and {file}")
+                raise HfCheckpointError(f"{printable(name)} is in two files: {merged[name].file} and {file}")
             merged[name] = info
     return merged
 
 
 def _check_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
     for name, file in weight_map.items():
-        if name not in tensors:
-            raise HfCheckpointError(f"{INDEX_FILE} places {name} in {file}, but {file} does not hold it")
-        if tensors[name].file != file:
-            raise HfCheckpointError(f"{INDEX_FILE} places {name} in {file}, but it is in {tensors[name].file}")
+        found = tensors[name].file if name in tensors else "none of the files"
+        if found != file:
+            raise HfCheckpointError(f"{INDEX_FILE} places {printable(name)} in {file}, but it is in {found}")
     if extra := sorted(tensors.keys() - weight_map.keys()):
-        raise HfCheckpointError(f"{tensors[extra[0]].file} holds {extra[0]}, which {INDEX_FILE} does not name")
+        file = tensors[extra[0]].file
+        raise HfCheckpointError(f"{file} holds {printable(extra[0])}, which {INDEX_FILE} does not name")
 
 
 def _left_aside(directory: Path, tensors: Mapping[str, TensorInfo], *, ignore_extra: bool) -> set[str]:

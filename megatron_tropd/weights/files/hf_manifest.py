@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from megatron_tropd.json_files import as_dataclass, parse_json_object, shown
 from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.plain_names import plain_name_fault
 from megatron_tropd.weights.coordinates.hf_shapes import EMBED_TOKENS, LM_HEAD, hf_shapes
-from megatron_tropd.weights.files.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HfCheckpoint
+from megatron_tropd.weights.files.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HfCheckpoint, parse_index
 from megatron_tropd.weights.files.safetensors_header import (
     FileHeader,
     HfCheckpointError,
@@ -24,6 +26,19 @@ from megatron_tropd.weights.files.safetensors_header import (
 MANIFEST_FILE = "hf_manifest.json"
 FORMAT = 1
 DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Content:
+    """The fields of the manifest file."""
+
+    files: Mapping[str, str]
+    """The header of each file."""
+    index: Mapping[str, str] | None
+    sha256: Mapping[str, str]
+    vocab_size: int
+    padded_vocab_size: int | None
+    left_aside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,25 +146,37 @@ class HfManifest:
             HfCheckpointError: not a manifest of this format.
         """
         try:
-            value = json.loads(text)
-            if value["format"] != FORMAT:
-                raise ValueError(f"format {value['format']}, this version reads {FORMAT}")
+            value = parse_json_object(text, "it")
+            if (found := value.pop("format", None)) != FORMAT:
+                raise ValueError(f"format is {shown(found)}; this version reads {FORMAT}")
+            content = as_dataclass(_Content, value, "it")
+            if fault := next((fault for name in content.files if (fault := plain_name_fault(name))), ""):
+                raise ValueError(f"it names {fault}")
+            index_text = content.index.get(INDEX_FILE) if content.index else None
+            if index_text is not None:
+                parse_index(index_text)
             return cls(
-                headers={name: parse_header(header, name) for name, header in value["files"].items()},
-                index_text=value["index"][INDEX_FILE] if value["index"] else None,
-                sha256=value["sha256"],
-                vocab_size=value["vocab_size"],
-                padded_vocab_size=value["padded_vocab_size"],
-                left_aside=tuple(value.get("left_aside", ())),
+                headers={name: parse_header(header, name) for name, header in content.files.items()},
+                index_text=index_text,
+                sha256=dict(content.sha256),
+                vocab_size=content.vocab_size,
+                padded_vocab_size=content.padded_vocab_size,
+                left_aside=content.left_aside,
             )
-        except (ValueError, KeyError, TypeError) as error:
-            raise HfCheckpointError(f"{MANIFEST_FILE} is damaged: {error!r}") from error
+        except ValueError as error:
+            raise HfCheckpointError(f"{MANIFEST_FILE} is damaged: {error}") from error
 
     @classmethod
     def load(cls, directory: str | Path) -> HfManifest | None:
         """Read the manifest in ``directory``; None if it has none."""
         path = Path(directory) / MANIFEST_FILE
-        return cls.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            text = path.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise HfCheckpointError(f"{path} is damaged: {error}") from error
+        return cls.from_json(text)
 
 
 def _index_without(text: str, names: Collection[str], headers: Mapping[str, FileHeader]) -> str:

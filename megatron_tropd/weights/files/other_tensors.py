@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
+from megatron_tropd.json_files import printable
+
 IGNORE_FLAG = "--ignore-extra-tensors"
 
 _BUFFER = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -41,4 +43,4 @@ def quantization_of(names: Collection[str]) -> str | None:
 def listed(names: Iterable[str]) -> str:
     """Return names as text: the first five and the number of the rest."""
     names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return ", ".join(map(printable, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_tropd.json_files import as_dataclass, parse_json_object, printable, shown
 from megatron_tropd.models.hf_config import DEQUANTIZE
 from megatron_tropd.weights.files.other_tensors import quantization_of
 
@@ -21,6 +22,8 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The supported dtypes.  Quantized tensors, which need their scales, are refused."""
+_MAX_DIMENSIONS = 64
+_ENTRY_KEYS = ("dtype", "shape", "data_offsets")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -71,25 +74,29 @@ class FileHeader:
         return len(self.prefix) + self.data_bytes
 
 
-def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise HfCheckpointError(f"the header names {key!r} twice")
-        found[key] = value
-    return found
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """What a header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, ...]
 
 
-def _tensor_info(file: str, name: str, entry: Mapping[str, Any], data_start: int) -> TensorInfo:
-    kind = entry["dtype"]
+def _tensor_info(file: str, name: str, value: object, data_start: int) -> TensorInfo:
+    known = {key: value[key] for key in _ENTRY_KEYS if key in value} if isinstance(value, Mapping) else value
+    name = printable(name)
+    entry = as_dataclass(_Entry, known, name)
+    kind, shape = entry.dtype, entry.shape
     if kind not in DTYPES:
-        remedy = f" ({DEQUANTIZE})" if str(kind).startswith(("F8", "F4", "I8", "U8")) else ""
-        raise HfCheckpointError(f"{name} has dtype {kind}; supported are {', '.join(DTYPES)}{remedy}")
-    begin, end = entry["data_offsets"]
-    shape = tuple(int(extent) for extent in entry["shape"])
+        remedy = f" ({DEQUANTIZE})" if kind.startswith(("F8", "F4", "I8", "U8")) else ""
+        raise ValueError(f"{name} has dtype {printable(kind)}; supported are {', '.join(DTYPES)}{remedy}")
+    if len(shape) > _MAX_DIMENSIONS or len(entry.data_offsets) != 2:
+        raise ValueError(f"{name} has {len(shape)} dimensions and {len(entry.data_offsets)} data_offsets; expected 2")
+    begin, end = entry.data_offsets
     info = TensorInfo(file=file, dtype=DTYPES[kind], shape=shape, offset=data_start + begin, nbytes=end - begin)
     if info.nbytes != math.prod(shape) * info.dtype.itemsize:
-        raise HfCheckpointError(f"{name} of shape {list(shape)} and dtype {kind} cannot take {info.nbytes} bytes")
+        raise ValueError(f"{name} of shape {shown(list(shape))} and dtype {kind} cannot take {info.nbytes} bytes")
     return info
 
 
@@ -101,19 +108,20 @@ def parse_header(text: str, file: str) -> FileHeader:
     """
     data_start = LENGTH_BYTES + len(text.encode())
     try:
-        entries = json.loads(text, object_pairs_hook=_no_duplicates)
+        entries = parse_json_object(text, f"{file}: the safetensors header is damaged: it")
+    except ValueError as error:
+        raise HfCheckpointError(str(error)) from error
+    try:
         entries.pop("__metadata__", None)
         if method := quantization_of(entries):
-            raise HfCheckpointError(f"the weights are quantized ({method}), but {DEQUANTIZE}")
+            raise ValueError(f"the weights are quantized ({method}), but {DEQUANTIZE}")
         tensors = {name: _tensor_info(file, name, entry, data_start) for name, entry in entries.items()}
-    except HfCheckpointError as error:
-        raise HfCheckpointError(f"{file}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise HfCheckpointError(f"{file}: the safetensors header is damaged: {error!r}") from error
+    except ValueError as error:
+        raise HfCheckpointError(f"{file}: {error}") from error
     position = data_start
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != position:
-            raise HfCheckpointError(f"{file}: {name} starts at byte {info.offset}, expected {position}")
+            raise HfCheckpointError(f"{file}: {printable(name)} starts at byte {info.offset}, expected {position}")
         position += info.nbytes
     return FileHeader(text=text, tensors=tensors, data_bytes=position - data_start)
 
@@ -124,6 +132,8 @@ def read_header(path: Path) -> FileHeader:
     Raises:
         HfCheckpointError: as :func:`parse_header`, or the file is shorter or longer than its header says.
     """
+    if not path.is_file():
+        raise HfCheckpointError(f"{path} is no file; expected a safetensors file")
     actual = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(LENGTH_BYTES), "little")

@@ -231,14 +231,13 @@ class TorchDistReader:
             )
 
     def _copy(self, chunk: Chunk, start: Sequence[int], target: Tensor) -> None:
-        header = self._header(chunk.span)
+        offset, header = (found := self._header(chunk.span)).offset, found.tensor
         if header.shape != chunk.size:
             raise TorchDistError(f"{chunk.key}: a chunk of {list(chunk.size)} holds a tensor of {list(header.shape)}")
         size, item = list(target.shape), header.dtype.itemsize
         if not header.is_contiguous:
-            span = 1 + sum((n - 1) * s for n, s in zip(header.shape, header.stride, strict=True))
-            raw = torch.empty(span, dtype=header.dtype)
-            self._ranges.read_into(chunk.span.file, header.offset + header.first * item, raw)
+            raw = torch.empty(header.span, dtype=header.dtype)
+            self._ranges.read_into(chunk.span.file, offset + header.first * item, raw)
             whole = raw.as_strided(header.shape, header.stride)
             target.copy_(whole[tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))])
             return
@@ -249,7 +248,7 @@ class TorchDistReader:
         shape = (size[outer], *header.shape[outer + 1 :])
         direct = target.dtype == header.dtype and target.is_contiguous() and target.numel() == size[outer] * row
         raw = target.view(shape) if direct else torch.empty(shape, dtype=header.dtype)
-        self._ranges.read_into(chunk.span.file, header.offset + (header.first + before) * item, raw)
+        self._ranges.read_into(chunk.span.file, offset + (header.first + before) * item, raw)
         if not direct:
             rest = tuple(slice(s, s + n) for s, n in zip(start[outer + 1 :], size[outer + 1 :], strict=True))
             target.copy_(raw[(slice(None), *rest)].view(size) if rest else raw.view(size))

@@ -7,24 +7,15 @@ itself, uncompressed.  The elements are therefore a plain range of bytes of the 
 from __future__ import annotations
 
 import io
-import itertools
 import os
-import pickle
-import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from megatron_tropd.weights.coordinates.hf_shapes import Index
+from megatron_tropd.json_files import shown
 from megatron_tropd.weights.files.byte_ranges import FileRanges
+from megatron_tropd.weights.files.plain_pickle import PickleFault
+from megatron_tropd.weights.files.saved_objects import SavedTensor, read_saved
 
 _LOCAL_HEADER_BYTES = 30  # of a zip member, before its name and extra field
-_STORAGE_DTYPES = {
-    "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
-}  # fmt: skip
 
 
 class TorchDistError(ValueError):
@@ -74,37 +65,7 @@ class ChunkHeader:
     """A chunk's header: where its storage begins in the file and how the tensor lies in it."""
 
     offset: int
-    dtype: torch.dtype
-    first: int
-    shape: Index
-    stride: Index
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether the elements lie row by row without holes."""
-        dense = itertools.accumulate(reversed(self.shape[1:]), lambda a, b: a * b, initial=1)
-        return all(n == 1 or s == d for n, s, d in zip(reversed(self.shape), reversed(self.stride), dense, strict=True))
-
-
-def _rebuild(storage: Any, first: int, shape: Sequence[int], stride: Sequence[int], *_: Any) -> tuple:
-    return storage, first, tuple(shape), tuple(stride)
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Unpickles the description of one tensor, and refuses every class that a plain tensor does not need."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if module == "torch" and name in _STORAGE_DTYPES:
-            return _STORAGE_DTYPES[name]
-        raise TorchDistError(f"a chunk refers to {module}.{name}, which a plain tensor does not need")
-
-    def persistent_load(self, pid: Any) -> Any:
-        _, dtype, key, _, _ = pid
-        return dtype, key
+    tensor: SavedTensor
 
 
 def read_header(ranges: FileRanges, span: ByteRange) -> ChunkHeader:
@@ -114,21 +75,13 @@ def read_header(ranges: FileRanges, span: ByteRange) -> ChunkHeader:
         TorchDistError: it is not one plain, uncompressed, little-endian tensor.
     """
     try:
-        with zipfile.ZipFile(_Window(ranges, span)) as archive:
-            members = {info.filename.split("/", 1)[1]: info for info in archive.infolist()}
-            if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
-                raise TorchDistError("its numbers are big-endian")
-            pickled = io.BytesIO(archive.read(members["data.pkl"]))
-            (dtype, key), first, shape, stride = _TensorUnpickler(pickled).load()
-            member = members[f"data/{key}"]
-        if member.compress_type != zipfile.ZIP_STORED:
-            raise TorchDistError("its storage is compressed")
-        start = span.offset + member.header_offset
+        saved = read_saved(_Window(ranges, span), span.length)  # type: ignore[arg-type]  # what zipfile calls is there
+        tensor = saved.content
+        if not isinstance(tensor, SavedTensor):
+            raise PickleFault(f"it holds {shown(tensor)}; expected a tensor")
+        start = span.offset + saved.members[f"data/{tensor.key}"].header_offset
         local = ranges.read(span.file, start, _LOCAL_HEADER_BYTES)
         names = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-        offset = start + _LOCAL_HEADER_BYTES + names
-        return ChunkHeader(offset=offset, dtype=dtype, first=first, shape=shape, stride=stride)
-    except TorchDistError as error:
-        raise TorchDistError(f"{span.file}, byte {span.offset}: {error}") from None
-    except Exception as error:  # a damaged archive or pickle may raise anything
-        raise TorchDistError(f"{span.file}, byte {span.offset}: the chunk is damaged: {error!r}") from error
+        return ChunkHeader(offset=start + _LOCAL_HEADER_BYTES + names, tensor=tensor)
+    except (PickleFault, OSError) as error:
+        raise TorchDistError(f"{span.file}, byte {span.offset}: the chunk is damaged: {error}") from error

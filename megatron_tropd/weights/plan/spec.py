@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
-from megatron_tropd.models.architecture import Architecture, architecture_from_dict
+from megatron_tropd.json_files import as_dataclass, parse_json_object
+from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel.layout import ParallelLayout
 from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout
 from megatron_tropd.weights.plan.planner import build_plan
@@ -45,19 +46,9 @@ class PlanSpec:
             ValueError: not the text of a spec of this version.
         """
         try:
-            value = json.loads(text)
-            source_placements, engine_placements = value["source_placements"], value["engine_placements"]
-            given = {
-                "arch": architecture_from_dict(value["arch"]),
-                "layout": ParallelLayout(**value["layout"]),
-                "engines": tuple(EngineLayout(**engine) for engine in value["engines"]),
-                "source_placements": source_placements and tuple(Placement(**place) for place in source_placements),
-                "engine_placements": engine_placements
-                and tuple(tuple(Placement(**place) for place in engine) for engine in engine_placements),
-            }
-            return cls(**{**value, **given})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not the inputs of a weight plan: {error!r}") from error
+            return as_dataclass(cls, parse_json_object(text, "the text"), "the plan")
+        except ValueError as error:
+            raise ValueError(f"not the inputs of a weight plan: {error}") from error
 
 
 @lru_cache(maxsize=1)
