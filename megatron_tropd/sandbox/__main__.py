@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from megatron_tropd.flag_parser import FlagParser
 from megatron_tropd.sandbox import Limits, run_python
 
 
@@ -29,7 +30,7 @@ def _positive(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command-line parser of this command."""
-    flags = argparse.ArgumentParser(
+    flags = FlagParser(
         prog="python -m megatron_tropd.sandbox",
         description="Run the programs of JSON lines on stdin, each in a sandbox; print an outcome a line.",
     )
