@@ -119,6 +119,11 @@ def test_each_damage_has_a_message(name, value, message):
         _read(_with(name, value))
 
 
+def test_what_rounding_put_above_0_is_0():
+    _, _, values, _ = _read(_with("input_top_logprobs_val_flat_b64", _b64(NAN * np.float32(-1e-3))))
+    assert values.tolist() == [[0.0] * TOP_K] * len(values)
+
+
 @pytest.mark.parametrize("vocab_size", [ROWS, ROWS - 6])
 def test_the_cut_is_the_exact_top_k_with_ties_by_id(vocab_size):
     """Against a sort of all ids in Python, from candidates in a random order."""
