@@ -41,6 +41,12 @@ def listening_of_a_job(tmp_path, launcher, **env):
     return said
 
 
+def test_the_documents_say_what_is_tested_here():
+    text = (torchrun_jobs.ROOT / "docs" / "launch.md").read_text(encoding="utf-8")
+    assert f"torchrun {' '.join(LOOPBACK_LAUNCH)} --nproc-per-node" in text
+    assert all(f"export {name}={value}" in text for name, value in LOOPBACK_VARIABLES.items())
+
+
 @pytest.mark.slow
 def test_a_job_of_one_machine_can_be_started_so_that_it_listens_on_loopback_only(tmp_path):
     said = listening_of_a_job(tmp_path, LOOPBACK_LAUNCH, **LOOPBACK_VARIABLES)
