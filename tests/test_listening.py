@@ -62,6 +62,7 @@ def test_with_standalone_only_torchruns_own_stores_listen_elsewhere(tmp_path):
 
 @needs_sglang
 def test_a_server_on_loopback_and_all_its_processes_listen_there_only(sglang):
+    sglang.push()  # waits until they are up
     for engine in sglang.engines:
         sockets = listening(psutil.Process(engine.server.pid))
         assert len(sockets) > 3 and not beyond_loopback(sockets)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -100,6 +101,13 @@ def wait_for(condition, seconds=30.0):
         time.sleep(0.01)
 
 
+def stop(process) -> None:
+    """Stop the process, and return when all its threads stand still."""
+    process.send_signal(signal.SIGSTOP)
+    tasks = list(Path(f"/proc/{process.pid}/task").iterdir())
+    wait_for(lambda: all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks))
+
+
 def test_second_job_is_refused(tmp_path):
     with create(tmp_path):
         with job(tmp_path / "run.lock") as (_, said):
@@ -127,7 +135,7 @@ def test_a_killed_job_leaves_no_lock(tmp_path, caplog):
 def test_a_stopped_job_keeps_the_lock(tmp_path):
     path = tmp_path / "run.lock"
     with job(path, renew_s=0.01, stale_s=0.2) as (process, _):
-        process.send_signal(signal.SIGSTOP)
+        stop(process)
         os.utime(path, (0, 0))
         with pytest.raises(RunDirectoryBusyError, match=f"process {process.pid}"):
             RunLock(path, stale_s=0.2)
@@ -163,7 +171,7 @@ def test_a_fresh_lock_of_another_machine_refuses_and_an_old_one_is_taken_over(tm
         assert record_of(path).pid == process.pid
         os.utime(path, (time.time() - 301, time.time() - 301))
         RunLock(path).release()
-    assert "was not renewed for 30" in caplog.text and f"process {process.pid}" in caplog.text
+    assert re.search(r"was not renewed for 3\d\d s", caplog.text) and f"process {process.pid}" in caplog.text
 
 
 def test_without_flock_the_record_refuses_while_its_process_lives(tmp_path):
@@ -180,13 +188,13 @@ def test_without_flock_the_record_refuses_while_its_process_lives(tmp_path):
 
 
 def test_a_job_that_lives_renews_its_lock_and_one_that_comes_back_too_late_ends(tmp_path):
-    path, times = tmp_path / "run.lock", {"renew_s": 0.05, "stale_s": 1.0}
+    path, times = tmp_path / "run.lock", {"renew_s": 0.05, "stale_s": 20.0}
     with job(path, kernel=False, **times, **ELSEWHERE) as (first, _):
         os.utime(path, (0, 0))
         wait_for(lambda: path.stat().st_mtime > 0)
         with job(path, kernel=False, **times) as (_, said):
             assert said.startswith("busy") and "on host elsewhere" in said
-        first.send_signal(signal.SIGSTOP)  # as a machine whose network is gone
+        stop(first)  # as a machine whose network is gone
         os.utime(path, (0, 0))
         with job(path, kernel=False, **times) as (second, said):
             assert said == "held"
@@ -199,7 +207,7 @@ def test_a_job_that_lives_renews_its_lock_and_one_that_comes_back_too_late_ends(
 
 def test_two_jobs_that_start_at_once_without_flock_are_not_both_let_in(tmp_path):
     path = tmp_path / "run.lock"
-    options = {"kernel": False, "waits": True, "settle_s": 2.0}
+    options = {"kernel": False, "waits": True, "settle_s": 3.0}
     with job(path, **options) as (first, one), job(path, **options) as (second, other):
         assert one == other == "about to write"  # both have seen a free lock
         for process in (first, second):
