@@ -10,7 +10,7 @@ Files::
     heartbeat.json           what rank 0 is doing (``progress/heartbeat.py``)
     hf_export/               the student at the end (``training/finish.py``)
     plots/  report.html      made from the files above (``python -m megatron_tropd.reporting.report RUN_DIR``)
-    run.lock                 who writes here (``lock_record.py``); empty when there is no job
+    run.lock                 host and process of the job that writes here; empty when there is none
 """
 
 from __future__ import annotations
