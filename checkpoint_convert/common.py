@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn
 import torch
 import torch.distributed as dist
 
+from megatron_tropd.flag_parser import FlagParser
 from megatron_tropd.hub import Resolved
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel import platform
@@ -32,7 +33,7 @@ class FlagError(ValueError):
     """The command line cannot be parsed; the message begins with the usage."""
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(FlagParser):
     """An ArgumentParser whose errors and help are printed on one rank of a node: errors are raised, for :func:`run`."""
 
     def error(self, message: str) -> NoReturn:

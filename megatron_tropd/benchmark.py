@@ -10,7 +10,6 @@ done, 1 failed or interrupted (the same command goes on), 2 a flag or a file can
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from megatron_tropd.benchmarks.results import model_name
 from megatron_tropd.benchmarks.run import run, say
 from megatron_tropd.benchmarks.statistics import NUM_RESAMPLES
 from megatron_tropd.errors import EngineError
+from megatron_tropd.flag_parser import FlagParser
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -33,7 +33,7 @@ def _run(words: Sequence[str]) -> None:
 
 
 def _compare(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="python -m megatron_tropd.benchmark compare",
         description="Difference of two models over the same questions, by the paired bootstrap.",
     )
@@ -48,7 +48,7 @@ def _compare(words: Sequence[str]) -> None:
 
 
 def _table(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="python -m megatron_tropd.benchmark table", description="One table of several runs, in percent."
     )
     parser.add_argument("outputs", type=Path, nargs="+", metavar="DIR", help="--output directories")

@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.config_fields import BY_ROLE
+from megatron_tropd.flag_parser import FlagParser
 from megatron_tropd.flag_values import check_text, choices_of, from_flag, from_yaml, shortened, show, words_of_yaml
 from megatron_tropd.parallel.megatron_flags import find_field, megatron_fields, refusal
 from megatron_tropd.parallel.print_once import Importance, print_once
@@ -45,7 +46,7 @@ class ConfigError(ValueError):
         super().__init__("\n".join([count + ":", *(f"  - {error}" for error in self.errors)]))
 
 
-class _CollectingParser(argparse.ArgumentParser):
+class _CollectingParser(FlagParser):
     """An ArgumentParser that raises ConfigError instead of exiting, and prints its help on one rank of a node."""
 
     def print_help(self, file: Any = None) -> None:
@@ -96,7 +97,7 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 def make_parser() -> argparse.ArgumentParser:
     """Return the command-line parser of ``megatron_tropd.train``."""
     parser = _CollectingParser(
-        prog="torchrun ... -m megatron_tropd.train", allow_abbrev=False,
+        prog="torchrun ... -m megatron_tropd.train",
         description="Trust Region On-Policy Distillation on Megatron-core.  If a flag with one value is given several "
         "times, the last one counts; a flag with a list is given once.",
     )  # fmt: skip

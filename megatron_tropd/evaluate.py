@@ -21,6 +21,7 @@ from megatron_tropd.data.prompts import PromptFormat, load_prompts
 from megatron_tropd.data.tokenizer import eos_token_ids, load_tokenizer
 from megatron_tropd.errors import EngineError
 from megatron_tropd.evaluation import DECODINGS, check_prompts, evaluate
+from megatron_tropd.flag_parser import FlagParser
 from megatron_tropd.grading.grader import Grader, make_grader
 from megatron_tropd.grading.workers import GradingError
 from megatron_tropd.hub import MODEL_CONFIG_FILES, MODEL_FILES, resolve
@@ -31,7 +32,7 @@ from megatron_tropd.types import GraderKind
 
 def parser() -> argparse.ArgumentParser:
     """Return the command-line parser of this command."""
-    flags = argparse.ArgumentParser(
+    flags = FlagParser(
         prog="python -m megatron_tropd.evaluate", description="Accuracy of a Hugging Face checkpoint on prompts."
     )
     flags.add_argument(

@@ -70,12 +70,12 @@ ROWS = [  # a room may import from its own row and from the rows below
     {"weights.engine_loader", "sglang"},
     {"weights.transport"},
     {"weights.plan", "weights.files"},
-    {"weights.coordinates", "data", "cli", "config", "teacher_config", "teacher_files"},
+    {"weights.coordinates", "data", "cli", "config", "checkpoint_config", "teacher_config", "teacher_files"},
     {"models"},
     {"ops"},
     {"objectives", "parallel", "sandbox"},
     {"types", "rng", "hub", "plain_yaml", "flag_values", "json_files", "errors", "config_fields", "reports"}
-    | {"atomic_files", "file_digest", "plain_names"},
+    | {"atomic_files", "file_digest", "flag_parser", "plain_names"},
 ]
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
@@ -14,7 +12,6 @@ import yaml
 
 from megatron_tropd.reporting import records as lines
 from megatron_tropd.reporting.environment import git_state
-from megatron_tropd.reporting.lock import RunDirectoryBusyError, describe_this_process, is_stale
 from megatron_tropd.reporting.redaction import HIDDEN, redact_argv, redact_mapping
 from megatron_tropd.reporting.rollout_samples import (
     TOKENS_KEPT,
@@ -157,50 +154,6 @@ def test_a_launch_without_a_checkpoint_moves_the_log_of_the_one_before_aside(tmp
     (tmp_path / "metrics.jsonl").write_text('{"kind": "st')  # it ended before its first step
     with create(tmp_path) as run:
         assert run.moved_aside is None and steps_in(tmp_path) == []
-
-
-def test_second_job_is_refused(tmp_path):
-    with create(tmp_path):
-        code = (
-            "import sys; from pathlib import Path; from megatron_tropd.reporting.lock import RunLock\n"
-            "RunLock(Path(sys.argv[1]))"
-        )
-        done = subprocess.run([sys.executable, "-c", code, tmp_path / "run.lock"], capture_output=True, text=True)
-        assert done.returncode != 0 and f"in use by process {os.getpid()}" in done.stderr
-        with pytest.raises(RunDirectoryBusyError):
-            create(tmp_path, resume=True)
-    assert (tmp_path / "run.lock").read_text() == ""
-    create(tmp_path, resume=True).close()
-
-
-def test_lock_of_a_dead_process_is_stale(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", "pass"])
-    child.wait()
-    here = describe_this_process()
-    (tmp_path / "run.lock").write_text(json.dumps(here | {"pid": child.pid}))
-    create(tmp_path).close()
-    assert is_stale(here | {"started": here["started"] - 100})  # the process id was given out again
-    assert not is_stale(here)
-    assert not is_stale(here | {"host": "elsewhere", "pid": child.pid})
-
-
-def test_requeued_slurm_job_takes_its_directory_back(monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "77")
-    before = describe_this_process() | {"host": "elsewhere"}
-    assert not is_stale(before)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert is_stale(before)
-
-
-def test_forked_child_leaves_the_lock_alone(tmp_path):
-    run = create(tmp_path)
-    child = os.fork()
-    if not child:
-        run.close()
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
-    run.close()
 
 
 def test_config_and_environment(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_tropd.benchmarks.serving import given as models_at
 from megatron_tropd.errors import EngineError
 from megatron_tropd.rollout.sglang.api.generation import read_samples, read_scores
 from megatron_tropd.sglang.api import client
@@ -39,6 +40,7 @@ from tests.sglang_replies import (
     damaged,
     engine_at,
     generate_three,
+    good_sample,
     http,
     make_samples,
 )
@@ -73,8 +75,9 @@ def _check_rollouts(rollouts, body) -> None:
         assert json.dumps(written) == json.dumps(sample["output_ids"])
         assert json.dumps([entry[1] for entry in meta["output_token_logprobs"]]) == json.dumps(written)
         assert all(_is_number(entry[0]) for entry in meta["output_token_logprobs"])
-        assert list(rollout.logprobs) == [entry[0] for entry in meta["output_token_logprobs"]]
-        assert max(rollout.logprobs) <= 1e-3 and max(written) < VOCAB_SIZE and min(written) >= 0
+        assert list(rollout.logprobs) == [min(entry[0], 0.0) for entry in meta["output_token_logprobs"]]
+        assert all(-3.5e38 < entry[0] <= 1e-3 for entry in meta["output_token_logprobs"])
+        assert max(written) < VOCAB_SIZE and min(written) >= 0
         assert meta["weight_version"] == "4" and rollout.weight_version == (4, 4)
         assert {span["version"] for span in meta.get("weight_versions") or []} <= {"4"}
         assert rollout.finish == meta["finish_reason"]["type"]
@@ -105,6 +108,37 @@ def test_damaged_samples_are_rollouts_or_named_errors(body):
         _check_rollouts(rollouts, body)
 
 
+def _one(token_ids, *, logprob=-1.0, finish="stop"):
+    return good_sample(list(token_ids), [logprob] * len(token_ids), finish)
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (_one([11, 2], logprob=0.0011), "written token 11 is 0.0011; expected a log-probability"),
+        (_one([11, 2], logprob=1e-3), ""),
+        (_one([11, 2], logprob=-1e39), "written token 11 is -1e+39"),  # -inf in the trainer's fp32
+        (_one([11, 2], logprob=10**400), "finite number"),
+        (_one([11, True, 2]), "wrote token id True"),
+        (_one([11, 12.0, 2]), "wrote token id 12.0"),
+        (_one([11, 10**400, 2]), "wrote token id 1000"),
+        (_one([11, 9, 12, 2]), "expected a stop token of [2, 9] at the end and nowhere else"),
+        (_one([11, 2, 12, 13, 14], finish="length"), "at the end and nowhere else, or the full length"),
+        (_one([11, 12], finish="stop"), "expected a stop token"),
+        (_one([11, 2], finish="length"), "after 2 of 5 tokens"),
+    ],
+)
+def test_what_looks_like_a_sample_and_is_none_is_named(sample, message):
+    body = [sample, *(_one([11, 2]) for _ in range(2))]
+    if not message:
+        rollouts = read_samples(body, GROUP, REQUESTS, version=VERSION, rules=RULES)
+        assert rollouts[0].logprobs == (0.0, 0.0)
+        return
+    with pytest.raises(BadResponse) as failure:
+        read_samples(body, GROUP, REQUESTS, version=VERSION, rules=RULES)
+    _check_message(failure.value, message)
+
+
 GOOD_SCORES = (
     SEEDS.map(random.Random)
     .map(lambda numbers: [-numbers.expovariate(0.5) for _ in range(3)])
@@ -124,7 +158,7 @@ GOOD_SCORES = (
 
 def _check_scores(scores, body) -> None:
     _, *entries = body["meta_info"]["input_token_logprobs"]
-    assert list(scores) == [entry[0] for entry in entries] and max(scores) <= 1e-3
+    assert list(scores) == [min(entry[0], 0.0) for entry in entries] and max(entry[0] for entry in entries) <= 1e-3
     assert all(_is_number(entry[0]) for entry in entries)
     assert json.dumps([entry[1] for entry in entries]) == "[6, 7, 0]" and body["meta_info"]["weight_version"] == "4"
 
@@ -178,6 +212,15 @@ def test_damaged_control_answers_are_read_or_named_errors(case):
 @pytest.mark.parametrize("path", sorted(CONTROL))
 def test_good_control_answers_are_read(path):
     _check_control(path, CONTROL[path](GOOD[path]), GOOD[path])
+
+
+@pytest.mark.parametrize(
+    "body", [None, [], {}, {"data": 3}, {"data": []}, {"data": [1]}, {"data": [{"id": True}]}, 10**400]
+)
+def test_a_list_of_models_of_another_shape_names_its_server(body):
+    with FakeEngine({"/v1/models": answer(body)}) as server, pytest.raises(BadResponse) as failure:
+        models_at((server.url,), None, None)
+    _check_message(failure.value, f"--server-urls {server.url}: /v1/models: ")
 
 
 # ---- the same over HTTP, through the engine ----

@@ -79,9 +79,10 @@ def test_damaged_answers_are_scores_or_named_errors(data, seed, flat):
         given_, ids, values, at = _read(body)
     except BadResponse:
         return
-    assert all(type(value) is float and value <= 1e-3 for value in given_) and len(given_) == len(TOKENS) - 2
+    assert all(type(value) is float and value <= 0.0 for value in given_) and len(given_) == len(TOKENS) - 2
     assert ids.shape == values.shape == (len(TOKENS) - 2, TOP_K) and at.shape == (len(TOKENS) - 2, 2)
-    assert np.isfinite(values).all() and ids.min() >= 0 and ids.max() < ROWS
+    assert np.isfinite(values).all() and values.max() <= 0.0 and np.isfinite(at).all() and at.max() <= 0.0
+    assert ids.min() >= 0 and ids.max() < ROWS
 
 
 def _with(name, value):
@@ -100,6 +101,7 @@ NAN, TWICE = np.full((3, TOP_K), -1.0, np.float32), np.arange(9, dtype=np.int32)
         ("input_top_logprobs_shape", [2, TOP_K], r"of shape \[2, 3\] after 1 without"),
         ("input_top_logprobs_shape", None, "expected a list"),
         ("input_top_logprobs_null_prefix", 0, "after 0 without"),
+        ("input_top_logprobs_null_prefix", True, "null_prefix is True; expected an integer"),
         ("input_top_logprobs_val_flat_b64", _b64(NAN[:2]), "top log-probabilities of shape"),
         ("input_top_logprobs_val_flat_b64", "*", "no base64 of float32"),
         ("input_top_logprobs_val_flat_b64", 7, "no base64 of float32"),
@@ -115,6 +117,11 @@ NAN, TWICE = np.full((3, TOP_K), -1.0, np.float32), np.arange(9, dtype=np.int32)
 def test_each_damage_has_a_message(name, value, message):
     with pytest.raises(BadResponse, match=message):
         _read(_with(name, value))
+
+
+def test_what_rounding_put_above_0_is_0():
+    _, _, values, _ = _read(_with("input_top_logprobs_val_flat_b64", _b64(NAN * np.float32(-1e-3))))
+    assert values.tolist() == [[0.0] * TOP_K] * len(values)
 
 
 @pytest.mark.parametrize("vocab_size", [ROWS, ROWS - 6])

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from megatron_tropd.flag_parser import FlagParser  # noqa: E402
 from megatron_tropd.parallel import platform  # noqa: E402
 
 platform.install()
@@ -73,7 +74,7 @@ PRESETS = {
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; a preset's numbers can be overridden one by one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "gpu" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--preset", choices=sorted(PRESETS), default=default)
     parser.add_argument("--tokens", type=int, nargs=2, metavar=("FEWER", "MORE"))

@@ -16,14 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_tropd.flag_parser import FlagParser  # noqa: E402
 from tools.results.collect import Results, save, text  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the options."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("directory", type=Path, help="OUT, OUT/TABLE or OUT/TABLE/SETTING, with ROW/row.json below it")
     p.add_argument("--save", type=Path, metavar="DIR", help="write results.md, results.csv and figures/ there")
     return p

@@ -17,15 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megatron_tropd.atomic_files import write_text  # noqa: E402
+from megatron_tropd.flag_parser import FlagParser  # noqa: E402
 from tools.results.compare_input import load  # noqa: E402
 from tools.results.compare_page import comparison_page  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the options."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory, or one with run/ and benchmark/")
     p.add_argument("--names", nargs="+", help="what the runs are called (default: names of their directories)")
     p.add_argument(

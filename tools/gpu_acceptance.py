@@ -25,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_tropd.flag_parser import FlagParser  # noqa: E402
 from tools.acceptance.hardware import sglang  # noqa: E402
 from tools.acceptance.runner import environment, run_sections  # noqa: E402
 from tools.acceptance.sections import SECTIONS  # noqa: E402
@@ -37,7 +38,7 @@ _LOOK_S = 120.0
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     letters = [section.letter for section in SECTIONS]
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where torch sees a GPU")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes; always on a CPU")

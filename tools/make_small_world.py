@@ -14,6 +14,8 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_tropd.flag_parser import FlagParser
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from small_world.build import WorldSpec, make_world
@@ -35,7 +37,7 @@ def main() -> None:
 
 def parse_arguments() -> WorldSpec:
     """The command line as a :class:`WorldSpec`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-train-prompts", type=int, default=1600)

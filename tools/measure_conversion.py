@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_tropd.flag_parser import FlagParser
+
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {
     "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
@@ -107,7 +109,7 @@ def measure(command: str, flags: list[str], processes: int, work: Path) -> dict[
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="qwen3-0.6b")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("KEY", "N"), help="config.json values")

@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_tropd.flag_parser import FlagParser  # noqa: E402
 from megatron_tropd.sglang.server.process import ServerProcess  # noqa: E402
 from megatron_tropd.sglang.settings import SGLangSettings  # noqa: E402
 from tools.overlap.runs import Seconds, train  # noqa: E402
@@ -98,7 +99,7 @@ def compare(bench: Bench) -> dict[str, dict[str, Seconds]]:
 
 def main() -> int:
     """Run the command; return its exit code."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--directory", type=Path, default=Path("runs/overlap"), help="where everything is written")
     flags.add_argument("--sglang-python", type=Path, default=Path(".venv-sglang/bin/python"))
     flags.add_argument("--dedicated-limit", type=float, default=0.8, help="most step time, as a share of colocated")

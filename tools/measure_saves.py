@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_tropd.flag_parser import FlagParser
 from megatron_tropd.reporting.records import of_kind, read_records
 from tools.overlap.world import Costs, make_world
 
@@ -77,7 +78,7 @@ def train(world: Path, run_dir: Path, steps: int, flags: list[str]) -> Seconds:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="directory for the models and the runs")
     parser.add_argument("--steps", type=int, default=_WARM_UP + 4 * INTERVAL, help="steps of a run")
     parser.add_argument(

@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_tropd.flag_parser import FlagParser  # noqa: E402
 from tools.paper.recipes import RecipeError, Tables, as_yaml, read_tables, recipe  # noqa: E402
 
 
@@ -62,7 +63,7 @@ def listing(tables: Tables) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="print settings and rows, write nothing")
     parser.add_argument("--resolved", type=Path, metavar="DIR", help="write all flags of all rows, a file a setting")
     parser.add_argument("--setting", default="", help="a file of examples/paper/settings")

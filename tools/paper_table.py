@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megatron_tropd.cli import ConfigError  # noqa: E402
+from megatron_tropd.flag_parser import FlagParser  # noqa: E402
 from tools.paper.recipes import PAPER, Place, RecipeError, Tables, read_tables  # noqa: E402
 from tools.paper.table_run import EXIT_FAILED, EXIT_USAGE, Options, Outcome, TableRun  # noqa: E402
 
@@ -102,7 +103,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="run_table.sh",
         usage="run_table.sh TABLE --out DIR [flags] [-- flags of the trainer]",
         description=__doc__,

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_tropd.cli import ConfigError, parse  # noqa: E402
 from megatron_tropd.config import TrainConfig  # noqa: E402
+from megatron_tropd.flag_parser import FlagParser  # noqa: E402
 from tools.model_sizes import NAMES  # noqa: E402
 from tools.planning.hardware import GPUS, Efficiency  # noqa: E402
 from tools.planning.report import RunPlan, as_value, text  # noqa: E402
@@ -33,7 +34,7 @@ EFFICIENCIES = ("score", "train", "decode_bandwidth", "link")
 """Fields of Efficiency that have a flag."""
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(FlagParser):
     """Raises ConfigError instead of exiting, so that all mistakes look alike."""
 
     def error(self, message: str) -> NoReturn:
@@ -43,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """Return the options of this tool alone."""
     p = _Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"known sizes: {', '.join(NAMES)}",
     )  # fmt: skip
     p.add_argument("--num-gpus", type=int, help="ranks of torchrun, with those of a dedicated teacher; needed")

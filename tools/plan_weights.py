@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_tropd.flag_parser import FlagParser  # noqa: E402
 from megatron_tropd.models.architecture import Architecture  # noqa: E402
 from megatron_tropd.parallel.layout import ParallelLayout  # noqa: E402
 from megatron_tropd.weights.coordinates.engine_boxes import EngineLayout  # noqa: E402
@@ -62,7 +63,7 @@ class Outcome:
 
 def parser() -> argparse.ArgumentParser:
     """The command line; Megatron's and SGLang's own names."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", help=f"{', '.join(NAMES)}, or an HF directory")
     p.add_argument("--dtype", choices=DTYPES, default="bf16")
     trainer = p.add_argument_group("trainer")

@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_tropd.flag_parser import FlagParser  # noqa: E402
 from megatron_tropd.reporting.records import of_kind, read_records  # noqa: E402
 
 JUDGED = ("greedy", "top_p_0.7")
@@ -135,7 +136,7 @@ def parts(args: argparse.Namespace, world: Path, job: Path) -> list[Part]:
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    flags = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    flags = FlagParser(description=(__doc__ or "").split("\n\n")[0])
     flags.add_argument("--directory", type=Path, default=Path("runs"), help="directory for all files (default: runs)")
     flags.add_argument("--seed", type=int, default=0, help="seed of the world and of the run")
     flags.add_argument("--min-points", type=float, default=15.0, help="rise in accuracy that must be reached")

@@ -22,13 +22,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_tropd.flag_parser import FlagParser  # noqa: E402
 from tools.experiment.stages import Interpreters, Stage, reports, stages  # noqa: E402
 from tools.experiment.world import make_world  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command-line parser of this command."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--save", type=Path, default=ROOT / "runs/experiment", help="default: runs/experiment")
     flags.add_argument("--steps", type=int, default=60, help="of TrOPD")
     flags.add_argument("--min-points", type=float, default=20.0, help="expected rise, in percentage points")

@@ -7,7 +7,6 @@ The same results give the same bytes.  What is missing in the results is named i
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megatron_tropd.atomic_files import write_text  # noqa: E402
+from megatron_tropd.flag_parser import FlagParser  # noqa: E402
 from tools.study.claims import MAIN  # noqa: E402
 from tools.study.comparisons import ENTROPY, GRAD_NORM, Table  # noqa: E402
 from tools.study.figures import draw_curves  # noqa: E402
@@ -44,7 +44,7 @@ def write(results: Sequence[Result], page_file: Path, images: Path) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    flags = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    flags = FlagParser(description=(__doc__ or "").split("\n\n")[0])
     flags.add_argument("--results", type=Path, default=ROOT / "examples/miniature_study/results.jsonl")
     flags.add_argument("--page", type=Path, default=ROOT / "docs/miniature_study.md")
     flags.add_argument("--images", type=Path, default=ROOT / "docs/images")

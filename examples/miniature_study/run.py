@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_tropd.flag_parser import FlagParser  # noqa: E402
 from tools.study.jobs import ENVIRONMENT  # noqa: E402
 from tools.study.methods import METHODS  # noqa: E402
 from tools.study.plan import (  # noqa: E402
@@ -38,7 +39,7 @@ from tools.study.plan import (  # noqa: E402
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--directory", type=Path, default=Path("runs/miniature_study"), help="default: %(default)s")
     flags.add_argument("--workers", type=int, default=2, help="runs side by side, one core each (default: %(default)s)")
     flags.add_argument("--seeds", type=int, default=SEEDS, help="seeds 0, 1, ... (default: %(default)s)")

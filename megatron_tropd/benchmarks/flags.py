@@ -14,6 +14,7 @@ from typing import Any
 from megatron_tropd.benchmarks.paper_results import PAPER
 from megatron_tropd.benchmarks.protocol import BENCHMARKS, CHOICE_TEMPLATE, MATH_TEMPLATE, PROFILES, Protocol
 from megatron_tropd.cli import sglang_errors
+from megatron_tropd.flag_parser import FlagParser
 from megatron_tropd.sglang.server_flags import BENCHMARK_FLAGS
 
 _DEFAULTS = Protocol()
@@ -21,8 +22,8 @@ _DEFAULTS = Protocol()
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of a run; ``--sglang-X`` flags are left over."""
-    flags = argparse.ArgumentParser(
-        prog="python -m megatron_tropd.benchmark", allow_abbrev=False, description=(
+    flags = FlagParser(
+        prog="python -m megatron_tropd.benchmark", description=(
             "Run the paper's benchmarks on a model.  Also: `compare DIR_A DIR_B` and `table DIR...` of finished runs "
             "(each has a --help)."
         ),

@@ -157,7 +157,10 @@ async def _models_of(url: str, keys: Keys | None) -> list[str]:
         answer = await client.get("/v1/models", timeout_s=_QUESTION_S)
         names = [text(field(entry, "id"), "id") for entry in items(field(answer, "data"), "data")]
         if not names:
-            raise BadResponse(f"--server-urls {url} serves no model")
+            raise BadResponse("it serves no model")
         return names
+    except BadResponse as error:
+        name = "" if str(error).startswith(client.name) else f"{client.name}: /v1/models: "
+        raise BadResponse(f"{name}{error}") from None
     finally:
         await client.close()

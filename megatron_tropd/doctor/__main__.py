@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_tropd.doctor.versions import OLDEST_PYTHON
+from megatron_tropd.flag_parser import FlagParser
 
 if TYPE_CHECKING:
     from megatron_tropd.doctor.finding import Finding
@@ -28,7 +29,7 @@ _NARROWEST, _WIDEST = 80, 120
 
 def parser() -> argparse.ArgumentParser:
     """Return the command-line parser of this command."""
-    flags = argparse.ArgumentParser(
+    flags = FlagParser(
         prog="python -m megatron_tropd.doctor",
         description="What this machine has for a run, what is missing and what that costs.",
     )

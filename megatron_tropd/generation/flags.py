@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from megatron_tropd.cli import Passed, split_flags
 from megatron_tropd.config import DataConfig, EvaluationConfig
+from megatron_tropd.flag_parser import FlagParser
 from megatron_tropd.generation.rows import Keep
 from megatron_tropd.types import GraderKind
 
@@ -75,8 +76,8 @@ def flag_names() -> set[str]:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command-line parser of the command."""
-    flags = argparse.ArgumentParser(
-        prog="python -m megatron_tropd.generate", allow_abbrev=False,
+    flags = FlagParser(
+        prog="python -m megatron_tropd.generate",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Responses of a Hugging Face model to prompts, as Parquet files for --prompt-data of a run.  Any "
         "other --sglang-X is passed to the SGLang servers as --X.",

@@ -22,8 +22,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import distributed_c10d
 
 from megatron_tropd.parallel import platform
+from megatron_tropd.parallel.interfaces import loopback_variables
 from megatron_tropd.parallel.layout import ParallelLayout, RankCoords
-from megatron_tropd.parallel.roles import Job, join_job
+from megatron_tropd.parallel.roles import Job, is_on_one_machine, join_job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,9 @@ def init_distributed(timeout_s: float = DEFAULT_TIMEOUT_S, job: Job | None = Non
     if not dist.is_initialized():
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
             os.environ.setdefault(name, value)
+        if is_on_one_machine():
+            for name, value in loopback_variables().items():
+                os.environ.setdefault(name, value)
         if platform.is_cuda():
             local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local_rank >= num_gpus:
@@ -94,7 +98,10 @@ def init_distributed(timeout_s: float = DEFAULT_TIMEOUT_S, job: Job | None = Non
                 rank=job.rank - job.role.first, world_size=job.role.size, timeout=timeout,
             )  # fmt: skip
         elif "MASTER_ADDR" in os.environ:
-            dist.init_process_group(platform.backend(), timeout=timeout)
+            dist.init_process_group(
+                platform.backend(), store=dist.PrefixStore("world", join_job(timeout_s)),
+                rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), timeout=timeout,
+            )  # fmt: skip
         else:
             dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return dist.get_rank(), dist.get_world_size()

@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_tropd.parallel.side_group import LOOPBACK
+from megatron_tropd.parallel.side_group import LOOPBACK, host_store
 
 TRAINER = "trainer"
 
@@ -75,9 +75,20 @@ def job_of_environment(roles: Sequence[Role]) -> Job:
 
 
 def join_job(timeout_s: float) -> dist.Store:
-    """Return the store that all ranks of the job reach.  Collective over the job, once."""
+    """Return the store that all ranks of the job reach.  Collective over the job, once.
+
+    torchrun hosts it, on every address of the machine.  Where it does not (docs/launch.md says how to tell it so) and
+    all ranks are on one machine, rank 0 hosts it, on the master address only; elsewhere torch does.
+    """
+    if is_on_one_machine() and not _torchrun_hosts_store() and os.environ.get("RANK") == "0":
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return host_store(host=host, port=port, timeout_s=timeout_s)
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     return store
+
+
+def _torchrun_hosts_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def another_connection(timeout_s: float) -> dist.Store:

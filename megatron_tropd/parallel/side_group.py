@@ -24,7 +24,7 @@ def host_store(*, host: str = LOOPBACK, port: int = 0, timeout_s: float) -> dist
     One process hosts it for as long as a group lives.  It listens on the address ``host`` only.  It has no
     authentication: keep it on loopback or on a private network.
     """
-    listener = socket.create_server((host, port))
+    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     chosen = listener.getsockname()[1]
     # Given only a port, TCPStore would listen on every address of the machine.  It closes the descriptor itself.
     return dist.TCPStore(

@@ -60,6 +60,8 @@ def is_exported(run_dir: Path) -> bool:
 class RunDirectory:
     """The files of a run whose lock this process holds; a context manager that releases the lock.
 
+    Methods that write into a run raise RunDirectoryBusyError where another job has taken the directory over.
+
     Example:
         with RunDirectory.create("runs/a", config={"lr": 1e-6}, resume=True) as run:
             run.rewind(start_step)
@@ -138,6 +140,7 @@ class RunDirectory:
 
     def rollouts(self, step: int, samples: Sequence[RolloutSample]) -> Path:
         """Write the rollouts of ``step`` that are kept for reading."""
+        self._lock.check()
         path = self.path / "rollouts" / f"step_{step:07d}.jsonl"
         write_samples(path, samples)
         return path
@@ -154,6 +157,7 @@ class RunDirectory:
         self.close()
 
     def _append(self, record: Record) -> Record:
+        self._lock.check()
         if self._metrics is None:
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._metrics.write(f"{encode(record)}\n")

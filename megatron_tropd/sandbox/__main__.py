@@ -29,8 +29,9 @@ def _positive(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command-line parser of this command."""
-    flags = argparse.ArgumentParser(
+    flags = argparse.ArgumentParser(  # no FlagParser: a copy of this folder alone works
         prog="python -m megatron_tropd.sandbox",
+        allow_abbrev=False,
         description="Run the programs of JSON lines on stdin, each in a sandbox; print an outcome a line.",
     )
     flags.add_argument(

@@ -25,6 +25,19 @@ class ServerFlags:
     refused: Mapping[str, str]
     """Server flags that may not be passed through, and what to do instead."""
 
+    def refusal(self, word: str) -> str:
+        """Return why ``word`` of a server's command line may not be there; "" where it may.
+
+        SGLang's parser takes the beginning of a name for the whole: ``--api-k`` would be ``--api-key``.
+        """
+        name = word.partition("=")[0]
+        if name in self.refused:
+            return self.refused[name]
+        for whole, reason in self.refused.items() if name.startswith("--") else ():
+            if whole.startswith(name):
+                return f"SGLang takes it for {whole}; {reason}"
+        return ""
+
 
 def _refused(*, tp_size: str, model: str, dp_size: str, gpu_ids: str, pp_size: str) -> dict[str, str]:
     return {

@@ -151,7 +151,7 @@ class ServerSettings:
                 f"({self.names.number}) of {self.tp_size} GPUs each ({self.names.tp_size})"
             )
         for flag in self.flags:
-            if reason := self.names.refused.get(flag.partition("=")[0]):
+            if reason := self.names.refusal(flag):
                 raise ValueError(
                     f"{self.names.prefix}{flag.partition('=')[0].removeprefix('--')}: {flag.partition('=')[0]} cannot "
                     f"be passed through to SGLang: {reason}"

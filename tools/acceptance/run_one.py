@@ -6,7 +6,6 @@ before it runs.  A closed standard input ends it: the command is gone.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import faulthandler
 import importlib
@@ -15,6 +14,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from megatron_tropd.flag_parser import FlagParser
 from tools.acceptance.report import Report, reason_of
 from tools.acceptance.setting import Setting
 
@@ -29,7 +29,7 @@ def end_with_parent() -> None:
 
 def main() -> int:
     """Run the section; returns 1 if it raised."""
-    flags = argparse.ArgumentParser(description=__doc__)
+    flags = FlagParser(description=__doc__)
     flags.add_argument("letter")
     flags.add_argument("module")
     flags.add_argument("rows", type=Path)

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from megatron_tropd.flag_parser import FlagParser
 from tools.prompt_preparation.drafts import GRADERS
 from tools.prompt_preparation.settings import DEFAULT_NGRAM, Settings, UsageError, flag_of
 
@@ -13,7 +14,7 @@ _PAIRS = {"where": str, "domain_map": str, "take": int}
 """Flags whose values are NAME=VALUE, and what the value is."""
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(FlagParser):
     """Raises UsageError instead of exiting, so that all mistakes look alike."""
 
     def error(self, message: str) -> NoReturn:
@@ -23,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Return the flags."""
     p = _Parser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )  # fmt: skip
     _add_data(p.add_argument_group("data"))

@@ -6,7 +6,6 @@ Usage:
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_tropd.atomic_files import write_text
+from megatron_tropd.flag_parser import FlagParser
 from megatron_tropd.reporting.records import read_records
 from megatron_tropd.reporting.report import sections
 from megatron_tropd.reporting.report.page import image, page, section
@@ -67,7 +67,7 @@ def _mapping(config_text: str) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description="Write report.html of a run directory again.")
+    parser = FlagParser(description="Write report.html of a run directory again.")
     parser.add_argument("run_dir", type=Path)
     run_dir = parser.parse_args().run_dir
     try:

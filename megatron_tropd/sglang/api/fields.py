@@ -15,6 +15,11 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 3, 8, 8
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 
+ROUNDING = 1e-3
+"""A log-probability may be above 0 by so much, and then counts as 0: the server takes the logarithm of a softmax in
+fp32, with an error of 1e-7 of the logits, so that 1e-3 would need logits of 10,000."""
+_MAX_FP32 = 3.4e38
+
 
 def shown(value: Any) -> str:
     """Return a short text of ``value`` for a message, however long or deep it is."""
@@ -44,6 +49,14 @@ def number(value: Any, what: str) -> float:
     if type(value) is int and abs(value) < 1 << 53:  # a larger one would lose digits
         return float(value)
     raise BadResponse(f"{what} is {shown(value)}; expected a finite number")
+
+
+def logprob(value: Any, what: str) -> float:
+    """Return ``value`` if it is a log-probability: finite in fp32 too, and 0 or less, after rounding."""
+    found = number(value, what)
+    if not -_MAX_FP32 <= found <= ROUNDING:
+        raise BadResponse(f"{what} is {found!r}; expected a log-probability: a finite number not above 0")
+    return min(found, 0.0)
 
 
 def text(value: Any, what: str) -> str:

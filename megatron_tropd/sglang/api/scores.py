@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tropd.sglang.api.fields import field, integer, items, number, shown
+from megatron_tropd.sglang.api.fields import ROUNDING, field, integer, items, logprob, shown
 from megatron_tropd.sglang.errors import BadResponse
 
-_ROUNDING = 1e-3
-"""A log-probability may be above 0 by so much: the server rounds, in steps of 1e-7 at 1 in fp32."""
 _MAX_ROWS = 1 << 30
 
 
@@ -64,10 +62,7 @@ def read_logprobs(entries: Any, token_ids: Sequence[int], what: str, called: Seq
     for entry, token, name in zip(entries, token_ids, called, strict=True):
         if not isinstance(entry, list | tuple) or len(entry) < 2 or type(entry[1]) is not int or entry[1] != name:
             raise BadResponse(f"log-probability entry {shown(entry)} does not belong to {what} token {token}")
-        value = number(entry[0], f"the log-probability of {what} token {token}")
-        if value > _ROUNDING:
-            raise BadResponse(f"the log-probability of {what} token {token} is {value!r}; expected none above 0")
-        values.append(value)
+        values.append(logprob(entry[0], f"the log-probability of {what} token {token}"))
     return tuple(values)
 
 
@@ -89,10 +84,10 @@ def read_top(body: Any, *, num_tokens: int, top_k: int, num_rows: int) -> tuple[
         shape = [
             integer(n, "a size", low=0, high=_MAX_ROWS) for n in items(meta.get("input_top_logprobs_shape"), "shape")
         ]
-        skipped = field(meta, "input_top_logprobs_null_prefix")
+        skipped = integer(field(meta, "input_top_logprobs_null_prefix"), "null_prefix", low=0, high=_MAX_ROWS)
         if shape != [num_tokens, top_k] or skipped != 1 or ids.size != values.size or ids.size != num_tokens * top_k:
             raise BadResponse(
-                f"top log-probabilities of shape {shown(shape)} after {shown(skipped)} without; expected "
+                f"top log-probabilities of shape {shown(shape)} after {skipped} without; expected "
                 f"{[num_tokens, top_k]} after 1"
             )
         ids, values = ids.reshape(num_tokens, top_k), values.reshape(num_tokens, top_k)
@@ -104,13 +99,15 @@ def read_top(body: Any, *, num_tokens: int, top_k: int, num_rows: int) -> tuple[
 
 
 def check_top(ids: NDArray[Any], values: NDArray[Any], num_rows: int) -> None:
-    """Check the ids and log-probabilities of tops, [N, K] each, by a model of ``num_rows`` ids."""
+    """Check the ids and log-probabilities of tops, [N, K] each, by a model of ``num_rows`` ids.  What is above 0 by
+    rounding becomes 0 in ``values``."""
     if ids.size and not (ids.min() >= 0 and ids.max() < num_rows):
         wrong = ids[(ids < 0) | (ids >= num_rows)]
         raise BadResponse(f"a top id is {int(wrong[0])}; expected one in [0, {num_rows})")
-    if values.size and not (np.isfinite(values).all() and values.max() <= _ROUNDING):
-        wrong = values[~(np.isfinite(values) & (values <= _ROUNDING))]
-        raise BadResponse(f"a top log-probability is {float(wrong[0])!r}; expected a finite number not above 0")
+    good = np.isfinite(values) & (values <= ROUNDING)
+    if not good.all():
+        raise BadResponse(f"a top log-probability is {float(values[~good][0])!r}; expected a finite number not above 0")
+    np.minimum(values, 0.0, out=values)
     if ids.size and (np.diff(np.sort(ids, axis=1), axis=1) == 0).any():
         raise BadResponse("a top id is there twice in one position")
 
@@ -140,7 +137,7 @@ def read_nested(rows: list[Any], num_tokens: int, top_k: int) -> tuple[NDArray[A
         for rank, entry in enumerate(given):
             if not isinstance(entry, list) or len(entry) < 2:
                 raise BadResponse(f"a top log-probability is {shown(entry)}; expected [log-probability, id, text]")
-            values[place, rank] = number(entry[0], "a top log-probability")
+            values[place, rank] = logprob(entry[0], "a top log-probability")
             ids[place, rank] = integer(entry[1], "a top id", low=0, high=_MAX_ROWS)
     return ids, values
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_tropd.parallel.interfaces import loopback_variables
 from megatron_tropd.sglang.settings import ServerSettings
 
 LAUNCHER = Path(__file__).with_name("launch.py")
@@ -28,6 +29,10 @@ _CPU_DEFAULTS: dict[str, str | None] = {
 }
 # Not run: no GPU was at hand.  The fraction leaves room for a trainer on the same GPU.
 _CUDA_DEFAULTS: dict[str, str | None] = {"--device": "cuda", "--mem-fraction-static": "0.5", "--sleep-on-idle": None}
+
+
+_SEVERAL_MACHINES = frozenset({"--dist-init-addr", "--nccl-init-addr", "--nnodes", "--node-rank"})
+"""With one of these SGLang's own processes are on several machines, and must reach each other."""
 
 
 def _given(flags: tuple[str, ...]) -> set[str]:
@@ -81,3 +86,25 @@ def server_environment(settings: ServerSettings, index: int, environ: Mapping[st
         own = [visible[gpu] if gpu < len(visible) and visible[gpu] else str(gpu) for gpu in mine]
         kept["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     return kept
+
+
+def meeting_environment(settings: ServerSettings, port: int, meeting: Path) -> dict[str, str]:
+    """Return variables that keep what is between the processes of one server on its machine; the caller's go before.
+
+    SGLang would give its processes a store of torch's, which listens on every address of the machine and lets anyone
+    write.  A file does the same for processes of one machine and one user.
+
+    Args:
+        settings: of the servers.
+        port: of this server.
+        meeting: an empty file that only this server has.
+    """
+    if not _SEVERAL_MACHINES.isdisjoint(_given(settings.flags)):
+        return {}
+    return {
+        "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{meeting}",
+        # By these SGLang names its shared memory on a CPU with AMX, where it would otherwise use the store's address.
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        **loopback_variables(),
+    }

@@ -8,9 +8,10 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 
-from megatron_tropd.sglang.server.command import server_command, server_environment
+from megatron_tropd.sglang.server.command import meeting_environment, server_command, server_environment
 from megatron_tropd.sglang.settings import ServerSettings
 
 _TAIL_BYTES = 4000
@@ -36,6 +37,7 @@ class ServerProcess:
         self._settings, self._index, self._max_positions = settings, index, max_positions
         self._process: subprocess.Popen[bytes] | None = None
         self._starts = 0
+        self._meeting: Path | None = None
         self.url = ""
         self.log = Path()
         self.is_local = True
@@ -54,13 +56,18 @@ class ServerProcess:
         self.url = f"http://{host}:{port}"
         settings.log_dir.mkdir(parents=True, exist_ok=True)
         self.log = settings.log_dir / f"sglang-{self._index}-start-{self._starts}.log"
+        descriptor, name = tempfile.mkstemp(prefix="tropd-sglang-")  # on a local disk: its processes lock it
+        os.close(descriptor)
+        self._meeting = Path(name)
+        environment = meeting_environment(settings, port, self._meeting)
+        environment |= server_environment(settings, self._index, os.environ)
         with open(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
             self._process = subprocess.Popen(
                 server_command(settings, self._index, port, self._max_positions),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=server_environment(settings, self._index, os.environ),
+                env=environment,
                 start_new_session=True,
             )
         keys = settings.keys
@@ -94,6 +101,8 @@ class ServerProcess:
     def stop(self) -> None:
         """Kill the group and wait for its leader.  May be called twice."""
         process, self._process = self._process, None
+        if self._meeting is not None:
+            self._meeting.unlink(missing_ok=True)
         if process is None:
             return
         # SIGKILL, because SGLang's orderly end waits for requests; nothing of the server is worth keeping.
