@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -35,6 +36,7 @@ class Launch:
     """How far a launch has come, which decides what its end means for the user."""
 
     def __init__(self) -> None:
+        self.began_s = time.monotonic()
         self.trains: TrainConfig | None = None
         """The configuration, as soon as steps are made."""
 
@@ -108,7 +110,7 @@ def _train(argv: Sequence[str], launch: Launch, job_end: JobEnd) -> int:
     from megatron_tropd.setup.run_spec import make_run_spec
     from megatron_tropd.setup.teacher_world import make_worker
     from megatron_tropd.setup.watching import serving, watched
-    from megatron_tropd.training.stopping import Stopped
+    from megatron_tropd.training.stopping import Stopped, stopped_file
 
     spec = make_run_spec(config, int(os.environ.get("WORLD_SIZE", "1")))
     job = job_of_environment(spec.roles)
@@ -122,12 +124,12 @@ def _train(argv: Sequence[str], launch: Launch, job_end: JobEnd) -> int:
             worker = _refusing(lambda: make_worker(spec, job))
             launch.trains = spec.config
             with (
-                watched(spec.config, job, serving(), job_end.report),
                 job_end.saving_first(request, spec.config.checkpoint.grace_period),  # its trainer tells it to end
+                watched(spec.config, job, serving(), job_end.report),
             ):
                 worker.serve()
-            if request.why is not None:
-                raise Stopped(f"Stopped by {request.why}: the trainer, for which this rank scored, has ended.")
+                if stopped_file(spec.config).exists():  # written by the trainer before it told this rank to end
+                    raise Stopped("Stopped: the trainer, for which this rank scored, has saved and ended.")
         dist.barrier()
     finally:
         if keeper is not None:
@@ -143,7 +145,7 @@ def _run(spec: RunSpec, job: Job, launch: Launch, job_end: JobEnd, request: Stop
     from megatron_tropd.training.finish import write_results
     from megatron_tropd.training.loop import train
 
-    assembled = _refusing(lambda: assemble(spec, request))
+    assembled = _refusing(lambda: assemble(spec, request, launched_s=launch.began_s))
     launch.trains = spec.config
     try:
         for note in spec.data.notes:
@@ -152,8 +154,8 @@ def _run(spec: RunSpec, job: Job, launch: Launch, job_end: JobEnd, request: Stop
             assembled.run.progress.message(f"warning: {warning}")
         progress = assembled.run.progress
         with (
-            watched(spec.config, job, lambda: progress.activity, job_end.report),
             job_end.saving_first(request, spec.config.checkpoint.grace_period),
+            watched(spec.config, job, lambda: progress.activity, job_end.report),
             progress,
         ):
             train(assembled.run, assembled.start_step)

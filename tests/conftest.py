@@ -42,6 +42,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("slow")
         if item.get_closest_marker("slow"):
             slow_files.add(item.path)
+        item.user_properties += [("fault", marker.kwargs["number"]) for marker in item.iter_markers("fault")]
         item.add_marker(pytest.mark.xdist_group("sglang" if on_servers else item.path.stem))
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: (not _needs_servers(item), item.path not in slow_files))
@@ -89,6 +90,17 @@ def measured():
         worst, _ = _MEASURED.get(claim, (0.0, limit))
         _MEASURED[claim] = (max(worst, error), limit)
         assert error <= limit, f"{claim}: {error:.2e} is above {limit:.0e}"
+
+    return note
+
+
+@pytest.fixture
+def seen(record_property):
+    """``seen(detect_s=..., recover_s=..., steps_lost=...)``: figures of a fault, for the table of ``make faults``."""
+
+    def note(**figures: float) -> None:
+        for name, value in figures.items():
+            record_property(name, value)
 
     return note
 

@@ -142,6 +142,7 @@ def test_the_bytes_are_those_of_a_synchronous_save(ranks, world, tmp_path, layou
     assert after.state_dict_metadata == before.state_dict_metadata and after.storage_data == before.storage_data
 
 
+@pytest.mark.fault(number=6)
 def test_a_save_that_fails_in_the_background_is_the_error_of_every_rank(ranks, world, tmp_path):
     argv = flags(world, tmp_path / "run", save_interval=1, train_iters=2, async_save=True, tensor_model_parallel_size=2)
     error = OSError(28, "No space left on device")

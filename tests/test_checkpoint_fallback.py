@@ -84,6 +84,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.fault(number=8)
 def test_every_rank_takes_the_newest_that_verifies(ranks, run, damage):
     saved = run / "checkpoints"
     apply, reason = DAMAGE[damage]
@@ -123,6 +124,7 @@ def test_without_the_flag_the_error_names_it_and_the_checkpoint(ranks, world, ru
     assert f"has all its files is {saved / whole}: --fallback-previous resumes from it" in error
 
 
+@pytest.mark.fault(number=7)
 def test_a_run_goes_on_from_the_earlier_one(ranks, world, run):
     saved = run / "checkpoints"
     with RunDirectory.create(run, config={}, resume=True) as directory:  # what a run writes after its third step

@@ -222,6 +222,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.fault(number=8)
+@pytest.mark.fault(number=9)
 def test_faults_are_the_same_error_on_every_rank(ranks, run, hf, fault):
     damage, pattern = FAULTS[fault]
     damage(run)

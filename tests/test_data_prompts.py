@@ -119,6 +119,7 @@ BAD_ROWS = [
 
 
 @pytest.mark.parametrize(("line", "found", "flag"), BAD_ROWS, ids=[found for _, found, _ in BAD_ROWS])
+@pytest.mark.fault(number=25)
 def test_bad_row_is_named_with_its_line(jsonl, tokenizer, line, found, flag):
     path = jsonl({"prompt": "good"}, line, {"prompt": "good"})
     error = problems(tokenizer, path)
@@ -180,6 +181,7 @@ def test_all_bad_rows_are_collected_and_twenty_shown(jsonl, tokenizer):
     assert len(load_prompts(path, tokenizer, SKIP).skipped) == 30
 
 
+@pytest.mark.fault(number=25)
 def test_unusable_files_are_errors_in_both_modes(jsonl, tokenizer, tmp_path):
     empty = jsonl(name="empty.jsonl")
     bom = jsonl(name="bom.jsonl")

@@ -34,8 +34,8 @@ def test_skips_have_a_budget_and_a_good_step_renews_it():
         guard.judge(Update(step=11, loss=math.nan, grad_norm=1.0))
 
 
-def _poisoned_step(argv, policy):
-    """One step in which rank 1 alone has a NaN among its gradients; (verdict, did any weight move)."""
+def _poisoned_step(argv, policy, poison=math.nan):
+    """One step in which rank 1 alone has ``poison`` as its gradients; (verdict, did any weight move)."""
     import torch.distributed as dist
 
     from megatron_tropd.cli import parse
@@ -49,7 +49,7 @@ def _poisoned_step(argv, policy):
         push_weights(run)
         if dist.get_rank() == 1:
             parameter = next(run.student.model.parameters())
-            parameter.register_hook(lambda grad: grad * torch.nan)
+            parameter.register_hook(lambda grad: torch.full_like(grad, poison))
         before = [p.detach().clone() for p in run.student.model.parameters()]
         try:
             verdict = train_step(run, 0)[0].verdict
@@ -63,7 +63,14 @@ def _poisoned_step(argv, policy):
 
 @pytest.mark.parametrize(("policy", "verdict"), [("stop", "stopped"), ("skip", "skipped")])
 @pytest.mark.parametrize("layout", [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {}])
+@pytest.mark.fault(number=11)
 def test_a_nan_on_one_rank_moves_no_weight_on_any(ranks, tmp_path, policy, verdict, layout):
     world = make_world(tmp_path / "world")
     argv = flags(world, tmp_path / "run", **layout)
     assert ranks(2).run(_poisoned_step, argv, policy) == [(verdict, False, 0)] * 2
+
+
+@pytest.mark.fault(number=12)
+def test_an_infinite_gradient_on_one_stage_moves_no_weight_on_any(ranks, tmp_path):
+    argv = flags(make_world(tmp_path / "world"), tmp_path / "run", pipeline_model_parallel_size=2)
+    assert ranks(2).run(_poisoned_step, argv, "stop", math.inf) == [("stopped", False, 0)] * 2

@@ -81,6 +81,7 @@ def _numbers(reports):
     ],
     ids=["DP2, lag 1", "TP2, the first step"],
 )
+@pytest.mark.fault(number=22)
 def test_a_run_goes_on_from_the_rollouts_that_it_could_not_score(
     ranks, world, tmp_path, measured, killed_before, fails_in, changes
 ):
@@ -104,6 +105,7 @@ def test_a_run_goes_on_from_the_rollouts_that_it_could_not_score(
     measured("a run that goes on from kept rollouts equals the uninterrupted one (relative)", worst, 1e-5)
 
 
+@pytest.mark.fault(number=22)
 def test_the_command_says_that_the_run_goes_on_from_them(world, tmp_path):
     with serving(world / "teacher", tmp_path / "servers", 1) as (server,):
         argv = _argv(world, tmp_path / "run", [server.url])

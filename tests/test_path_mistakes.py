@@ -65,6 +65,7 @@ def test_directories_that_can_be_made(world, path, monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to root")
+@pytest.mark.fault(number=30)
 def test_a_directory_that_may_not_be_written(world, tmp_path):
     tmp_path.chmod(0o500)
     assert _check(run_dir=str(tmp_path / "new"), load=str(tmp_path / "new")) == [

@@ -37,11 +37,13 @@ def test_equal_sides_pass_without_a_warning(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.fault(number=23)
 def test_padding_rows_may_differ(tmp_path):
     report = check_same_tokens(side(tmp_path / "s", rows=128), side(tmp_path / "t", rows=62))
     assert (report.student_vocab_size, report.teacher_vocab_size, report.common_vocab_size) == (128, 62, 62)
 
 
+@pytest.mark.fault(number=24)
 def test_different_pieces_are_refused_with_the_first_five(tmp_path):
     swapped = [*WORDS[:10], *WORDS[17:9:-1], *WORDS[18:]]
     with pytest.raises(PreflightError) as caught:

@@ -82,6 +82,7 @@ def test_plain_where_the_terminal_asks_for_it(monkeypatch, name, value):
     assert len(stream.getvalue().splitlines()) == 2 and "\x1b" not in stream.getvalue()
 
 
+@pytest.mark.fault(number=30)
 def test_a_reader_that_went_away_does_not_stop_the_run():
     code = (
         "from megatron_tropd.reporting.progress.progress import Progress\n"

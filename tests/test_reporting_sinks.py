@@ -102,6 +102,7 @@ def test_tensorboard_writes_event_files(tmp_path):
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
 
 
+@pytest.mark.fault(number=30)
 def test_wandb_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -108,6 +108,7 @@ def stop(process) -> None:
     wait_for(lambda: all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks))
 
 
+@pytest.mark.fault(number=28)
 def test_second_job_is_refused(tmp_path):
     with create(tmp_path):
         with job(tmp_path / "run.lock") as (_, said):
@@ -119,6 +120,7 @@ def test_second_job_is_refused(tmp_path):
     create(tmp_path, resume=True).close()
 
 
+@pytest.mark.fault(number=28)
 def test_a_killed_job_leaves_no_lock(tmp_path, caplog):
     path = tmp_path / "run.lock"
     with job(path) as (process, said):
@@ -160,6 +162,7 @@ def test_containers_of_one_machine_share_its_locks(tmp_path, flags):
 
 
 @pytest.mark.parametrize("identity", [ELSEWHERE, {"boot": "another kernel"}, {"boot": ""}])
+@pytest.mark.fault(number=28)
 def test_a_fresh_lock_of_another_machine_refuses_and_an_old_one_is_taken_over(tmp_path, caplog, identity):
     """Also of a machine with the same name: flock may not reach it."""
     path = tmp_path / "run.lock"

@@ -63,6 +63,7 @@ BRIEF = Limits(wall_s=0.4)
     ],
     ids=["endless loop", "memory", "forks", "socket", "write outside", "kill of the parent", "1 GiB of output"],
 )
+@pytest.mark.fault(number=32)
 def test_each_attack_is_contained_within_five_seconds(run, source, verdict):
     limits = replace(FIVE, cpu_s=0.3) if verdict == "timeout" else FIVE
     outcome = run(source.format(secret=str(run.place.secret)), limits=limits)

@@ -64,6 +64,7 @@ def test_copies_of_a_signal_are_one(capsys):
     assert capsys.readouterr().err.count("the run saves") == 1
 
 
+@pytest.mark.fault(number=30)
 def test_a_second_signal_ends_it(capsys, monkeypatch):
     monkeypatch.setattr(job_end, "_SAME_S", 0.0)
     code, _ = _run(lambda request: (_send(signal.SIGTERM), _until_asked(request), _send(signal.SIGINT), time.sleep(60)))
@@ -76,6 +77,7 @@ def test_sigquit_ends_it_at_once(capsys):
     assert "ended by SIGQUIT, which does not wait for a save" in capsys.readouterr().err
 
 
+@pytest.mark.fault(number=4)
 def test_it_ends_when_its_time_is_over(capsys):
     code, _ = _run(lambda _: (_send(signal.SIGTERM), time.sleep(60)), grace_s=0.3)
     assert code == FAILED

@@ -123,6 +123,7 @@ def test_answers_of_another_kind_are_refused(answer):
         _read(answer)
 
 
+@pytest.mark.fault(number=19)
 def test_other_weights_are_stale():
     for version in ("3", "default", "None"):
         with pytest.raises(StaleWeights, match="pushed 4"):
@@ -201,6 +202,7 @@ def _post(server_or_url, *, timeout_s=20.0, keys=KEYS, **options):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(number=17)
 def test_busy_servers_are_asked_again():
     server = _Server((503, b""), (429, b""), (200, b'{"a": 1}'))
     assert _post(server) == {"a": 1} and len(server.asked) == 3
@@ -211,6 +213,7 @@ def test_busy_servers_are_asked_again():
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
+@pytest.mark.fault(number=17)
 def test_refusals_are_final_and_say_why(status):
     server = _Server((status, b'{"error": {"message": "too long"}}'))
     with pytest.raises(RequestRefused, match=f"engine 7: step 3, prompt 11: HTTP {status}: .*too long"):
@@ -279,6 +282,7 @@ def settings(tmp_path):
         ({"num_servers": 2, "tp_size": 2, "gpu_ids": (0, 1, 2)}, "3 GPU ids .*for 2 engines .*of 2"),
     ],
 )
+@pytest.mark.fault(number=31)
 def test_settings_that_cannot_be_are_refused(settings, changes, message):
     with pytest.raises(ValueError, match=message):
         replace(settings, **changes)

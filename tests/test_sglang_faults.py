@@ -10,6 +10,8 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.sglang_helpers import PYTHON, check_rollouts, needs_sglang, params, reference_logprobs, requests_of
 
 
@@ -36,6 +38,7 @@ def _generate_while_killing(sglang, victims, version):
     assert worst < 1e-5, "written by the weights that were pushed last"
 
 
+@pytest.mark.fault(number=15)
 def test_one_of_two_servers_is_killed_while_it_writes_and_the_other_before_a_push(sglang):
     """The other one takes over; both dead are started before any is waited for, and the next push is whole on both."""
     version = sglang.push()
@@ -55,6 +58,7 @@ def test_one_of_two_servers_is_killed_while_it_writes_and_the_other_before_a_pus
     assert victim.version == witness.version == version and witness.checksum == victim.checksum
 
 
+@pytest.mark.fault(number=16)
 def test_what_dead_servers_did_not_write_is_written_by_the_weights_of_the_trainer_then(sglang):
     """As with --rollout-lag 1: the trainer has made an update when it asks for the batch."""
     version = sglang.push()
@@ -72,6 +76,7 @@ def test_what_dead_servers_did_not_write_is_written_by_the_weights_of_the_traine
     assert {engine.version for engine in sglang.engines} == {newer} and sglang.pool.weight_version == newer
 
 
+@pytest.mark.fault(number=16)
 def test_all_servers_are_killed_while_they_write(sglang):
     """They are started anew and get the current weights by another export, in the middle of the batch."""
     version = sglang.push()
@@ -96,6 +101,8 @@ def test_a_server_that_is_killed_before_a_probe_is_given_its_weights_again_and_a
 _TRAINER = """
 import sys, time
 from pathlib import Path
+import pytest
+
 from megatron_tropd.sglang.server.process import ServerProcess
 from megatron_tropd.sglang.settings import SGLangSettings
 settings = SGLangSettings(hf_dir=Path(sys.argv[1]), log_dir=Path(sys.argv[1]), dtype="float32", python=Path(sys.argv[2]))

@@ -99,6 +99,7 @@ SILENT = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("why", sorted(SILENT))
+@pytest.mark.fault(number=17)
 def test_silence_ends_a_request_and_names_the_flag(why):
     reply, loads, state = SILENT[why]
     message = rf"engine 0 \(.*\): step 5, prompt 0: no answer, and no sign of progress.* for 2 s \({FLAG}\).*{state}"
@@ -252,6 +253,7 @@ def impatient(sglang):
 
 
 @pytest.mark.parametrize("stopped", ["scheduler", "server"])
+@pytest.mark.fault(number=17)
 def test_a_stopped_server_ends_the_request_with_the_flag_and_the_last_sign(sglang, impatient, stopped):
     first, rules = sglang.engines[0], sglang.pool._fleet._rules
     pids = [_scheduler(first)] if stopped == "scheduler" else list(_pids(first.server.pid))

@@ -266,6 +266,7 @@ def _said(reply: Reply):
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.fault(number=18)
 def test_damaged_generations_over_http_are_rollouts_or_name_engine_step_and_prompt():
     replies = st.one_of(
         WHOLE.flatmap(damaged).map(answer),

@@ -136,6 +136,7 @@ def _low_requests():
 
 
 @pytest.mark.parametrize("fault", ["unknown", "missing", "twice", "shape", "dtype", "error"])
+@pytest.mark.fault(number=20)
 def test_a_push_that_is_not_whole_is_refused_and_the_next_one_heals(sglang, fault):
     sglang.push()
     version = sglang.student.change()
@@ -185,6 +186,7 @@ def _send(sglang, engine, tensors, version, *, expected=None, names=None):
     sglang.run(work())
 
 
+@pytest.mark.fault(number=21)
 def test_what_the_server_does_not_say_is_found_by_the_verification(sglang):
     """SGLang answers success to a name it does not know, to an incomplete update, and to wrong values."""
     sglang.push()
@@ -214,6 +216,7 @@ def test_weights_that_changed_since_the_push_are_not_given_to_a_restarted_server
     sglang.push()
 
 
+@pytest.mark.fault(number=19)
 def test_a_version_that_the_server_does_not_report_is_stale(sglang):
     version = sglang.push()
     engine = sglang.engines[0]
@@ -287,6 +290,7 @@ def test_pause_resume_and_abort(sglang):
     assert any(tried(aborted)[1] > 0 for _ in range(10))
 
 
+@pytest.mark.fault(number=31)
 def test_keys_are_needed_and_shown_nowhere(sglang):
     sglang.push()
     engine = sglang.engines[0]

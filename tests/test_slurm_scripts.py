@@ -195,19 +195,24 @@ def test_a_node_that_is_lost_ends_the_job_and_the_same_command_resumes(world, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("requeue", "nodes"),
-    [("1", ["localhost", "127.0.0.1"]), pytest.param("0", ["localhost"], marks=pytest.mark.thorough)],
+    ("act", "requeue", "nodes"),
+    [
+        (lambda job: os.kill(job.pid, signal.SIGUSR1), "1", ["localhost", "127.0.0.1"]),  # Slurm's --signal=B:USR1@300
+        pytest.param(lambda job: _torchrun_of(job).terminate(), "1", ["localhost"], marks=pytest.mark.thorough),
+        pytest.param(lambda job: os.kill(job.pid, signal.SIGUSR1), "0", ["localhost"], marks=pytest.mark.thorough),
+    ],
+    ids=["time nearly up", "preempted", "no requeue"],
 )
-def test_a_job_whose_time_is_nearly_up_saves_and_is_queued_again(world, tmp_path, requeue, nodes):
+def test_a_job_that_must_end_saves_and_is_queued_again(world, tmp_path, act, requeue, nodes):
     run_dir = tmp_path / "run"
     _write_config(tmp_path, world, tensor_model_parallel_size=2, train_iters=10000)
     environment = _environment(tmp_path, nodes, GPUS_PER_NODE=str(2 // len(nodes)), REQUEUE=requeue)
     name = "one_node.sbatch" if len(nodes) == 1 else "several_nodes.sbatch"
     with Job(name, tmp_path, environment) as job:
         done = wait_for_steps(run_dir / "metrics.jsonl", 2, job)
-        os.kill(job.pid, signal.SIGUSR1)  # Slurm's --signal=B:USR1@300
+        act(job)
         code, output = job.wait(timeout=120)
-    assert code == 75 and "Stopped by the file" in output, output[-4000:]
+    assert code == 75 and "Stopped by " in output, output[-4000:]
     requeued = run_dir / "requeued"
     assert (requeued.read_text() if requeued.exists() else "") == ("4711\n" if requeue == "1" else "")
     saved = int((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
@@ -218,10 +223,12 @@ def test_a_job_whose_time_is_nearly_up_saves_and_is_queued_again(world, tmp_path
     assert code == 0 and _steps(run_dir) == list(range(1, saved + 2)), output[-4000:]
 
 
-def _torchrun_of(job, node_rank):
+def _torchrun_of(job, node_rank=None):
     for process in psutil.Process(job.pid).children(recursive=True):
         words = command_of(process)
-        if "torch.distributed.run" in words and words[words.index("--node-rank") + 1] == node_rank:
+        if "torch.distributed.run" in words and (
+            node_rank is None or words[words.index("--node-rank") + 1] == node_rank
+        ):
             return process
     raise AssertionError(f"no torchrun of node {node_rank}")
 

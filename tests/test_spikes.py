@@ -133,6 +133,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["TP2", "PP2", "DP2"])
 @pytest.mark.parametrize("role", ["teacher", "reference"])
+@pytest.mark.fault(number=14)
 def test_a_bit_that_flips_in_memory_moves_no_weight_on_any_rank(ranks, world, tmp_path, layout, role):
     changes = {"objective": "gopd", "reference_hf_checkpoint": world / "student"} if role == "reference" else {}
     argv = flags(world, tmp_path / "run", **layout, **changes)
@@ -155,6 +156,7 @@ def _error(argv):
 
 
 @pytest.mark.parametrize("objective", ["tropd", "sft", "full_fkl"])
+@pytest.mark.fault(number=14)
 def test_a_learning_rate_of_10_ends_the_run(ranks, world, tmp_path, objective):
     (error,) = ranks(1).run(_error, flags(world, tmp_path / "run", objective=objective, lr=10, on_parity="warn"))
     assert error.startswith(("SpikeStep: step 2: ", "NonFiniteStep: step 2: ")) and "lower --lr" in error

@@ -127,6 +127,7 @@ def test_a_reference_with_another_tokenizer(world, tmp_path):
     assert "choose a reference with the student's tokenizer" in text and "--reference-hf-checkpoint" in text
 
 
+@pytest.mark.fault(number=29)
 def test_all_mistakes_come_in_one_message(world, tmp_path):
     text = _complaint(flags(world, tmp_path / "run", lr=0, top_k=0, objective="x", tensor_model_parallel_size=5), 5)
     for flag in ("--lr", "--top-k 0", "--objective", "--tensor-model-parallel-size 5"):
@@ -148,6 +149,7 @@ def test_all_values_of_a_wrong_type_come_in_one_message(tmp_path):
         assert complaint in text
 
 
+@pytest.mark.fault(number=29)
 def test_unknown_flags_and_keys_suggest_the_right_one(world, tmp_path):
     with pytest.raises(ConfigError, match=r"unknown flag --train-iter; did you mean --train-iters\?"):
         parse([*flags(world, tmp_path / "run"), "--train-iter", "3"])
@@ -202,6 +204,7 @@ def _corrupt(world, tmp_path, change):
     return copy
 
 
+@pytest.mark.fault(number=25)
 def test_empty_prompt_file(world, tmp_path):
     broken = _corrupt(world, tmp_path, lambda w: (w / "train.jsonl").write_text(""))
     assert re.search(
@@ -218,6 +221,7 @@ def test_broken_json_line_is_named(world, tmp_path):
     assert "train.jsonl:5:" in _complaint(flags(_corrupt(world, tmp_path, change), tmp_path / "r"))
 
 
+@pytest.mark.fault(number=24)
 def test_teacher_with_another_tokenizer(world, tmp_path):
     def change(w):
         path = w / "teacher" / "tokenizer.json"
@@ -260,6 +264,7 @@ def test_converted_weights_are_not_a_run_to_go_on_with(world, tmp_path):
     assert "--pretrained-checkpoint" in _complaint(flags(world, tmp_path / "r", load=tmp_path))
 
 
+@pytest.mark.fault(number=1)
 def test_killing_a_rank_ends_the_job_and_the_same_command_resumes(world, tmp_path):
     """SIGKILL of one rank in the middle of a step: all end within a minute, the run goes on afterwards."""
     run_dir = tmp_path / "run"

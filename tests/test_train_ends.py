@@ -125,6 +125,7 @@ def _until(world, tmp_path, act):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.fault(number=1)
 def test_a_killed_rank(world, tmp_path, victim):
     text = _until(world, tmp_path, lambda job: _ranks(job)[victim].kill())
     assert text.count("The job ends") == 1 and text.count(f"{CONTINUE}: it resumes from the last checkpoint") == 1, text

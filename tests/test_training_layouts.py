@@ -66,6 +66,14 @@ def test_how_the_batch_is_cut_does_not_matter(ranks, world, reference, tmp_path,
         assert mine == pytest.approx(theirs, rel=1e-5)
 
 
+@pytest.mark.fault(number=26)
+def test_a_replica_without_a_rollout_makes_the_steps_with_the_others(ranks, world, tmp_path):
+    """Two replicas, one rollout in a step."""
+    changes = {"rollout_batch_size": 1, "n_samples_per_prompt": 1, "train_iters": 2}
+    alone, both = (ranks(size).run(train_here, flags(world, tmp_path / str(size), **changes))[0] for size in (1, 2))
+    assert both == [pytest.approx(numbers, rel=1e-5) for numbers in alone]
+
+
 def test_another_seed_gives_another_curve(ranks, world, reference, tmp_path):
     """Negative control: the comparisons above can fail."""
     curve = _curve(ranks, world, tmp_path / "run", LAYOUTS["TP1 PP1 DP1"], seed=8)

@@ -95,16 +95,31 @@ SFT = {"objective": "sft", "teacher_hf_checkpoint": None}
 @pytest.mark.parametrize(
     ("number", "what", "changes"),
     [
-        (1, "the rollouts of step 1, with the state before it, are saved", {**TP2, "use_distributed_optimizer": True}),
-        (2, "the rollouts of step 1, with the state before it, are saved", TP2),
-        (3, "the state after step 1 is saved", TP2),
-        (4, "the state after step 1 is saved", TP2),
-        (6, "the rollouts of step 2, with the state before it, are saved", {"rollout_lag": 1}),
-        (7, "the state after step 2 is saved", {"rollout_lag": 1, "pipeline_model_parallel_size": 2}),
+        (1, "the state after step 0 is saved", TP2),
+        (2, "the rollouts of step 1, with the state before it, are saved", {**TP2, "use_distributed_optimizer": True}),
+        (3, "the rollouts of step 1, with the state before it, are saved", TP2),
+        (4, "the state after step 1 is saved", {**TP2, "async_save": True}),
+        (5, "the state after step 1 is saved", TP2),
+        (7, "the rollouts of step 2, with the state before it, are saved", {"rollout_lag": 1}),
+        (8, "the state after step 2 is saved", {"rollout_lag": 1, "pipeline_model_parallel_size": 2}),
         (2, "the state after step 1 is saved", SFT),
+        (12, "the state after step 3 is saved", TP2),
+        (14, "all steps are saved", TP2),
     ],
-    ids=["generated", "scored", "step", "evaluated", "lag, scored", "lag, step", "supervised"],
+    ids=[
+        "first evaluation",
+        "generated",
+        "scored",
+        "step, async save",
+        "evaluated",
+        "lag, scored",
+        "lag, step",
+        "supervised",
+        "last step",
+        "last evaluation",
+    ],
 )
+@pytest.mark.fault(number=4)
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(ranks, world, unbroken, tmp_path, number, what, changes):
     (_, weights), curve = unbroken(**changes)
     argv = _argv(world, tmp_path / "run", **changes)
@@ -146,6 +161,7 @@ def _by_file(job, run_dir):
     ],
     ids=["torchrun", "one rank", "file"],
 )
+@pytest.mark.fault(number=4)
 def test_a_job_saves_and_says_how_to_go_on(world, tmp_path, act, why):
     run_dir = tmp_path / "run"
     argv = flags(world, run_dir, train_iters=10000, tensor_model_parallel_size=2)
@@ -161,13 +177,15 @@ def test_a_job_saves_and_says_how_to_go_on(world, tmp_path, act, why):
     assert why == "SIGTERM" or "exitcode  : 75" in job.output, job.output
 
 
-def test_what_a_dedicated_teachers_ranks_do(world, tmp_path):
-    """They go on until the trainer has saved."""
+@pytest.mark.parametrize("act", [lambda job, _: job.terminate(), _by_file], ids=["SIGTERM", "file"])
+def test_what_a_dedicated_teachers_ranks_do(world, tmp_path, act):
+    """They go on until the trainer has saved, and end as it does."""
     run_dir = tmp_path / "run"
     argv = flags(world, run_dir, train_iters=10000, teacher_placement="dedicated", teacher_world_size=1)
     with start(argv, tmp_path) as job:
         wait_for_steps(run_dir / "metrics.jsonl", 1, job, timeout=400)
-        job.terminate()
+        act(job, run_dir)
         assert job.wait(timeout=300) == 1
-    assert job.output.count("Stopped by SIGTERM") == 1 and "Terminated" not in job.output, job.output
+    assert job.output.count("Stopped") == 1 and "Terminated" not in job.output, job.output
+    assert "exitcode  : 1 " not in job.output, "the teacher's rank has the code of the others"
     assert (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").exists()

@@ -262,6 +262,7 @@ def test_a_peer_that_falls_silent_is_noticed_within_the_timeout(pool, store, at,
 
 
 @pytest.mark.parametrize(("at", "shared"), [(0, False), (1, True)])
+@pytest.mark.fault(number=20)
 def test_a_peer_that_dies_is_noticed_at_once(store, at, shared):
     """The sender without, the receiver with shared memory, of which nothing is left afterwards."""
     pair = RankPool(2, serve)

@@ -69,10 +69,14 @@ train() {
         wait "${step}" || code=$? # also ended by the trap
         kill -0 "${step}" 2>/dev/null
     do :; done
-    if ((code)); then
+    if ((code)) && [[ -e "${RUN_DIR}/stopped" ]]; then
+        code=75 # SIGTERM for torchrun itself, as of a preemption: it writes no code of a rank
+    elif ((code)); then
         of_rank="$(cat "${LAUNCH_DIR}/error-${ATTEMPT}-"*.json 2>/dev/null | grep -o '"errorCode": *[0-9]*' |
             grep -o '[0-9]*$' | sort -n | tail -n 1)" || true
         code="${of_rank:-${code}}"
+    fi
+    if ((code)); then
         echo "job ${SLURM_JOB_ID} ends with exit code ${code}" >&2
     fi
     if ((code == 75 && ${REQUEUE:-1})); then

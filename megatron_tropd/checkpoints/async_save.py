@@ -126,6 +126,13 @@ class AsyncSaver:
         self._saving = None
         return saving.step
 
+    def abandon(self) -> None:
+        """End a save that nobody will finish; not collective.  Its process would go on writing, and hold the lock of
+        the run directory, after this one."""
+        if self._saving is not None:
+            checkpoint_writers.end_processes(self._queue)
+            self._saving = None
+
     def _is_written(self, saving: _Saving, wait: bool) -> bool:
         """Return whether all ranks have written and read back their files."""
         folder = saving.unpublished.folder

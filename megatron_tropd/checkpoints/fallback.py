@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tropd.checkpoints.directory import find_checkpoint, iterations, latest_iteration, read_metadata
+from megatron_tropd.checkpoints.directory import (
+    find_checkpoint,
+    iteration_name,
+    iterations,
+    latest_iteration,
+    read_metadata,
+)
 from megatron_tropd.checkpoints.integrity import check_sizes
 from megatron_tropd.checkpoints.load import open_checkpoint
 from megatron_tropd.checkpoints.metadata import CheckpointError, Iteration
@@ -32,6 +40,8 @@ class Choice:
     step: int
     note: str = ""
     """Why newer ones were refused and what is lost, for people; empty where the newest was chosen."""
+    refused: tuple[int, ...] = ()
+    """Steps of damaged checkpoints."""
 
 
 def newest_step(directory: str | Path) -> int | None:
@@ -57,15 +67,25 @@ def newest_whole(directory: str | Path) -> Choice | None:
     saved = on_rank_zero(lambda: _look(Path(directory)), CheckpointError)
     if not saved.damage and not isinstance(saved.latest, int):
         return None
-    refused = [saved.damage] if saved.damage else []
+    refused, damaged = [saved.damage] if saved.damage else [], []
     for step in saved.steps:
         try:
             open_checkpoint(directory, None if step == saved.latest else step)
         except CheckpointError as error:  # on every rank
             refused.append(str(error))
+            damaged.append(step)
             continue
-        return Choice(step=step, note=_note(directory, saved, step, refused))
+        return Choice(step=step, note=_note(directory, saved, step, refused), refused=tuple(damaged))
     raise CheckpointError(f"no checkpoint in {directory} is whole:" + "".join(f"\n  {reason}" for reason in refused))
+
+
+def set_aside(directory: str | Path, choice: Choice) -> None:
+    """Take their names from the damaged checkpoints, so that none counts as one that is kept.  Not collective.  What
+    cannot be renamed stays as it is."""
+    for step in choice.refused:
+        folder = Path(directory) / iteration_name(step)
+        with contextlib.suppress(OSError):
+            folder.rename(folder.with_name(f"{folder.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
 def with_advice(error: CheckpointError, directory: str | Path) -> CheckpointError:

@@ -49,10 +49,10 @@ def remove_superseded(save_dir: Path, newest: int, retention: Retention) -> list
     back for their digests when it was written, and no code in them.  A checkpoint that is removed loses its name first,
     so that a reader sees all of it or none.
     """
-    superseded = retention.superseded(iterations(save_dir), newest)
-    if not superseded:
-        return []
     try:
+        superseded = retention.superseded(iterations(save_dir), newest)
+        if not superseded:
+            return []
         if latest_iteration(save_dir) != newest:
             raise CheckpointError(f"the tracker in {save_dir} does not name iteration {newest}")
         folder = find_checkpoint(save_dir, newest)

@@ -77,7 +77,7 @@ def _prepare(save_dir: Path, iteration: Iteration) -> Path:
     restore_replaced(save_dir)
     for stale in save_dir.iterdir():
         if is_temporary(stale.name):
-            shutil.rmtree(stale)
+            shutil.rmtree(stale, ignore_errors=True)  # another process may have a file of it open
     temporary = save_dir / temporary_name(iteration)
     temporary.mkdir()
     return temporary
@@ -93,7 +93,16 @@ def megatrons_reasons(folder: Path) -> Iterator[None]:
         if not error.failures:
             raise FailedElsewhere from error
         reasons = "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items())
-        raise CheckpointError(f"cannot write {folder}: {reasons}") from error
+        raise CheckpointError(f"cannot write {folder}: {reasons}{_room(folder)}") from error
+
+
+def _room(folder: Path) -> str:
+    """Return how much room there is: torch's writer does not say that a disk is full."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return ""
+    return f" (its disk has {free / 1e9:.1f} GB free, apart from quotas; a full one may have caused this)"
 
 
 def begin_write(state: dict[str, Any], folder: Path, **options: Any) -> Any:

@@ -88,7 +88,8 @@ class Judge:
     def _excuse_own_absence(self, now_s: float) -> None:
         """Do not count the time in which this process itself stood still: a stopped container makes no rank silent."""
         absent = now_s - self._looked
-        if self._looked and self._silence_s and absent > self._silence_s / 2:
+        deadlines = [seconds for seconds in (self._silence_s, self._stuck_s) if seconds]
+        if self._looked and deadlines and absent > min(deadlines) / 2:
             self._heard = {rank: (number, at + absent) for rank, (number, at) in self._heard.items()}
             self._moved = self._moved[0], self._moved[1] + absent
         self._looked = now_s

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import multiprocessing.process
 import queue
 import threading
 from collections.abc import Sequence
@@ -50,6 +51,18 @@ def async_calls_queue() -> Any:
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
     return AsyncCallsQueue()
+
+
+def end_processes(queue: Any) -> None:
+    """Kill the processes that write for a queue of :func:`async_calls_queue`; a thread ends with this process.
+
+    Not run: it needs CUDA.
+    """
+    for call in queue.async_calls:
+        process = getattr(call.async_caller, "process", None)
+        if isinstance(process, multiprocessing.process.BaseProcess):
+            process.kill()
+            process.join()
 
 
 def async_save_options() -> dict[str, Any]:

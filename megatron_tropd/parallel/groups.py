@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import distributed_c10d
 
 from megatron_tropd.parallel import platform
-from megatron_tropd.parallel.interfaces import loopback_variables
+from megatron_tropd.parallel.interfaces import choose_loopback
 from megatron_tropd.parallel.layout import ParallelLayout, RankCoords
 from megatron_tropd.parallel.roles import Job, is_on_one_machine, join_job
 
@@ -81,8 +81,7 @@ def init_distributed(timeout_s: float = DEFAULT_TIMEOUT_S, job: Job | None = Non
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
             os.environ.setdefault(name, value)
         if is_on_one_machine():
-            for name, value in loopback_variables().items():
-                os.environ.setdefault(name, value)
+            choose_loopback(os.environ)
         if platform.is_cuda():
             local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local_rank >= num_gpus:

@@ -27,6 +27,7 @@ from megatron_tropd.types import Counts
 
 _VERDICT, _REPORT = "hang/verdict", "hang/report"
 _LONGEST_PAUSE_S = 10.0
+_FAILURES_IN_A_ROW = 3
 _ANSWER_S = 5.0
 """How long a judge waits for the stacks of the other ranks."""
 
@@ -88,19 +89,31 @@ class HangWatch:
             self._thread = None
 
     def _run(self) -> None:
-        try:
-            store = self._connect()
-            while not self._stopped.wait(self._pause_s):
-                self._beat(store)
-                if store.check([_VERDICT]):
-                    self._answer(store)
-                    return
-                if self._rank in self._judges and (hang := self._judged(store)):
-                    self._accuse(store, hang)
-                    return
-            self._beat(store, ended=True)
-        except (RuntimeError, OSError):  # the store is gone, so the job ends anyway
-            return
+        """Beat until the end.  A store that does not answer once is asked anew: without its beats this rank would be
+        taken for dead.  One that never answers again is gone, and with it the job."""
+        failures = 0
+        while failures < _FAILURES_IN_A_ROW:
+            try:
+                store = self._connect()
+                while not self._stopped.wait(self._pause_s):
+                    if self._look(store):
+                        return
+                    failures = 0
+                self._beat(store, ended=True)
+                return
+            except (RuntimeError, OSError):
+                failures += 1
+
+    def _look(self, store: dist.Store) -> bool:
+        """Beat, and end this process if the job hangs; returns whether it ended, which only a test sees."""
+        self._beat(store)
+        if store.check([_VERDICT]):
+            self._answer(store)
+            return True
+        if self._rank in self._judges and (hang := self._judged(store)):
+            self._accuse(store, hang)
+            return True
+        return False
 
     def _beat(self, store: dist.Store, *, ended: bool = False) -> None:
         now = self._doing()

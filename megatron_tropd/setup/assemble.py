@@ -105,13 +105,14 @@ def make_run_logger(spec: RunSpec, text: TokenText, files: RunFiles, progress: N
     )
 
 
-def assemble(spec: RunSpec, request: StopRequest | None = None) -> Assembled:
+def assemble(spec: RunSpec, request: StopRequest | None = None, *, launched_s: float | None = None) -> Assembled:
     """Build all parts of the run, resumed from its checkpoint if there is one; collective over the world.
 
-    ``request`` is where a signal to this rank asks the run to stop; its time (--exit-duration-in-mins) begins here.
+    ``request`` is where a signal to this rank asks the run to stop; ``launched_s`` on the clock of time.monotonic is
+    when its time began (--exit-duration-in-mins), now by default.
     """
     config = spec.config
-    stopping = Stopping(config, request or StopRequest(), time.monotonic())
+    stopping = Stopping(config, request or StopRequest(), time.monotonic() if launched_s is None else launched_s)
     check_same_configuration(config, job_of_environment(spec.roles))
     student = spec.models.student
     checkpoints = Checkpoints(config, student.arch, student.hf_dir, student.source)
@@ -122,7 +123,7 @@ def assemble(spec: RunSpec, request: StopRequest | None = None) -> Assembled:
     files = open_files(config, origin.start_step)
     with ExitStack() as on_failure:
         on_failure.callback(files.close)
-        stopping.obeyed()  # an earlier launch ended before it saw the file
+        stopping.begin()
         run = _make_run(spec, checkpoints, stopping, files, origin, on_failure)
         on_failure.pop_all()
     return Assembled(run=run, start_step=origin.start_step or 0, files=files)
@@ -226,6 +227,7 @@ def _progress(config: TrainConfig, start_step: int) -> NullProgress:
 
 def close(assembled: Assembled) -> None:
     """Close the files, sinks and engines, and free the student's memory."""
+    assembled.run.checkpoints.close()
     assembled.run.student.close()
     try:
         assembled.files.close()

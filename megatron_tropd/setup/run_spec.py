@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from megatron_tropd.checkpoints.directory import (
@@ -11,7 +10,6 @@ from megatron_tropd.checkpoints.directory import (
     find_checkpoint,
     latest_iteration,
     read_metadata,
-    restore_replaced,
 )
 from megatron_tropd.checkpoints.fallback import with_advice
 from megatron_tropd.checkpoints.metadata import CheckpointError, check_architecture
@@ -186,7 +184,6 @@ def _check_resume(config: TrainConfig, arch: Architecture) -> None:
         ValueError: it holds converted weights and not a run, or a model of another architecture.
     """
     load_dir = config.load_dir
-    restore_replaced(Path(load_dir))
     try:
         iteration = latest_iteration(load_dir)
         metadata = read_metadata(load_dir) if isinstance(iteration, int) else None

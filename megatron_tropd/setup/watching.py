@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_tropd.config import TrainConfig
@@ -27,7 +27,10 @@ def watched(
 
     def doing() -> Doing:
         now = activity()
-        counts = now.counts() if now.counts else None
+        counts = None
+        if now.counts:
+            with suppress(Exception):  # of the main thread's data, which changes meanwhile; a beat matters more
+                counts = now.counts()
         return Doing(step=now.step, phase=now.phase, seconds=time.monotonic() - now.since, counts=counts)
 
     def end(error: HangError) -> None:

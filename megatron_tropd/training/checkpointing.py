@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from megatron_tropd.checkpoints.async_save import AsyncSaver
 from megatron_tropd.checkpoints.directory import find_checkpoint, restore_replaced
-from megatron_tropd.checkpoints.fallback import newest_step, newest_whole, with_advice
+from megatron_tropd.checkpoints.fallback import newest_step, newest_whole, set_aside, with_advice
 from megatron_tropd.checkpoints.load import load_checkpoint, open_checkpoint
 from megatron_tropd.checkpoints.metadata import CheckpointError
 from megatron_tropd.checkpoints.retention import Retention, remove_superseded
@@ -129,6 +129,11 @@ class Checkpoints:
         if self._saver is not None and (step := self._saver.finish(wait=wait)) is not None:
             self._delete_superseded(step)
 
+    def close(self) -> None:
+        """Give up a checkpoint that is still being written; not collective."""
+        if self._saver is not None:
+            self._saver.abandon()
+
     def _delete_superseded(self, newest: int) -> None:
         if not is_rank_zero():
             return
@@ -161,6 +166,8 @@ class Checkpoints:
     def _fall_back(self) -> Origin | None:
         for directory in dict.fromkeys((self._config.save_dir, self._config.load_dir)):
             if (choice := newest_whole(directory)) is not None:
+                if directory == self._config.save_dir and is_rank_zero():
+                    set_aside(directory, choice)
                 return Origin(directory=directory, step=choice.step, verified=True, note=choice.note)
         _check_missing(self._config)
         return None

@@ -32,23 +32,35 @@ MISSING_TOPK = "teacher/topk_missing_frac"
 
 def train(run: Run, start_step: int) -> None:
     """Train from ``start_step`` rollout batches to --train-iters; collective over the world."""
+    last_step = run.config.training.train_iters
     push_weights(run)
-    if start_step == 0 and run.stream.pending is None:  # else an earlier launch ended in the first step
-        _evaluate(run, 0, whole=True)
-    elif run.evaluations.due(start_step) and not run.logger.has_evaluation(start_step):
-        _evaluate(run, start_step)  # an earlier launch was stopped before it
-    for step in range(start_step, run.config.training.train_iters):
+    if (start_step == 0 or run.evaluations.due(start_step)) and not run.logger.has_evaluation(start_step):
+        _evaluate(run, start_step, whole=start_step == 0)  # an earlier launch did not come to it
+        _end_step(run, start_step, run.stopping.why())
+    for step in range(start_step, last_step):
         report, trained = train_step(run, step)
         run.logger.step(report, trained.rollouts, trained.tokens)
-        why = run.stopping.why(report.step)
+        why = run.stopping.why(report.step if report.step < last_step else None)
         if why is None:
             _evaluate(run, report.step)  # before the save: a resumed run evaluates its start only if this is left out
             why = run.stopping.why()
-        save_if_due(run, report.step, now=why is not None)
-        if why is not None and report.step < run.config.training.train_iters:
-            _stop(run, why, f"the state after step {report.step}")
+        _end_step(run, report.step, why)
     finish_save(run)
-    _evaluate(run, run.config.training.train_iters, whole=True)
+    if not run.logger.has_evaluation(last_step):
+        _evaluate(run, last_step, whole=True)
+    if why := run.stopping.why():
+        _stop(run, why, "all steps")
+
+
+def _end_step(run: Run, step: int, why: str | None) -> None:
+    """Save after ``step`` if a save is due or if ``why`` asks for a stop.
+
+    Raises:
+        Stopped: on every rank, if a stop is asked for.
+    """
+    save_if_due(run, step, now=why is not None)
+    if why is not None:
+        _stop(run, why, f"the state after step {step}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,8 +165,8 @@ def _stop_before_update(run: Run, step: int) -> None:
 
 
 def _stop(run: Run, why: str, what: str) -> NoReturn:
-    run.stopping.obeyed()
-    plural = "are" if what.startswith("the rollouts") else "is"
+    run.stopping.obeyed(why)
+    plural = "is" if what.startswith("the state") else "are"
     raise Stopped(
         f"Stopped by {why}: {what} {plural} saved in {run.config.save_dir}.  Run the same command again: it goes on "
         "from there."
@@ -231,10 +243,10 @@ def _diagnostics(run: Run, batch: Batch, plan: BatchPlan, step: int) -> dict[str
 
 
 def save_if_due(run: Run, step: int, *, now: bool = False) -> None:
-    """Save a checkpoint if it is due after ``step`` or asked for ``now``, with the batch that was begun before the
-    step's update; and make visible what --async-save has written."""
+    """Save a checkpoint if it is due after ``step`` or wanted ``now``, with the batch that was begun before the step's
+    update; and make visible what --async-save has written."""
     finish_save(run, wait=False)
-    if not (now or run.checkpoints.due(step)):
+    if not (now or (step and run.checkpoints.due(step))):
         return
     with run.progress.phase("generate"):
         run.stream.settle(run.student.version)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from pathlib import Path
 
@@ -14,6 +16,10 @@ EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: the same command goes on."""
 STOP_FILE = "stop"
 """In the run directory.  Whoever makes it stops the run; the run deletes it."""
+
+
+STOPPED_FILE = "stopped"
+"""In the run directory, from the end of a run that has stopped to its next start: what asked for it."""
 
 
 class Stopped(Exception):
@@ -34,6 +40,7 @@ class Stopping:
     def __init__(self, config: TrainConfig, request: StopRequest, started_s: float) -> None:
         self._settings, self._request, self._started_s = config.checkpoint, request, started_s
         self._file = Path(config.logging.run_dir) / STOP_FILE
+        self._stopped = stopped_file(config)
 
     def why(self, steps_done: int | None = None) -> str | None:
         """Return what asked for a stop, of any rank and the same on every rank; None if nothing did.  Collective.
@@ -52,9 +59,27 @@ class Stopping:
             return None
         if minutes and time.monotonic() - self._started_s > 60 * minutes:
             return f"--exit-duration-in-mins {minutes}"
-        return f"the file {self._file}" if self._file.exists() else None
+        return f"the file {self._file}" if os.path.exists(self._file) else None  # False also where it cannot be known
 
-    def obeyed(self) -> None:
-        """Delete the file that asked for the stop: the next launch must not stop because of it."""
+    def begin(self) -> None:
+        """Forget what earlier launches left: a file that asked one to stop, and the word of one that has stopped."""
         if is_rank_zero():
-            self._file.unlink(missing_ok=True)
+            _delete(self._file)
+            _delete(self._stopped)
+
+    def obeyed(self, why: str) -> None:
+        """Say by a file that the run has stopped, and delete the one that asked for it."""
+        if is_rank_zero():
+            with contextlib.suppress(OSError):  # the state is saved, which matters
+                self._stopped.write_text(f"{why}\n", encoding="utf-8")
+            _delete(self._file)
+
+
+def stopped_file(config: TrainConfig) -> Path:
+    """Return the file that says, to other ranks and to job scripts, that the run has stopped."""
+    return Path(config.logging.run_dir) / STOPPED_FILE
+
+
+def _delete(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)

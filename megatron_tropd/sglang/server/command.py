@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_tropd.parallel.interfaces import loopback_variables
+from megatron_tropd.parallel.interfaces import loopback_variables, without_chosen
 from megatron_tropd.sglang.settings import ServerSettings
 
 LAUNCHER = Path(__file__).with_name("launch.py")
@@ -72,7 +72,8 @@ def server_environment(settings: ServerSettings, index: int, environ: Mapping[st
     """Return the environment of server number ``index``: the caller's, without the trainer's variables."""
     hidden = ("TROPD_", "PYTHON", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_", "TORCHDYNAMO_")
     names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"}
-    kept = {k: v for k, v in environ.items() if not k.startswith(hidden) and k not in names}
+    given = without_chosen(environ)
+    kept = {k: v for k, v in given.items() if not k.startswith(hidden) and k not in names}
     kept |= {
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
