@@ -186,6 +186,6 @@ def test_what_a_dedicated_teachers_ranks_do(world, tmp_path, act):
         wait_for_steps(run_dir / "metrics.jsonl", 1, job, timeout=400)
         act(job, run_dir)
         assert job.wait(timeout=300) == 1
-    assert job.output.count("Stopped") == 1 and "Terminated" not in job.output, job.output
+    assert job.output.count("Stopped by ") == 1 and "Terminated" not in job.output, job.output
     assert "exitcode  : 1 " not in job.output, "the teacher's rank has the code of the others"
     assert (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").exists()
