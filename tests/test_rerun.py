@@ -51,15 +51,11 @@ class _Faults:
         return gradient * torch.nan if self.kind == "nan" else _flipped(gradient)
 
     def _of_layer(self, _layer, _inputs, output):
-        if not self.module_trains() or not self._now():
+        if not torch.is_grad_enabled() or not self._now():  # the same layers write and score the rollouts
             return None
         hidden = output[0] if isinstance(output, tuple) else output
         hidden.data.copy_(hidden.data * torch.nan)
         return None
-
-    @staticmethod
-    def module_trains():
-        return torch.is_grad_enabled()  # the same layers write and score the rollouts
 
 
 def _train(argv, faulty_rank, kind, calls):
@@ -78,7 +74,7 @@ def _train(argv, faulty_rank, kind, calls):
     try:
         push_weights(run)
         if kind and dist.get_rank() == faulty_rank:
-            _Faults(kind, calls).into(run.student.model)
+            _Faults(kind, calls).into(run.student.model.chunks[0])
         try:
             reports = [train_step(run, step)[0] for step in range(2)]
         except (NonFiniteStep, SpikeStep) as raised:

@@ -186,6 +186,8 @@ def _check_resume(config: TrainConfig, arch: Architecture) -> None:
         ValueError: it holds converted weights and not a run, or a model of another architecture.
     """
     load_dir = config.load_dir
+    if config.checkpoint.load_step is not None:
+        return  # it is only read, and compared when it is
     restore_replaced(Path(load_dir))
     try:
         iteration = latest_iteration(load_dir)
