@@ -48,7 +48,8 @@ class _Faults:
     def _of_gradient(self, gradient):
         if not self._now():
             return None
-        return gradient * torch.nan if self.kind == "nan" else _flipped(gradient)
+        factors = {"nan": torch.nan, "large": 1e10}
+        return gradient * factors[self.kind] if self.kind in factors else _flipped(gradient)
 
     def _of_layer(self, _layer, _inputs, output):
         if not torch.is_grad_enabled() or not self._now():  # the same layers write and score the rollouts
@@ -131,9 +132,9 @@ def test_a_persistent_error_is_judged_and_the_message_says_that_it_was_repeated(
 def test_another_fault_in_the_second_pass_is_no_success(ranks, world, tmp_path):
     """And without the flag nothing is computed twice."""
     argv = flags(world, tmp_path / "run", max_tokens_per_microbatch=512)  # one micro-batch an update
-    ((*_, (code, text)),) = ranks(1).run(_train, argv, 0, "flip", {0, 1})
+    ((*_, (code, text)),) = ranks(1).run(_train, argv, 0, "large", {0, 1})
     assert code == 18 and "a persistent error" in text
     ((*_, (code, text)),) = ranks(1).run(_train, [*argv, "--no-rerun-on-nonfinite"], 0, "nan", {0})
     assert code == 17 and "computed again" not in text
-    ((*_, error),) = ranks(1).run(_train, [*argv, "--on-spike", "warn"], 0, "flip", {0})
+    ((*_, error),) = ranks(1).run(_train, [*argv, "--on-spike", "warn"], 0, "large", {0})
     assert error is None
