@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return _replay(args)
-    except ValueError as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if not explains_itself(error):
             raise
         print_once(str(error), Importance.CAUSE)
