@@ -35,3 +35,5 @@ class CheckpointConfig:
     allow_changed_run: bool = setting(
         False, "resume with another method, data, models or seed than the checkpoint's run had"
     )
+    load_step: int | None = None
+    """No flag: the checkpoint of --load to go on from, instead of its newest (``tools/replay_step.py``)."""

@@ -233,6 +233,10 @@ class TrainingConfig:
     on_spike: Literal["stop", "warn", "skip"] = setting(
         "stop", "a number above a --spike limit ends the run (exit 18), is a warning, or skips the update"
     )
+    rerun_on_nonfinite: bool = setting(
+        True, "compute an update again before --on-nonfinite or --on-spike stops or skips it: if its numbers are good "
+        "then, the error was transient, and the run goes on",
+    )  # fmt: skip
     spike_limit: float = setting(
         200.0, "nats per token: limit of the loss and of the models' mean log-probabilities, as absolute values"
     )

@@ -66,7 +66,7 @@ def _goes_on(world, run_dir, directory, unbroken):
     ("at", "argument", "rank", "newest"),
     [
         pytest.param("begin_write", "", "1", "iter_0000001", id="a rank, before its shards",
-                     marks=pytest.mark.fault(number=2)),
+                     marks=[pytest.mark.fault(number=2), pytest.mark.thorough]),
         pytest.param("write_record", "", "0", "iter_0000001", id="rank 0, after the shards",
                      marks=pytest.mark.fault(number=2)),
         pytest.param("_publish", "", "0", "iter_0000001", id="rank 0, before the rename", marks=pytest.mark.thorough),

@@ -92,31 +92,28 @@ TP2 = {"tensor_model_parallel_size": 2}
 SFT = {"objective": "sft", "teacher_hf_checkpoint": None}
 
 
+def _case(name, number, what, changes, *marks):
+    return pytest.param(number, what, changes, id=name, marks=marks)
+
+
+MID_STEP = "the rollouts of step {}, with the state before it, are saved"
+STEP = "the state after step {} is saved"
+THOROUGH = pytest.mark.thorough
+
+
 @pytest.mark.parametrize(
     ("number", "what", "changes"),
     [
-        (1, "the state after step 0 is saved", TP2),
-        (2, "the rollouts of step 1, with the state before it, are saved", {**TP2, "use_distributed_optimizer": True}),
-        (3, "the rollouts of step 1, with the state before it, are saved", TP2),
-        (4, "the state after step 1 is saved", {**TP2, "async_save": True}),
-        (5, "the state after step 1 is saved", TP2),
-        (7, "the rollouts of step 2, with the state before it, are saved", {"rollout_lag": 1}),
-        (8, "the state after step 2 is saved", {"rollout_lag": 1, "pipeline_model_parallel_size": 2}),
-        (2, "the state after step 1 is saved", SFT),
-        (12, "the state after step 3 is saved", TP2),
-        (14, "all steps are saved", TP2),
-    ],
-    ids=[
-        "first evaluation",
-        "generated",
-        "scored",
-        "step, async save",
-        "evaluated",
-        "lag, scored",
-        "lag, step",
-        "supervised",
-        "last step",
-        "last evaluation",
+        _case("first evaluation", 1, STEP.format(0), TP2, THOROUGH),
+        _case("generated", 2, MID_STEP.format(1), {**TP2, "use_distributed_optimizer": True}),
+        _case("scored", 3, MID_STEP.format(1), TP2, THOROUGH),
+        _case("step, async save", 4, STEP.format(1), {**TP2, "async_save": True}),
+        _case("evaluated", 5, STEP.format(1), TP2, THOROUGH),
+        _case("lag, scored", 7, MID_STEP.format(2), {"rollout_lag": 1}),
+        _case("lag, step", 8, STEP.format(2), {"rollout_lag": 1, "pipeline_model_parallel_size": 2}, THOROUGH),
+        _case("supervised", 2, STEP.format(1), SFT),
+        _case("last step", 12, STEP.format(3), TP2, THOROUGH),
+        _case("last evaluation", 14, "all steps are saved", TP2),
     ],
 )
 @pytest.mark.fault(number=4)
@@ -156,7 +153,7 @@ def _by_file(job, run_dir):
     ("act", "why"),
     [
         (lambda job, _: job.terminate(), "SIGTERM"),
-        (lambda job, _: _ranks_of(job)[1].send_signal(signal.SIGUSR1), "SIGUSR1"),
+        pytest.param(lambda job, _: _ranks_of(job)[1].send_signal(signal.SIGUSR1), "SIGUSR1", marks=THOROUGH),
         (_by_file, "the file"),
     ],
     ids=["torchrun", "one rank", "file"],
@@ -177,7 +174,9 @@ def test_a_job_saves_and_says_how_to_go_on(world, tmp_path, act, why):
     assert why == "SIGTERM" or "exitcode  : 75" in job.output, job.output
 
 
-@pytest.mark.parametrize("act", [lambda job, _: job.terminate(), _by_file], ids=["SIGTERM", "file"])
+@pytest.mark.parametrize(
+    "act", [pytest.param(lambda job, _: job.terminate(), marks=THOROUGH), _by_file], ids=["SIGTERM", "file"]
+)
 def test_what_a_dedicated_teachers_ranks_do(world, tmp_path, act):
     """They go on until the trainer has saved, and end as it does."""
     run_dir = tmp_path / "run"

@@ -20,10 +20,10 @@
 FRONT = {
     "async_save": ("AsyncSaver",),
     "directory": (
-        "HF_FOLDER", "RELEASE", "find_checkpoint", "hf_directory", "iterations", "latest_iteration", "model_dtype",
-        "read_metadata", "restore_replaced", "stored_tensors",
+        "HF_FOLDER", "RELEASE", "find_checkpoint", "hf_directory", "is_being_replaced", "iterations",
+        "latest_iteration", "model_dtype", "read_metadata", "restore_replaced", "stored_tensors",
     ),
-    "fallback": ("newest_step", "newest_whole", "with_advice"),
+    "fallback": ("newest_step", "newest_whole", "set_aside", "with_advice"),
     "known_logprobs": ("KNOWN_LOGPROBS_JSON", "KnownLogprobs", "read_known_logprobs"),
     "load": ("load_checkpoint", "open_checkpoint"),
     "metadata": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -48,13 +49,24 @@ def iterations(directory: str | Path) -> list[int]:
     return sorted(int(name.removeprefix("iter_")) for name in names if _ITERATION.fullmatch(name))
 
 
+def _replaced(directory: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield checkpoints that were moved away for a successor that did not take their name, and that name."""
+    for path in directory.glob("*.tmp-*-old"):
+        if (match := _REPLACED.fullmatch(path.name)) and not (final := directory / match[1]).exists():
+            yield path, final
+
+
+def is_being_replaced(directory: Path) -> bool:
+    """Return whether a checkpoint is moved away for its successor, by a save that goes on or has ended there."""
+    return any(True for _ in _replaced(directory))
+
+
 def restore_replaced(directory: Path) -> None:
     """Give a checkpoint its name back that was moved away for its successor, by a save that ended before the successor
     took the name (``save.py``)."""
-    for path in directory.glob("*.tmp-*-old"):
-        if (match := _REPLACED.fullmatch(path.name)) and not (final := directory / match[1]).exists():
-            with contextlib.suppress(FileNotFoundError):  # another rank was faster
-                path.rename(final)
+    for path, final in _replaced(directory):
+        with contextlib.suppress(FileNotFoundError):  # the save goes on
+            path.rename(final)
 
 
 def iteration_name(iteration: Iteration) -> str:

@@ -106,6 +106,12 @@ METRICS: dict[str, MetricInfo] = {
         "nats", "Mean of its log q - log p over what the student wrote, p at the rollout engine; q = 0 left out."
     ),
     "teacher/NAME/...": _info("", "What a teacher by itself measures, such as `busy_frac`, by the name of each."),
+    "guard/transient_errors": _info(
+        "updates", "Updates with a bad number that a second computation did not give; the second was made."
+    ),
+    "guard/persistent_errors": _info(
+        "updates", "Updates that a second computation gave bad numbers too; both only in steps with such updates."
+    ),
     "reward/mean": _info("reward", "Mean of `--reward-function` over the rollout batch."),
     "reward/abs_max": _info("reward", "Largest absolute value of it in the rollout batch."),
     "reward/flat_groups_frac": _info("share", "Prompts whose samples all have one reward: their advantage is 0."),

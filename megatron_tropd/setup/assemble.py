@@ -18,6 +18,7 @@ from megatron_tropd.parallel.roles import job_of_environment
 from megatron_tropd.parallel.stop_request import StopRequest
 from megatron_tropd.reporting.progress.progress import NullProgress, Progress
 from megatron_tropd.reporting.rollout_samples import TokenText
+from megatron_tropd.reporting.sinks import Sinks
 from megatron_tropd.rollout.engine_pool import Export
 from megatron_tropd.setup.engines import make_engines
 from megatron_tropd.setup.model_health import check_scorers
@@ -105,11 +106,14 @@ def make_run_logger(spec: RunSpec, text: TokenText, files: RunFiles, progress: N
     )
 
 
-def assemble(spec: RunSpec, request: StopRequest | None = None, *, launched_s: float | None = None) -> Assembled:
+def assemble(
+    spec: RunSpec, request: StopRequest | None = None, *, launched_s: float | None = None, writes: bool = True
+) -> Assembled:
     """Build all parts of the run, resumed from its checkpoint if there is one; collective over the world.
 
     ``request`` is where a signal to this rank asks the run to stop; ``launched_s`` on the clock of time.monotonic is
-    when its time began (--exit-duration-in-mins), now by default.
+    when its time began (--exit-duration-in-mins), now by default.  Without ``writes`` the run has no directory and no
+    sinks, and shows nothing.
     """
     config = spec.config
     stopping = Stopping(config, request or StopRequest(), time.monotonic() if launched_s is None else launched_s)
@@ -120,10 +124,11 @@ def assemble(spec: RunSpec, request: StopRequest | None = None, *, launched_s: f
     for teacher in spec.models.teachers:
         if teacher.placement == "file":
             check_teacher_digest(teacher.config, origin.record.models[teacher.role].digest)
-    files = open_files(config, origin.start_step)
+    files = open_files(config, origin.start_step) if writes else RunFiles(directory=None, sinks=Sinks({}))
     with ExitStack() as on_failure:
         on_failure.callback(files.close)
-        stopping.begin()
+        if writes:
+            stopping.begin()
         run = _make_run(spec, checkpoints, stopping, files, origin, on_failure)
         on_failure.pop_all()
     return Assembled(run=run, start_step=origin.start_step or 0, files=files)
@@ -149,7 +154,7 @@ def _make_run(
     whole_vocabulary = objective.needs.divergence or config.logging.gradient_diagnostics_interval
     table_rows = student.model.vocab_size
     text = make_token_text(spec)
-    progress = _progress(config, origin.start_step or 0)
+    progress = _progress(config, files, origin.start_step or 0)
     health = check_scorers(spec, scorers.by_role, origin)
     checkpoints.record, checkpoints.message = health.record, progress.message
     for note in (*files.notes, *origin.notes, *health.warnings):
@@ -215,8 +220,8 @@ def _width(rollout: Rollout) -> int:
     return 0 if rollout.topk_ids is None else rollout.topk_ids.shape[1]
 
 
-def _progress(config: TrainConfig, start_step: int) -> NullProgress:
-    if dist.get_rank():
+def _progress(config: TrainConfig, files: RunFiles, start_step: int) -> NullProgress:
+    if files.directory is None:
         return NullProgress(start_step)
     logging = config.logging
     return Progress(

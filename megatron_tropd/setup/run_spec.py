@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from megatron_tropd.checkpoints.directory import (
     RELEASE,
     find_checkpoint,
+    is_being_replaced,
     latest_iteration,
     read_metadata,
 )
@@ -184,6 +186,8 @@ def _check_resume(config: TrainConfig, arch: Architecture) -> None:
         ValueError: it holds converted weights and not a run, or a model of another architecture.
     """
     load_dir = config.load_dir
+    if config.checkpoint.load_step is not None or is_being_replaced(Path(load_dir)):
+        return  # it is only read, and compared when it is; or its name is given back when the run directory is taken
     try:
         iteration = latest_iteration(load_dir)
         metadata = read_metadata(load_dir) if isinstance(iteration, int) else None

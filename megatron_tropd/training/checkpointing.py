@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_tropd.checkpoints.async_save import AsyncSaver
-from megatron_tropd.checkpoints.directory import find_checkpoint, restore_replaced
+from megatron_tropd.checkpoints.directory import find_checkpoint, iterations, restore_replaced
 from megatron_tropd.checkpoints.fallback import newest_step, newest_whole, set_aside, with_advice
 from megatron_tropd.checkpoints.load import load_checkpoint, open_checkpoint
 from megatron_tropd.checkpoints.metadata import CheckpointError
@@ -46,8 +46,13 @@ def resume_origin(config: TrainConfig) -> tuple[str, int] | None:
     --save is searched before --load, so that the same command, given again, continues its own run.
 
     Raises:
-        CheckpointError: a tracker is damaged, or there is no checkpoint and --exit-on-missing-checkpoint is set.
+        CheckpointError: a tracker is damaged, or there is no checkpoint and --exit-on-missing-checkpoint is set; there
+            is none of the step that was asked for.
     """
+    if (wanted := config.checkpoint.load_step) is not None:
+        if wanted not in (there := iterations(config.load_dir)):
+            raise CheckpointError(f"{config.load_dir} has no checkpoint of step {wanted}; it has those of {there}")
+        return config.load_dir, wanted
     for directory in dict.fromkeys((config.save_dir, config.load_dir)):
         try:
             step = newest_step(directory)

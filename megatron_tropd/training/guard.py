@@ -72,6 +72,17 @@ _INPUTS = {"reward", "teacher", "reference"}
 """Numbers that do not come from the student: if one is absurd, it is the cause where the loss or gradient is NaN."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Refusal:
+    """Why an update may not be made."""
+
+    bad: list[str]
+    policy: str
+    """``stop`` or ``skip``."""
+    advice: str
+    error: type[BadUpdate]
+
+
 class Guard:
     """Decides whether an update may change the weights."""
 
@@ -79,27 +90,39 @@ class Guard:
         self._settings, self._warn = settings, warn
         self._skipped = 0
 
-    def judge(self, update: Update) -> Verdict:
+    def refuses(self, update: Update) -> bool:
+        """Return whether the update may not be made, be it skipped or the end of the run."""
+        return self._refusal(update) is not None
+
+    def judge(self, update: Update, rerun: str = "") -> Verdict:
         """Return ``stepped`` to make the update, ``skipped`` to leave it out.
+
+        ``rerun`` says what a second computation of the update gave, for people; "" if there was none.
 
         Raises:
             NonFiniteStep: loss or gradient norm is not finite, and the policy is ``stop`` or MAX_SKIPS_IN_A_ROW
                 skips came before.
             SpikeStep: the same for a number above its limit.
         """
+        if refusal := self._refusal(update):
+            return self._refuse(update, refusal, rerun)
+        if spikes := self._spikes(update):
+            self._warn(f"warning: step {update.step}: {' and '.join(spikes.values())}; {_advice(spikes)}")
+        self._skipped = 0
+        return "stepped"
+
+    def _refusal(self, update: Update) -> _Refusal | None:
         spikes = self._spikes(update)
         numbers = {"loss": update.loss, "gradient norm": update.grad_norm}
         bad = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]
         alarm = bool(spikes) and self._settings.on_spike != "warn"
         if bad and not (alarm and spikes.keys() & _INPUTS):
             advice = "resume from the last checkpoint with a lower --lr or --clip-grad, or pass --on-nonfinite skip"
-            return self._refuse(update, bad, self._settings.on_nonfinite, advice, NonFiniteStep)
+            return _Refusal(bad=bad, policy=self._settings.on_nonfinite, advice=advice, error=NonFiniteStep)
         if alarm:
-            return self._refuse(update, [*spikes.values(), *bad], self._settings.on_spike, _advice(spikes), SpikeStep)
-        if spikes:
-            self._warn(f"warning: step {update.step}: {' and '.join(spikes.values())}; {_advice(spikes)}")
-        self._skipped = 0
-        return "stepped"
+            bad = [*spikes.values(), *bad]
+            return _Refusal(bad=bad, policy=self._settings.on_spike, advice=_advice(spikes), error=SpikeStep)
+        return None
 
     def _spikes(self, update: Update) -> dict[str, str]:
         """Return what is above its limit, by what it is a number of, and the sentence that says so."""
@@ -117,11 +140,12 @@ class Guard:
             if not abs(value) <= limit and (math.isfinite(value) or kind in _INPUTS)
         }
 
-    def _refuse(self, update: Update, bad: list[str], policy: str, advice: str, error: type[BadUpdate]) -> Verdict:
+    def _refuse(self, update: Update, refusal: _Refusal, rerun: str) -> Verdict:
         self._skipped += 1
-        if policy == "skip" and self._skipped <= MAX_SKIPS_IN_A_ROW:
+        advice = refusal.advice
+        if refusal.policy == "skip" and self._skipped <= MAX_SKIPS_IN_A_ROW:
             return "skipped"
-        if policy == "skip":
+        if refusal.policy == "skip":
             advice = f"that was update {self._skipped} in a row; {advice}"
         moved = "no weight was changed by this step"
         if update.stepped_before:
@@ -129,7 +153,8 @@ class Guard:
                 f"this update changed no weight, but the {update.stepped_before} before it in the same step did "
                 "(--num-minibatches); no checkpoint holds them"
             )
-        raise error(f"step {update.step}: {' and '.join(bad)}; {moved}; {advice}")
+        parts = [" and ".join(refusal.bad), *([rerun] if rerun else []), moved, advice]
+        raise refusal.error(f"step {update.step}: {'; '.join(parts)}")
 
 
 def _advice(spikes: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from megatron_tropd.reports import StepReport, TokenNumbers
 from megatron_tropd.teacher.scorer import ScorerError
 from megatron_tropd.training.batch import plan_updates, score_batch
 from megatron_tropd.training.diagnostics import diagnostics_due, gradient_diagnostics
-from megatron_tropd.training.guard import Update
 from megatron_tropd.training.parity import probe_differences
+from megatron_tropd.training.rerun import Computed, compute, compute_twice_if_bad
 from megatron_tropd.training.run import Run
-from megatron_tropd.training.step import Batch, PackedUpdate, StepSums, forward_backward, mean_logprobs, pack_batch
+from megatron_tropd.training.step import Batch, PackedUpdate, StepSums, pack_batch
 from megatron_tropd.training.stopping import Stopped
 from megatron_tropd.training.student import Student
 from megatron_tropd.training.token_numbers import send_to_rank_zero
@@ -112,6 +113,7 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
         tokens=count_regions(rollouts),
         metrics={
             **outcome.sums.metrics,
+            **outcome.reruns,
             **scored.metrics,
             **gradients,
             **arrived,
@@ -202,36 +204,37 @@ class _Outcome:
     """Of the last update."""
     verdict: Literal["stepped", "skipped"]
     """``skipped`` if at least one update was skipped."""
+    reruns: Mapping[str, float]
+    """By metric, how many updates were computed twice; {} where none was."""
 
 
 def _update(run: Run, batch: Batch, updates: Sequence[PackedUpdate], step: int, largest_reward: float) -> _Outcome:
     """Make the optimizer updates of one rollout batch; the outcome is the same on every rank."""
     student = run.student
-    passes, norms = [], []
+    made: list[Computed] = []
     verdict: Literal["stepped", "skipped"] = "stepped"
     first_version = student.version
     for packed in updates:
-        passes.append(forward_backward(student, run.objective, batch, packed))
-        norms.append(student.grad_norm())
-        sums = passes[-1].sums
+        once = partial(
+            compute, run, batch, packed, largest_reward=largest_reward, stepped_before=student.version - first_version
+        )
+        made.append(compute_twice_if_bad(run, once))
+        metrics = made[-1].found.sums.metrics
         learning_rate = student.learning_rate
-        update = Update(
-            step=step + 1, loss=sums.loss, grad_norm=norms[-1], logprobs=mean_logprobs(sums.metrics),
-            reward=largest_reward, stepped_before=student.version - first_version,
-        )  # fmt: skip
-        if run.guard.judge(update) == "stepped":
-            if PARITY in sums.metrics and first_version == min(r.weight_version[0] for r in batch.rollouts):
-                _judge_parity(run, sums.metrics[PARITY], f"rollouts of step {step + 1}")
-            _judge_topk(run, sums.metrics.get(MISSING_TOPK, 0.0), step)
+        if run.guard.judge(made[-1].update, made[-1].rerun) == "stepped":
+            if PARITY in metrics and first_version == min(r.weight_version[0] for r in batch.rollouts):
+                _judge_parity(run, metrics[PARITY], f"rollouts of step {step + 1}")
+            _judge_topk(run, metrics.get(MISSING_TOPK, 0.0), step)
             student.step()
         else:
             student.skip()
             verdict = "skipped"
     student.gather_weights()
     return _Outcome(
-        sums=StepSums.of([found.sums for found in passes]), grad_norm=sum(norms) / len(norms),
-        tokens={index: table for found in passes for index, table in found.tokens.items()},
-        learning_rate=learning_rate, verdict=verdict,
+        sums=StepSums.of([one.found.sums for one in made]),
+        grad_norm=sum(one.update.grad_norm for one in made) / len(made),
+        tokens={index: table for one in made for index, table in one.found.tokens.items()},
+        learning_rate=learning_rate, verdict=verdict, reruns=Counter(one.metric for one in made if one.metric),
     )  # fmt: skip
 
 
