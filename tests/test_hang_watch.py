@@ -42,7 +42,7 @@ def test_a_rank_whose_beats_stay_away_is_silent():
     def beats(now):
         return {0: _beat(0, now), 1: _beat(1, min(now, 10)), 2: _beat(2, 5, ended=True)}
 
-    now, hang = _looks(Judge(30.0, 0.0), 100, beats)
+    now, hang = _looks(Judge(range(3), 30.0, 0.0), 100, beats)
     assert now == 41 and hang.silent == {1: 31.0}
 
 
@@ -50,16 +50,22 @@ def test_a_job_that_does_not_get_on_is_stuck_and_one_that_counts_is_not():
     def counting(now):
         return {0: _beat(0, now), 1: _beat(1, now, counts=Counts(done=now // 20, total=9, unit="responses"))}
 
-    assert _looks(Judge(30.0, 25.0), 200, counting) is None
+    assert _looks(Judge(range(2), 30.0, 25.0), 200, counting) is None
     now, hang = _looks(
-        Judge(30.0, 25.0), 200, lambda now: counting(min(now, 50)) | {0: _beat(0, now), 1: _beat(1, now)}
+        Judge(range(2), 30.0, 25.0), 200, lambda now: counting(min(now, 50)) | {0: _beat(0, now), 1: _beat(1, now)}
     )
     assert hang.silent == {} and now == 27
-    assert _looks(Judge(0.0, 0.0), 200, lambda _: {0: _beat(0, 1)}) is None, "0: never"
+    assert _looks(Judge([0], 0.0, 0.0), 200, lambda _: {0: _beat(0, 1)}) is None, "0: never"
+
+
+def test_a_rank_that_never_beats_is_silent_too():
+    now, hang = _looks(Judge(range(2), 30.0, 0.0), 100, lambda now: {0: _beat(0, now)})
+    assert now == 32 and hang.silent == {1: 31.0}
+    assert "  rank 1: silent for 31 s; it has not begun: its process" in describe(hang, {0: _beat(0, 1)}, {})
 
 
 def test_a_judge_that_stood_still_itself_accuses_nobody():
-    judge = Judge(30.0, 60.0)
+    judge = Judge([1], 30.0, 60.0)
     assert judge.look({1: _beat(1, 1)}, 10.0) is None
     assert judge.look({1: _beat(1, 1)}, 1000.0) is None, "the whole machine may have been stopped"
     assert not any(judge.look({1: _beat(1, 2)}, now) for now in (1010.0, 1020.0, 1030.0, 1040.0))
@@ -70,7 +76,7 @@ def test_what_is_said():
     beats = {rank: _beat(rank, 9, seconds=200.0) for rank in range(6)}
     beats[3] = _beat(3, 4, phase="score", seconds=20.0, counts=Counts(done=2, total=5, unit="responses"))
     beats[5] = _beat(5, 9, ended=True)
-    judge = Judge(30.0, 0.0)
+    judge = Judge(range(6), 30.0, 0.0)
     judge.look(beats, 1.0)
     later = {rank: dataclasses.replace(beat, number=10) if rank != 3 else beat for rank, beat in beats.items()}
     for now in range(2, 33):
@@ -79,7 +85,7 @@ def test_what_is_said():
     text = describe(hang, beats, dict.fromkeys((0, 1, 2), "training/step.py:12, forward"))
     assert text.splitlines() == [
         "Hang: rank 3 no longer answers",
-        "  rank 3 (n0, pid 103): silent for 31 s; then in step 3, score (2 of 5 responses): its process is stopped, its "
+        "  rank 3 (n0, pid 103): silent for 31 s; last in step 3, score (2 of 5 responses): its process is stopped, its "
         "machine is lost, or code holds Python's interpreter lock",
         "  ranks 0-2: in step 3, train for 200 s, at training/step.py:12, forward",
         "  rank 4: in step 3, train for 200 s",
@@ -181,7 +187,7 @@ def test_a_stopped_rank_is_named(world, tmp_path, victim, measured):
         measured("a stopped rank: detection, in deadlines", (time.monotonic() - stopped) / deadline_s, 2.0)
         assert job.wait(timeout=120) == 1
     assert job.output.count("Hang: ") == 1 and f"Hang: rank {victim} no longer answers" in job.output, job.output
-    assert re.search(rf"rank {victim} \(\S+, pid {rank.pid}\): silent for \d+ s; then in step \d+, \w+", job.output)
+    assert re.search(rf"rank {victim} \(\S+, pid {rank.pid}\): silent for \d+ s; last in step \d+, \w+", job.output)
     assert re.search(rf"rank {1 - victim}: in step \d+, [\w ]+ for \d+ s, at \S+\.py:\d+, \w+", job.output), job.output
     assert "Run the same command again: it resumes from the last checkpoint" in job.output
     (stacks,) = run_dir.glob("hang_*.txt")

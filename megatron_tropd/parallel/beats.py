@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from megatron_tropd.types import Counts
@@ -58,12 +58,13 @@ class Judge:
     """Tells a hang from work, by the beats of all ranks.
 
     Args:
+        ranks: of the job; one that never beats is silent from the first look on.
         silence_s: a rank whose beats stay away for longer is lost or stopped; 0: never.
         stuck_s: a job of which no rank gets on for longer is stuck, though all beat; 0: never.
     """
 
-    def __init__(self, silence_s: float, stuck_s: float) -> None:
-        self._silence_s, self._stuck_s = silence_s, stuck_s
+    def __init__(self, ranks: Iterable[int], silence_s: float, stuck_s: float) -> None:
+        self._ranks, self._silence_s, self._stuck_s = tuple(ranks), silence_s, stuck_s
         self._heard: dict[int, tuple[int, float]] = {}
         self._moved: tuple[object, float] = (None, 0.0)
         self._looked = 0.0
@@ -71,10 +72,11 @@ class Judge:
     def look(self, beats: Mapping[int, Beat], now_s: float) -> Hang | None:
         """Return what is wrong at ``now_s``, given the latest beat of every rank that has made one."""
         self._excuse_own_absence(now_s)
-        for rank, beat in beats.items():
-            if rank not in self._heard or self._heard[rank][0] != beat.number:
-                self._heard[rank] = beat.number, now_s
-        watched = [rank for rank, beat in beats.items() if not beat.ended]
+        for rank in self._ranks:
+            number = beats[rank].number if rank in beats else 0
+            if rank not in self._heard or self._heard[rank][0] != number:
+                self._heard[rank] = number, now_s
+        watched = [rank for rank in self._ranks if rank not in beats or not beats[rank].ended]
         silent = {rank: now_s - self._heard[rank][1] for rank in watched}
         silent = {rank: seconds for rank, seconds in silent.items() if self._silence_s and seconds > self._silence_s}
         progress = sorted((rank, repr(beat.progress), beat.ended) for rank, beat in beats.items())
@@ -103,10 +105,12 @@ def describe(hang: Hang, beats: Mapping[int, Beat], places: Mapping[int, str]) -
     if hang.silent:
         lines = [f"Hang: {_list_of(hang.silent)} no longer answer{'s' if len(hang.silent) == 1 else ''}"]
         for rank, seconds in sorted(hang.silent.items()):
-            beat = beats[rank]
+            beat = beats.get(rank)
+            who = f"rank {rank}" if beat is None else f"rank {rank} ({beat.host}, pid {beat.pid})"
+            last = "it has not begun" if beat is None else f"last in {_doing(beat)}"
             lines.append(
-                f"  rank {rank} ({beat.host}, pid {beat.pid}): silent for {seconds:.0f} s; then in {_doing(beat)}: its "
-                "process is stopped, its machine is lost, or code holds Python's interpreter lock"
+                f"  {who}: silent for {seconds:.0f} s; {last}: its process is stopped, its machine is lost, or code "
+                "holds Python's interpreter lock"
             )
     else:
         lines = [f"Hang: all ranks answer, and none has got on for {hang.unchanged_s:.0f} s"]

@@ -67,7 +67,7 @@ class HangWatch:
     ) -> None:  # fmt: skip
         self._rank, self._world_size, self._judges, self._connect = rank, world_size, judges, connect
         self._doing, self._folder, self._end = doing, folder, end
-        self._judge = Judge(silence_s, stuck_s)
+        self._judge = Judge(range(world_size), silence_s, stuck_s)
         deadlines = [seconds for seconds in (silence_s, stuck_s) if seconds]
         self._pause_s = min(_LONGEST_PAUSE_S, *(seconds / 8 for seconds in deadlines)) if deadlines else 0.0
         self._stopped = threading.Event()
@@ -95,6 +95,7 @@ class HangWatch:
         while failures < _FAILURES_IN_A_ROW:
             try:
                 store = self._connect()
+                self._beat(store)
                 while not self._stopped.wait(self._pause_s):
                     if self._look(store):
                         return
