@@ -248,6 +248,8 @@ class JobEnd:
 
     def _end_now(self, end: Terminated) -> None:
         """Raise ``end`` in the main thread, or report it here."""
+        if self._done.is_set():  # it has just ended by itself
+            return
         self._final = end
         main = threading.main_thread().ident
         assert main is not None, "it runs"

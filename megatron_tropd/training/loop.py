@@ -37,7 +37,8 @@ def train(run: Run, start_step: int) -> None:
     push_weights(run)
     if (start_step == 0 or run.evaluations.due(start_step)) and not run.logger.has_evaluation(start_step):
         _evaluate(run, start_step, whole=start_step == 0)  # an earlier launch did not come to it
-        _end_step(run, start_step, run.stopping.why())
+        if why := run.stopping.why():
+            _end_step(run, start_step, why)
     for step in range(start_step, last_step):
         report, trained = train_step(run, step)
         run.logger.step(report, trained.rollouts, trained.tokens)
@@ -249,7 +250,7 @@ def save_if_due(run: Run, step: int, *, now: bool = False) -> None:
     """Save a checkpoint if it is due after ``step`` or wanted ``now``, with the batch that was begun before the step's
     update; and make visible what --async-save has written."""
     finish_save(run, wait=False)
-    if not (now or (step and run.checkpoints.due(step))):
+    if not (now or run.checkpoints.due(step)):
         return
     with run.progress.phase("generate"):
         run.stream.settle(run.student.version)
