@@ -23,8 +23,13 @@ FAILED, SAVED = 5, 75
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch):
+    """Without torchrun, and with signals as in a terminal: what runs in the background may ignore some."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in job_end.SIGNALS}
     for name in ("TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _run(act, grace_s=60.0):

@@ -44,6 +44,7 @@ _GRACE_S = 5.0
 _SAME_S = 3.0
 """Signals that come so soon after the first are copies of it: a terminal and a scheduler send one to the ranks and to
 torchrun, which sends it on."""
+_AGAIN_S = 0.1
 _NO_SIGNAL = 0
 """Ends the thread that waits for signals."""
 
@@ -185,8 +186,9 @@ class JobEnd:
                 self._before[number] = signal.signal(number, self._on_signal)
 
     def _uninstall(self) -> None:
-        self._done.set()
-        self._restore()
+        with self._lock:
+            self._done.set()
+            self._restore()
         os.write(self._wakeup, bytes([_NO_SIGNAL]))
         self._watcher.join()
         os.close(self._wakeup)
@@ -219,8 +221,8 @@ class JobEnd:
                 if (saving := self._judged()) is not None:  # which may have begun, or ended, meanwhile
                     if end := self._judge(number, saving):
                         self._end_now(end)
-                elif number in SIGNALS:
-                    self._report_unless_done(self._final or Terminated(number))
+                elif number in SIGNALS and not self._done.wait(_GRACE_S):
+                    self.report(self._final or Terminated(number))
 
     def _judged(self) -> _Saving | None:
         """Return the command that saves itself, as long as it is not to end at once."""
@@ -247,19 +249,25 @@ class JobEnd:
         return None
 
     def _end_now(self, end: Terminated) -> None:
-        """Raise ``end`` in the main thread, or report it here."""
-        if self._done.is_set():  # it has just ended by itself
-            return
+        """Raise ``end`` in the main thread, or report it here.
+
+        A signal that comes just before a system call does not end the call, so it is sent until it has an effect.
+        """
         self._final = end
+        deadline = time.monotonic() + _GRACE_S
+        while not self._done.is_set() and time.monotonic() < deadline:
+            self._interrupt(end.number)
+            self._done.wait(_AGAIN_S)
+        if not self._done.is_set():
+            self.report(end)
+
+    def _interrupt(self, number: int) -> None:
+        """Send a signal to the main thread, unless signals are handled as before again: it would end the process."""
         main = threading.main_thread().ident
         assert main is not None, "it runs"
-        signal.pthread_kill(main, end.number)
-        self._report_unless_done(end)
-
-    def _report_unless_done(self, end: Terminated) -> None:
-        """Report ``end`` if the main thread, in which it is raised, does not."""
-        if not self._done.wait(_GRACE_S):
-            self.report(end)
+        with self._lock:
+            if not self._done.is_set():
+                signal.pthread_kill(main, number)
 
     def run(self, command: Callable[[], int]) -> int:
         """Run ``command`` and return its exit code, or that of the error that ended it, after reporting the error."""

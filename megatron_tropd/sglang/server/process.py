@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -18,12 +19,19 @@ _TAIL_BYTES = 4000
 _STOP_TIMEOUT_S = 30.0
 
 
+_PORTS = range(30100, 32768)
+"""Below those that Linux gives to connections (from 32768 on): a server listens a minute after its port was chosen."""
+_ATTEMPTS = 100
+
+
 def free_port(host: str) -> int:
-    """A port that no process listens on now."""
+    """A port that no process listens on now, and that the system gives to nobody who asks for any."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    for port in [*(secrets.choice(_PORTS) for _ in range(_ATTEMPTS)), 0]:  # at last any
+        with socket.socket(family, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return int(probe.getsockname()[1])
+    raise OSError(f"no port of {host} is free")
 
 
 class ServerProcess:
