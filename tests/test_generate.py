@@ -293,6 +293,7 @@ def test_bad_rows_may_be_left_out(model, tmp_path):
     assert [row["response_ids"] for row in again] == [row["response_ids"] for row in written]
 
 
+@pytest.mark.thorough
 def test_servers_that_run_already_write(sglang, tmp_path, monkeypatch):
     sglang.push()
     directory = tmp_path / "teacher"

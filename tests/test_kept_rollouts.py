@@ -73,11 +73,12 @@ def _numbers(reports):
     return [(report.step, report.loss, report.grad_norm) for report in reports]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("killed_before", "fails_in", "changes"),
     [
         (2, {2, 3}, {"rollout_lag": 1}),
-        pytest.param(0, {0}, {"tensor_model_parallel_size": 2}, marks=pytest.mark.thorough),
+        (0, {0}, {"tensor_model_parallel_size": 2}),
     ],
     ids=["DP2, lag 1", "TP2, the first step"],
 )

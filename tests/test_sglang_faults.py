@@ -59,6 +59,7 @@ def test_one_of_two_servers_is_killed_while_it_writes_and_the_other_before_a_pus
 
 
 @pytest.mark.fault(number=16)
+@pytest.mark.thorough
 def test_what_dead_servers_did_not_write_is_written_by_the_weights_of_the_trainer_then(sglang):
     """As with --rollout-lag 1: the trainer has made an update when it asks for the batch."""
     version = sglang.push()

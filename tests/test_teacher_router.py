@@ -75,6 +75,7 @@ def _logprobs(hf_dir, tmp_path, changes):
         scorer.close()
 
 
+@pytest.mark.thorough
 def test_a_router_before_other_servers_is_refused(ranks, hf_dir, handles, router, tmp_path):
     assert ranks(1).run(_logprobs, hf_dir, tmp_path, _behind(handles, router.url))
     other = save_hf_checkpoint(tmp_path / "other", "qwen3", seed=5)

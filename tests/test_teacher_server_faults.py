@@ -35,7 +35,9 @@ def teacher_fleet(hf_dir, tmp_path_factory):
         yield fleet.up()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGKILL, marks=pytest.mark.thorough), signal.SIGSTOP], ids=["killed", "stopped"]
+)
 def test_a_server_that_fails_in_the_middle_is_started_anew_and_nothing_is_lost(teacher_fleet, number):
     fleet = teacher_fleet.up().fleet
     before = dict(fleet.counts)
@@ -197,6 +199,7 @@ def _one_rank_finds_it_dead(hf_dir, logs):
         scorer.close()
 
 
+@pytest.mark.thorough
 def test_a_server_that_only_another_rank_finds_dead_is_started_anew(ranks, hf_dir, tmp_path):
     (first, metrics), (second, _) = ranks(2).run(_one_rank_finds_it_dead, hf_dir, tmp_path)
     assert metrics["restarts"] == 1 and metrics["retries"] >= 3 and not second
