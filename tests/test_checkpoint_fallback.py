@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 
 import pytest
 
-from megatron_tropd.checkpoints.directory import TRACKER_FILE
-from megatron_tropd.checkpoints.fallback import newest_whole
+from megatron_tropd.checkpoints.directory import TRACKER_FILE, iterations
+from megatron_tropd.checkpoints.fallback import Choice, newest_whole, set_aside
 from megatron_tropd.checkpoints.metadata import CheckpointError
 from megatron_tropd.reporting.run_directory import RunDirectory
-from tests.tiny_run import flags, make_world, reports_here
+from tests.tiny_run import flags, make_world, outcome_here
 
 STEPS = 4
-
-
-def _train(argv, stop_after=None):
-    """(error or None, what was printed, steps trained)."""
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            reports = reports_here(argv, stop_after)
-    except ValueError as error:
-        return f"{type(error).__name__}: {error}", printed.getvalue(), []
-    return None, printed.getvalue(), [report.step for report in reports]
 
 
 def _choose(directory):
@@ -46,7 +33,7 @@ def world(tmp_path_factory):
 def trained(ranks, world, tmp_path_factory):
     """A run of four steps with a checkpoint after each of the first three."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    ((error, *_),) = ranks(1).run(_train, flags(world, run, save_interval=1), STEPS - 1)
+    ((error, *_),) = ranks(1).run(outcome_here, flags(world, run, save_interval=1), STEPS - 1)
     assert error is None
     return run
 
@@ -119,7 +106,7 @@ def test_several_damaged_ones_are_all_named(ranks, run):
 def test_without_the_flag_the_error_names_it_and_the_checkpoint(ranks, world, run, damage):
     saved = run / "checkpoints"
     DAMAGE[damage][0](saved, saved / "iter_0000003")
-    error, _, _ = ranks(1).run(_train, flags(world, run, save_interval=1))[0]
+    error, _, _ = ranks(1).run(outcome_here, flags(world, run, save_interval=1))[0]
     whole = "iter_0000003" if damage == "empty tracker" else "iter_0000002"
     assert f"has all its files is {saved / whole}: --fallback-previous resumes from it" in error
 
@@ -134,11 +121,22 @@ def test_a_run_goes_on_from_the_earlier_one(ranks, world, run):
     )
     _flip(_shard(saved / "iter_0000003"))
     argv = flags(world, run, save_interval=1, fallback_previous=True)
-    error, printed, steps = ranks(1).run(_train, argv, 3)[0]
+    error, printed, steps = ranks(1).run(outcome_here, argv, 3)[0]
     assert error is None and steps == [3]
     assert f"warning: resuming from step 2 in {saved}; 1 saved step is lost and made again" in printed
     assert printed.count("its sha256 is") == 1
     logged = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert logged == [1, 2] and not list((run / "rollouts").iterdir()), "reports_here writes no lines of its own"
-    error, printed, steps = ranks(1).run(_train, argv)[0]  # the damaged one was replaced
+    error, printed, steps = ranks(1).run(outcome_here, argv)[0]  # the damaged one was replaced
     assert error is None and steps == [4] and "warning: resuming" not in printed
+
+
+def test_damaged_ones_lose_their_names_and_count_no_more(tmp_path):
+    for step in (20, 37, 40):
+        (tmp_path / f"iter_{step:07d}").mkdir()
+    set_aside(tmp_path, Choice(step=20, refused=(37, 40)))
+    assert iterations(tmp_path) == [20]
+    assert sorted(path.name.split("-")[0] for path in tmp_path.glob("*.damaged*")) == [
+        "iter_0000037.damaged", "iter_0000040.damaged",
+    ]  # fmt: skip
+    set_aside(tmp_path, Choice(step=20, refused=(37,)))  # gone already

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from megatron_tropd.parallel.interfaces import choose_loopback, without_chosen
 from megatron_tropd.sglang.server.command import meeting_environment
 from megatron_tropd.sglang.server.process import ServerProcess
 from megatron_tropd.sglang.server_flags import TEACHER_FLAGS
@@ -99,3 +100,12 @@ def test_the_file_in_which_a_servers_processes_meet_is_its_own_and_goes_with_it(
         assert variables["GLOO_SOCKET_IFNAME"] == "ib0" and seen[-1].read_bytes() == b""
     server.stop()
     assert len(set(seen)) == 2 and not any(path.exists() for path in seen)
+
+
+def test_a_server_inherits_the_interface_only_if_the_user_has_chosen_it():
+    ours, users = {"A": "1"}, {"A": "1", "GLOO_SOCKET_IFNAME": "ib0"}
+    for environ in (ours, users):
+        before = dict(environ)
+        choose_loopback(environ)
+        assert without_chosen(environ) == before
+    assert ours["GLOO_SOCKET_IFNAME"] == "lo" and users["GLOO_SOCKET_IFNAME"] == "ib0"

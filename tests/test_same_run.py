@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 from dataclasses import replace
@@ -12,22 +10,16 @@ from pathlib import Path
 import pytest
 
 from megatron_tropd.checkpoints.metadata import METADATA_JSON, parse_metadata
-from megatron_tropd.training.guard import BadUpdate
 from tests.damage import edit_json, flip_hf
-from tests.tiny_run import flags, make_world, reports_here
+from tests.tiny_run import flags, make_world, outcome_here
 
 STOP = 1
 
 
 def _train(argv, stop_after=None):
     """(error or None, what the launch printed, first step trained)."""
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            reports = reports_here(argv, stop_after)
-    except (ValueError, BadUpdate) as error:
-        return f"{type(error).__name__}: {error}", printed.getvalue(), None
-    return None, printed.getvalue(), reports[0].step if reports else None
+    error, printed, steps = outcome_here(argv, stop_after)
+    return error, printed, steps[0] if steps else None
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import signal
 import psutil
 import pytest
 
+from megatron_tropd.config import LoggingConfig, TrainConfig
 from megatron_tropd.parallel.stop_request import StopRequest
-from megatron_tropd.training.stopping import STOP_FILE, Stopping
+from megatron_tropd.training.stopping import STOP_FILE, Stopping, stopped_file
 from tests.tiny_run import flags, make_world
 from tests.torchrun_jobs import start, wait_for_steps
 
@@ -139,6 +140,19 @@ def test_intervals_durations_and_a_file(ranks, world, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / STOP_FILE).touch()  # of an earlier launch
     assert ranks(2).run(_launch, argv)[0][0] == "" and not (tmp_path / "other" / STOP_FILE).exists()
+
+
+def test_what_cannot_be_deleted_or_looked_at_ends_no_rank(tmp_path):
+    config = TrainConfig(logging=LoggingConfig(run_dir=str(tmp_path)))
+    stopping = Stopping(config, StopRequest(), 0.0)
+    (tmp_path / STOP_FILE).mkdir()
+    stopping.begin()
+    assert stopping.why() == f"the file {tmp_path / STOP_FILE}"
+    stopping.obeyed("SIGTERM")
+    assert stopped_file(config).read_text() == "SIGTERM\n"
+    (tmp_path / STOP_FILE).rmdir()
+    stopping.begin()
+    assert stopping.why() is None and not stopped_file(config).exists()
 
 
 def _ranks_of(job):

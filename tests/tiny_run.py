@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 from pathlib import Path
@@ -106,3 +108,16 @@ def reports_here(argv: list[str], stop_after: int | None = None) -> list[StepRep
     finally:
         close(assembled)
     return reports
+
+
+def outcome_here(argv: list[str], stop_after: int | None = None) -> tuple[str | None, str, list[int]]:
+    """Train on this rank of a test pool; (error or None, what was printed, steps made)."""
+    from megatron_tropd.training.guard import BadUpdate
+
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            reports = reports_here(argv, stop_after)
+    except (ValueError, BadUpdate) as error:
+        return f"{type(error).__name__}: {error}", printed.getvalue(), []
+    return None, printed.getvalue(), [report.step for report in reports]
