@@ -27,6 +27,6 @@ def has_lost_a_rank() -> bool:
 
 def _is_alive(process: psutil.Process, command: list[str]) -> bool:
     try:
-        return process.status() != psutil.STATUS_ZOMBIE and process.cmdline() == command
-    except psutil.Error:  # it ended since it was listed
+        return process.cmdline() == command
+    except psutil.Error:  # it ended since it was listed, or is a zombie, which has no command line
         return False
