@@ -7,6 +7,7 @@ what differs.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -74,6 +75,12 @@ def _detector() -> Any:
 
     langdetect.DetectorFactory.seed = 0  # it draws samples of a long text: the same in every process
     return langdetect
+
+
+def load_languages() -> None:
+    """Read the tables of the package langdetect, if it is there: that is not part of a question's time."""
+    if importlib.util.find_spec("langdetect") is not None:
+        _language("a text")
 
 
 def _language(text: str) -> str | None:

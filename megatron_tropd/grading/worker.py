@@ -77,8 +77,10 @@ def _find() -> Task:
 
 def _follow() -> Task:
     """Task (text, constraints, lenient) -> whether the text follows all of them."""
+    from megatron_tropd.grading.constraints import load_languages
     from megatron_tropd.grading.instructions import follows, read_constraints
 
+    load_languages()
     return lambda text, constraints, lenient: follows(text, read_constraints(constraints), lenient=lenient)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from megatron_tropd.checkpoints.directory import find_checkpoint, hf_directory, read_metadata
 from megatron_tropd.checkpoints.metadata import check_architecture
 from megatron_tropd.config import TrainConfig
+from megatron_tropd.errors import text_of
 from megatron_tropd.hub import MODEL_CONFIG_FILES, MODEL_FILES, Resolved, is_hub_name, resolve
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.models.hf_config import load_architecture
@@ -244,7 +245,7 @@ def _source(hf_checkpoint: str, megatron: str, flags: _Flags) -> ModelSpec:
         else:
             HfCheckpoint.open(hf_dir, arch)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{flags.who} ({flags.megatron if megatron else flags.hf}): {error}") from error
+        raise ValueError(f"{flags.who} ({flags.megatron if megatron else flags.hf}): {text_of(error)}") from error
     return ModelSpec(
         hf_dir=hf_dir, megatron_dir=Path(megatron) if megatron else None, arch=arch,
         hf_name=(found and found.source) or hf_checkpoint, source=source,

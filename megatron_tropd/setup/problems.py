@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from megatron_tropd.cli import ConfigError
+from megatron_tropd.errors import text_of
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ class Problems:
         except ConfigError as error:
             self.errors.extend(error.errors)
         except (ValueError, OSError) as error:
-            self.errors.append(str(error))
+            self.errors.append(text_of(error))
         return None
 
     def require(self, condition: object, complaint: str) -> None:
