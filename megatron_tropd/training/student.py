@@ -21,6 +21,7 @@ from megatron_tropd.parallel import context, optimizer_memory, platform, user_bu
 from megatron_tropd.parallel.groups import ModelGroups
 from megatron_tropd.parallel.host_offload import HostBlocks, HostOffload
 from megatron_tropd.parallel.layout import ParallelLayout
+from megatron_tropd.parallel.optimizer_parts import in_parts_of
 from megatron_tropd.training.data_parallel import wrap
 from megatron_tropd.training.megatron_configs import ddp_config, model_overrides, optimizer_config, params_dtype
 from megatron_tropd.types import Needs
@@ -255,6 +256,8 @@ class Student:
         of the decay) are those of this launch, not those of the checkpoint."""
         load_model_state(self.model, state["model"])
         if version:
+            groups = [optimizer.param_groups for optimizer in self._optimizers]
+            state = {**state, "optimizer": in_parts_of(groups, state["optimizer"])}
             platform.set_in_param_groups(
                 state["optimizer"], {name: self.optimizer.param_groups[0][name] for name in _SET_BY_FLAGS}
             )
