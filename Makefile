@@ -56,7 +56,8 @@ VERIFY := model_parity vocab_parallel vocab_parallel_main_grad objectives_head h
 # Files whose tests touch Megatron-core, or what it changes for others.
 MEGATRON := platform attention kernels model_parity vocab_parallel vocab_parallel_main_grad vocab_parallel_teacher teacher \
 	training_layouts training_bf16 training_resume same_run convert_checkpoint expert_gradients sglang_loader \
-	train_command training_resume_experts training_release training_sleep training_virtual_stages context_parallel megatron_flags dedicated
+	train_command training_resume_experts training_release training_sleep training_virtual_stages context_parallel \
+	megatron_flags dedicated
 
 .PHONY: quickstart experiment faults test test-megatron test-benchmarks check sglang-env benchmark-env lint format verify clean
 

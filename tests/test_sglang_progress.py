@@ -208,7 +208,7 @@ def test_a_server_that_is_slow_but_decodes_is_not_given_up(sglang):
     """Its scheduler is stopped twice, for less than the timeout but together for longer."""
     sglang.push()
     version, timeline = sglang.student.change(), []
-    settings = replace(sglang.settings, urls=(sglang.engines[0].server.url,), request_timeout_s=10.0)
+    settings = replace(sglang.settings, urls=(sglang.engines[0].server.url,), request_timeout_s=16.0)
     pool = make_pool(settings, sglang.arch, sglang.student)
     (engine,) = pool._fleet.engines
     pid = _scheduler(sglang.engines[0])
@@ -217,7 +217,7 @@ def test_a_server_that_is_slow_but_decodes_is_not_given_up(sglang):
         for _ in range(2):
             await _until_it_writes(engine)
             os.kill(pid, signal.SIGSTOP)
-            await asyncio.sleep(6.0)
+            await asyncio.sleep(9.0)
             os.kill(pid, signal.SIGCONT)
         timeline.append("held up twice")
 
