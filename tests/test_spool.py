@@ -98,8 +98,8 @@ def test_a_full_disk_is_said_once_and_ends_nothing(tmp_path):
         pytest.skip("no /dev/full")
     launch = _Launch(tmp_path)
     launch.begin()
-    launch.spool._path = launch.spool._path.parent / "full"
-    launch.spool._path.symlink_to("/dev/full")
+    launch.spool._file.path = launch.spool._file.path.parent / "full"
+    launch.spool._file.path.symlink_to("/dev/full")
     launch.spool.add({0: _rollout(0)})
     launch.spool.add({1: _rollout(1)})
     assert len(launch.said) == 1 and "unfinished rollouts are not kept" in launch.said[0]

@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import struct
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import torch.distributed as dist
 
 from megatron_tropd.data.rollout_codec import decode_rollouts, encode_rollouts
 from megatron_tropd.parallel.fail_together import is_rank_zero, on_rank_zero
+from megatron_tropd.record_files import RecordFile, read_records
 from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.types import GenerationRequest, Rollout
 
 FOLDER = "unfinished"
-_HEAD = struct.Struct("<III")
-"""Index of the request, number of bytes and CRC-32 of the rollout that follows."""
+_FILES = "*.rollouts"
+"""Their records are rollouts, by index of the request."""
 
 
 class Spool:
@@ -42,8 +40,7 @@ class Spool:
     def __init__(self, folder: Path, weights: Callable[[], str], settings: str, say: Callable[[str], None]) -> None:
         self._folder, self._weights, self._settings, self._say = folder, weights, settings, say
         self._lock = threading.Lock()
-        self._path: Path | None = None
-        self._file: BinaryIO | None = None
+        self._file: RecordFile | None = None
 
     def begin(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams, version: int
@@ -54,7 +51,7 @@ class Spool:
         rank = dist.get_rank() if dist.is_initialized() else 0
         with self._lock:
             self._forget()
-            self._path = self._folder / f"{key}.{rank}.{time.time_ns():x}"  # behind a cut record nothing is read
+            self._file = RecordFile(self._folder / f"{key}.{rank}.{time.time_ns():x}.rollouts")
         found = on_rank_zero(lambda: self._read(key, requests, sampling, version))
         if found:
             self._say(
@@ -65,68 +62,45 @@ class Spool:
     def add(self, found: Mapping[int, Rollout]) -> None:
         """Keep finished rollouts, by request.  May be called in any thread.  What cannot be written is not kept."""
         with self._lock:
-            if self._path is None:
+            if self._file is None:
                 return
             try:
-                if self._file is None:
-                    self._folder.mkdir(parents=True, exist_ok=True)
-                    self._file = self._path.open("ab")
-                for index, rollout in found.items():
-                    data = encode_rollouts([rollout]).numpy().tobytes()
-                    self._file.write(_HEAD.pack(index, len(data), zlib.crc32(data)) + data)
-                self._file.flush()
+                self._file.add(
+                    (index, encode_rollouts([rollout]).numpy().tobytes()) for index, rollout in found.items()
+                )
             except OSError as error:
-                self._say(f"warning: unfinished rollouts are not kept: {self._path}: {error}")
+                self._say(f"warning: unfinished rollouts are not kept: {self._file.path}: {error}")
                 self._forget()
 
     def clear(self) -> None:
-        """Delete what was kept of the batch, by earlier launches too: it is trained on."""
+        """Delete what was kept of the batch, by earlier launches too: it is trained on, or nobody shall train on it."""
         with self._lock:
             self._forget()
         if is_rank_zero():
             with contextlib.suppress(OSError):  # what is left belongs to no batch any more
-                for path in self._folder.glob("*.*.*"):
+                for path in self._folder.glob(_FILES):
                     path.unlink(missing_ok=True)
 
     def _forget(self) -> None:
-        file, path = self._file, self._path
-        self._file = self._path = None
-        if file is None or path is None:
-            return
-        try:
-            path.unlink(missing_ok=True)
-            file.close()  # may write what an earlier failure left in its buffer
-        except OSError:
-            return
+        file, self._file = self._file, None
+        if file is not None:
+            file.delete()
 
     def _read(
         self, key: str, requests: Sequence[GenerationRequest], sampling: SamplingParams, version: int
     ) -> dict[int, Rollout]:
         """Return what fits the batch, and delete what belongs to another one.  What cannot be read is written again."""
         found: dict[int, Rollout] = {}
-        for path in sorted(self._folder.glob("*.*.*")):
+        for path in sorted(self._folder.glob(_FILES)):
             with contextlib.suppress(OSError, ValueError):
                 if path.name.split(".")[0] != key:
                     path.unlink(missing_ok=True)
                     continue
-                for index, rollout in _records(path):
+                for record in read_records(path):
+                    index, (rollout,) = record.number, decode_rollouts(record.data)
                     if index < len(requests) and _fits(rollout, requests[index], sampling, version):
                         found[index] = rollout
         return found
-
-
-def _records(path: Path) -> Iterator[tuple[int, Rollout]]:
-    """Yield the whole records of a file; what a kill left at its end, or a disk has damaged, ends it."""
-    data = path.read_bytes()
-    start = 0
-    while start + _HEAD.size <= len(data):
-        index, size, checksum = _HEAD.unpack_from(data, start)
-        start += _HEAD.size
-        record = data[start : start + size]
-        if len(record) < size or zlib.crc32(record) != checksum:
-            return
-        yield index, decode_rollouts(record)[0]
-        start += size
 
 
 def _fits(rollout: Rollout, request: GenerationRequest, sampling: SamplingParams, version: int) -> bool:
