@@ -1,4 +1,4 @@
-"""Files to which a process appends records until it is killed: what is cut or damaged is left out when they are read."""
+"""Files to which a process appends records until it is killed: a cut or damaged one is left out when they are read."""
 
 from __future__ import annotations
 

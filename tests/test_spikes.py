@@ -108,7 +108,7 @@ def _damaged_step(argv, role):
 
     assembled = assemble(make_run_spec(parse(argv), dist.get_world_size()))
     run = assembled.run
-    scorer = getattr(run, role).scorer._model
+    scorer = getattr(run, role).scorer._scorer._model
     try:
         push_weights(run)
         if scorer._groups.is_last_stage and scorer._groups.coords.tp == 0:

@@ -76,7 +76,7 @@ def _message_of_a_step_with_nan_weights(argv, role):
     assembled = assemble(make_run_spec(parse(argv), dist.get_world_size()))
     try:
         push_weights(assembled.run)
-        model = getattr(assembled.run, role).scorer._model._model
+        model = getattr(assembled.run, role).scorer._scorer._model._model
         model.decoder.layers[0].mlp.linear_fc2.weight[0, 0] = float("nan")
         train_step(assembled.run, 0)
     except ValueError as error:

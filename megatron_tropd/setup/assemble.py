@@ -27,8 +27,9 @@ from megatron_tropd.setup.run_files import RunFiles, open_files
 from megatron_tropd.setup.run_spec import RunSpec
 from megatron_tropd.setup.same_configuration import check_same_configuration
 from megatron_tropd.setup.same_run import Origin, find_origin
-from megatron_tropd.setup.scorers import make_scorers
+from megatron_tropd.setup.scorers import Keeping, make_scorers
 from megatron_tropd.setup.stored_scores import check_teacher_digest
+from megatron_tropd.teacher.kept_scores import ScoreStore
 from megatron_tropd.training.checkpointing import Checkpoints
 from megatron_tropd.training.evaluations import Evaluations
 from megatron_tropd.training.guard import Guard
@@ -149,12 +150,14 @@ def _make_run(
     if objective.needs.rollouts or spec.data.eval_prompts:  # servers start while other models load
         engines = make_engines(spec, student, export, probes.sequences)
         on_failure.callback(engines.close)
-    scorers = make_scorers(spec, student.groups, on_failure)
+    progress = _progress(config, files, origin.start_step or 0)
+    kept_scores = _score_store(spec, progress)
+    keeping = Keeping(store=kept_scores, record=origin.record) if kept_scores else None
+    scorers = make_scorers(spec, student.groups, on_failure, keeping)
     teacher, reference = scorers.teacher, scorers.reference
     whole_vocabulary = objective.needs.divergence or config.logging.gradient_diagnostics_interval
     table_rows = student.model.vocab_size
     text = make_token_text(spec)
-    progress = _progress(config, files, origin.start_step or 0)
     health = check_scorers(spec, scorers.by_role, origin)
     checkpoints.record, checkpoints.message = health.record, progress.message
     for note in (*files.notes, *origin.notes, *health.warnings):
@@ -165,6 +168,7 @@ def _make_run(
     stream = Stream(
         config, source, rollouts_from, [scoring for scoring in (teacher, reference) if scoring],
         report_top_k=objective.needs.student_top_k, spool=_spool(config, student, progress) if rollouts_from else None,
+        kept_scores=kept_scores,
     )  # fmt: skip
     if pending is not None:
         _go_on_with(pending, stream, student, source, spec)
@@ -200,6 +204,14 @@ def _spool(config: TrainConfig, student: Student, progress: NullProgress) -> Spo
         Path(config.logging.run_dir) / FOLDER, partial(weights_digest, student),
         f"{config.engine.rollout_engine} {params_dtype(config)}", progress.message,
     )  # fmt: skip
+
+
+def _score_store(spec: RunSpec, progress: NullProgress) -> ScoreStore | None:
+    """Make what keeps the scores of unfinished batches; None where the student writes no rollouts."""
+    config = spec.config
+    if not config.rollout.keep_unfinished_rollouts or not spec.objective.needs.rollouts:
+        return None
+    return ScoreStore(Path(config.logging.run_dir) / FOLDER, progress.message)
 
 
 def _go_on_with(pending: Pending, stream: Stream, student: Student, source: PromptSource, spec: RunSpec) -> None:

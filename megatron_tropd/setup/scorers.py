@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from megatron_tropd.checkpoints.run_record import RunRecord
 from megatron_tropd.objectives.topk_use import request_of
 from megatron_tropd.parallel.groups import ModelGroups, teacher_groups
 from megatron_tropd.parallel.layout import ParallelLayout
@@ -18,6 +19,7 @@ from megatron_tropd.setup.run_spec import RunSpec
 from megatron_tropd.setup.teacher_servers import teacher_server_model, teacher_server_settings
 from megatron_tropd.teacher.colocated import ColocatedScorer
 from megatron_tropd.teacher.dedicated.scorer import DedicatedScorer
+from megatron_tropd.teacher.kept_scores import KeptScores, ScoreStore
 from megatron_tropd.teacher.scorer import Scorer
 from megatron_tropd.teacher.server.scorer import ServerScorer
 from megatron_tropd.teacher.several.scorer import SeveralTeachers
@@ -104,10 +106,36 @@ def _together(spec: RunSpec, by_role: Mapping[str, Scorer]) -> Scorer:
     return SeveralTeachers(parts, shares, lambda uid: prompts[uid].domain)
 
 
-def make_scorers(spec: RunSpec, student: ModelGroups, on_failure: ExitStack) -> Scorers:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keeping:
+    """How the scores of unfinished batches are kept."""
+
+    store: ScoreStore
+    record: RunRecord
+    """Of this launch: it has the digests of the models, and the code."""
+
+    def around(self, scorer: Scorer, role: str, placement: str, spec: RunSpec) -> Scorer:
+        """Return ``scorer`` with its scores kept; itself if its scores are in files anyway."""
+        if placement == "file":
+            return scorer
+        flags = sorted(spec.config.by_teacher[role].teacher_sglang_flags.items()) if placement == "server" else []
+        told = (
+            role, placement, self.record.models[role].digest, self.record.code, str(params_dtype(spec.config)),
+            spec.tokens.common_vocab_size, flags,
+        )  # fmt: skip
+        kept = KeptScores(
+            scorer, self.store, who=role, identity=repr(told), whole_batches=placement == "colocated",
+            as_they_finish=placement == "server",
+        )  # fmt: skip
+        if isinstance(scorer, ServerScorer):
+            scorer.on_scored = kept.keep
+        return kept
+
+
+def make_scorers(spec: RunSpec, student: ModelGroups, on_failure: ExitStack, keeping: Keeping | None = None) -> Scorers:
     """Make the scorers that the objective needs, and have ``on_failure`` close each; collective over the world.
 
-    The reference is on the student's ranks: it is as small as the student.
+    The reference is on the student's ranks: it is as small as the student.  ``keeping``: None to keep no scores.
     """
     models, config, needs = spec.models, spec.config, spec.objective.needs
     place = Place(spec=spec)
@@ -119,8 +147,9 @@ def make_scorers(spec: RunSpec, student: ModelGroups, on_failure: ExitStack) -> 
     by_role: dict[str, Scorer] = {}
     teacher = reference = None
     for each in models.teachers:
-        by_role[each.role] = PLACEMENTS[each.placement](place, each)
-        on_failure.callback(by_role[each.role].close)
+        scorer = PLACEMENTS[each.placement](place, each)
+        on_failure.callback(scorer.close)
+        by_role[each.role] = keeping.around(scorer, each.role, each.placement, spec) if keeping else scorer
     if by_role:
         whole = _together(spec, by_role) if config.teachers else by_role["teacher"]
         teacher = Scoring(scorer=whole, want=teacher_wants)
@@ -129,6 +158,7 @@ def make_scorers(spec: RunSpec, student: ModelGroups, on_failure: ExitStack) -> 
         same_groups = models.reference is models.student and student.layout.cp == 1
         groups = replace(student, layout=layout) if same_groups else place.groups_of(layout)
         model = make_frozen(spec, models.reference, groups, "reference", offload=config.teacher.teacher_offload)
-        by_role["reference"] = ColocatedScorer(model)
+        scorer = ColocatedScorer(model)
+        by_role["reference"] = keeping.around(scorer, "reference", "colocated", spec) if keeping else scorer
         reference = Scoring(scorer=by_role["reference"], want=lambda _: ScoreRequest())
     return Scorers(teacher=teacher, reference=reference, by_role=by_role)

@@ -18,7 +18,8 @@ from megatron_tropd.reports import StepReport, TokenNumbers
 from megatron_tropd.teacher.scorer import ScorerError
 from megatron_tropd.training.batch import plan_updates, score_batch
 from megatron_tropd.training.diagnostics import diagnostics_due, gradient_diagnostics
-from megatron_tropd.training.parity import probe_differences
+from megatron_tropd.training.guard import BadUpdate
+from megatron_tropd.training.parity import ParityError, probe_differences
 from megatron_tropd.training.rerun import Computed, compute, compute_twice_if_bad
 from megatron_tropd.training.run import Run
 from megatron_tropd.training.step import Batch, PackedUpdate, StepSums, pack_batch
@@ -91,14 +92,14 @@ def train_step(run: Run, step: int) -> tuple[StepReport, TrainedRollouts]:
         run.engines.sleep()
     version = run.student.version
     plan = plan_updates(run, rollouts)
-    with _keeping_rollouts(run, step), progress.phase("score"):
+    with _keeping_rollouts(run, step), _forgetting_bad_numbers(run), progress.phase("score"):
         scored = score_batch(run, rollouts, plan, step)
         updates = pack_batch(run.student, run.objective, scored.batch, plan)
     _stop_before_update(run, step)
     with progress.phase("train"):
         run.student.wake()
         gradients = _diagnostics(run, scored.batch, plan, step)
-    with progress.phase("train", _microbatches_done(run.student, updates)):
+    with _forgetting_bad_numbers(run), progress.phase("train", _microbatches_done(run.student, updates)):
         outcome = _update(run, scored.batch, updates, step, scored.metrics.get("reward/abs_max", 0.0))
     del updates  # as large as the scores
     tokens = send_to_rank_zero(outcome.tokens) if scored.batch.shown else {}
@@ -144,6 +145,17 @@ def _keeping_rollouts(run: Run, step: int) -> Iterator[None]:
             f"{error}\nThe rollouts of step {step + 1} are saved, with the state before the step: the same command "
             "scores them and goes on from there"
         ) from error
+
+
+@contextmanager
+def _forgetting_bad_numbers(run: Run) -> Iterator[None]:
+    """Where a batch is refused for its numbers, keep none of them for the next launch, which would fail of them again:
+    scores, also where they are no numbers at all, and rollouts that an update or the parity check refuses."""
+    try:
+        yield
+    except (ValueError, BadUpdate, ParityError) as error:  # on every rank
+        run.stream.distrust(rollouts=not isinstance(error, ValueError))
+        raise
 
 
 def _save_before_update(run: Run, step: int) -> None:

@@ -21,6 +21,7 @@ from megatron_tropd.data.prompt_source import PromptSource
 from megatron_tropd.parallel.fail_together import is_rank_zero
 from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.rollout.engine_pool import EnginePool
+from megatron_tropd.teacher.kept_scores import ScoreStore
 from megatron_tropd.teacher.scorer import Scorer
 from megatron_tropd.training.spool import Spool
 from megatron_tropd.types import GenerationRequest, Prompt, Rollout, ScoreRequest
@@ -64,13 +65,14 @@ class Stream:
         scorers: all that score the rollouts of a batch.
         report_top_k: number of the student's own most probable ids that rollouts bring.
         spool: keeps finished rollouts of an unfinished batch; None: they are lost with the process.
+        kept_scores: has the scores that the scorers keep of an unfinished batch; None: they keep none.
     """
 
     def __init__(
         self, config: TrainConfig, source: PromptSource, engines: EnginePool | None, scorers: Sequence[Scoring], *,
-        report_top_k: int = 0, spool: Spool | None = None,
+        report_top_k: int = 0, spool: Spool | None = None, kept_scores: ScoreStore | None = None,
     ) -> None:  # fmt: skip
-        self._report_top_k, self._spool = report_top_k, spool
+        self._report_top_k, self._spool, self._kept_scores = report_top_k, spool, kept_scores
         self._config, self._source, self._engines, self._scorers = config, source, engines, scorers
         self._in_writing: _InWriting | None = None
         self._pending: Pending | None = None
@@ -81,7 +83,7 @@ class Stream:
         return self._pending
 
     def resume(self, pending: Pending) -> None:
-        """Go on with a batch that an earlier launch wrote; it is scored anew."""
+        """Go on with a batch that an earlier launch wrote; what that launch did not score is scored."""
         self._pending = pending
         self._hand_on(pending.step, dict(enumerate(pending.rollouts)) if is_rank_zero() else {})
 
@@ -170,6 +172,16 @@ class Stream:
 
     def trained(self) -> None:
         """The batch that was taken is trained on."""
+        assert self._pending is not None, "taken before"
+        if self._kept_scores is not None:
+            self._kept_scores.clear(self._pending.step)
         self._pending = None
         if self._spool is not None:
+            self._spool.clear()
+
+    def distrust(self, *, rollouts: bool) -> None:
+        """Delete what is kept of scores, and of ``rollouts``: the next launch shall not fail of the same numbers."""
+        if self._kept_scores is not None:
+            self._kept_scores.clear()
+        if self._spool is not None and rollouts:
             self._spool.clear()

@@ -6,6 +6,7 @@ import concurrent.futures
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -72,6 +73,8 @@ class ServerScorer:
         self._measured: dict[str, float] = {}
         self._num_tokens, self._bytes_of_checks = 0.0, 0
         self._closed = False
+        self.on_scored: Callable[[int, int, Rollout, ScoreRequest, TeacherScores], object] | None = None
+        """Called in another thread with step, index and scores of each rollout of this rank's when they are there."""
         on_rank_zero(lambda: self._loop.run(self._fleet.open()), ScorerError)
         self._share_states()
 
@@ -88,6 +91,8 @@ class ServerScorer:
         asked = self._asked.setdefault(step, {})
         for index, rollout in rollouts.items():
             asked[index] = self._loop.begin(self._score(rollout, want))
+            if self.on_scored is not None:
+                asked[index].add_done_callback(partial(_hand_on, partial(self.on_scored, step, index, rollout, want)))
 
     async def _score(self, rollout: Rollout, want: ScoreRequest) -> TeacherScores:
         if not rollout.response_len:
@@ -259,3 +264,8 @@ class ServerScorer:
         self._closed = True
         self._loop.run(self._fleet.close())
         self._loop.close()
+
+
+def _hand_on(use: Callable[[TeacherScores], object], future: concurrent.futures.Future[TeacherScores]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        use(future.result())
