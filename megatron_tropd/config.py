@@ -135,7 +135,9 @@ class RolloutConfig:
         0, "1: the engines write the next batch while this one trains, so it is from weights one step older"
     )
     keep_unfinished_rollouts: bool = setting(
-        True, "write rollouts to RUN_DIR/unfinished as they finish; a launch with the same weights goes on from them"
+        True,
+        "write rollouts to RUN_DIR/unfinished as they finish, and their scores; a launch with the same weights goes on "
+        "from them",
     )
     rollout_max_batch_size: int = setting(
         256, "sequences the embedded engine writes at one time; lower it when a GPU runs out of memory"

@@ -7,7 +7,7 @@ Files::
     env.json                 code, versions, machine, command line; changed flags; earlier launches
     metrics.jsonl            one line for each step and each evaluation
     rollouts/step_*.jsonl    a few rollouts as text
-    unfinished/              rollouts of the batch that is being written (``training/spool.py``)
+    unfinished/              rollouts and scores of the batch that is not trained on yet (``training/spool.py``)
     hang_*.txt               stacks of all ranks of a job that hung (``parallel/hang_watch.py``)
     heartbeat.json           what rank 0 is doing (``progress/heartbeat.py``)
     hf_export/               the student at the end (``training/finish.py``)
