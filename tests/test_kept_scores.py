@@ -260,7 +260,7 @@ class _Dies(RuntimeError):
     """As a lost rank ends the others: nothing is saved."""
 
 
-def _launch(argv, how="", layout_changes=()):
+def _launch(argv, how=""):
     """On this rank: calls of each frozen model, what was printed and the steps, until ``how`` (stop, die) after the
     scoring of the first step."""
     import contextlib
