@@ -223,7 +223,7 @@ def _batches(argv, folder):
 
 @pytest.mark.slow
 def test_a_scorer_is_asked_only_for_what_is_not_on_disk(ranks, world, tmp_path, measured):
-    argv = flags(world, tmp_path / "run", objective="topk_kl")
+    argv = flags(world, tmp_path / "run", objective="kd")
     first, second = ranks(2).run(_batches, argv, tmp_path / "scores")
     assert first.pop("left") == second.pop("left") == []
     every = list(range(10))
