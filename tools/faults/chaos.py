@@ -1,0 +1,188 @@
+"""A run with a random fault every few steps ends as the run without faults: ``make chaos``.
+
+    python -m tools.faults.chaos [--seed N] [--steps 200] [--every 20] [--work DIR]
+
+Trains the quickstart's student on two ranks, once without faults and once with faults that a seed chooses: those of the
+matrix after which the same command goes on.  After each the same command is started again, as a scheduler would do.
+Compares the final checkpoints (weights and optimizer), the exports and the logs bit for bit, and prints a table.
+Exits with 1 if something differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_tropd.flag_parser import FlagParser
+from tools import quickstart
+from tools.faults.chaos_job import ChaosError, ChaosJob, Seen, Start
+from tools.faults.chaos_plan import KINDS, SIZE, draw
+from tools.faults.same_result import differences
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULE = "tools.faults.faulty_train"
+LAUNCHER = ("--standalone", "--shutdown-timeout", "3")
+"""torchrun's flags: a stopped rank does not react to SIGTERM."""
+
+
+def flags(save_interval: int) -> list[str]:
+    """Return the flags that a chaos run needs besides those of its models and data."""
+    return [
+        "--save-interval", str(save_interval), "--fallback-previous", "--rank-heartbeat-timeout", "15",
+        "--heartbeat-interval", "0.1",
+    ]  # fmt: skip
+
+
+class Launch:
+    """torchrun, whose output is in a file."""
+
+    def __init__(self, words: Sequence[str], folder: Path, more: Mapping[str, str]) -> None:
+        self._log = folder / "log"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+        launcher = [
+            sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *LAUNCHER, "--nproc-per-node", str(SIZE),
+        ]  # fmt: skip
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*launcher, "-m", MODULE, *words], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        self.pid = self._process.pid
+
+    @property
+    def output(self) -> str:
+        """Return what it printed so far."""
+        return self._log.read_text(errors="replace")
+
+    def poll(self) -> int | None:
+        """Return its exit code; None while it runs."""
+        return self._process.poll()
+
+    def kill(self) -> None:
+        """End torchrun; its ranks end when they see that its store is gone."""
+        self._process.kill()
+        self._process.wait()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """Of a chaos run."""
+
+    seen: list[Seen]
+    unbroken_s: float
+    broken_s: float
+    differences: list[str]
+
+
+def chaos(
+    start: Callable[[Path], Start], work: Path, *, seed: int, steps: int, every: int, save_interval: int,
+    kinds: Sequence[str] = tuple(KINDS), say: Callable[[str], None] = print,
+) -> Result:  # fmt: skip
+    """Make both runs in ``work`` and compare them.
+
+    Args:
+        start: of a run directory, how a launch of its command is started; the command has :func:`flags`.
+        work: the runs are in its folders ``unbroken`` and ``broken``, which are not there yet.
+        seed: of the plan, as are ``steps``, ``every``, ``save_interval`` and ``kinds`` (:func:`chaos_plan.draw`).
+        say: prints a line.
+
+    Raises:
+        ChaosError: a run failed.
+    """
+    plan = draw(seed, steps=steps, every=every, save_interval=save_interval, kinds=kinds)
+    seconds, seen = {}, list[Seen]()
+    for name, faults in (("unbroken", []), ("broken", plan)):
+        scratch = work / f"launches_{name}"
+        scratch.mkdir(parents=True)
+        began_s = time.monotonic()
+        seen = ChaosJob(start(work / name), work / name, scratch, say).run(faults)
+        seconds[name] = time.monotonic() - began_s
+        say(f"{name}: {seconds[name]:.1f} s")
+    found = differences(work / "broken", work / "unbroken", steps=steps)
+    return Result(seen=seen, unbroken_s=seconds["unbroken"], broken_s=seconds["broken"], differences=found)
+
+
+def table(result: Result, seed: int) -> str:
+    """Return the result as a Markdown table with a sentence below it."""
+    lines = [
+        "| step | row | fault | exit code | ended, s | next step, s | steps made again |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in result.seen:
+        code, end = ("goes on", "") if one.exit_code is None else (one.exit_code, f"{one.end_s:.1f}")
+        cells = (one.step, one.fault.of.row, one.what, code, end, f"{one.next_s:.1f}", one.made_again)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lost = (result.broken_s - result.unbroken_s) / max(len(result.seen), 1)
+    lines.append(
+        f"\nSeed {seed}: {result.unbroken_s:.0f} s without faults, {result.broken_s:.0f} s with {len(result.seen)}: "
+        f"throughput kept {result.unbroken_s / result.broken_s:.0%}; {lost:.1f} s lost by a fault.  "
+        f"Differences to the unbroken run: {len(result.differences)}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def quickstart_flags(work: Path) -> list[str]:
+    """Make the quickstart's models and prompts, if they are not there, and return its flags of the training command."""
+    args = quickstart.arguments(["--directory", str(work)])
+    world, job = work / "small_world_0", work / "quickstart"
+    if not (world / "world.json").is_file():
+        words = (sys.executable, "tools/make_small_world.py", "--save", world)
+        quickstart.run(quickstart.Part(title="Make the small world", words=words))
+    *conversions, training = quickstart.parts(args, world, job)
+    for part in conversions:
+        if not Path(part.words[part.words.index("--save") + 1]).exists():
+            quickstart.run(part)
+    words_of_training = [str(word) for word in training.words]
+    return words_of_training[words_of_training.index("megatron_tropd.train") + 1 :]
+
+
+def parser() -> FlagParser:
+    """Return the parser of the command."""
+    p = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--seed", type=int, default=0, help="of the faults")
+    p.add_argument("--steps", type=int, default=200, help="steps of the run")
+    p.add_argument("--every", type=int, default=20, help="steps between faults")
+    p.add_argument("--save-interval", type=int, default=10, help="steps between checkpoints; at most half of --every")
+    p.add_argument(
+        "--kinds", nargs="+", choices=sorted(KINDS), default=sorted(KINDS), help="which faults (default: all)"
+    )
+    p.add_argument("--work", type=Path, default=Path("runs/chaos"), help="directory for all files")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 if nothing differs."""
+    options = parser().parse_args(argv)
+    if not 1 <= options.save_interval <= options.every // 2:
+        parser().error(f"--save-interval {options.save_interval} must be from 1 to {options.every // 2}")
+    work = options.work.resolve()
+    common = [*quickstart_flags(work), "--train-iters", str(options.steps), *flags(options.save_interval)]
+
+    def start(run_dir: Path) -> Start:
+        return lambda folder, more: Launch([*common, "--run-dir", str(run_dir)], folder, more)
+
+    runs = work / f"seed_{options.seed}_{time.strftime('%Y%m%d_%H%M%S')}"
+    try:
+        result = chaos(
+            start, runs, seed=options.seed, steps=options.steps, every=options.every,
+            save_interval=options.save_interval, kinds=options.kinds,
+        )  # fmt: skip
+    except ChaosError as error:
+        print(f"chaos: {error}\nthe runs and their output are in {runs}", file=sys.stderr)
+        return 1
+    print(f"\n{table(result, options.seed)}")
+    for text in result.differences:
+        print(f"DIFFERS: {text}")
+    return 1 if result.differences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
