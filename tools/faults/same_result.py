@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _VARYING = ("engine/", "guard/", "memory/", "teacher/busy", "teacher/wait", "throughput/")
 """Metrics of a launch, of seconds or of what happened to it, and not of what it computed."""
 _OF_ANOTHER_RUN = (".metadata", "run.json", "checkpoint.json")
@@ -36,7 +38,25 @@ def differences(run: Path, other: Path, *, steps: int) -> list[str]:
 
 def _digests(folder: Path, left_out: tuple[str, ...]) -> dict[str, str]:
     files = [path for path in sorted(folder.glob("*")) if path.is_file() and path.name not in left_out]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.name: hashlib.sha256(_content(path)).hexdigest() for path in files}
+
+
+def _content(path: Path) -> bytes:
+    """Return the bytes of a file; of a pickle its values, because equal values can have several pickles."""
+    if path.suffix != ".pt":
+        return path.read_bytes()
+    return repr(_plain(torch.load(path, weights_only=True))).encode()
+
+
+def _plain(value: Any) -> Any:
+    """Return what has another ``repr`` if a bit differs."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.contiguous().view(-1).view(torch.uint8).tolist()
+    if isinstance(value, Mapping):
+        return [(key, _plain(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _lines(run: Path) -> list[tuple[tuple[str, int, str], dict[str, Any]]]:
