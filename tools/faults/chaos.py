@@ -42,17 +42,25 @@ def flags(save_interval: int) -> list[str]:
 
 
 class Launch:
-    """torchrun, whose output is in a file."""
+    """torchrun, whose output is in the file ``log`` of a folder.
 
-    def __init__(self, words: Sequence[str], folder: Path, more: Mapping[str, str]) -> None:
+    Args:
+        words: flags of the training command.
+        folder: of the output.
+        more: environment variables besides those of this process.
+        module: the command of the ranks.
+    """
+
+    def __init__(self, words: Sequence[str], folder: Path, more: Mapping[str, str], *, module: str = MODULE) -> None:
         self._log = folder / "log"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", **more}
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # as in the quickstart
         launcher = [
             sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *LAUNCHER, "--nproc-per-node", str(SIZE),
         ]  # fmt: skip
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*launcher, "-m", MODULE, *words], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+                [*launcher, "-m", module, *words], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT,
             )  # fmt: skip
         self.pid = self._process.pid
@@ -65,6 +73,10 @@ class Launch:
     def poll(self) -> int | None:
         """Return its exit code; None while it runs."""
         return self._process.poll()
+
+    def wait(self, timeout: float) -> int:
+        """Wait for its end and return its exit code."""
+        return self._process.wait(timeout)
 
     def kill(self) -> None:
         """End torchrun; its ranks end when they see that its store is gone."""
