@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -78,11 +79,6 @@ class Launch:
         """Wait for its end and return its exit code."""
         return self._process.wait(timeout)
 
-    def kill(self) -> None:
-        """End torchrun; its ranks end when they see that its store is gone."""
-        self._process.kill()
-        self._process.wait()
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
@@ -125,12 +121,12 @@ def chaos(
 def table(result: Result, seed: int) -> str:
     """Return the result as a Markdown table with a sentence below it."""
     lines = [
-        "| step | row | fault | exit code | ended, s | next step, s | steps made again |",
+        "| fault | row above | after step | exit code | ended, s | next step, s | steps made again |",
         "|---|---|---|---|---|---|---|",
     ]
     for one in result.seen:
         code, end = ("goes on", "") if one.exit_code is None else (one.exit_code, f"{one.end_s:.1f}")
-        cells = (one.step, one.fault.of.row, one.what, code, end, f"{one.next_s:.1f}", one.made_again)
+        cells = (one.what, one.fault.of.row, one.step, code, end, f"{one.next_s:.1f}", one.made_again)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lost = (result.broken_s - result.unbroken_s) / max(len(result.seen), 1)
     lines.append(
@@ -175,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if not 1 <= options.save_interval <= options.every // 2:
         parser().error(f"--save-interval {options.save_interval} must be from 1 to {options.every // 2}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the job too
     work = options.work.resolve()
     common = [*quickstart_flags(work), "--train-iters", str(options.steps), *flags(options.save_interval)]
 

@@ -34,9 +34,6 @@ class Job(Protocol):
     def poll(self) -> int | None:
         """Return its exit code; None while it runs."""
 
-    def kill(self) -> None:
-        """End it."""
-
 
 Start = Callable[[Path, Mapping[str, str]], Job]
 """Starts the job, whose output is to be in the folder given, with further environment variables."""
@@ -138,7 +135,8 @@ class ChaosJob:
                 raise self._error(f"the last launch ended with {self._code}")
         finally:
             if self._job is not None and self._job.poll() is None:
-                self._job.kill()
+                for process in _family(self._job.pid):  # ranks whose torchrun is gone may go on
+                    process.kill()
         return seen
 
     @property
