@@ -11,6 +11,7 @@ Exits with 1 if something differs.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron_tropd.flag_parser import FlagParser
 from tools import quickstart
 from tools.faults.chaos_job import ChaosError, ChaosJob, Seen, Start
-from tools.faults.chaos_plan import KINDS, SIZE, draw
+from tools.faults.chaos_plan import KINDS, SIZE, Fault, draw
 from tools.faults.same_result import differences
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +93,7 @@ class Result:
 
 def chaos(
     start: Callable[[Path], Start], work: Path, *, seed: int, steps: int, every: int, save_interval: int,
-    kinds: Sequence[str] = tuple(KINDS), say: Callable[[str], None] = print,
+    kinds: Sequence[str] = tuple(KINDS), unbroken: Path | None = None, say: Callable[[str], None] = print,
 ) -> Result:  # fmt: skip
     """Make both runs in ``work`` and compare them.
 
@@ -100,22 +101,35 @@ def chaos(
         start: of a run directory, how a launch of its command is started; the command has :func:`flags`.
         work: the runs are in its folders ``unbroken`` and ``broken``, which are not there yet.
         seed: of the plan, as are ``steps``, ``every``, ``save_interval`` and ``kinds`` (:func:`chaos_plan.draw`).
+        unbroken: the ``work`` of an earlier call, whose unbroken run is compared with, instead of a new one.
         say: prints a line.
 
     Raises:
         ChaosError: a run failed.
     """
     plan = draw(seed, steps=steps, every=every, save_interval=save_interval, kinds=kinds)
-    seconds, seen = {}, list[Seen]()
-    for name, faults in (("unbroken", []), ("broken", plan)):
-        scratch = work / f"launches_{name}"
-        scratch.mkdir(parents=True)
-        began_s = time.monotonic()
-        seen = ChaosJob(start(work / name), work / name, scratch, say).run(faults)
-        seconds[name] = time.monotonic() - began_s
-        say(f"{name}: {seconds[name]:.1f} s")
-    found = differences(work / "broken", work / "unbroken", steps=steps)
-    return Result(seen=seen, unbroken_s=seconds["unbroken"], broken_s=seconds["broken"], differences=found)
+    if unbroken is None:
+        unbroken = work
+        _run(start, work, "unbroken", [], say)
+    seen = _run(start, work, "broken", plan, say)
+    found = differences(work / "broken", unbroken / "unbroken", steps=steps)
+    seconds = [json.loads((runs / f"{name}.json").read_text())["seconds"] for runs, name in
+               ((unbroken, "unbroken"), (work, "broken"))]  # fmt: skip
+    return Result(seen=seen, unbroken_s=seconds[0], broken_s=seconds[1], differences=found)
+
+
+def _run(
+    start: Callable[[Path], Start], work: Path, name: str, plan: Sequence[Fault], say: Callable[[str], None]
+) -> list[Seen]:
+    """Make one run, and write beside it how long it took."""
+    scratch = work / f"launches_{name}"
+    scratch.mkdir(parents=True)
+    began_s = time.monotonic()
+    seen = ChaosJob(start(work / name), work / name, scratch, say).run(plan)
+    seconds = time.monotonic() - began_s
+    (work / f"{name}.json").write_text(json.dumps({"seconds": seconds}))
+    say(f"{name}: {seconds:.1f} s")
+    return seen
 
 
 def table(result: Result, seed: int) -> str:
@@ -162,6 +176,7 @@ def parser() -> FlagParser:
     p.add_argument(
         "--kinds", nargs="+", choices=sorted(KINDS), default=sorted(KINDS), help="which faults (default: all)"
     )
+    p.add_argument("--unbroken", type=Path, help="folder of an earlier chaos run, whose unbroken run is compared with")
     p.add_argument("--work", type=Path, default=Path("runs/chaos"), help="directory for all files")
     return p
 
@@ -182,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = chaos(
             start, runs, seed=options.seed, steps=options.steps, every=options.every,
-            save_interval=options.save_interval, kinds=options.kinds,
+            save_interval=options.save_interval, kinds=options.kinds, unbroken=options.unbroken,
         )  # fmt: skip
     except ChaosError as error:
         print(f"chaos: {error}\nthe runs and their output are in {runs}", file=sys.stderr)
