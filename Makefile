@@ -7,7 +7,8 @@
 # and besides: make check (lint, types, and all tests without ranks, servers or other processes: two to four minutes, the
 #   first time a minute longer, because mypy then reads torch),
 #   make test-megatron (the tests that touch Megatron-core, 5 minutes: for another version of it),
-#   make faults (causes every fault of docs/faults.md and prints the table),
+#   make faults (causes every fault of docs/faults.md and prints the table), make chaos (a run of 200 steps with ten random
+#   faults, and the same command after each),
 #   make verify (prints measured errors), make lint, make format, make clean, and
 #   make sglang-env   the SGLang server's own environment, for machines without a GPU (docs/sglang.md)
 #   make experiment   the whole way of an experiment with tiny models: data, responses, TrOPD, benchmark, table
@@ -59,7 +60,7 @@ MEGATRON := platform attention kernels model_parity vocab_parallel vocab_paralle
 	train_command training_resume_experts training_release training_sleep training_virtual_stages context_parallel \
 	megatron_flags dedicated
 
-.PHONY: quickstart experiment faults test test-megatron test-benchmarks check sglang-env benchmark-env lint format verify clean
+.PHONY: quickstart experiment faults chaos test test-megatron test-benchmarks check sglang-env benchmark-env lint format verify clean
 
 quickstart: $(VENV)/.runtime $(if $(filter sglang server,$(ENGINE) $(TEACHER)),$(SGLANG_VENV)/.ready)
 	$(BIN)/python tools/quickstart.py --engine $(ENGINE) --teacher $(TEACHER) --sglang-python $(SGLANG_VENV)/bin/python $(ARGS)
@@ -82,6 +83,9 @@ check: lint
 
 faults: $(VENV)/.test $(SGLANG_VENV)/.ready
 	$(BIN)/python -m tools.faults.run $(ARGS) -- $(IN_WORKERS)
+
+chaos: $(VENV)/.runtime
+	$(BIN)/python -m tools.faults.chaos $(ARGS)
 
 verify: $(VENV)/.test $(SGLANG_VENV)/.ready
 	$(BIN)/python -m pytest -q $(addprefix tests/test_,$(addsuffix .py,$(VERIFY))) $(ARGS)

@@ -14,36 +14,31 @@ ended.  With NAN_LOSS the guard sees a loss of NaN.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import itertools
 import os
-import resource
 import signal
 import sys
+from collections.abc import Callable
 
 from megatron_tropd.parallel import platform
+from tools.faults import means
 
 
 def _fault(rank: str) -> None:
     if rank == os.environ.get("KILL_RANK"):
-        os.kill(os.getpid(), signal.SIGKILL)
+        means.kill()
     if rank == os.environ.get("FULL_RANK"):
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        means.fill_disk()
     if rank == os.environ.get("FAULT_RANK"):
         raise KeyError("the cause")
 
 
-def _change(place: str) -> None:
-    module, _, path = place.partition(":")
-    *owners, name = path.split(".")
-    owner = functools.reduce(getattr, owners, importlib.import_module(module))
-    original, rank = getattr(owner, name), os.environ["LOCAL_RANK"]
+def _changing(original: Callable[..., object]) -> Callable[..., object]:
+    rank = os.environ["LOCAL_RANK"]
     word, on_call = os.environ.get("WITH", ""), int(os.environ.get("ON_CALL", "0"))
     calls = itertools.count(1)
 
-    @functools.wraps(original)
     def changed(*args, **kwargs):
         try:
             if word in str(args[:1]) and (next(calls) == on_call or not on_call):
@@ -56,10 +51,10 @@ def _change(place: str) -> None:
                 signal.pause()
             raise
 
-    setattr(owner, name, changed)
+    return changed
 
 
 if __name__ == "__main__":
     platform.install()  # AT may import Megatron
-    _change(os.environ["AT"])
+    means.replace(os.environ["AT"], _changing)
     sys.exit(importlib.import_module(os.environ.get("COMMAND", "megatron_tropd.train")).main())

@@ -2,61 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
-import torch
 
 from megatron_tropd.training.guard import NonFiniteStep, SpikeStep
 from megatron_tropd.training.rerun import PERSISTENT, TRANSIENT
 from tests.tiny_run import flags, make_world
-
-TOP_BIT = 1 << 30
-"""Of the exponent of an fp32 number: a small number becomes one of 1e30 or more."""
+from tools.faults.means import BadNumbers
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
-
-
-def _flipped(tensor):
-    """A copy whose smallest element but zeros has another top exponent bit."""
-    damaged = tensor.detach().clone()
-    flat = damaged.view(-1)
-    place = torch.where(flat == 0, math.inf, flat.abs()).argmin()
-    flat.view(torch.int32)[place] ^= TOP_BIT
-    return damaged
-
-
-class _Faults:
-    """Damages what this rank computes in chosen calls of a hook, counted from 0."""
-
-    def __init__(self, kind, calls):
-        self.kind, self.calls, self.seen = kind, calls, 0
-
-    def into(self, model):
-        if self.kind == "activation":
-            model.decoder.layers[0].register_forward_hook(self._of_layer)
-        else:
-            model.decoder.layers[0].mlp.linear_fc2.weight.register_hook(self._of_gradient)
-
-    def _now(self):
-        self.seen += 1
-        return self.seen - 1 in self.calls
-
-    def _of_gradient(self, gradient):
-        if not self._now():
-            return None
-        factors = {"nan": torch.nan, "large": 1e10}
-        return gradient * factors[self.kind] if self.kind in factors else _flipped(gradient)
-
-    def _of_layer(self, _layer, _inputs, output):
-        if not torch.is_grad_enabled() or not self._now():  # the same layers write and score the rollouts
-            return None
-        hidden = output[0] if isinstance(output, tuple) else output
-        hidden.data.copy_(hidden.data * torch.nan)
-        return None
 
 
 def _train(argv, faulty_rank, kind, calls):
@@ -75,7 +31,7 @@ def _train(argv, faulty_rank, kind, calls):
     try:
         push_weights(run)
         if kind and dist.get_rank() == faulty_rank:
-            _Faults(kind, calls).into(run.student.model.chunks[0])
+            BadNumbers(kind, calls).into(run.student.model.chunks[0])
         try:
             reports = [train_step(run, step)[0] for step in range(2)]
         except (NonFiniteStep, SpikeStep) as raised:
