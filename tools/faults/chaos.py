@@ -31,8 +31,7 @@ from tools.faults.same_result import differences
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = "tools.faults.faulty_train"
-LAUNCHER = ("--standalone", "--shutdown-timeout", "3")
-"""torchrun's flags: a stopped rank does not react to SIGTERM."""
+LAUNCHER = ("--standalone",)
 
 
 def flags(save_interval: int) -> list[str]:
