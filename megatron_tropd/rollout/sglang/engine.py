@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from megatron_tropd.json_files import shown
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.rollout.sglang.api.generation import (
@@ -23,7 +24,6 @@ from megatron_tropd.sglang.api.control import (
     read_checksums,
     read_weight_version,
 )
-from megatron_tropd.sglang.api.fields import shown
 from megatron_tropd.sglang.api.scores import score_body
 from megatron_tropd.sglang.errors import RequestRefused, StaleWeights
 from megatron_tropd.sglang.server.handle import ServerHandle

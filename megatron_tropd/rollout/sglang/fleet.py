@@ -292,7 +292,7 @@ class Fleet(ServerFleet[Engine]):
         ``version``, before or now: it is started anew, and wants the weights.
 
         Raises:
-            RequestRefused, BadResponse: of any engine.
+            RequestRefused: of any engine.
         """
 
         async def work(engine: Engine) -> list[tuple[float, ...]]:
@@ -304,7 +304,8 @@ class Fleet(ServerFleet[Engine]):
         for engine, result in zip(ready, results, strict=True):
             if isinstance(result, list):
                 found[engine.name] = result
-            elif isinstance(result, EngineDown):
+            elif isinstance(result, EngineDown | BadResponse):
+                self.counts["bad_responses"] += isinstance(result, BadResponse)
                 await self._failed(engine, result)
             elif isinstance(result, StaleWeights):
                 self._out_of_rotation(engine, result)

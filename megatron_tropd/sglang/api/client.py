@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx2
 
-from megatron_tropd.sglang.api.fields import shown
+from megatron_tropd.json_files import shown
 from megatron_tropd.sglang.errors import BadResponse, EngineDown, EngineTimeout, NoConnection, RequestRefused
 from megatron_tropd.sglang.settings import REQUEST_TIMEOUT_FLAG, Keys
 

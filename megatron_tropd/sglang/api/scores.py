@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tropd.sglang.api.fields import ROUNDING, field, integer, items, logprob, shown
+from megatron_tropd.json_files import shown
+from megatron_tropd.sglang.api.fields import ROUNDING, field, integer, items, logprob
 from megatron_tropd.sglang.errors import BadResponse
 
 _MAX_ROWS = 1 << 30

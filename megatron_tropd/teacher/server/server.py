@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_tropd.json_files import shown
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.sglang.api.control import ServerInfo, read_model_type
-from megatron_tropd.sglang.api.fields import shown
 from megatron_tropd.sglang.api.scores import check_prompt, read_at, read_given, read_top, score_body
 from megatron_tropd.sglang.errors import RequestRefused, UnfitServer
 from megatron_tropd.sglang.server.balanced import AskedServer

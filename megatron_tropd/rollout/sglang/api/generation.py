@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tropd.json_files import shown
 from megatron_tropd.rollout.engine import SamplingParams
-from megatron_tropd.sglang.api.fields import field, items, shown, text
+from megatron_tropd.sglang.api.fields import field, items, text
 from megatron_tropd.sglang.api.scores import check_prompt, check_top, read_given, read_logprobs, read_nested
 from megatron_tropd.sglang.errors import BadResponse, StaleWeights
 from megatron_tropd.types import Finish, GenerationRequest, Rollout
