@@ -166,31 +166,35 @@ class FaultyServer(FakeEngine):
 
     def _write(self, body: Any) -> Any:
         asked, tokens = body["sampling_params"], body["input_ids"]
-        samples = [self._write_one(tokens, asked) for _ in range(asked.get("n", 1))]
-        return samples if len(samples) > 1 else samples[0]
-
-    def _write_one(self, tokens: list[int], asked: Any) -> Any:
+        number, most = asked.get("n", 1), asked["max_new_tokens"]
         bias = torch.zeros(VOCAB_SIZE, dtype=torch.float64)
         for token, value in asked.get("logit_bias", {}).items():
             bias[int(token)] = value
-        written, entries, finish = [], [], {"type": "length", "length": asked["max_new_tokens"]}
-        while len(written) < asked["max_new_tokens"]:
-            logits = self.model(torch.tensor([[*tokens, *written]])).logits[0, -1].double() + bias
+        ids, entries = torch.tensor([tokens] * number), [[] for _ in range(number)]
+        for _ in range(most):
+            logits = self.model(ids).logits[:, -1].double() + bias
             logprobs = torch.log_softmax(logits / (asked["temperature"] or 1.0), -1)
-            drawn = (
-                logprobs.exp().multinomial(1, generator=self.generator) if asked["temperature"] else logprobs.argmax()
-            )
-            written.append(int(drawn))
-            entries.append([float(logprobs[written[-1]]), written[-1], None])
+            drawn = logprobs.exp().multinomial(1, generator=self.generator)
+            drawn = drawn if asked["temperature"] else logprobs.argmax(-1, keepdim=True)
+            ids = torch.cat([ids, drawn], dim=1)
+            for sample, row, token in zip(entries, logprobs, drawn[:, 0].tolist(), strict=True):
+                sample.append([float(row[token]), token, None])
             self._work += 1
-            if written[-1] in asked["stop_token_ids"]:
-                finish = {"type": "stop", "matched": written[-1]}
-                break
+        samples = [self._sample(tokens, sample, asked["stop_token_ids"]) for sample in entries]
+        return samples if number > 1 else samples[0]
+
+    def _sample(self, tokens: list[int], entries: list[Any], stop: list[int]) -> Any:
+        """The answer of one sample, which ends with the first stop token."""
+        ends = [place for place, (_, token, _) in enumerate(entries) if token in stop]
+        finish: dict[str, Any] = {"type": "length", "length": len(entries)}
+        if ends:
+            entries = entries[: ends[0] + 1]
+            finish = {"type": "stop", "matched": entries[-1][1]}
         meta = self._meta(tokens) | {
-            "finish_reason": finish, "completion_tokens": len(written), "output_token_logprobs": entries,
-            "weight_versions": [{"version": self.version, "start": 0, "end": len(written)}],
+            "finish_reason": finish, "completion_tokens": len(entries), "output_token_logprobs": entries,
+            "weight_versions": [{"version": self.version, "start": 0, "end": len(entries)}],
         }  # fmt: skip
-        return {"output_ids": written, "meta_info": meta, "prompt_token_ids": tokens}
+        return {"output_ids": [token for _, token, _ in entries], "meta_info": meta, "prompt_token_ids": tokens}
 
     # ---- its weights ----
 

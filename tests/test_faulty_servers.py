@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,10 @@ from tests.hf_models import make_hf_model
 from tests.sglang_helpers import Student, check_rollouts, make_pool, params, reference_logprobs, requests_of
 from tests.sglang_replies import ARCH, answer
 
-SILENCE_S, PATIENCE_S = 2.0, 30.0
-"""--sglang-request-timeout of the tests in which a server falls silent, and of the others."""
-REQUESTS = requests_of(3, samples=2, max_new=5)
-PROBES = [[3, 7, 11, 19, 5], [4, 9, 2]]
+PATIENCE_S = 30.0
+"""--sglang-request-timeout, but where a server falls silent."""
+REQUESTS = requests_of(1, samples=2, max_new=4)
+PROBES = [[3, 7, 11, 19, 5]]
 MALFORMED = {**NOT_JSON, **SHAPES, **NUMBERS, **ANOTHER, **WRITTEN}
 
 
@@ -72,6 +73,23 @@ class Run:
         version = self.student.version
         rollouts = self.pool.generate(requests, params(), version)
         assert check_rollouts(rollouts, requests, self.student.model, version) < 1e-5
+
+    @contextlib.contextmanager
+    def impatient(self):
+        """Servers are given up on after a third of a second of silence."""
+        engines = self.pool._fleet.engines
+        for engine in engines:
+            usual, engine._settings = engine._settings, replace(engine._settings, request_timeout_s=0.3)
+            engine._watch._silence_s = 0.3
+        yield
+        for engine in engines:
+            engine._settings = usual
+            self.pool._loop.run(engine.start())
+
+    def forgive(self) -> None:
+        """Each case of a test is the first."""
+        for engine in self.pool._fleet.engines:
+            engine.failures = 0
 
     def counted(self, **expected) -> None:
         """The counters that have counted."""
@@ -174,11 +192,12 @@ def test_a_server_that_is_busy_or_broken_for_a_while_loses_nothing():
 @pytest.mark.fault(number=17)
 def test_a_server_that_is_busy_broken_or_silent_for_good_ends_the_run_by_name(seen):
     longest = 0.0
-    plays = [name for name in (*BUSY, *BROKEN, *SILENT) if "with Retry-After" not in name]
-    for name in plays:
-        with running(request_timeout_s=SILENCE_S if name in SILENT else PATIENCE_S) as run:
-            (server,) = run.servers
-            with server.playing(name):
+    with running() as run:
+        (server,) = run.servers
+        for name in [name for name in (*BUSY, *BROKEN, *SILENT) if "with Retry-After" not in name]:
+            before = run.pool.counts
+            run.forgive()
+            with run.impatient() if name in SILENT else contextlib.nullcontext(), server.playing(name):
                 text, seconds = _refusal(run.write)
             longest = max(longest, seconds)
             assert server.url in text and "failed 4 times, at last: " in text and seconds < 30, (name, text)
@@ -186,8 +205,9 @@ def test_a_server_that_is_busy_broken_or_silent_for_good_ends_the_run_by_name(se
             expected = said.get(name[:3], "--sglang-request-timeout" if name in SILENT else "Error")
             assert expected in text, (name, text)
             counts = run.pool.counts
-            assert counts["reissued"] >= 4 and counts["restarts"] >= 3, (name, counts)
-            run.write()  # and the same pool goes on when the server does
+            assert counts["reissued"] >= before["reissued"] + 4 and counts["restarts"] >= before["restarts"] + 3, name
+            run.push()
+            run.write()  # the same pool goes on when the server does
     seen(detect_s=longest)
 
 
@@ -258,6 +278,7 @@ def test_malformed_answers_for_good_end_the_run_by_name(seen):
     with running() as run:
         (server,) = run.servers
         for name in MALFORMED:
+            run.forgive()
             with server.playing(name):
                 text, seconds = _refusal(run.write)
             longest = max(longest, seconds)
@@ -279,7 +300,7 @@ def test_a_server_that_answers_nonsense_at_once_does_not_draw_the_prompts_of_oth
             before = good.asked.count("/generate")
             assert before > 12, "probes, and every prompt"
         counts = run.pool.counts
-        assert 4 <= counts["bad_responses"] == counts["reissued"] <= 12 and counts["restarts"] == 1
+        assert 4 <= counts["bad_responses"] <= counts["reissued"] <= 12 and counts["restarts"] == 1
         assert [engine.version == run.student.version for engine in run.pool._fleet.engines] == [False, True]
         run.push()
         run.write()
@@ -291,11 +312,13 @@ def test_a_server_that_answers_nonsense_at_once_does_not_draw_the_prompts_of_oth
 def test_a_probe_that_is_answered_with_nonsense_is_asked_again():
     with running() as run:
         (server,) = run.servers
-        for name in (*NUMBERS, "a page", "the answer to another prompt"):
+        for name in ("NaN", "a negative id", "too few log-probabilities", "a page", "the answer to another prompt"):
+            run.forgive()
             with server.playing(name, times=1):
                 assert max(run.push().values()) < 1e-5
                 assert server.played == 1
         run.write()
+        run.forgive()
         with server.playing("NaN"):
             text, _ = _refusal(run.push)
     assert "failed to score the probes of weight version" in text and server.url in text and "NaN" in text
@@ -309,9 +332,11 @@ def test_a_probe_that_is_answered_with_nonsense_is_asked_again():
 @pytest.mark.parametrize("times", [1, 10**9], ids=["once", "for good"])
 def test_what_other_weights_wrote_is_never_taken(times, caplog, seen):
     longest = 0.0
-    for name in STALE:
-        with running() as run:
-            (server,) = run.servers
+    with running() as run:
+        (server,) = run.servers
+        for name in STALE:
+            before = run.pool.counts
+            caplog.clear()
             with server.playing(name, times=times):
                 if times == 1:
                     run.write()
@@ -321,10 +346,12 @@ def test_what_other_weights_wrote_is_never_taken(times, caplog, seen):
                     longest = max(longest, seconds)
                     assert f"engine 0 ({server.url}): step 5, prompt " in text and "weight" in text, text
             counts = run.pool.counts
-            assert counts["reissued"] >= 1 and counts["stale_weights"] + counts["bad_responses"] >= 1
-            assert f"engine 0 ({server.url})" in caplog.text
-            if name == "the version of another run" and times > 1:
-                assert "another run pushes weights to this server" in text and "--rollout-engine-urls" in text
+            kind = "bad_responses" if name == "no version" else "stale_weights"
+            assert counts["reissued"] > before["reissued"] and counts[kind] > before[kind]
+            assert f"engine 0 ({server.url}): step 5, prompt " in caplog.text
+            if name == "the version of another run":
+                assert "another run pushes weights to this server" in caplog.text
+                assert "--rollout-engine-urls" in caplog.text
     seen(detect_s=longest)
 
 
@@ -360,6 +387,7 @@ def test_a_server_that_somebody_started_anew_gets_the_weights_before_it_writes()
             return answer(value)
 
         with server.playing(Play(as_it_writes), times=1):
+            run.write(requests_of(3, max_new=4))
             run.write()
         assert run.pool.counts["stale_weights"] >= 2
 
@@ -373,24 +401,26 @@ def test_an_update_that_breaks_off_anywhere_is_sent_again_whole(seen):
     """At every bucket, before and after the server took it, in the answer's every byte."""
     take, end = "/update_weights_from_tensor", "/end_weight_update"
     refused = Play(lambda _v, _n: answer({"success": False, "message": "out of memory"}))
-    with running(request_timeout_s=SILENCE_S) as run:
+    with running() as run:
         (server,) = run.servers
         buckets = server.asked.count(take)
         assert buckets >= 5
         cases = [
-            (take, play, skip) for skip in range(buckets) for play in ("reset at once", "reset somewhere", refused)
+            (take, play, skip) for skip in (0, 2, buckets - 1) for play in ("reset at once", "reset somewhere", refused)
         ]
         length = len(answer({"success": True, "message": "Success"}).raw)
-        last = [(take, _cut(place), buckets - 1) for place in range(0, length, 4)]
+        last = [(take, _cut(place), buckets - 1) for place in range(0, length, 12)]
         others = [(path, play, 0) for path in (end, "/begin_weight_update", "/pause_generation", "/continue_generation")
-                  for play in ("reset somewhere", "500", "silence")]  # fmt: skip
+                  for play in ("reset somewhere", "500")]  # fmt: skip
         others += [("/model_info", "a page", 0), ("/weights_checker", "the JSON {}", 0), ("/weights_checker", "500", 0)]
         for count, (path, play, skip) in enumerate([*cases, *last, *others], 1):
+            run.forgive()
             with server.playing(play, path, times=1, skip=skip):
                 assert max(run.push().values()) < 1e-5
                 assert server.played == 1, (path, play, skip)
             assert run.pool.counts["restarts"] == count, (path, play, skip)
         run.write()
+        run.forgive()
         start = time.monotonic()
         with server.playing("reset at once", take, skip=2):
             text, _ = _refusal(run.push)
