@@ -50,12 +50,16 @@ class FaultyServer(FakeEngine):
     ``checker`` says what it hashes: "held" weights, or those that were "sent", or nothing ("absent").
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, **model: Any) -> None:
+        self._model = model
         self.numbers = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.mishandle, self.checker = "", "held"
         self.played = 0
         """Answers that were spoiled."""
+        self.spoils_first: tuple[str, ...] = ()
+        """Plays of which one, drawn anew each time, is in the place of the first answer to every prompt."""
+        self._seen: set[tuple[int, ...]] = set()
         self._cast: _Cast | None = None
         self._lock, self._casting = threading.RLock(), threading.Lock()
         self._paused = self._in_session = False
@@ -91,7 +95,7 @@ class FaultyServer(FakeEngine):
     def restart(self, *, seed: int) -> None:
         """As somebody else would: other weights, which nobody pushed."""
         with self._lock:
-            self.model, self.version = make_hf_model("qwen3", seed=seed), "default"
+            self.model, self.version = make_hf_model("qwen3", seed=seed, **self._model), "default"
             self._paused = self._in_session = False
 
     # ---- what it does ----
@@ -101,12 +105,24 @@ class FaultyServer(FakeEngine):
             play = self._next_play(path)
             if play is not None and not play.works:
                 return play.reply(None, self.numbers)
-            value = do(json.loads(body) if body else None)
+            asked = json.loads(body) if body else None
+            value = do(asked)
             if isinstance(value, Reply):
                 return value
+            if path == "/generate" and isinstance(value, list) and self._is_new(asked["input_ids"]):
+                play = PLAYS[self.numbers.choice(self.spoils_first)]
             return answer(value) if play is None else play.reply(value, self.numbers)
 
         return reply
+
+    def _is_new(self, tokens: list[int]) -> bool:
+        """Whether an answer to this prompt is to be spoiled, because none was."""
+        with self._casting:
+            if not self.spoils_first or tuple(tokens) in self._seen:
+                return False
+            self._seen.add(tuple(tokens))
+            self.played += 1
+            return True
 
     def _next_play(self, path: str) -> Play | None:
         with self._casting:

@@ -296,11 +296,13 @@ def test_a_server_that_answers_nonsense_at_once_does_not_draw_the_prompts_of_oth
     with running(2) as run:
         bad, good = run.servers
         with bad.playing("NaN"):
+            run.write()
+            run.counted(reissued=1, bad_responses=1)  # the second try is at the other one
             run.write(requests_of(12, max_new=4))
             before = good.asked.count("/generate")
             assert before > 12, "probes, and every prompt"
         counts = run.pool.counts
-        assert 4 <= counts["bad_responses"] <= counts["reissued"] <= 12 and counts["restarts"] == 1
+        assert 4 <= counts["bad_responses"] <= counts["reissued"] <= 13 and counts["restarts"] == 1
         assert [engine.version == run.student.version for engine in run.pool._fleet.engines] == [False, True]
         run.push()
         run.write()
