@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from megatron_tropd.errors import EngineError
 from megatron_tropd.sglang.api import client
 from tests.faulty_answers import (
     ANOTHER,
@@ -25,15 +22,12 @@ from tests.faulty_answers import (
     Play,
     reset_after,
 )
+from tests.faulty_runs import REQUESTS, Run, refusal, running
 from tests.faulty_server import FaultyServer
 from tests.hf_models import make_hf_model
-from tests.sglang_helpers import Student, check_rollouts, make_pool, params, reference_logprobs, requests_of
-from tests.sglang_replies import ARCH, answer
+from tests.sglang_helpers import check_rollouts, params, requests_of
+from tests.sglang_replies import answer
 
-PATIENCE_S = 30.0
-"""--sglang-request-timeout, but where a server falls silent."""
-REQUESTS = requests_of(1, samples=2, max_new=4)
-PROBES = [[3, 7, 11, 19, 5]]
 MALFORMED = {**NOT_JSON, **SHAPES, **NUMBERS, **ANOTHER, **WRITTEN}
 
 
@@ -41,81 +35,6 @@ MALFORMED = {**NOT_JSON, **SHAPES, **NUMBERS, **ANOTHER, **WRITTEN}
 def quick(monkeypatch):
     """Short pauses between attempts: hundreds of answers make the client try again."""
     monkeypatch.setattr(client, "_FIRST_PAUSE_S", 0.002)
-
-
-class Run:
-    """What a trainer has: a student, and a pool on servers that are not its own."""
-
-    def __init__(self, *servers: FaultyServer, **changes) -> None:
-        from megatron_tropd.sglang.settings import SGLangSettings
-
-        options = {"request_timeout_s": PATIENCE_S, "start_timeout_s": PATIENCE_S, "bucket_bytes": 100_000, **changes}
-        settings = SGLangSettings(
-            hf_dir=Path(), log_dir=Path(), dtype="float32", urls=tuple(server.url for server in servers), **options
-        )
-        self.servers, self.student = servers, Student(make_hf_model("qwen3"))
-        self.pool = make_pool(settings, ARCH, self.student, probes=PROBES)
-
-    def push(self):
-        """New weights, as the trainer has them, and what it finds out by the probes: the largest difference."""
-        version = self.student.change()
-        report = self.pool.push(self.student.export, version)
-        expected = [reference_logprobs(self.student.model, probe) for probe in PROBES]
-        return {
-            name: max(
-                abs(a - b) for one, two in zip(found, expected, strict=True) for a, b in zip(one, two, strict=True)
-            )
-            for name, found in report.probe_logprobs.items()
-        }
-
-    def write(self, requests=REQUESTS) -> None:
-        """A batch: every rollout has the log-probabilities of the student's own model."""
-        version = self.student.version
-        rollouts = self.pool.generate(requests, params(), version)
-        assert check_rollouts(rollouts, requests, self.student.model, version) < 1e-5
-
-    @contextlib.contextmanager
-    def impatient(self):
-        """Servers are given up on after a third of a second of silence."""
-        engines = self.pool._fleet.engines
-        for engine in engines:
-            usual, engine._settings = engine._settings, replace(engine._settings, request_timeout_s=0.3)
-            engine._watch._silence_s = 0.3
-        yield
-        for engine in engines:
-            engine._settings = usual
-            self.pool._loop.run(engine.start())
-
-    def forgive(self) -> None:
-        """Each case of a test is the first."""
-        for engine in self.pool._fleet.engines:
-            engine.failures = 0
-
-    def counted(self, **expected) -> None:
-        """The counters that have counted."""
-        assert {name: count for name, count in self.pool.counts.items() if count} == expected
-
-
-@contextlib.contextmanager
-def running(number: int = 1, **changes):
-    """A run on ``number`` servers that have its weights."""
-    with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(FaultyServer(seed)) for seed in range(number)]
-        run = Run(*servers, **changes)
-        stack.callback(run.pool.close)
-        assert max(run.push().values()) < 1e-5
-        yield run
-
-
-def _refusal(work) -> tuple[str, float]:
-    """The error of ``work``, and the seconds until it came."""
-    start = time.monotonic()
-    with pytest.raises(EngineError) as failure:
-        work()
-    text = str(failure.value)
-    text.encode()
-    assert len(text) < 6000
-    return text, time.monotonic() - start
 
 
 # ---- the fake itself ----
@@ -198,7 +117,7 @@ def test_a_server_that_is_busy_broken_or_silent_for_good_ends_the_run_by_name(se
             before = run.pool.counts
             run.forgive()
             with run.impatient() if name in SILENT else contextlib.nullcontext(), server.playing(name):
-                text, seconds = _refusal(run.write)
+                text, seconds = refusal(run.write)
             longest = max(longest, seconds)
             assert server.url in text and "failed 4 times, at last: " in text and seconds < 30, (name, text)
             said = {"429": "busy (HTTP 429)", "503": "busy (HTTP 503)", "500": "HTTP 500: oh"}
@@ -218,7 +137,7 @@ def test_a_server_that_is_busy_for_longer_than_the_deadline_of_a_control_call():
         (server,) = run.servers
         engine = run.pool._fleet.engines[0]
         with server.playing("503 with Retry-After", "/pause_generation"):
-            text, seconds = _refusal(lambda: run.pool._loop.run(engine.pause("abort")))
+            text, seconds = refusal(lambda: run.pool._loop.run(engine.pause("abort")))
     assert f"engine 0 ({server.url}): pause (abort): no answer within 1 s (before: busy (HTTP 503))" in text
     assert "--sglang-request-timeout" in text and seconds < 5
 
@@ -280,7 +199,7 @@ def test_malformed_answers_for_good_end_the_run_by_name(seen):
         for name in MALFORMED:
             run.forgive()
             with server.playing(name):
-                text, seconds = _refusal(run.write)
+                text, seconds = refusal(run.write)
             longest = max(longest, seconds)
             assert f"failed 4 times, at last: engine 0 ({server.url}): step 5, prompt " in text, (name, text)
             assert seconds < 20
@@ -322,7 +241,7 @@ def test_a_probe_that_is_answered_with_nonsense_is_asked_again():
         run.write()
         run.forgive()
         with server.playing("NaN"):
-            text, _ = _refusal(run.push)
+            text, _ = refusal(run.push)
     assert "failed to score the probes of weight version" in text and server.url in text and "NaN" in text
 
 
@@ -344,7 +263,7 @@ def test_what_other_weights_wrote_is_never_taken(times, caplog, seen):
                     run.write()
                     assert server.played == 1
                 else:
-                    text, seconds = _refusal(run.write)
+                    text, seconds = refusal(run.write)
                     longest = max(longest, seconds)
                     assert f"engine 0 ({server.url}): step 5, prompt " in text and "weight" in text, text
             counts = run.pool.counts
@@ -392,95 +311,3 @@ def test_a_server_that_somebody_started_anew_gets_the_weights_before_it_writes()
             run.write(requests_of(3, max_new=4))
             run.write()
         assert run.pool.counts["stale_weights"] >= 2
-
-
-# ---- updates ----
-
-
-@pytest.mark.slow
-@pytest.mark.fault(number=20)
-def test_an_update_that_breaks_off_anywhere_is_sent_again_whole(seen):
-    """At every bucket, before and after the server took it, in the answer's every byte."""
-    take, end = "/update_weights_from_tensor", "/end_weight_update"
-    refused = Play(lambda _v, _n: answer({"success": False, "message": "out of memory"}))
-    with running() as run:
-        (server,) = run.servers
-        buckets = server.asked.count(take)
-        assert buckets >= 5
-        cases = [
-            (take, play, skip) for skip in (0, 2, buckets - 1) for play in ("reset at once", "reset somewhere", refused)
-        ]
-        length = len(answer({"success": True, "message": "Success"}).raw)
-        last = [(take, _cut(place), buckets - 1) for place in range(0, length, 12)]
-        others = [(path, play, 0) for path in (end, "/begin_weight_update", "/pause_generation", "/continue_generation")
-                  for play in ("reset somewhere", "500")]  # fmt: skip
-        others += [("/model_info", "a page", 0), ("/weights_checker", "the JSON {}", 0), ("/weights_checker", "500", 0)]
-        for count, (path, play, skip) in enumerate([*cases, *last, *others], 1):
-            run.forgive()
-            with server.playing(play, path, times=1, skip=skip):
-                assert max(run.push().values()) < 1e-5
-                assert server.played == 1, (path, play, skip)
-            assert run.pool.counts["restarts"] == count, (path, play, skip)
-        run.write()
-        run.forgive()
-        start = time.monotonic()
-        with server.playing("reset at once", take, skip=2):
-            text, _ = _refusal(run.push)
-        assert f"engine 0 ({server.url})" in text and "no SGLang engine is left" in text, text
-        seen(detect_s=time.monotonic() - start)
-        text, _ = _refusal(run.write)
-        assert "hold weight version None" in text
-
-
-def _cut(place: int) -> Play:
-    return Play(lambda value, _numbers: reset_after(value, place))
-
-
-@pytest.mark.slow
-@pytest.mark.fault(number=20)
-def test_one_server_that_took_half_an_update_is_out_while_the_other_writes():
-    with running(2) as run:
-        half, whole = run.servers
-        with half.playing("reset at once", "/update_weights_from_tensor", skip=2):
-            run.push()
-            engines = run.pool._fleet.engines
-            assert engines[0].given_up and engines[0].version is None and engines[1].version == run.student.version
-            asked = half.asked.count("/generate")
-            run.write()
-        assert half.asked.count("/generate") == asked and whole.asked.count("/generate") > 0
-        assert run.pool.counts["given_up"] == 1
-
-
-LIES = ["nothing", "half", "swapped", "a bit", "no version"]
-
-
-@pytest.mark.slow
-@pytest.mark.fault(number=21)
-@pytest.mark.parametrize("lie", LIES)
-def test_success_without_effect_is_found_before_anything_is_written(lie, seen):
-    with running() as run:
-        (server,) = run.servers
-        server.mishandle = lie
-        asked = server.asked.count("/generate")
-        text, seconds = _refusal(run.push)
-        assert "no SGLang engine is left" in text and f"engine 0 ({server.url})" in text, text
-        assert ("differ from what was sent" in text) != (lie == "no version"), text
-        assert server.asked.count("/generate") == asked and run.pool.weight_version is None
-    seen(detect_s=seconds)
-
-
-@pytest.mark.slow
-@pytest.mark.fault(number=21)
-@pytest.mark.parametrize("checker", ["sent", "absent"])
-@pytest.mark.parametrize("lie", ["nothing", "half", "swapped"])
-def test_where_the_digests_do_not_tell_the_probes_do(lie, checker):
-    """A checker that hashes what it was sent, and a server without one; and then it is told the truth."""
-    with running() as run:
-        (server,) = run.servers
-        server.mishandle, server.checker = lie, checker
-        ((name, gap),) = run.push().items()
-        assert gap > 1e-2 and server.url in name
-        assert bool(run.pool.counts["unverified"]) == (checker == "absent")
-        server.mishandle = ""
-        assert max(run.push().values()) < 1e-5
-        run.write()
