@@ -60,8 +60,8 @@ def test_the_miniature_answers_as_a_real_server_does(sglang):
             run.pool.push(run.student.export, version)
             (engine,) = run.pool._fleet.engines
             for body in bodies:
-                theirs = sglang.run(real._post("/generate", body, what="test"))
-                ours = run.pool._loop.run(engine._post("/generate", body, what="test"))
+                theirs = sglang.run(real._ask(body, "test"))
+                ours = run.pool._loop.run(engine._ask(body, "test"))
                 _check_like(ours, theirs)
             for path in ("/model_info", "/server_info", "/v1/loads"):
                 _check_like(run.pool._loop.run(engine._get(path)), sglang.run(real._get(path)), values=False)
