@@ -8,7 +8,9 @@ import time
 
 import pytest
 
+from megatron_tropd.rollout.sglang.api.generation import generate_body, group_requests
 from megatron_tropd.sglang.api import client
+from megatron_tropd.sglang.api.scores import score_body
 from tests.faulty_answers import (
     ANOTHER,
     BROKEN,
@@ -42,9 +44,6 @@ def quick(monkeypatch):
 
 def test_the_miniature_answers_as_a_real_server_does(sglang):
     """The same tokens at temperature 0, log-probabilities, keys and types."""
-    from megatron_tropd.rollout.sglang.api.generation import generate_body, group_requests
-    from megatron_tropd.sglang.api.scores import score_body
-
     version = sglang.push()
     rules, (group, *_) = sglang.pool._fleet._rules, group_requests(REQUESTS)
     bodies = [
@@ -133,12 +132,12 @@ def test_a_server_that_is_busy_broken_or_silent_for_good_ends_the_run_by_name(se
 @pytest.mark.slow
 @pytest.mark.fault(number=17)
 def test_a_server_that_is_busy_for_longer_than_the_deadline_of_a_control_call():
-    with running(request_timeout_s=1.0) as run:
+    with running() as run:
         (server,) = run.servers
         engine = run.pool._fleet.engines[0]
-        with server.playing("503 with Retry-After", "/pause_generation"):
+        with run.impatient(), server.playing("503 with Retry-After", "/pause_generation"):
             text, seconds = refusal(lambda: run.pool._loop.run(engine.pause("abort")))
-    assert f"engine 0 ({server.url}): pause (abort): no answer within 1 s (before: busy (HTTP 503))" in text
+    assert f"engine 0 ({server.url}): pause (abort): no answer within 0.3 s (before: busy (HTTP 503))" in text
     assert "--sglang-request-timeout" in text and seconds < 5
 
 
@@ -150,8 +149,6 @@ def test_an_answer_that_is_reset_after_any_byte_is_asked_for_again(seen):
     with running() as run:
         (server,) = run.servers
         engine, version = run.pool._fleet.engines[0], run.student.version
-        from megatron_tropd.rollout.sglang.api.generation import generate_body, group_requests
-
         (group,) = group_requests([request])
         rules = run.pool._fleet._rules
         value = run.pool._loop.run(engine._post("/generate", generate_body(group, params(), rules), what="test"))

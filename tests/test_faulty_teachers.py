@@ -120,7 +120,10 @@ def test_malformed_scores_for_good_end_the_scoring_by_name(hf_dir, tmp_path, see
 
 @pytest.mark.slow
 @pytest.mark.fault(number=22)
-@pytest.mark.parametrize("name", [name for name in (*BUSY, *BROKEN, *SILENT) if "with Retry-After" not in name])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if name in ("503", "reset somewhere", "silence") else pytest.mark.thorough)
+    for name in (*BUSY, *BROKEN, *SILENT) if "with Retry-After" not in name
+])  # fmt: skip
 def test_a_teacher_that_is_gone_for_good_ends_the_scoring_by_name(hf_dir, tmp_path, name, seen):
     with teachers(hf_dir, tmp_path) as made:
         (server,) = made.servers
@@ -151,6 +154,7 @@ def test_a_malformed_score_is_asked_of_another_teacher(hf_dir, tmp_path, caplog)
         assert made.counts["restarts"] == made.counts["given_up"] == 0
 
 
+@pytest.mark.thorough  # the same of engines is in test_faulty_servers.py
 @pytest.mark.slow
 @pytest.mark.fault(number=18)
 def test_a_score_that_is_reset_after_any_byte_is_asked_for_again(hf_dir, tmp_path):
