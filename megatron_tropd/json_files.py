@@ -22,6 +22,9 @@ T = TypeVar("T")
 MAX_WHOLE = 2**63 - 1
 MAYBE_INFINITE = "may be infinite"
 """``Annotated[float, MAYBE_INFINITE]``: a number that may be -Infinity or Infinity."""
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 8, 8, 8
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -74,9 +77,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """Return a value of a file as text for a message, shortened where it is long or deep."""
+    """Return a value of a file or an answer as text for a message, shortened where it is long or deep."""
     try:
-        return reprlib.repr(value)
+        return _SHORT.repr(value)
     except ValueError:  # Python does not write integers of thousands of digits
         return f"a very long {type(value).__name__}"
 

@@ -122,7 +122,7 @@ class Reply:
 
     raw: bytes
     then: str = "close"
-    """close or reset the connection, hang, or flood: send the same for ever."""
+    """close or reset the connection, hang, drip: send a byte now and then, or flood: send the same for ever."""
 
 
 def http(content: bytes, status: str = "200 OK", *headers: str) -> bytes:
@@ -199,7 +199,12 @@ class _Handler(socketserver.StreamRequestHandler):
         self.server.asked.append(path)
         reply = self.server.replies[path]
         reply = reply(body) if callable(reply) else reply
-        self.connection.sendall(reply.raw)
+        if reply.then == "drip":
+            for byte in reply.raw:
+                self.connection.sendall(bytes((byte,)))
+                if self.server.closing.wait(0.1):
+                    return
+        self.connection.sendall(b"" if reply.then == "drip" else reply.raw)
         if reply.then == "hang":
             self.server.closing.wait()
         elif reply.then == "reset":

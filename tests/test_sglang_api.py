@@ -50,6 +50,7 @@ def _answer(tokens=(7, 8, 9), finish=None, version="4"):
     return {
         "output_ids": list(tokens),
         "meta_info": {
+            "prompt_tokens": 4,
             "finish_reason": finish or {"type": "stop", "matched": tokens[-1]},
             "weight_version": version,
             "weight_versions": [{"version": version, "start": 0, "end": len(tokens)}],
@@ -98,7 +99,9 @@ def _set(answer, path, value):
         (("meta_info", "finish_reason"), None, "finish_reason.type"),
         (("meta_info", "weight_versions"), {"version": "4"}, "expected a list"),
         (("meta_info", "weight_versions"), ["4"], "no version"),
-        (("meta_info",), None, "no weight_version"),
+        (("meta_info",), None, "no meta_info.prompt_tokens"),
+        (("meta_info", "prompt_tokens"), 5, "an answer to 5 tokens; 4 were given"),
+        (("prompt_token_ids",), [3, 4, 5, 6], r"an answer to \[3, 4, 5, 6\]; given were"),
     ],
 )
 def test_what_is_no_rollout_is_a_typed_error(path, value, message):
@@ -136,7 +139,7 @@ def test_other_weights_are_stale():
 
 def test_scores_skip_the_first_token_and_know_how_the_last_id_is_called():
     entries = [[None, 5, None], [-1.0, 6, None], [-2.0, 0, None]]
-    body = {"meta_info": {"weight_version": "4", "input_token_logprobs": entries}}
+    body = {"meta_info": {"weight_version": "4", "prompt_tokens": 3, "input_token_logprobs": entries}}
     assert read_scores(body, [5, 6, 52], version=4, rules=RULES) == (-1.0, -2.0)
     with pytest.raises(BadResponse, match="does not belong"):
         read_scores(body, [5, 6, 51], version=4, rules=RULES)

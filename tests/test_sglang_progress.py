@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import signal
 import threading
@@ -159,13 +160,21 @@ def _write_on_two_ranks(url, version):
 def test_a_batch_may_take_longer_than_the_timeout_of_the_collectives(ranks):
     """The other rank waits in a collective; it hears in time that the servers still write."""
     body, loads = make_samples(1, samples=3, max_new=5), _loads(num_running_reqs=1, timestamp=itertools.count())
+    told = [""]
+
+    def take(request: bytes) -> Reply:
+        told[0] = json.loads(request)["weight_version"] or told[0]
+        return answer(GOOD["/update_weights_from_tensor"])
 
     def slow(_body: bytes) -> Reply:
         time.sleep(15.0)
-        return answer(body)
+        return answer(json.loads(json.dumps(body).replace(f'"{VERSION}"', json.dumps(told[0]))))
 
-    refused = Reply(http(b"", "404 Not Found"))
-    with FakeEngine({"/generate": slow, "/v1/loads": loads, "/weights_checker": refused}) as server:
+    replies = {
+        "/generate": slow, "/v1/loads": loads, "/weights_checker": Reply(http(b"", "404 Not Found")),
+        "/update_weights_from_tensor": take, "/model_info": lambda _body: answer({"weight_version": told[0]}),
+    }  # fmt: skip
+    with FakeEngine(replies) as server:
         results = ranks(2).run(_write_on_two_ranks, server.url, VERSION)
     assert [count for count, _ in results] == [3, 3] and all(seconds > 12 for _, seconds in results)
 

@@ -78,6 +78,7 @@ def _check_rollouts(rollouts, body) -> None:
         assert list(rollout.logprobs) == [min(entry[0], 0.0) for entry in meta["output_token_logprobs"]]
         assert all(-3.5e38 < entry[0] <= 1e-3 for entry in meta["output_token_logprobs"])
         assert max(written) < VOCAB_SIZE and min(written) >= 0
+        assert json.dumps(meta["prompt_tokens"]) == "4"
         assert meta["weight_version"] == "4" and rollout.weight_version == (4, 4)
         assert {span["version"] for span in meta.get("weight_versions") or []} <= {"4"}
         assert rollout.finish == meta["finish_reason"]["type"]
@@ -146,6 +147,7 @@ GOOD_SCORES = (
         lambda values: {
             "meta_info": {
                 "weight_version": "4",
+                "prompt_tokens": 4,
                 "input_token_logprobs": [
                     [None, 5, None],
                     *([v, t, None] for v, t in zip(values, (6, 7, 0), strict=True)),

@@ -38,6 +38,7 @@ def _answer(seed: int, *, flat: bool) -> dict:
     values = np.take_along_axis(logprobs, order, axis=1)
     called = [0 if token == ROWS - 1 else token for token in TOKENS]
     meta = {
+        "prompt_tokens": len(TOKENS),
         "input_token_logprobs": [
             [None, called[START], None],
             *([float(logprobs[i, TOKENS[START + 1 + i]]), called[START + 1 + i], None] for i in rows),

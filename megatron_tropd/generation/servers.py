@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_tropd.generation.journal import Written
 from megatron_tropd.generation.task import Task
+from megatron_tropd.json_files import shown
 from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.rollout.sglang.api.generation import (
     PromptGroup,
@@ -16,7 +17,6 @@ from megatron_tropd.rollout.sglang.api.generation import (
     read_written,
 )
 from megatron_tropd.sglang.api.control import ServerInfo, read_model_type
-from megatron_tropd.sglang.api.fields import shown
 from megatron_tropd.sglang.errors import UnfitServer
 from megatron_tropd.sglang.server.balanced import AskedServer, BalancedFleet
 from megatron_tropd.sglang.server.handle import MakeServer, ServerHandle

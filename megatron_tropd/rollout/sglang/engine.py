@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from megatron_tropd.json_files import shown
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.rollout.sglang.api.generation import (
@@ -14,6 +15,8 @@ from megatron_tropd.rollout.sglang.api.generation import (
     generate_body,
     read_samples,
     read_scores,
+    stale_reason,
+    weight_name,
 )
 from megatron_tropd.rollout.sglang.api.weight_buckets import WeightBucket, bytes_message, shared_message, update_body
 from megatron_tropd.sglang.api.control import (
@@ -21,7 +24,6 @@ from megatron_tropd.sglang.api.control import (
     read_checksums,
     read_weight_version,
 )
-from megatron_tropd.sglang.api.fields import shown
 from megatron_tropd.sglang.api.scores import score_body
 from megatron_tropd.sglang.errors import RequestRefused, StaleWeights
 from megatron_tropd.sglang.server.handle import ServerHandle
@@ -40,16 +42,17 @@ PauseMode = Literal["abort", "retract", "in_place"]
 class Engine(Server):
     """Server number ``index``: started here (``server``), or running elsewhere (``url``).
 
-    ``version`` is the weight version with which the server may generate; None keeps it out of rotation.
+    ``version`` is the weight version with which the server may generate; None keeps it out of rotation.  The server is
+    told it with ``run_name``, so that what another run pushed is not taken for it.
     """
 
     def __init__(
         self, index: int, settings: SGLangSettings, arch: Architecture, server: ServerHandle | None, url: str = "",
-        behind: Sequence[Engine] = (),
+        behind: Sequence[Engine] = (), run_name: str = "",
     ) -> None:  # fmt: skip
         super().__init__(index, settings, server, url, behind)
         self._settings: SGLangSettings = settings
-        self._arch = arch
+        self._arch, self._run_name = arch, run_name
         self.version: int | None = None
         self.checksum: str | None = None
         """Hash over all its weights, of the last update; None where the server has no weights checker."""
@@ -58,10 +61,12 @@ class Engine(Server):
         self.verified = False
         """Whether the server hashed the last update's weights, and names (and checksums, if known) were as sent."""
         self.prompts_in_flight = self.tokens_in_flight = 0
+        self.bad_answers = 0
+        """Answers that cannot be a rollout, since the last one that is."""
 
     async def start(self) -> None:
         """Start (again) what was started here, and forget what the old server held; does not wait."""
-        self.version, self.updating, self.is_asleep = None, False, False
+        self.version, self.updating, self.is_asleep, self.bad_answers = None, False, False, 0
         await super().start()
 
     async def close(self) -> None:
@@ -72,8 +77,10 @@ class Engine(Server):
     async def check_health(self) -> None:
         """Raises EngineDown if the server does not answer, and StaleWeights if it serves other weights."""
         held = await self._held_version()
-        if self.version is None or held != str(self.version):
-            raise StaleWeights(f"{self.name} serves weight version {shown(held)}, not {self.version}")
+        if self.version is None:
+            raise StaleWeights(f"{self.name} holds no whole weights of this run")
+        if held != (expected := weight_name(self.version, self._run_name)):
+            raise StaleWeights(f"{self.name} serves {stale_reason([held], expected)}")
 
     async def _held_version(self) -> str:
         answer = await self._get("/model_info")
@@ -98,8 +105,10 @@ class Engine(Server):
         what = f"step {params.step}, prompt {group.prompt_uid}"
         answer = await self._ask(generate_body(group, params, rules), what)
         with self._named(what):
-            top_k = params.report_top_k
-            return read_samples(answer, group, requests, version=version, rules=rules, report_top_k=top_k)
+            return read_samples(
+                answer, group, requests, version=version, rules=rules, run_name=self._run_name,
+                report_top_k=params.report_top_k,
+            )  # fmt: skip
 
     async def score(self, token_ids: Sequence[int], rules: TokenRules) -> tuple[float, ...]:
         """Log-probability of every token but the first, at temperature 1."""
@@ -107,7 +116,7 @@ class Engine(Server):
         what = f"scoring {len(token_ids)} tokens"
         answer = await self._ask(score_body(token_ids), what)
         with self._named(what):
-            return read_scores(answer, token_ids, version=self.version, rules=rules)
+            return read_scores(answer, token_ids, version=self.version, rules=rules, run_name=self._run_name)
 
     async def pause(self, mode: PauseMode) -> None:
         """Write nothing until :meth:`resume`: end running requests, or put them back, or hold them."""
@@ -160,7 +169,7 @@ class Engine(Server):
 
         ``bodies`` keeps the bucket's bytes for other engines of as many tensor-parallel ranks.
         """
-        version = None if last_of_version is None else str(last_of_version)
+        version = None if last_of_version is None else weight_name(last_of_version, self._run_name)
         if self._shares_memory:
             body = update_body([shared_message(bucket) for _ in range(self.tp_size)], weight_version=version)
         elif (kept := bodies.get(self.tp_size)) is not None:
@@ -184,7 +193,7 @@ class Engine(Server):
 
     async def set_version(self, version: int) -> None:
         """Name the weights that it holds now."""
-        body = {"new_version": str(version), "abort_all_requests": False}
+        body = {"new_version": weight_name(version, self._run_name), "abort_all_requests": False}
         await self._change("/update_weight_version", body, what=f"weight version {version}")
 
     async def end_update(self, version: int, names: Sequence[str], expected: Mapping[str, str] | None) -> None:
@@ -207,10 +216,10 @@ class Engine(Server):
         await self.resume()
         self.version, self.updating = version, False
 
-    async def _verify(self, version: int, names: Sequence[str], expected: Mapping[str, str] | None) -> None:
+    async def _verify(self, version: int, names: Sequence[str], given: Mapping[str, str] | None) -> None:
         self.verified, self.checksum = False, None
-        if (says := await self._held_version()) != str(version):
-            raise StaleWeights(f"{self.name} says weight version {shown(says)} after version {version}")
+        if (held := await self._held_version()) != (expected := weight_name(version, self._run_name)):
+            raise StaleWeights(f"{self.name} says, after an update, {stale_reason([held], expected)}")
         try:
             answer = await self._post("/weights_checker", {"action": "checksum"}, what="checksum")
         except RequestRefused as error:
@@ -218,12 +227,12 @@ class Engine(Server):
             return
         with self._named("/weights_checker"):
             checksums = read_checksums(answer)
-        held = checksums.by_name
+        hashes = checksums.by_name
         sent = parameter_names(self._arch, names)
-        if wrong := sorted(held.keys() ^ sent):
-            side = "was never sent" if wrong[0] in held else "is unknown to it and was skipped"
+        if wrong := sorted(hashes.keys() ^ sent):
+            side = "was never sent" if wrong[0] in hashes else "is unknown to it and was skipped"
             raise StaleWeights(f"{self.name}: {len(wrong)} tensor(s) missed, first {shown(wrong[0])}, which {side}")
-        if expected is not None and (wrong := sorted(name for name in held if held[name] != expected.get(name))):
+        if given is not None and (wrong := sorted(name for name in hashes if hashes[name] != given.get(name))):
             raise StaleWeights(
                 f"{self.name}: {len(wrong)} tensor(s) differ from what was sent, first {shown(wrong[0])}"
             )

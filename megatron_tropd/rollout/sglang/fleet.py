@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ COUNTS = ("restarts", "reissued", "bad_responses", "stale_weights", "given_up", 
 
 _MAX_ATTEMPTS = 4
 """Tries of one prompt: a request that makes every server fail must end the run, not all the servers."""
+_BAD_ANSWERS = 4
+"""Answers that cannot be a rollout, without one that is in between, after which a server counts as failed.  It answers
+at once, and so would be given most of the prompts."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,6 +47,8 @@ class GenerationJob:
     pending: deque[PromptGroup] = field(default_factory=deque)
     done: dict[int, Rollout] = field(default_factory=dict)
     attempts: Counter[PromptGroup] = field(default_factory=Counter)
+    tried: dict[PromptGroup, set[int]] = field(default_factory=dict)
+    """Numbers of the servers where a prompt failed: it goes to others while there are others."""
 
     def __post_init__(self) -> None:
         self.pending.extend(group_requests(self.requests))
@@ -54,9 +60,11 @@ class GenerationJob:
         self.done |= rollouts
         self.arrived(rollouts)
 
-    def put_back(self, group: PromptGroup, error: EngineError) -> None:
-        """Queue ``group`` to be written again; raises EngineError after too many tries."""
+    def put_back(self, group: PromptGroup, index: int, error: EngineError) -> None:
+        """Queue ``group``, which failed at server ``index``, to be written again; raises EngineError after too many
+        tries."""
         self.attempts[group] += 1
+        self.tried.setdefault(group, set()).add(index)
         if self.attempts[group] >= _MAX_ATTEMPTS:
             raise EngineError(f"prompt {group.prompt_uid} failed {_MAX_ATTEMPTS} times, at last: {error}") from error
         self.pending.appendleft(group)
@@ -83,16 +91,19 @@ class Fleet(ServerFleet[Engine]):
     def __init__(
         self, settings: SGLangSettings, rules: TokenRules, arch: Architecture, make_server: MakeServer = ServerProcess
     ) -> None:
+        name = secrets.token_hex(4)  # of this launch: one before may have given other weights the same version
         if settings.urls:
-            engines = [Engine(i, settings, arch, None, url.rstrip("/")) for i, url in enumerate(settings.urls)]
+            at = [url.rstrip("/") for url in settings.urls]
+            engines = [Engine(i, settings, arch, None, url, run_name=name) for i, url in enumerate(at)]
         else:
             servers = [make_server(settings, i, arch.max_position_embeddings) for i in range(settings.num_servers)]
-            engines = [Engine(i, settings, arch, server) for i, server in enumerate(servers)]
+            engines = [Engine(i, settings, arch, server, run_name=name) for i, server in enumerate(servers)]
         super().__init__(settings, engines, COUNTS)
         self.router: Engine | None = None
         """What takes the prompts in the engines' place (--rollout-router-url) and chooses one for each."""
         if settings.router_url:
-            self.router = Engine(len(engines), settings, arch, None, settings.router_url.rstrip("/"), behind=engines)
+            at_router = settings.router_url.rstrip("/")
+            self.router = Engine(len(engines), settings, arch, None, at_router, behind=engines, run_name=name)
         self._others_write = False
         """Whether an engine behind the router wrote with other weights: no prompt is handed out before an update."""
         self._max_concurrent = settings.max_concurrent_prompts
@@ -162,7 +173,7 @@ class Fleet(ServerFleet[Engine]):
         running: dict[asyncio.Task[dict[int, Rollout]], tuple[Engine, PromptGroup]] = {}
         try:
             while job.pending or running:
-                while job.pending and (engine := self._least_loaded(job.version)):
+                while job.pending and (engine := self._least_loaded(job)):
                     group = job.pending.popleft()
                     engine.prompts_in_flight += 1
                     engine.tokens_in_flight += group.tokens
@@ -185,12 +196,13 @@ class Fleet(ServerFleet[Engine]):
             if isinstance(result, EngineDown):
                 await self._failed(engine, result)
             elif isinstance(result, EngineError):
-                self._out_of_rotation(engine)
+                self._out_of_rotation(engine, result)
             elif result is not None:
                 raise result
 
-    def _out_of_rotation(self, engine: Engine) -> None:
+    def _out_of_rotation(self, engine: Engine, error: EngineError) -> None:
         """Take the engine out of rotation until the next push.  A router would go on using it."""
+        log.warning("engine %d gets no prompts before it is given its weights again: %s", engine.index, error)
         self.counts["stale_weights"] += 1
         engine.version = None
         self._others_write = True
@@ -217,12 +229,15 @@ class Fleet(ServerFleet[Engine]):
         self._others_write |= isinstance(failure, StaleWeights)
         await self._wait_for_router(version)
 
-    def _least_loaded(self, version: int) -> Engine | None:
-        """Return the server with the least work, None if all are busy; or the router, which is as free as they are."""
-        ready, most = [engine for engine in self.engines if engine.version == version], self._max_concurrent
+    def _least_loaded(self, job: GenerationJob) -> Engine | None:
+        """Return the server with the least work for the first prompt of ``job``, None if all are busy; or the router,
+        which is as free as they are."""
+        ready, most = [engine for engine in self.engines if engine.version == job.version], self._max_concurrent
         if self.router:
             most *= len(ready)
             ready = [self.router] if ready and not self._others_write else []
+        tried = job.tried.get(job.pending[0], ())
+        ready = [engine for engine in ready if engine.index not in tried] or ready
         free = [engine for engine in ready if engine.prompts_in_flight < most]
         return min(free, key=lambda engine: (engine.tokens_in_flight, engine.index), default=None)
 
@@ -239,16 +254,21 @@ class Fleet(ServerFleet[Engine]):
         except (EngineDown, BadResponse, StaleWeights) as error:
             failure: EngineError = error
         else:
+            engine.bad_answers = 0
             job.take(found)
             return
         self.counts["reissued"] += 1
-        job.put_back(group, failure)
+        self.counts["bad_responses"] += isinstance(failure, BadResponse)
+        log.warning("a prompt is written again: %s", failure)
+        job.put_back(group, engine.index, failure)
         if isinstance(failure, BadResponse):
-            self.counts["bad_responses"] += 1
+            engine.bad_answers += 1
+            if engine.bad_answers >= _BAD_ANSWERS and engine.version == job.version:
+                await self._failed(engine, failure)
         elif engine is self.router:
             await self._look_behind(failure, job.version)
         elif isinstance(failure, StaleWeights):
-            self._out_of_rotation(engine)
+            self._out_of_rotation(engine, failure)
         elif engine.version == job.version:  # the first of its requests to say so
             await self._failed(engine, failure)
 
@@ -272,7 +292,7 @@ class Fleet(ServerFleet[Engine]):
         ``version``, before or now: it is started anew, and wants the weights.
 
         Raises:
-            RequestRefused, BadResponse: of any engine.
+            RequestRefused: of any engine.
         """
 
         async def work(engine: Engine) -> list[tuple[float, ...]]:
@@ -284,10 +304,11 @@ class Fleet(ServerFleet[Engine]):
         for engine, result in zip(ready, results, strict=True):
             if isinstance(result, list):
                 found[engine.name] = result
-            elif isinstance(result, EngineDown):
+            elif isinstance(result, EngineDown | BadResponse):
+                self.counts["bad_responses"] += isinstance(result, BadResponse)
                 await self._failed(engine, result)
             elif isinstance(result, StaleWeights):
-                self._out_of_rotation(engine)
+                self._out_of_rotation(engine, result)
             else:
                 raise result
         return found if all(engine.version == version for engine in self._usable()) else None

@@ -195,13 +195,23 @@ class SGLangPool(EnginePool):
         for attempt in range(_SCORE_ATTEMPTS):
             if attempt:
                 self._deliver_again(version)
-            scores = on_rank_zero(lambda: self._score(sequences, version), EngineError)
+            is_last = attempt + 1 == _SCORE_ATTEMPTS
+            scores = on_rank_zero(lambda: self._score(sequences, version, is_last), EngineError)  # noqa: B023
             if scores is not None:
                 return scores
-        raise EngineError(f"engines failed to score the probes of weight version {version} {_SCORE_ATTEMPTS} times")
+        raise AssertionError("the last attempt returns or raises")
 
-    def _score(self, sequences: Sequence[Sequence[int]], version: int) -> dict[str, list[tuple[float, ...]]] | None:
-        return self._run(self._servers.score(sequences, version))  # type: ignore[no-any-return]
+    def _score(
+        self, sequences: Sequence[Sequence[int]], version: int, is_last: bool
+    ) -> dict[str, list[tuple[float, ...]]] | None:
+        servers = self._servers
+        scores: dict[str, list[tuple[float, ...]]] | None = self._run(servers.score(sequences, version))
+        if scores is None and is_last:
+            reasons = "\n".join(each.last_error for each in servers.engines if each.version != version)
+            raise EngineError(
+                f"engines failed to score the probes of weight version {version} {_SCORE_ATTEMPTS} times:\n{reasons}"
+            )
+        return scores
 
     # ---- memory ----
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import httpx2
 
-from megatron_tropd.sglang.api.fields import shown
+from megatron_tropd.json_files import shown
 from megatron_tropd.sglang.errors import BadResponse, EngineDown, EngineTimeout, NoConnection, RequestRefused
 from megatron_tropd.sglang.settings import REQUEST_TIMEOUT_FLAG, Keys
 
 _ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 60.0
+"""Of a Retry-After that is longer no more is kept: the caller's deadline may be hours away."""
 _BUSY = frozenset({429, 503})
 _SHOWN = 600
 MAX_ANSWER_BYTES = 1 << 30
@@ -27,13 +29,13 @@ class Client:
     """Requests to one server.  ``name`` opens every error message.
 
     A request is repeated, a few times and ever later, when no connection could be made, when the server
-    is busy (429, 503), and, if it is ``repeatable``, when the connection broke; not when ``is_running``
-    says that there is nothing to connect to.  Other 4xx and 5xx are final.
+    is busy (429, 503; not before its Retry-After), and, if it is ``repeatable``, when the connection broke; not when
+    ``is_running`` says that there is nothing to connect to.  Other 4xx and 5xx are final.
 
     Raises (every method):
-        RequestRefused: 4xx (429 after the last attempt).
+        RequestRefused: 4xx but 429.
         EngineTimeout: no answer within the deadline, retries included; the message names the flag.
-        EngineDown: 5xx (503 after the last attempt).
+        EngineDown: 5xx, and 429 or 503 after the last attempt.
         NoConnection: there was none after the last attempt.
         BadResponse: the answer is not JSON, too long, or neither success nor an error.
     """
@@ -75,49 +77,54 @@ class Client:
         self, method: str, path: str, data: bytes | None, *, what: str, timeout_s: float | None, repeatable: bool,
         admin: bool,
     ) -> Any:  # fmt: skip
-        deadline = asyncio.timeout(timeout_s)
+        deadline, failures = asyncio.timeout(timeout_s), list[str]()
         try:
             async with deadline:
-                return await self._attempts(method, path, data, what, repeatable, admin)
+                return await self._attempts(method, path, data, what, repeatable, admin, failures)
         except TimeoutError:
             if not deadline.expired():
                 raise
+            seen = f" (before: {failures[-1]})" if failures else ""
             raise EngineTimeout(
-                f"{self.name}: {what}: no answer within {timeout_s:g} s; if the server was only slow, raise "
+                f"{self.name}: {what}: no answer within {timeout_s:g} s{seen}; if the server was only slow, raise "
                 f"{REQUEST_TIMEOUT_FLAG}"
             ) from None
 
     async def _attempts(
-        self, method: str, path: str, data: bytes | None, what: str, repeatable: bool, admin: bool
+        self, method: str, path: str, data: bytes | None, what: str, repeatable: bool, admin: bool, failures: list[str]
     ) -> Any:
+        """Send a request until it is answered; ``failures`` receives what went wrong before."""
         headers = {"content-type": "application/json", "accept-encoding": "identity"}
         if self._keys is not None:
             headers["authorization"] = f"Bearer {self._keys.admin if admin else self._keys.api}"
-        failure, kind = "", EngineDown
+        kind, asked_for = EngineDown, 0.0
         for attempt in range(_ATTEMPTS):
             if attempt:
-                await asyncio.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+                pause = _FIRST_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+                await asyncio.sleep(max(pause, min(asked_for, _LONGEST_PAUSE_S)))
             if self._closed or not self._is_running():
-                failure = failure or "it does not run"
+                failures = failures or ["it does not run"]
                 break
             try:
-                status, content = await self._exchange(method, path, data, headers, what)
+                status, content, asked_for = await self._exchange(method, path, data, headers, what)
             except Exception as error:
                 if not isinstance(error, httpx2.HTTPError) and not self._closed:
                     raise
-                failure, kind = f"{type(error).__name__}: {error}", NoConnection
+                failures.append(f"{type(error).__name__}: {error}")
+                kind, asked_for = NoConnection, 0.0
                 if repeatable or isinstance(error, httpx2.ConnectError):
                     continue
                 break
             if status not in _BUSY:
                 return self._read(status, content, what)
-            failure, kind = f"busy (HTTP {status})", EngineDown
-        raise kind(f"{self.name}: {what}: {failure}")
+            failures.append(f"busy (HTTP {status})")
+            kind = EngineDown
+        raise kind(f"{self.name}: {what}: {failures[-1]}")
 
     async def _exchange(
         self, method: str, path: str, data: bytes | None, headers: dict[str, str], what: str
-    ) -> tuple[int, bytes]:
-        """Send a request once; return status and content of the answer."""
+    ) -> tuple[int, bytes, float]:
+        """Send a request once; return status and content of the answer, and the seconds of its Retry-After."""
         content = bytearray()
         async with self._http.stream(method, path, content=data, headers=headers) as response:
             async for piece in response.aiter_bytes():
@@ -125,7 +132,7 @@ class Client:
                 self.received_bytes += len(piece)
                 if len(content) > MAX_ANSWER_BYTES:
                     raise BadResponse(f"{self.name}: {what}: the answer is longer than {MAX_ANSWER_BYTES} bytes")
-        return response.status_code, bytes(content)
+        return response.status_code, bytes(content), _seconds(response.headers.get("retry-after", ""))
 
     def _read(self, status: int, content: bytes, what: str) -> Any:
         if status >= 400:
@@ -145,6 +152,11 @@ class Client:
         """Close the connections; calls that still wait raise EngineDown."""
         self._closed = True
         await self._http.aclose()
+
+
+def _seconds(text: str) -> float:
+    """Return the seconds of a Retry-After; 0 for one that is a date, or nothing."""
+    return float(text) if text.isdecimal() and text.isascii() and len(text) < 10 else 0.0
 
 
 def _beginning(content: bytes) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_tropd.sglang.api.fields import field, integer, items, number, shown, text
+from megatron_tropd.json_files import shown
+from megatron_tropd.sglang.api.fields import field, integer, items, number, text
 from megatron_tropd.sglang.errors import BadResponse
 
 _MAX_RANKS = 4096

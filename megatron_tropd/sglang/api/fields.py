@@ -6,24 +6,15 @@ JSON has no types that Python would check: ``true`` would pass for the number 1,
 from __future__ import annotations
 
 import math
-import reprlib
 from typing import Any
 
+from megatron_tropd.json_files import shown
 from megatron_tropd.sglang.errors import BadResponse
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 3, 8, 8
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 
 ROUNDING = 1e-3
 """A log-probability may be above 0 by so much, and then counts as 0: the server takes the logarithm of a softmax in
 fp32, with an error of 1e-7 of the logits, so that 1e-3 would need logits of 10,000."""
 _MAX_FP32 = 3.4e38
-
-
-def shown(value: Any) -> str:
-    """Return a short text of ``value`` for a message, however long or deep it is."""
-    return _SHORT.repr(value)
 
 
 def field(value: Any, *path: str) -> Any:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tropd.sglang.api.fields import ROUNDING, field, integer, items, logprob, shown
+from megatron_tropd.json_files import shown
+from megatron_tropd.sglang.api.fields import ROUNDING, field, integer, items, logprob
 from megatron_tropd.sglang.errors import BadResponse
 
 _MAX_ROWS = 1 << 30
@@ -34,6 +35,7 @@ def score_body(
         "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
         "return_logprob": True,
         "logprob_start_len": start,
+        "return_prompt_token_ids": True,
     }
     if top_k:
         body["top_logprobs_num"] = top_k
@@ -42,6 +44,21 @@ def score_body(
     if ids:
         body["token_ids_logprob"] = list(ids)
     return body
+
+
+def check_prompt(answer: Any, token_ids: Sequence[int]) -> None:
+    """Check that an answer is to these tokens and no others: one of another request may look as good.
+
+    A router does not hand on the wish for the tokens themselves; their number is there always.
+
+    Raises:
+        BadResponse: it is not.
+    """
+    number = integer(field(answer, "meta_info", "prompt_tokens"), "prompt_tokens", low=0, high=_MAX_ROWS)
+    if number != len(token_ids):
+        raise BadResponse(f"an answer to {number} tokens; {len(token_ids)} were given")
+    if "prompt_token_ids" in answer and answer["prompt_token_ids"] != list(token_ids):
+        raise BadResponse(f"an answer to {shown(answer['prompt_token_ids'])}; given were {shown(list(token_ids))}")
 
 
 def reported_ids(token_ids: Sequence[int], num_rows: int) -> list[int]:
@@ -68,6 +85,7 @@ def read_logprobs(entries: Any, token_ids: Sequence[int], what: str, called: Seq
 
 def read_given(body: Any, token_ids: Sequence[int], *, start: int, num_rows: int) -> tuple[float, ...]:
     """Return the log-probability of every token after position ``start``, in an answer to :func:`score_body`."""
+    check_prompt(body, token_ids)
     entries, rest = field(body, "meta_info", "input_token_logprobs"), token_ids[start + 1 :]
     tail = entries[1:] if isinstance(entries, list) else entries
     return read_logprobs(tail, rest, "given", reported_ids(rest, num_rows))

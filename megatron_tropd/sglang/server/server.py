@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_tropd.errors import EngineError
+from megatron_tropd.json_files import shown
 from megatron_tropd.sglang.api.client import Client
 from megatron_tropd.sglang.api.control import Load, ServerInfo, read_load, read_server_info, together
-from megatron_tropd.sglang.api.fields import shown
 from megatron_tropd.sglang.api.progress import ProgressWatch
 from megatron_tropd.sglang.errors import BadResponse, EngineDown, EngineTimeout, NoConnection, StaleWeights, UnfitServer
 from megatron_tropd.sglang.server.handle import ServerHandle
@@ -42,7 +42,7 @@ class Server:
         self._watch = ProgressWatch(self.name, self._load, settings.request_timeout_s)
         self._earlier_bytes = 0
         self.is_cpu = False
-        self.is_up = False
+        self.is_up = self._was_up = False
         self.failures = self.successes = 0
         """Failures that count, and successes since the last one."""
         self.given_up = False
@@ -90,24 +90,29 @@ class Server:
 
         Raises:
             EngineDown: it ended, or did not answer within the start timeout; with the end of its log.
-            BadResponse: its answers are not those of an SGLang server.
+            BadResponse: its answers are not those of an SGLang server, and never were.  One that was up before is
+                waited for: a proxy may speak in its place.
             UnfitServer: it runs with settings that do not fit this run.
         """
         deadline = asyncio.get_running_loop().time() + self._settings.start_timeout_s
         while True:
             await self.check_process()
-            with contextlib.suppress(EngineDown):
+            try:
                 await self.check_answers()
+                if not self._behind:
+                    await self._learn()
                 break
+            except (EngineDown, BadResponse) as error:
+                if isinstance(error, BadResponse) and not self._was_up:
+                    raise
+                problem = error
             if asyncio.get_running_loop().time() > deadline:
                 raise EngineDown(
-                    f"{self.name} did not answer within {self._settings.start_timeout_s:g} s ({START_TIMEOUT_FLAG}); "
-                    f"{self._log()}"
+                    f"{self.name} did not answer within {self._settings.start_timeout_s:g} s ({START_TIMEOUT_FLAG}), "
+                    f"at last: {problem}; {self._log()}"
                 )
             await asyncio.sleep(_POLL_S)
-        if not self._behind:
-            await self._learn()
-        self.is_up = True
+        self.is_up = self._was_up = True
 
     async def check_answers(self) -> None:
         """Raises EngineDown if it does not answer soon.

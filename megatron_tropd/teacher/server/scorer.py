@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
+import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +28,8 @@ from megatron_tropd.teacher.server.fleet import Suspicion, TeacherFleet
 from megatron_tropd.teacher.server.server import TeacherModel, TeacherServer
 from megatron_tropd.types import Rollout, ScoreRequest, TeacherScores
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 _ROUND_S = 5.0
@@ -35,6 +39,7 @@ _MAX_FOREIGN_MASS = 1e-4
 """Probability that the model may give to ids beyond the common vocabulary.  The server's log-probabilities are over all
 ids, those of a teacher in the trainer over the common ones: they differ by -log(1 - mass)."""
 _IDS_PER_REQUEST = 2048
+_MOST_REFERENCE_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +52,12 @@ class _Round:
     num_tokens: int = 0
     received_bytes: int = 0
     retries: int = 0
+
+
+def _mean_gap(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
+    """Return the mean absolute difference of two accounts of the same texts, in nats."""
+    gaps = [abs(a - b) for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True)]
+    return sum(gaps) / max(len(gaps), 1)
 
 
 class ServerScorer:
@@ -72,6 +83,8 @@ class ServerScorer:
         self._asked: dict[int, dict[int, concurrent.futures.Future[TeacherScores]]] = {}
         self._measured: dict[str, float] = {}
         self._num_tokens, self._bytes_of_checks = 0.0, 0
+        self._reference: tuple[Sequence[int], list[float]] | None = None
+        """A text and its log-probabilities, by which a server is known as the one of the start; on rank 0."""
         self._closed = False
         self.on_scored: Callable[[int, int, Rollout, ScoreRequest, TeacherScores], object] | None = None
         """Called in another thread with step, index and scores of each rollout of this rank's when they are there."""
@@ -118,6 +131,7 @@ class ServerScorer:
         if sources.keys() != rollouts.keys():
             raise ScorerError(f"{len(sources)} of the {len(rollouts)} rollouts of step {step + 1} were submitted")
         self._measure(last, time.perf_counter() - started)
+        self._on_rank_zero(lambda: self._check_same_model(step))
         scored = {index: future.result() for index, future in asked.items()}
         return route(scored, sources, rollouts, payloads(rollouts, want, None, {}), destination)
 
@@ -188,6 +202,9 @@ class ServerScorer:
         self._share_states()
         found: list[list[float]] = self._on_rank_zero(lambda: self._checked_logprobs(sequences))
         self._bytes_of_checks = self._received_bytes()
+        self._reference = next(
+            (pair for pair in zip(sequences, found, strict=True) if 2 <= len(pair[0]) <= _MOST_REFERENCE_TOKENS), None
+        )
         return found
 
     async def _checked_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -197,14 +214,38 @@ class ServerScorer:
                 by_server.append((server.name, [await server.logprobs(sequence) for sequence in sequences]))
         name, first = by_server[0]
         for other, values in by_server[1:]:
-            gaps = [abs(a - b) for one, two in zip(first, values, strict=True) for a, b in zip(one, two, strict=True)]
-            if (gap := sum(gaps) / max(len(gaps), 1)) > self._agreement:
+            if (gap := _mean_gap(first, values)) > self._agreement:
                 raise EngineError(
                     f"{name} and {other} give the same text log-probabilities that differ by {gap:.3g} nats on "
                     f"average, above --parity-limit {self._agreement:g}: they hold different models, or one is damaged"
                 )
         await self._check_foreign_mass(sequences)
         return first
+
+    async def _check_same_model(self, step: int) -> None:
+        """Raises EngineError unless every server that is up still holds the model of the start.
+
+        What a server that was started anew by somebody holds is not told by its answers, so the scores of a batch are
+        used only after this.
+        """
+        if self._reference is None:
+            return
+        sequence, expected = self._reference
+        before = self._received_bytes()
+        asked = [server for server in self._fleet.servers if server.is_up]
+        answers = await asyncio.gather(*(server.logprobs(sequence) for server in asked), return_exceptions=True)
+        self._bytes_of_checks += self._received_bytes() - before
+        for server, found in zip(asked, answers, strict=True):
+            if isinstance(found, EngineError):  # what it scored came before; the next request finds it down
+                log.warning("not checked after step %d: %s", step + 1, found)
+            elif isinstance(found, BaseException):
+                raise found
+            elif not (gap := _mean_gap([expected], [found])) <= self._agreement:
+                raise EngineError(
+                    f"{server.name}: after step {step + 1} its log-probabilities of a text differ by {gap:.3g} nats on "
+                    f"average from those at the start, above --parity-limit {self._agreement:g}: it was started anew "
+                    "with another model, or is damaged. The scores of this step are not used"
+                )
 
     async def _check_foreign_mass(self, sequences: Sequence[Sequence[int]]) -> None:
         common, rows = self._model.common_vocab_size, self._model.arch.vocab_size

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_tropd.json_files import shown
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.sglang.api.control import ServerInfo, read_model_type
-from megatron_tropd.sglang.api.fields import shown
-from megatron_tropd.sglang.api.scores import read_at, read_given, read_top, score_body
+from megatron_tropd.sglang.api.scores import check_prompt, read_at, read_given, read_top, score_body
 from megatron_tropd.sglang.errors import RequestRefused, UnfitServer
 from megatron_tropd.sglang.server.balanced import AskedServer
 from megatron_tropd.sglang.server.handle import ServerHandle
@@ -138,4 +138,5 @@ class TeacherServer(AskedServer):
         what = f"log-probabilities of {len(ids)} ids after {len(token_ids)} tokens"
         answer = await self._ask(score_body(token_ids, start=start, ids=ids), what)
         with self._named(what):
+            check_prompt(answer, token_ids)
             return torch.from_numpy(read_at(answer, ids, num_tokens=len(token_ids) - 1 - start))

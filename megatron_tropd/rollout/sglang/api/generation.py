@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_tropd.json_files import shown
 from megatron_tropd.rollout.engine import SamplingParams
-from megatron_tropd.sglang.api.fields import field, items, shown, text
-from megatron_tropd.sglang.api.scores import check_top, read_given, read_logprobs, read_nested
+from megatron_tropd.sglang.api.fields import field, items, text
+from megatron_tropd.sglang.api.scores import check_prompt, check_top, read_given, read_logprobs, read_nested
 from megatron_tropd.sglang.errors import BadResponse, StaleWeights
 from megatron_tropd.types import Finish, GenerationRequest, Rollout
 
@@ -77,22 +78,36 @@ def generate_body(
         banned = range(rules.vocab_size, rules.model_vocab_size)
         sampling["logit_bias"] = {str(token): _NEVER for token in banned}
     body: dict[str, Any] = {
-        "input_ids": list(group.token_ids), "sampling_params": sampling, "return_logprob": logprobs
+        "input_ids": list(group.token_ids), "sampling_params": sampling, "return_logprob": logprobs,
+        "return_prompt_token_ids": True,
     }  # fmt: skip
     if params.report_top_k:
         body["top_logprobs_num"] = params.report_top_k
     return body
 
 
-def _check_version(meta: Any, version: int) -> None:
+def weight_name(version: int, run_name: str) -> str:
+    """Return the weight version that a server is told.  Versions count steps, so other runs have the same ones."""
+    return f"{version}-{run_name}" if run_name else str(version)
+
+
+def stale_reason(found: Collection[str], expected: str) -> str:
+    """Return what is wrong with a server that has the weight versions ``found``."""
+    names = ", ".join(shown(name) for name in sorted(found)[:8])
+    run = expected.partition("-")[2]
+    others = run and any(name.partition("-")[2] not in ("", run) for name in found)
+    hint = ": another run pushes weights to this server; give each run its own (--rollout-engine-urls)"
+    return f"weight version {names}; the trainer pushed {expected}{hint if others else ''}"
+
+
+def _check_version(meta: Any, expected: str) -> None:
     """A sample written across an update lists several versions in its spans."""
     versions = {text(field(meta, "weight_version"), "weight_version")}
     spans = meta.get("weight_versions")  # None, or absent: servers that do not write across updates
     for span in items([] if spans is None else spans, "weight_versions"):
         versions.add(text(field(span, "version"), "weight_versions.version"))
-    if versions != {str(version)}:
-        found = ", ".join(shown(name) for name in sorted(versions)[:8])
-        raise StaleWeights(f"written by weight version {found}; the trainer pushed {version}")
+    if versions != {expected}:
+        raise StaleWeights(f"written by {stale_reason(versions, expected)}")
 
 
 def _finish(meta: dict[str, Any], written: Sequence[int], max_new_tokens: int, stop: frozenset[int]) -> Finish:
@@ -131,19 +146,28 @@ def read_answers(body: Any, group: PromptGroup) -> list[Any]:
     """Return the answer of each sample of the group.
 
     Raises:
-        BadResponse: there are more or fewer.
+        BadResponse: there are more or fewer, one is there twice, or one is of another prompt.
     """
     answers = body if isinstance(body, list) else [body]
     if len(answers) != len(group.indices):
         raise BadResponse(f"{len(answers)} samples; expected {len(group.indices)}")
+    seen = set[str]()
+    for answer in answers:
+        check_prompt(answer, group.token_ids)
+        if "id" in (meta := field(answer, "meta_info")):
+            name = text(meta["id"], "id")
+            if name in seen:
+                raise BadResponse(f"sample {shown(name)} is there twice")
+            seen.add(name)
     return answers
 
 
 def _sample(
-    answer: Any, group: PromptGroup, request: GenerationRequest, version: int, rules: TokenRules, report_top_k: int
-) -> Rollout:
+    answer: Any, group: PromptGroup, request: GenerationRequest, version: int, name: str, rules: TokenRules,
+    report_top_k: int,
+) -> Rollout:  # fmt: skip
     meta = field(answer, "meta_info")
-    _check_version(meta, version)
+    _check_version(meta, name)
     written, finish = read_written(answer, group, rules)
     return Rollout(
         prompt_uid=request.prompt_uid,
@@ -173,26 +197,31 @@ def read_samples(
     *,
     version: int,
     rules: TokenRules,
+    run_name: str = "",
     report_top_k: int = 0,
 ) -> dict[int, Rollout]:
-    """Return the group's rollouts by their index in the batch; ``report_top_k`` is that of the request.
+    """Return the group's rollouts by their index in the batch; ``report_top_k`` is that of the request, ``run_name``
+    that of the push.
 
     Raises:
         StaleWeights: a token was written with other weights than ``version``.
         BadResponse: the response is not a valid rollout in any other way.
     """
+    name = weight_name(version, run_name)
     return {
-        index: _sample(answer, group, requests[index], version, rules, report_top_k)
+        index: _sample(answer, group, requests[index], version, name, rules, report_top_k)
         for index, answer in zip(group.indices, read_answers(body, group), strict=True)
     }
 
 
-def read_scores(body: Any, token_ids: Sequence[int], *, version: int, rules: TokenRules) -> tuple[float, ...]:
+def read_scores(
+    body: Any, token_ids: Sequence[int], *, version: int, rules: TokenRules, run_name: str = ""
+) -> tuple[float, ...]:
     """Log-probability of every token but the first, given those before it.
 
     Raises:
         StaleWeights, BadResponse: as :func:`read_samples`.
     """
     meta = field(body, "meta_info")
-    _check_version(meta, version)
+    _check_version(meta, weight_name(version, run_name))
     return read_given(body, token_ids, start=0, num_rows=rules.model_vocab_size)
