@@ -38,7 +38,7 @@ def writing(path: Path) -> Iterator[None]:
     except CannotWrite:
         raise
     except OSError as error:
-        named = error.filename
+        named = error.filename if error.filename2 is None else error.filename2
         if named is not None and not str(named).startswith(str(path.parent)):
             raise
         raise cannot_write(path, error) from error

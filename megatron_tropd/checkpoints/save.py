@@ -60,8 +60,7 @@ def write_hf_folder(sidecar: Path, manifest: HfManifest | None, target: Path) ->
 
     Without ``manifest`` it is taken from ``sidecar``, without digests.
     """
-    with writing(target):
-        copy_sidecars(sidecar, target, skip=[MANIFEST_FILE])
+    copy_sidecars(sidecar, target, skip=[MANIFEST_FILE])
     if manifest is None:
         kept = HfManifest.load(sidecar)
         if kept is None and any(sidecar.glob("*.safetensors")):

@@ -120,8 +120,8 @@ _put_aside: list[Exception] = []
 def put_errors_aside() -> None:
     """Let every rank come to the end of a save in which rank 0 could not write a file of its own.
 
-    Megatron writes ``common.pt``, ``.metadata`` and ``metadata.json`` on rank 0, each between two collectives.  An error
-    there would leave the other ranks waiting in the second one until its timeout.
+    Megatron writes ``common.pt``, ``.metadata`` and ``metadata.json`` on rank 0, each between two collectives.  An
+    error there would leave the other ranks waiting in the second one until its timeout.
     """
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies import common

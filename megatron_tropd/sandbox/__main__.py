@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from megatron_tropd.sandbox import Limits, run_python
+from megatron_tropd.standard_streams import OutputError, open_closed, print_result, tell
 
 
 def _positive(text: str) -> int:
@@ -60,6 +61,7 @@ def answer(line: bytes, allow_weaker: bool) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    open_closed()
     args = parser().parse_args(argv)
     failed = False
     writing = threading.Lock()
@@ -68,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         nonlocal failed
         with writing:
             failed |= "error" in done.result()
-            print(json.dumps(done.result()), flush=True)
+            try:
+                print_result(json.dumps(done.result()))
+            except OutputError as error:  # once: the stream is silent from then on
+                failed = True
+                tell(f"error: {error}")
 
     with ThreadPoolExecutor(args.workers) as pool:
         for line in sys.stdin.buffer:
