@@ -45,7 +45,9 @@ def failing(*rules: str) -> Iterator[Callable[[], int]]:
 
 def compile_library(folder: Path) -> tuple[Path | None, str]:
     """The library, or why there is none."""
-    compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), "")
+    compiler = next(
+        (found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), ""
+    )
     if not (compiler and sys.platform == "linux"):
         return None, "a disk that fails on purpose needs Linux and a C compiler"
     library = folder / "failing_disk.so"
@@ -54,7 +56,9 @@ def compile_library(folder: Path) -> tuple[Path | None, str]:
     if done.returncode:
         return None, f"failing_disk.c cannot be compiled: {done.stderr[-500:]}"
     probe = "import ctypes; ctypes.CDLL(None).failing_disk_rules(b'')"
-    loaded = subprocess.run([sys.executable, "-c", probe], env=_with(library), capture_output=True, timeout=120, check=False)
+    loaded = subprocess.run(
+        [sys.executable, "-c", probe], env=_with(library), capture_output=True, timeout=120, check=False
+    )
     return (library, "") if loaded.returncode == 0 else (None, "a library cannot be preloaded here")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import io
 import multiprocessing.process
 import queue
 import threading
@@ -139,13 +140,15 @@ def _save_common(_strategy: object, state: Any, checkpoint_dir: str) -> None:
 
 
 def write_object(value: Any, path: Path) -> None:
-    """As ``torch.save``, whose own writer of files, in C++, does not say why it fails.
+    """As ``torch.save``, whose writer, in C++, does not say why a file cannot be written.
 
     Raises:
         CannotWrite: the error names the file.
     """
-    with writing(path), path.open("wb") as file:
-        torch.save(value, file)
+    data = io.BytesIO()
+    torch.save(value, data)
+    with writing(path):
+        path.write_bytes(data.getbuffer())
 
 
 def putting_aside(write: Callable[..., None]) -> Callable[..., None]:

@@ -44,7 +44,7 @@ class MetricsFile:
             if held:
                 return ""  # it was said
             return (
-                f"{cannot_write(self._path, error)}; the run goes on.  Its lines are kept in memory, the last {KEPT:,}, "
+                f"{cannot_write(self._path, error)}; the run goes on.  Its lines are kept in memory (the last {KEPT}) "
                 "and written when they can be; they are lost if the run ends before"
             )
         lost, self._lost = self._lost, 0

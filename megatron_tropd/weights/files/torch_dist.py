@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_tropd.atomic_files import cannot_write, writing
+from megatron_tropd.atomic_files import CannotWrite, cannot_write, writing
 from megatron_tropd.weights.coordinates.hf_shapes import Index
 from megatron_tropd.weights.files.byte_ranges import FileRanges
 from megatron_tropd.weights.files.torch_dist_chunk import ByteRange, TorchDistError, read_header
@@ -72,6 +72,7 @@ class ChunkFile:
         self._path = folder / self._name
         with writing(self._path):
             self._stream = self._path.open("wb")
+        self._failed: CannotWrite | None = None
         self._digest = hashlib.sha256()
         self._written = 0
         self._chunks: list[Chunk] = []
@@ -83,7 +84,8 @@ class ChunkFile:
         try:
             count = self._stream.write(data)
         except OSError as error:
-            raise cannot_write(self._path, error) from error
+            self._failed = cannot_write(self._path, error)
+            raise self._failed from error
         self._written += count
         return count
 
@@ -98,7 +100,10 @@ class ChunkFile:
         offset = self._written
         if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
             tensor = tensor.clone()  # torch.save would write the whole storage of a view
-        torch.save(tensor, self)  # type: ignore[arg-type]  # write() and flush() are all it calls
+        try:
+            torch.save(tensor, self)  # type: ignore[arg-type]  # write() and flush() are all it calls
+        except RuntimeError as error:  # of its writer in C++, which does not tell of ours
+            raise self._failed or error from error
         self._chunks.append(Chunk(key=key, start=start, size=tuple(tensor.shape), span=self._since(offset)))
 
     def add_object(self, key: str, data: bytes) -> None:
