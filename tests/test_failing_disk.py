@@ -13,6 +13,7 @@ from tests.disk_saves import Case, curve, failing_saves, on_two_ranks
 from tests.disk_writers import KINDS
 from tests.failing_disk import FailingDisk, compile_library, failing, rule
 from tests.tiny_run import flags, make_world
+from tests.torchrun_jobs import environment, output_of, own_tracebacks
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault(number=6)]
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
@@ -146,3 +147,50 @@ def test_an_emergency_save_is_the_same_state_and_a_run_goes_on_from_it(disk, wor
     seen(steps_lost=0)
     again = disk.run(on_two_ranks, curve, [*argv, "--load", str(place), "--train-iters", "5"])[0]
     assert len(again[0]) == 1, "what --save has now is newer"
+
+
+def _job(argv, cwd, *rules):
+    """What a job of two ranks prints."""
+    return output_of(argv, cwd, environment(FAILING_DISK="\n".join(rules)), "tests.failing_command")
+
+
+def test_a_run_whose_log_and_report_find_no_room_is_made_to_its_end(disk, world, tmp_path):
+    argv = flags(world, tmp_path / "run", train_iters=2, tensor_model_parallel_size=2)
+    full = [rule(f"*/run/{files}", "write", errno.ENOSPC) for files in
+            ("metrics.jsonl", "rollouts/*", "plots/*", ".report*", ".heartbeat*", "unfinished/*")]  # fmt: skip
+    text = disk.run(_job, argv, tmp_path, *full)
+    assert text.endswith("exited with 0") and own_tracebacks(text) == 0, text
+    for named in (
+        "metrics.jsonl cannot",
+        "step_0000001.jsonl cannot",
+        "heartbeat.json cannot",
+        "unfinished rollouts are not",
+    ):
+        assert text.count(named) >= 1 and text.count(f"{named} be written (No space left on device") <= 2, text
+    assert "its last 2 lines are lost" in text and "there is no report of this run.  Write it when" in text
+    assert (tmp_path / "run/hf_export/config.json").is_file() and iterations(tmp_path / "run/checkpoints") == [2]
+
+
+@pytest.mark.thorough
+def test_a_job_whose_export_finds_no_room_writes_it_at_the_next_launch(disk, world, tmp_path):
+    argv = flags(world, tmp_path / "run", train_iters=1, tensor_model_parallel_size=2)
+    text = disk.run(_job, argv, tmp_path, rule("*/hf_export/*", "write", errno.EIO))
+    assert text.endswith("exited with 1") and own_tracebacks(text) == 0, text
+    assert text.count("cannot be written (Input/output error") == 1 and "The job ends" in text, text
+    text = disk.run(_job, argv, tmp_path)
+    assert text.endswith("exited with 0") and (tmp_path / "run/hf_export/config.json").is_file(), text
+
+
+@pytest.mark.thorough
+def test_a_job_saves_in_an_emergency_and_says_how_to_go_on(disk, world, tmp_path):
+    argv = flags(
+        world, tmp_path / "run", train_iters=2, tensor_model_parallel_size=2, save_interval=1,
+        emergency_save=tmp_path / "other",
+    )  # fmt: skip
+    text = disk.run(_job, argv, tmp_path, rule("*/run/checkpoints/*/.metadata*", "fsync", errno.EIO, rank=0))
+    assert text.endswith("exited with 1") and own_tracebacks(text) == 0, text
+    load = ["--load", str(tmp_path / "other/run")]
+    assert text.count("The state after step 1 is saved in") == 1 and " ".join(load) in text, text
+    assert "it resumes from the last checkpoint" not in text, "one advice, not two"
+    text = disk.run(_job, [*argv, *load], tmp_path)
+    assert text.endswith("exited with 0") and iterations(tmp_path / "run/checkpoints") == [2], text
