@@ -31,7 +31,7 @@ def writing(path: Path) -> Iterator[None]:
     """Say which file an OSError of the block is about: that of a failed write does not know.
 
     Raises:
-        CannotWrite: with the errno of the error.  An error that names a file elsewhere stays as it is.
+        CannotWrite: with the errno of the error.  An error that names a file stays as it is, unless it is of the disk.
     """
     try:
         yield
@@ -39,7 +39,8 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         named = error.filename if error.filename2 is None else error.filename2
-        if named is not None and not str(named).startswith(str(path.parent)):
+        here = named is not None and str(named).startswith(str(path.parent)) and error.errno in DISK_ERRORS
+        if named is not None and not here:
             raise
         raise cannot_write(path, error) from error
 
