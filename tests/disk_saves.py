@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import shutil
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tests.failing_disk import failing, rule
+from tests.ranks import RankPools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,15 +95,16 @@ def failing_saves(argv: list[str], cases: list[Case]) -> list[Ended]:
     return ended
 
 
-def on_two_ranks(function: Any, *args: Any) -> list[Any]:
-    """In a FailingDisk: what two new ranks return."""
-    from tests.ranks import RankPool
+@cache
+def _pools() -> RankPools:
+    pools = RankPools()
+    atexit.register(pools.close)
+    return pools
 
-    pool = RankPool(2)
-    try:
-        return pool.run(function, *args)
-    finally:
-        pool.close()
+
+def on_two_ranks(function: Any, *args: Any) -> list[Any]:
+    """In a FailingDisk: what two ranks return, which have the library too."""
+    return _pools()(2).run(function, *args)
 
 
 def curve(argv: list[str], stop_after: int | None = None, *rules: str) -> tuple[list[tuple[float, float]], str, str]:

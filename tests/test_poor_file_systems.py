@@ -17,7 +17,13 @@ from tests.failing_disk import FailingDisk, compile_library, failing, rule
 from tests.tiny_run import flags, make_world
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault(number=30)]
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+NO_LOCKS = [
+    pytest.param(errno.ENOLCK, id="ENOLCK"),
+    *(
+        pytest.param(number, id=errno.errorcode[number], marks=pytest.mark.thorough)
+        for number in (errno.ENOTSUP, errno.ENOSYS)
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,7 @@ def _lock_twice(path: Path, number: int) -> tuple[bool, str]:
     return False, ""
 
 
-@pytest.mark.parametrize("number", NO_LOCKS, ids=errno.errorcode.get)
+@pytest.mark.parametrize("number", NO_LOCKS)
 def test_without_flock_the_record_in_the_file_holds_the_directory(disk, tmp_path, number):
     kernel, refused = disk.run(_lock_twice, tmp_path / "run.lock", number)
     assert not kernel and "is in use by process" in refused
@@ -72,7 +78,7 @@ def _read_prompts(folder: Path, number: int) -> str:
     return f"{len(prompts)} prompts"
 
 
-@pytest.mark.parametrize("number", NO_LOCKS, ids=errno.errorcode.get)
+@pytest.mark.parametrize("number", NO_LOCKS)
 def test_a_token_cache_without_locks_is_refused_or_works_and_does_not_wait_for_ever(disk, world, tmp_path, number):
     (tmp_path / "world").symlink_to(world)
     found = disk.run(_read_prompts, tmp_path, number)
@@ -149,6 +155,7 @@ def test_a_read_only_run_directory_is_one_configuration_error(disk, tmp_path, ex
     assert not exists or not list(path.iterdir())
 
 
+@pytest.mark.thorough
 def test_a_directory_that_becomes_read_only_ends_the_run_at_the_save(disk, world, tmp_path):
     """Until then the log waits in memory; the checkpoint before is intact."""
     argv = flags(world, tmp_path / "run", train_iters=3, save_interval=1, tensor_model_parallel_size=2)
