@@ -30,6 +30,7 @@ def open_closed() -> None:
         if not _is_open(number):
             nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
             assert nowhere == number
+            os.set_inheritable(nowhere, True)  # for the programs that this one starts
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115

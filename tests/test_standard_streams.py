@@ -73,7 +73,9 @@ def test_commands_whose_result_is_printed(tmp_path, words, end):
     if words[-1] == "MODEL":
         save_hf_checkpoint(tmp_path, "qwen3", seed=1)
     else:
-        question = QuestionScores(benchmark="aime24", question="1", scores={"acc": [1.0]}, finish=["stop"], tokens=[3])
+        question = QuestionScores(
+            benchmark="aime24", question="1", scores={"accuracy": [1.0]}, finish=["stop"], tokens=[3]
+        )
         write_scores(tmp_path, Result(benchmark="aime24", questions=(question,)))
     done = _shell([*words[:-1], str(tmp_path)], end)
     assert done.returncode == 1 and done.stderr.count("standard output cannot be written") == 1, done.stderr

@@ -19,7 +19,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from megatron_tropd.sandbox import Limits, run_python
-from megatron_tropd.standard_streams import OutputError, open_closed, print_result, tell
 
 
 def _positive(text: str) -> int:
@@ -61,7 +60,6 @@ def answer(line: bytes, allow_weaker: bool) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    open_closed()
     args = parser().parse_args(argv)
     failed = False
     writing = threading.Lock()
@@ -71,10 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with writing:
             failed |= "error" in done.result()
             try:
-                print_result(json.dumps(done.result()))
-            except OutputError as error:  # once: the stream is silent from then on
+                print(json.dumps(done.result()), flush=True)
+            except OSError as error:  # said once: the stream is silent from then on, also when Python flushes it
                 failed = True
-                tell(f"error: {error}")
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
 
     with ThreadPoolExecutor(args.workers) as pool:
         for line in sys.stdin.buffer:
