@@ -202,7 +202,8 @@ def _end_of(error: BaseException) -> End:
     if isinstance(error, FlagError):
         return End(text=str(error), exit_code=USAGE_ERROR, summary=summary)
     if isinstance(error, (ValueError, OSError, RankFailure)):
-        return End(text=f"error: {error}", exit_code=USAGE_ERROR, summary=summary)
+        exit_code = getattr(error, "exit_code", USAGE_ERROR)
+        return End(text=f"error: {error}", exit_code=exit_code, summary=summary)
     text = describe(error)
     if is_consequence(error):
         text += "\nThe command ends without a result.  Run it again, with --overwrite if --save holds files."

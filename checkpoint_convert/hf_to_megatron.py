@@ -36,6 +36,7 @@ from megatron_tropd.hub import MODEL_FILES, resolve  # noqa: E402
 from megatron_tropd.parallel.fail_together import on_all_ranks, on_rank_zero  # noqa: E402
 from megatron_tropd.parallel.groups import init_distributed  # noqa: E402
 from megatron_tropd.parallel.layout import ParallelLayout  # noqa: E402
+from megatron_tropd.standard_streams import tell  # noqa: E402
 from megatron_tropd.weights.coordinates.checkpoint_boxes import StoredParam, stored_params  # noqa: E402
 from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint  # noqa: E402
 from megatron_tropd.weights.files.hf_manifest import HfManifest  # noqa: E402
@@ -109,16 +110,17 @@ def convert(argv: Sequence[str] | None = None) -> None:
     if args.verify_logits:
         check = check_logits(model.path, args.save, RELEASE)
         add_text(folder, KNOWN_LOGPROBS_JSON, check.known.to_json())
-        print(check.text)
+        tell(check.text, sys.stdout)
     if workers.rank == 0:
-        print(
+        tell(
             f"{folder}: {source.arch.family}, {len(source.tensors)} tensors, {common.dtype_name(dtype)}, "
             f"vocabulary {source.arch.vocab_size} padded to {padded}"
             + (f", {len(digests)} hashes verified" if args.verify else "")
-            + (f", from {model.source}" if model.source else "")
+            + (f", from {model.source}" if model.source else ""),
+            sys.stdout,
         )
         for line in common.notes(source.arch, source.left_aside):
-            print(line)
+            tell(line, sys.stdout)
 
 
 if __name__ == "__main__":

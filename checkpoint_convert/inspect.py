@@ -13,6 +13,7 @@ from pathlib import Path
 
 from checkpoint_convert import common
 from megatron_tropd.models.architecture import Architecture
+from megatron_tropd.standard_streams import print_result
 
 SHOWN = 12
 
@@ -99,7 +100,7 @@ def inspect(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             f"{directory} has neither config.json (Hugging Face) nor latest_checkpointed_iteration.txt (Megatron)"
         )
-    print("\n".join(lines))
+    print_result("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from megatron_tropd.checkpoints.metadata import CheckpointError, CheckpointMetad
 from megatron_tropd.parallel.fail_together import on_all_ranks, on_rank_zero  # noqa: E402
 from megatron_tropd.parallel.groups import init_distributed  # noqa: E402
 from megatron_tropd.parallel.layout import ParallelLayout  # noqa: E402
+from megatron_tropd.standard_streams import tell  # noqa: E402
 from megatron_tropd.weights.coordinates.checkpoint_boxes import stored_params  # noqa: E402
 from megatron_tropd.weights.files.hf_checkpoint import copy_sidecars  # noqa: E402
 from megatron_tropd.weights.files.hf_manifest import MANIFEST_FILE, HfManifest  # noqa: E402
@@ -109,15 +110,16 @@ def convert(argv: Sequence[str] | None = None) -> None:
     folder, _ = open_checkpoint(args.load, metadata.iteration, tensors_checked_later=digested)
     written = _write(args, folder, metadata, manifest, workers)
     if args.verify_logits:
-        print(check_logits(args.save, args.load, metadata.iteration).text)
+        tell(check_logits(args.save, args.load, metadata.iteration).text, sys.stdout)
     if workers.rank == 0:
         same = ", identical to the source" if metadata.iteration == RELEASE else ""
         if manifest.left_aside:
             same = f"{same or ', laid out as the source'} without the {len(manifest.left_aside)} tensors left aside"
         verified = ", hashes verified" if args.verify else ""
-        print(
+        tell(
             f"{args.save}: {metadata.architecture.family}, iteration {metadata.iteration}, "
-            f"{common.gigabytes(written)}{same}{verified}"
+            f"{common.gigabytes(written)}{same}{verified}",
+            sys.stdout,
         )
 
 

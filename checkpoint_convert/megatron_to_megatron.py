@@ -27,6 +27,7 @@ from checkpoint_convert import common
 
 common.prepare()
 
+from megatron_tropd.atomic_files import writing  # noqa: E402
 from megatron_tropd.checkpoints.conversion.reading import open_tensors  # noqa: E402
 from megatron_tropd.checkpoints.conversion.reshard import plan_copy, verify_copy, write_copy  # noqa: E402
 from megatron_tropd.checkpoints.conversion.workers import Workers  # noqa: E402
@@ -40,6 +41,7 @@ from megatron_tropd.checkpoints.safety import COMMON_FILE  # noqa: E402
 from megatron_tropd.checkpoints.save import write_checkpoint  # noqa: E402
 from megatron_tropd.parallel.fail_together import on_all_ranks, on_rank_zero  # noqa: E402
 from megatron_tropd.parallel.groups import init_distributed  # noqa: E402
+from megatron_tropd.standard_streams import tell  # noqa: E402
 from megatron_tropd.weights.coordinates.checkpoint_boxes import StoredParam  # noqa: E402
 from megatron_tropd.weights.files.hf_checkpoint import copy_sidecars  # noqa: E402
 from megatron_tropd.weights.files.hf_manifest import MANIFEST_FILE, HfManifest  # noqa: E402
@@ -84,7 +86,8 @@ def _write_plain(source: Path, target: Path, *, weights_only: bool) -> None:
         write_plain_files(target)
     for name in (KNOWN_LOGPROBS_JSON,) if weights_only else (COMMON_FILE, CONFIG_FILE, RUN_JSON, KNOWN_LOGPROBS_JSON):
         if name in (COMMON_FILE, CONFIG_FILE) or (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            with writing(target / name):
+                shutil.copyfile(source / name, target / name)
 
 
 def _write_hf(source: Path, target: Path, padded: int) -> None:
@@ -121,9 +124,10 @@ def convert(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     stored.close()
     if workers.rank == 0:
-        print(
+        tell(
             f"{folder}: {metadata.architecture.family}, {len({job.key for job in copy.jobs})} tensors, vocabulary "
-            f"{metadata.architecture.vocab_size} padded to {padded}{', hashes verified' if args.verify else ''}"
+            f"{metadata.architecture.vocab_size} padded to {padded}{', hashes verified' if args.verify else ''}",
+            sys.stdout,
         )
 
 

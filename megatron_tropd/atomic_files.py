@@ -1,25 +1,87 @@
-"""Files and folders that are there as a whole or not at all."""
+"""Files and folders that are there as a whole or not at all, and errors that say which file could not be written."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+_ADVICE = {
+    errno.ENOSPC: "free space there, or name another directory",
+    errno.EDQUOT: "delete files of this user or group there, or name another directory",
+    errno.EIO: "the disk or the file server failed; the kernel's log of that machine may say more",
+    errno.EROFS: "name another directory, or have it mounted for writing",
+}
+DISK_ERRORS = frozenset(_ADVICE)
+"""What a disk says that is full, over its quota, broken or read-only: another disk may do."""
+
+
+class CannotWrite(OSError):
+    """A file cannot be written; the text says which one, why and what to do."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file an OSError of the block is about: that of a failed write does not know.
+
+    Raises:
+        CannotWrite: with the errno of the error.  An error that names a file stays as it is, unless it is of the disk.
+    """
+    try:
+        yield
+    except CannotWrite:
+        raise
+    except OSError as error:
+        named = error.filename if error.filename2 is None else error.filename2
+        here = named is not None and str(named).startswith(str(path.parent)) and error.errno in DISK_ERRORS
+        if named is not None and not here:
+            raise
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> CannotWrite:
+    """Return the error that names ``path``."""
+    return CannotWrite(error.errno or 0, f"{path} cannot be written ({reason_of(error)})")
+
+
+def reason_of(error: OSError) -> str:
+    """Return what is wrong, and what to do about it if the disk is full, broken or read-only."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    advice = _ADVICE.get(error.errno or 0, "")
+    return f"{reason}{advice and ': '}{advice}"
+
+
+def is_of_the_disk(text: str) -> bool:
+    """Return whether the text of an error has one of :data:`DISK_ERRORS` as its reason.
+
+    It is asked of the text because that is what all ranks know of an error: each then has the same answer.
+    """
+    return any(os.strerror(number) in text for number in DISK_ERRORS)
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give the name of a temporary file, which becomes ``path`` if no error is raised."""
+    """Give the name of a temporary file, which becomes ``path`` if no error is raised.
+
+    Raises:
+        CannotWrite: it cannot be written; what was at ``path`` is still there.
+    """
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):  # the error that is raised matters more
+                temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -23,6 +23,7 @@ from megatron_tropd.benchmarks.run import run, say
 from megatron_tropd.benchmarks.statistics import NUM_RESAMPLES
 from megatron_tropd.errors import EngineError
 from megatron_tropd.flag_parser import FlagParser
+from megatron_tropd.standard_streams import open_closed, print_result
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -61,11 +62,12 @@ def _table(words: Sequence[str]) -> None:
 
 
 def _print(table: tables.Table, markdown: bool) -> None:
-    print(table.markdown() if markdown else table.text())
+    print_result(table.markdown() if markdown else table.text())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    open_closed()
     words = list(sys.argv[1:] if argv is None else argv)
     commands = {"compare": _compare, "table": _table}
     command = commands.get(words[0]) if words else None
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(words)
     except (OSError, ValueError) as error:
         say(f"error: {error}")
-        return EXIT_USAGE
+        return getattr(error, "exit_code", EXIT_USAGE)
     except (EngineError, RunnerFailed) as error:
         say(f"error: {error}\nWhat was answered is kept: run the same command again to go on.")
         return EXIT_FAILED

@@ -20,6 +20,9 @@ class CheckpointConfig:
     save_retain_interval: int = setting(
         0, "keep the checkpoints of every multiple of this many steps for good, and delete others but the newest"
     )
+    emergency_save: str = setting(
+        "", "where to save when --save cannot be written because its disk is full, broken or read-only; default nowhere"
+    )
     async_save: bool = setting(False, "write checkpoints while training goes on")
     exit_interval: int = setting(0, "save and exit after every step that it divides; 0: never")
     exit_duration_in_mins: int = setting(

@@ -16,6 +16,7 @@ from typing import get_args
 
 import torch
 
+from megatron_tropd.atomic_files import writing
 from megatron_tropd.config import EvaluationConfig
 from megatron_tropd.data.prompts import PromptFormat, load_prompts
 from megatron_tropd.data.tokenizer import eos_token_ids, load_tokenizer
@@ -27,6 +28,7 @@ from megatron_tropd.grading.workers import GradingError
 from megatron_tropd.hub import MODEL_CONFIG_FILES, MODEL_FILES, resolve
 from megatron_tropd.reports import Accuracy, EvalReport
 from megatron_tropd.rollout.embedded.load import DTYPES, check_device, load_engine
+from megatron_tropd.standard_streams import open_closed, print_result, tell
 from megatron_tropd.types import GraderKind
 
 
@@ -100,7 +102,7 @@ def _find(name: str, flag: str, patterns: Sequence[str]) -> Path:
     """Return the directory of a model, and say which commit it is if it is one of the Hub."""
     model = resolve(name, repo_type="model", allow_patterns=patterns, flag=flag)
     if model.source:
-        print(f"{flag} {model.source}", file=sys.stderr)
+        tell(f"{flag} {model.source}")
     return model.path
 
 
@@ -164,17 +166,18 @@ def table(reports: Sequence[EvalReport]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    open_closed()
     args = parser().parse_args(argv)
     try:
         reports = run(args)
         document = json.dumps([dataclasses.asdict(report) for report in reports], indent=2)
-        print(table(reports))
-        print(document)
-        if args.output is not None:
-            args.output.write_text(document + "\n", encoding="utf-8")
+        if args.output is not None:  # first: standard output may have lost its reader
+            with writing(args.output):
+                args.output.write_text(document + "\n", encoding="utf-8")
+        print_result(f"{table(reports)}\n{document}")
     except (OSError, ValueError, EngineError, GradingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        tell(f"error: {error}")
+        return getattr(error, "exit_code", 2)
     return 0
 
 

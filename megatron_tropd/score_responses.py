@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_tropd.parallel.job_end import EXIT_FAILED, End, JobEnd, describe
+from megatron_tropd.standard_streams import tell
 
 
 def _end_of(error: BaseException) -> End:
@@ -57,7 +58,7 @@ def _score(argv: Sequence[str]) -> int:
     def say(progress: Progress) -> None:
         earlier = f" ({progress.skipped} by an earlier launch)" if progress.skipped else ""
         if is_rank_zero():
-            print(f"scored {progress.done} of {progress.total} responses{earlier}", file=sys.stderr, flush=True)
+            tell(f"scored {progress.done} of {progress.total} responses{earlier}")
 
     init_distributed(spec.config.parallel.distributed_timeout_s)
     score_responses(spec, Path(directory), say)

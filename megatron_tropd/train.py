@@ -46,7 +46,9 @@ class Launch:
         if exit_code is not None:
             return End(text=str(error), exit_code=exit_code, summary=type(error).__name__)
         what = f"{describe(error)}\nThe job ends"
-        if self.trains is not None:
+        if getattr(error, "says_how_to_continue", False):
+            what += "."
+        elif self.trains is not None:
             what += f"; {_how_to_continue(self.trains)}"
         elif is_consequence(error):
             what += " before its first step.  Run the same command again."

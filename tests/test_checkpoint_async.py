@@ -111,8 +111,8 @@ def _held_until_step_4(argv):
             if step == 3:
                 release.set()
                 while run.checkpoints.in_writing:
-                    finish_save(run, wait=False)
-        finish_save(run)
+                    finish_save(run, 4, wait=False)
+        finish_save(run, 6)
         seen.append(latest_iteration(run.config.save_dir))
     finally:
         vars(filesystem_async).pop("open", None)

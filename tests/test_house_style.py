@@ -75,7 +75,7 @@ ROWS = [  # a room may import from its own row and from the rows below
     {"ops"},
     {"objectives", "parallel", "sandbox"},
     {"types", "rng", "hub", "plain_yaml", "flag_values", "json_files", "errors", "config_fields", "reports"}
-    | {"atomic_files", "file_digest", "flag_parser", "plain_names", "record_files"},
+    | {"atomic_files", "file_digest", "flag_parser", "plain_names", "record_files", "standard_streams"},
 ]
 
 

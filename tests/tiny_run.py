@@ -104,7 +104,7 @@ def reports_here(argv: list[str], stop_after: int | None = None) -> list[StepRep
             save_if_due(run, report.step)
             if report.step == stop_after:
                 break
-        finish_save(run)
+        finish_save(run, reports[-1].step if reports else assembled.start_step)
     finally:
         close(assembled)
     return reports

@@ -32,6 +32,7 @@ from megatron_tropd.parallel import platform
 from megatron_tropd.reporting.lock import RunLock
 from megatron_tropd.sandbox import check as check_sandbox
 from megatron_tropd.sglang.settings import ServerSettings, load_keys
+from megatron_tropd.standard_streams import print_result, tell
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ CONVERTED = "hf_checkpoint"
 
 def say(line: str) -> None:
     """Print a line for people."""
-    print(line, file=sys.stderr, flush=True)
+    tell(line)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,7 +236,7 @@ def _write_tables(args: argparse.Namespace) -> None:
     run_tables = [tables.metrics_table(results), tables.models_table([args.output], args.paper_setting)]
     write_text(args.output / "table.txt", "\n\n".join(table.text() for table in run_tables) + "\n")
     write_text(args.output / "table.md", "\n\n".join(table.markdown() for table in run_tables) + "\n")
-    print((args.output / "table.txt").read_text(encoding="utf-8"), end="")
+    print_result((args.output / "table.txt").read_text(encoding="utf-8"), end="")
     failed = {name: sum(q.grading_errors for q in result.questions) for name, result in results.items()}
     for name, count in failed.items():
         if count:

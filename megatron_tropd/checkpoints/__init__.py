@@ -2,6 +2,7 @@
 
     save.py, load.py   write and read a checkpoint; both are collective
     async_save.py      write one while training goes on
+    elsewhere.py       save on another disk what its own could not take
     retention.py       which checkpoints are kept; removes the others
     fallback.py        the newest checkpoint that is whole
     state.py           state dicts: what is left out of a checkpoint, and loading one into a model
@@ -23,6 +24,7 @@ FRONT = {
         "HF_FOLDER", "RELEASE", "find_checkpoint", "hf_directory", "is_being_replaced", "iterations",
         "latest_iteration", "model_dtype", "read_metadata", "restore_replaced", "stored_tensors",
     ),
+    "elsewhere": ("SavedElsewhere", "is_ahead", "save_elsewhere"),
     "fallback": ("newest_step", "newest_whole", "set_aside", "with_advice"),
     "known_logprobs": ("KNOWN_LOGPROBS_JSON", "KnownLogprobs", "read_known_logprobs"),
     "load": ("load_checkpoint", "open_checkpoint"),

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tropd.atomic_files import exchange
+from megatron_tropd.atomic_files import CannotWrite, exchange, reason_of, writing
 from megatron_tropd.checkpoints.directory import (
     HF_FOLDER,
     TRACKER_FILE,
@@ -47,7 +47,7 @@ from megatron_tropd.checkpoints.run_record import RUN_JSON, RunRecord
 from megatron_tropd.checkpoints.safety import check_plain, common_part
 from megatron_tropd.checkpoints.state import COMMON_KEY, without_extra_state
 from megatron_tropd.models.architecture import Architecture
-from megatron_tropd.parallel import platform
+from megatron_tropd.parallel import checkpoint_writers, platform
 from megatron_tropd.parallel.fail_together import FailedElsewhere, on_all_ranks, on_rank_zero
 from megatron_tropd.parallel.layout import DEFAULT_VOCAB_DIVISOR
 from megatron_tropd.weights.files.hf_checkpoint import HfCheckpoint, copy_sidecars
@@ -72,28 +72,34 @@ def write_hf_folder(sidecar: Path, manifest: HfManifest | None, target: Path) ->
 
 def _prepare(save_dir: Path, iteration: Iteration) -> Path:
     """Remove the temporary folders of earlier saves, and make one for this save."""
-    save_dir.mkdir(parents=True, exist_ok=True)
+    with writing(save_dir):
+        save_dir.mkdir(parents=True, exist_ok=True)
     fsync_path(save_dir.parent)
     restore_replaced(save_dir)
     for stale in save_dir.iterdir():
         if is_temporary(stale.name):
             shutil.rmtree(stale, ignore_errors=True)  # another process may have a file of it open
     temporary = save_dir / temporary_name(iteration)
-    temporary.mkdir()
+    with writing(temporary):
+        temporary.mkdir()
     return temporary
 
 
 @contextlib.contextmanager
 def megatrons_reasons(folder: Path) -> Iterator[None]:
-    """Raise Megatron's error of a failed save as a CheckpointError with the reasons.  If Megatron's part fails, it
-    raises on every rank, but only rank 0 gets them."""
+    """Raise Megatron's error of a failed save as a CheckpointError with the reasons.  If a rank cannot write its part,
+    Megatron raises on every rank, but only rank 0 gets the reasons; what only rank 0 writes fails on rank 0 alone."""
     try:
-        yield
+        with checkpoint_writers.raising_what_was_put_aside():
+            yield
     except CheckpointException as error:
         if not error.failures:
             raise FailedElsewhere from error
         reasons = "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items())
         raise CheckpointError(f"cannot write {folder}: {reasons}{_room(folder)}") from error
+    except OSError as error:
+        reason = str(error) if isinstance(error, CannotWrite) else f"cannot write {folder}: {reason_of(error)}"
+        raise CheckpointError(f"{reason}{_room(folder)}") from error
 
 
 def _room(folder: Path) -> str:
@@ -107,12 +113,12 @@ def _room(folder: Path) -> str:
 
 def begin_write(state: dict[str, Any], folder: Path, **options: Any) -> Any:
     """Save with Megatron, so that every supported version of it can load the checkpoint; return what its ``save`` does
-    with these ``options``.  Fails on all ranks or on none."""
+    with these ``options``.  Collective, and every rank comes to its end; it may then fail on some ranks only."""
     common = common_part(state)
     with megatrons_reasons(folder):
         request = dist_checkpointing.save(state, str(folder), **options)
-    if dist.get_rank() == 0:
-        platform.write_common_state(folder, common)
+        if dist.get_rank() == 0:
+            checkpoint_writers.putting_aside(platform.write_common_state)(folder, common)
     return request
 
 
@@ -141,14 +147,15 @@ def _publish(save_dir: Path, temporary: Path, iteration: Iteration, metadata: Ch
             fsync_path(folder)
     final = save_dir / iteration_name(iteration)
     former = None
-    if not final.exists():
-        os.rename(temporary, final)
-    elif exchange(temporary, final):  # saved before a restart, or without the batch that is in this one
-        former = temporary
-    else:  # moved away first, because a rename cannot replace a folder; restore_replaced mends what ends in between
-        former = final.with_name(f"{temporary.name}-old")
-        os.rename(final, former)
-        os.rename(temporary, final)
+    with writing(final):
+        if not final.exists():
+            os.rename(temporary, final)
+        elif exchange(temporary, final):  # saved before a restart, or without the batch that is in this one
+            former = temporary
+        else:  # moved away first, because a rename cannot replace a folder; restore_replaced mends what ends in between
+            former = final.with_name(f"{temporary.name}-old")
+            os.rename(final, former)
+            os.rename(temporary, final)
     fsync_path(save_dir)
     replace_text(save_dir / TRACKER_FILE, f"{iteration}\n")
     if former is not None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from megatron_tropd.doctor.versions import OLDEST_PYTHON
 from megatron_tropd.flag_parser import FlagParser
+from megatron_tropd.standard_streams import OutputError, open_closed, print_result, tell
 
 if TYPE_CHECKING:
     from megatron_tropd.doctor.finding import Finding
@@ -87,6 +88,7 @@ def document(findings: Sequence[Finding]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    open_closed()
     args = parser().parse_args(argv)
     if sys.version_info < OLDEST_PYTHON:
         version, oldest = sys.version.split()[0], ".".join(map(str, OLDEST_PYTHON))
@@ -99,7 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path or an error may have what a terminal cannot show
     width = shutil.get_terminal_size((100, 24)).columns
-    print(document(findings) if args.json else table(findings, min(max(width, _NARROWEST), _WIDEST)))
+    try:
+        print_result(document(findings) if args.json else table(findings, min(max(width, _NARROWEST), _WIDEST)))
+    except OutputError as error:
+        tell(f"error: {error}")
+        return error.exit_code
     return 1 if count(findings, "problem") else 0
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_tropd.atomic_files import writing
 from megatron_tropd.types import Finish
 
 
@@ -86,15 +86,6 @@ class Journal:
                     os.truncate(self._path, self.size)
                 raise
         self.size += len(data)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Say which file an OSError of the block is about."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({os.strerror(error.errno) if error.errno else error})") from error
 
 
 def _whole_lines(path: Path) -> int:

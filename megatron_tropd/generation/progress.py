@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_tropd.reporting.progress.text import count, duration, percent
+from megatron_tropd.standard_streams import silence
 
 _LINE_EVERY_S = 30.0
 
@@ -33,18 +34,29 @@ class GenerationProgress:
         self._responses = self._tokens = self._cut = 0
         self._started = clock()
         self._next_line = self._started
+        self._lost = False
         terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._live = Live(console=Console(file=stream), auto_refresh=False) if terminal else None
 
     def __enter__(self) -> GenerationProgress:
         self._started = self._clock()
         if self._live:
-            self._live.start()
+            self._show(self._live.start)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._live:
-            self._live.stop()
+            self._show(self._live.stop)
+
+    def _show(self, event: Callable[[], object]) -> None:
+        """Show something; a lost terminal or a full log does not end the work."""
+        if self._lost:
+            return
+        try:
+            event()
+        except OSError:
+            self._lost = True
+            silence(self._stream)
 
     def add(self, *, responses: int, tokens: int, cut: int) -> None:
         """Count finished responses, and show them if it is time."""
@@ -52,11 +64,11 @@ class GenerationProgress:
         if self._live:
             bar = Table.grid(padding=1)
             bar.add_row(ProgressBar(total=self._total, completed=self._done, width=40), Text(self.line()))
-            self._live.update(bar, refresh=True)
+            live = self._live
+            self._show(lambda: live.update(bar, refresh=True))
         elif self._clock() >= self._next_line or self._done == self._total:
             self._next_line = self._clock() + _LINE_EVERY_S
-            self._stream.write(self.line() + "\n")
-            self._stream.flush()
+            self._show(lambda: print(self.line(), file=self._stream, flush=True))
 
     @property
     def _done(self) -> int:

@@ -19,6 +19,7 @@ from megatron_tropd.generation.settings import Identity, claim, data_digest
 from megatron_tropd.generation.store import ResponseStore
 from megatron_tropd.generation.task import Task
 from megatron_tropd.reporting.lock import RunLock
+from megatron_tropd.standard_streams import tell
 from megatron_tropd.weights.files.identity import model_identity
 
 REPORT = "report.json"
@@ -107,11 +108,11 @@ def _report(job: GenerationJob, store: ResponseStore) -> None:
         path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     right = f", {counts.right:,} of {counts.graded:,} graded are right" if counts.graded else ""
     unreadable = f", {counts.unreadable:,} could not be read by a run" if counts.unreadable else ""
-    print(
+    tell(
         f"{counts.responses:,} responses to {job.survey.num_prompts:,} prompts, {counts.tokens:,} tokens; "
         f"{counts.finished:,} finished{right}{unreadable}; {counts.kept:,} kept (--keep {job.flags.keep}) in "
         f"{job.flags.save}/data",
-        flush=True,
+        sys.stdout,
     )
     if not counts.kept:
         raise NothingKept(

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_tropd.atomic_files import remove_unfinished, replacing
-from megatron_tropd.generation.journal import Journal, Written, writing
+from megatron_tropd.generation.journal import Journal, Written
 from megatron_tropd.generation.prompts import SourcePrompt
 from megatron_tropd.generation.rows import Counts, ResponseRow, RowMaker, write_parquet
 from megatron_tropd.json_files import as_dataclass, read_json_object
@@ -107,7 +107,7 @@ class ResponseStore:
         self._write(shard, "data", [row for row in rows if self._maker.keeps(row)])
         self._write(shard, "dropped", [row for row in rows if not self._maker.keeps(row)])
         counts = self._maker.counts(rows)
-        with writing(self._record(shard)), replacing(self._record(shard)) as path:
+        with replacing(self._record(shard)) as path:
             path.write_text(json.dumps(asdict(counts)) + "\n", encoding="utf-8")
         self._whole[shard] = counts
         del self._shards[shard]
@@ -117,7 +117,7 @@ class ResponseStore:
         """Write one file of a shard; none where there are no rows, because a file without rows is no data."""
         path = self._directory / folder / f"{shard:05d}.parquet"
         if rows:
-            with writing(path), replacing(path) as temporary:
+            with replacing(path) as temporary:
                 write_parquet(temporary, rows)
 
     def _record(self, shard: int) -> Path:

@@ -3,22 +3,30 @@ background."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import io
 import multiprocessing.process
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_tropd.atomic_files import writing
+
 REPLACED: dict[str, tuple[str, ...]] = {
     "megatron.core.dist_checkpointing.strategies.filesystem_async": ("mp",),
     "megatron.core.dist_checkpointing.strategies.async_utils": ("mp",),
-    "megatron.core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync": ("write_preloaded_data",),
-}
-"""What is replaced, as in platform.py."""
+    "megatron.core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync": (
+        "write_preloaded_data", "finish",
+    ),
+    "megatron.core.dist_checkpointing.serialization": ("save_config",),
+}  # fmt: skip
+"""What is replaced, as in platform.py; with megatron-core 0.16 its ``TorchCommonSaveStrategy.save_common`` too."""
 
 
 class _ThreadContext:
@@ -104,3 +112,62 @@ def tell_errors() -> None:
         return output
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+
+
+_put_aside: list[Exception] = []
+"""Errors of this process in the save that is being made."""
+
+
+def put_errors_aside() -> None:
+    """Let every rank come to the end of a save in which rank 0 could not write a file of its own.
+
+    Megatron writes ``common.pt``, ``.metadata`` and ``metadata.json`` on rank 0, each between two collectives.  An
+    error there would leave the other ranks waiting in the second one until its timeout.
+    """
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies import common
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    serialization.save_config = putting_aside(serialization.save_config)
+    FileSystemWriterAsync.finish = putting_aside(FileSystemWriterAsync.finish)
+    if strategy := getattr(common, "TorchCommonSaveStrategy", None):  # later versions than 0.16 write no such file
+        strategy.save_common = putting_aside(_save_common)
+
+
+def _save_common(_strategy: object, state: Any, checkpoint_dir: str) -> None:
+    if torch.distributed.get_rank() == 0:
+        write_object(state, Path(checkpoint_dir) / "common.pt")
+
+
+def write_object(value: Any, path: Path) -> None:
+    """As ``torch.save``, whose writer, in C++, does not say why a file cannot be written.
+
+    Raises:
+        CannotWrite: the error names the file.
+    """
+    data = io.BytesIO()
+    torch.save(value, data)
+    with writing(path):
+        path.write_bytes(data.getbuffer())
+
+
+def putting_aside(write: Callable[..., None]) -> Callable[..., None]:
+    """Return ``write``, whose error :func:`raising_what_was_put_aside` raises."""
+
+    @functools.wraps(write)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            write(*args, **kwargs)
+        except Exception as error:
+            _put_aside.append(error)
+
+    return run
+
+
+@contextlib.contextmanager
+def raising_what_was_put_aside() -> Iterator[None]:
+    """Raise, after the block, the first error that was put aside in it.  The block is collective, the error is not."""
+    _put_aside.clear()
+    yield
+    if _put_aside:
+        raise _put_aside[0]

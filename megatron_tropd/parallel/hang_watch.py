@@ -167,7 +167,7 @@ class HangWatch:
         try:
             path.write_text("\n\n".join(f"rank {rank}\n{a['stacks']}" for rank, a in sorted(answers.items())) + "\n")
         except OSError as error:
-            return f"\nThe stacks of the ranks cannot be written: {error}"
+            return f"\nThe stacks of the ranks are lost: {path} cannot be written: {error}"
         return f"\nThe stacks of the ranks that answer are in {path}"
 
     def _answer(self, store: dist.Store) -> None:

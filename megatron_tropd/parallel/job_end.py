@@ -31,6 +31,7 @@ from typing import Any
 from megatron_tropd.parallel.print_once import Importance, print_once
 from megatron_tropd.parallel.stop_request import StopRequest
 from megatron_tropd.parallel.torchrun import has_lost_a_rank
+from megatron_tropd.standard_streams import open_closed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 """The signals that torchrun, when it gets one, sends on to its ranks; and SIGUSR1, a scheduler's before a limit."""
@@ -271,6 +272,7 @@ class JobEnd:
 
     def run(self, command: Callable[[], int]) -> int:
         """Run ``command`` and return its exit code, or that of the error that ended it, after reporting the error."""
+        open_closed()
         try:
             self._install()
             try:

@@ -97,6 +97,7 @@ def install() -> None:
     if is_cuda():
         _patch_padding_of_buckets()
         checkpoint_writers.tell_errors()
+        checkpoint_writers.put_errors_aside()
         _keep_the_name_in_pickles()
         if not has_transformer_engine():
             _patch_distributed_optimizer_load()
@@ -139,6 +140,7 @@ def _patch_megatron() -> None:
     _patch_norm_sequence_parallel()
     checkpoint_writers.use_threads()
     checkpoint_writers.tell_errors()
+    checkpoint_writers.put_errors_aside()
     _keep_the_name_in_pickles()
     _patch_expert_dispatch()
     _name_the_missing_gemm()
@@ -324,7 +326,7 @@ COMMON_OBJECT = "common_state/"
 def write_common_state(folder: Path, common: Any) -> None:
     """Write :data:`COMMON_FILE` into a checkpoint where this Megatron-core did not: every version is to load it."""
     if not (folder / COMMON_FILE).exists():
-        torch.save(common, folder / COMMON_FILE)
+        checkpoint_writers.write_object(common, folder / COMMON_FILE)
 
 
 def _torch_adams(megatron_optimizer: Any) -> list[torch.optim.Optimizer]:

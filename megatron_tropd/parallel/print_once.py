@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from megatron_tropd.standard_streams import silence
+
 RECORD = "end_printed"
 """Name of the file: the importance of the last message that was printed, as one digit."""
 _LOCK_S = 10.0
@@ -49,7 +51,8 @@ def print_once(text: str, importance: Importance, stream: TextIO | None = None) 
             return
         try:
             print(text, file=stream, flush=True)
-        except (OSError, ValueError):  # the stream is closed
+        except (OSError, ValueError):  # the stream is full or closed
+            silence(stream)
             return
         if record is not None:
             with contextlib.suppress(OSError):

@@ -21,10 +21,13 @@ import threading
 import time
 from pathlib import Path
 
+from megatron_tropd.atomic_files import writing
 from megatron_tropd.reporting.lock_record import LockRecord, is_gone, is_same_machine
 
 log = logging.getLogger(__name__)
 
+LOCK_FILE = "run.lock"
+"""In the run directory."""
 RENEW_S = 30.0
 """Time between two renewals.  They come from a thread, which waits for code that holds Python's interpreter lock."""
 STALE_S = 300.0
@@ -53,7 +56,8 @@ class RunLock:
     def __init__(self, path: Path, *, renew_s: float = RENEW_S, stale_s: float = STALE_S) -> None:
         self._path = path
         # Not inherited by programs that this job starts: only forks of it share the kernel's lock.
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with writing(path):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             self._mine = self._take(stale_s)
         except BaseException:
@@ -64,8 +68,12 @@ class RunLock:
         atexit.register(self.release)
 
     def check(self) -> None:
-        """Raises RunDirectoryBusyError if another job has taken the lock over since."""
-        owner = self._owner()
+        """Raises RunDirectoryBusyError if another job has taken the lock over since, as far as can be known now."""
+        try:
+            owner = self._owner()
+        except OSError as error:
+            log.warning("%s could not be read: %s", self._path, error.strerror)
+            return
         if owner is not None and owner != self._mine:
             raise RunDirectoryBusyError(
                 f"{self._path.parent} was taken over by {owner.describe()}, because this job did not renew its lock "
@@ -101,7 +109,7 @@ class RunLock:
                 "%s was in use by %s, whose lock was not renewed for %.0f s: it is taken over",
                 self._path.parent, owner.describe(), age,
             )  # fmt: skip
-        _write(self._file, mine)
+        _write(self._path, self._file, mine)
         if not kernel:
             time.sleep(_SETTLE_S)
             if (other := _read(self._file)) is not None and other != mine:
@@ -155,15 +163,16 @@ def _read(file: int) -> LockRecord | None:
     return LockRecord.read(os.pread(file, _MAX_BYTES, 0).decode(errors="replace"))
 
 
-def _write(file: int, record: LockRecord) -> None:
+def _write(path: Path, file: int, record: LockRecord) -> None:
     data = record.text().encode()
-    os.pwrite(file, data, 0)  # one call, so that no reader finds an empty file between two jobs
-    os.ftruncate(file, len(data))
+    with writing(path):
+        os.pwrite(file, data, 0)  # one call, so that no reader finds an empty file between two jobs
+        os.ftruncate(file, len(data))
 
 
 def _age(path: Path) -> float:
     """Seconds since the file was renewed, by the clock of the file system: machines' clocks differ."""
-    with tempfile.TemporaryFile(dir=path.parent) as now:
+    with writing(path), tempfile.TemporaryFile(dir=path.parent) as now:
         now.write(b"x")
         now.flush()
         return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime

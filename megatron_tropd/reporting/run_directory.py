@@ -21,21 +21,24 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 
 from megatron_tropd.atomic_files import write_text
 from megatron_tropd.reporting.environment import describe_environment
-from megatron_tropd.reporting.lock import RunLock
+from megatron_tropd.reporting.lock import LOCK_FILE, RunLock
+from megatron_tropd.reporting.metrics_file import MetricsFile
 from megatron_tropd.reporting.records import (
     Record,
+    decode,
     drop_after,
     encode,
     eval_record,
@@ -47,6 +50,7 @@ from megatron_tropd.reporting.redaction import redact_mapping
 from megatron_tropd.reporting.rollout_samples import RolloutSample, write_samples
 from megatron_tropd.reports import EvalReport, StepReport
 
+log = logging.getLogger(__name__)
 HF_EXPORT = "hf_export"
 _OF_A_LAUNCH = ("metrics.jsonl", "rollouts", "plots", "report.html")
 """What a launch that starts from nothing must not mix with its own."""
@@ -71,7 +75,10 @@ class RunDirectory:
     def __init__(self, path: Path, lock: RunLock) -> None:
         self.path = path
         self._lock = lock
-        self._metrics: TextIO | None = None
+        self._metrics = MetricsFile(path / "metrics.jsonl")
+        self._rollouts_failed = False
+        self.message: Callable[[str], None] = log.warning
+        """Prints to the user."""
         self.moved_aside: Path | None = None
         """Where the log of an earlier launch is now that this one could not go on from."""
 
@@ -96,7 +103,7 @@ class RunDirectory:
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(path / "run.lock")
+        lock = RunLock(path / LOCK_FILE)
         try:
             moved = _make_room(path, resume=resume)
             for folder in (path / "rollouts", path / "plots"):
@@ -135,14 +142,21 @@ class RunDirectory:
 
     def has_evaluation(self, step: int) -> bool:
         """Return whether an evaluation after ``step`` was appended, by this launch or an earlier one."""
-        records = of_kind(read_records(self.path / "metrics.jsonl"), "eval")
+        waiting = [decode(line) for line in self._metrics.waiting]
+        records = of_kind([*read_records(self.path / "metrics.jsonl"), *waiting], "eval")
         return any(record["step"] == step for record in records)
 
     def rollouts(self, step: int, samples: Sequence[RolloutSample]) -> Path:
-        """Write the rollouts of ``step`` that are kept for reading."""
+        """Write the rollouts of ``step`` that are kept for reading; where that fails, a warning, once, is all."""
         self._lock.check()
         path = self.path / "rollouts" / f"step_{step:07d}.jsonl"
-        write_samples(path, samples)
+        try:
+            write_samples(path, samples)
+            self._rollouts_failed = False
+        except OSError as error:
+            if not self._rollouts_failed:
+                self.message(f"warning: {error}; the run goes on without these rollouts")
+            self._rollouts_failed = True
         return path
 
     def close(self) -> None:
@@ -158,16 +172,13 @@ class RunDirectory:
 
     def _append(self, record: Record) -> Record:
         self._lock.check()
-        if self._metrics is None:
-            self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
-        self._metrics.write(f"{encode(record)}\n")
-        self._metrics.flush()
+        if note := self._metrics.append(encode(record)):
+            self.message(f"warning: {note}")
         return record
 
     def _close_metrics(self) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
+        if note := self._metrics.close():
+            self.message(f"warning: {note}")
 
 
 def _make_room(path: Path, *, resume: bool) -> Path | None:

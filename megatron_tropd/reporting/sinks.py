@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -143,13 +143,16 @@ def make_sinks(
     if problems:
         raise ValueError("\n".join(problems))
     sinks: dict[str, Any] = {}
+    makers: dict[str, Callable[[], Sink]] = {}
     if tensorboard_dir:
-        sinks["tensorboard"] = TensorboardSink(tensorboard_dir, start_step=start_step)
+        makers["tensorboard"] = lambda: TensorboardSink(tensorboard_dir, start_step=start_step)
     if wandb_project:
+        makers["wandb"] = lambda: WandbSink(wandb_project, wandb_exp_name, config=config, run_dir=run_dir)
+    for name, make in makers.items():
         try:
-            sinks["wandb"] = WandbSink(wandb_project, wandb_exp_name, config=config, run_dir=run_dir)
+            sinks[name] = make()
         except Exception as error:
-            _warn("wandb", error)
+            _warn(name, error)
     return Sinks(sinks)
 
 

@@ -68,7 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         nonlocal failed
         with writing:
             failed |= "error" in done.result()
-            print(json.dumps(done.result()), flush=True)
+            try:
+                print(json.dumps(done.result()), flush=True)
+            except OSError as error:  # said once: the stream is silent from then on, also when Python flushes it
+                failed = True
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
 
     with ThreadPoolExecutor(args.workers) as pool:
         for line in sys.stdin.buffer:

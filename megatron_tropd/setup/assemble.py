@@ -160,6 +160,8 @@ def _make_run(
     text = make_token_text(spec)
     health = check_scorers(spec, scorers.by_role, origin)
     checkpoints.record, checkpoints.message = health.record, progress.message
+    if files.directory is not None:
+        files.directory.message = progress.message
     for note in (*files.notes, *origin.notes, *health.warnings):
         progress.message(note)
     logger = make_run_logger(spec, text, files, progress)

@@ -17,6 +17,7 @@ def check_directories(config: TrainConfig, problems: Problems) -> None:
     written = {
         "--run-dir": config.logging.run_dir,
         "--save": config.checkpoint.save,
+        "--emergency-save": config.checkpoint.emergency_save,
         "--tensorboard-dir": config.logging.tensorboard_dir,
         "--data-cache-path": config.data.data_cache_path,
     }

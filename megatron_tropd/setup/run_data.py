@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from megatron_tropd.grading.references import check_references
 from megatron_tropd.grading.rewards import RewardFunction, exact_match
 from megatron_tropd.objectives.base import Objective
 from megatron_tropd.setup.problems import Problems
+from megatron_tropd.standard_streams import tell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,7 @@ def _load(
 def _say(text: str) -> None:
     """Print the progress of long work, once a node."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        tell(text)
 
 
 def _check(

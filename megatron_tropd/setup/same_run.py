@@ -32,7 +32,8 @@ EXPERIMENT_SECTIONS = ("data", "objective", "method", "reward")
 CHECKS_OF_DATA = ("data-cache-path", "min-response-share")
 """Flags of the data that change no prompt."""
 NOT_COMPARED = (
-    "run-dir", "save", "load", "exit-on-missing-checkpoint", "fallback-previous", "allow-changed-run", "teacher-config",
+    "run-dir", "save", "load", "emergency-save", "exit-on-missing-checkpoint", "fallback-previous", "allow-changed-run",
+    "teacher-config",
 )  # fmt: skip
 """Of --teacher-config what the files say is compared, not where they are."""
 MODEL_FLAGS = {

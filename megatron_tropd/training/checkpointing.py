@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_tropd.atomic_files import is_of_the_disk
 from megatron_tropd.checkpoints.async_save import AsyncSaver
-from megatron_tropd.checkpoints.directory import find_checkpoint, iterations, restore_replaced
+from megatron_tropd.checkpoints.directory import find_checkpoint, is_being_replaced, iterations, restore_replaced
+from megatron_tropd.checkpoints.elsewhere import SavedElsewhere, is_ahead, save_elsewhere
 from megatron_tropd.checkpoints.fallback import newest_step, newest_whole, set_aside, with_advice
 from megatron_tropd.checkpoints.load import load_checkpoint, open_checkpoint
 from megatron_tropd.checkpoints.metadata import CheckpointError
@@ -21,6 +24,7 @@ from megatron_tropd.data.prompt_source import PromptSource
 from megatron_tropd.data.rollout_codec import decode_rollouts, encode_rollouts
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.parallel.fail_together import is_rank_zero, on_rank_zero
+from megatron_tropd.reporting.lock import LOCK_FILE, RunLock
 from megatron_tropd.training.stream import Pending
 from megatron_tropd.training.student import Student
 
@@ -43,7 +47,8 @@ class Origin:
 def resume_origin(config: TrainConfig) -> tuple[str, int] | None:
     """Return the (directory, step) to resume from, or None to start fresh.
 
-    --save is searched before --load, so that the same command, given again, continues its own run.
+    --save is searched before --load, so that the same command, given again, continues its own run.  Only an emergency
+    save of this run that is newer than what --save has comes first.
 
     Raises:
         CheckpointError: a tracker is damaged, or there is no checkpoint and --exit-on-missing-checkpoint is set; there
@@ -53,7 +58,7 @@ def resume_origin(config: TrainConfig) -> tuple[str, int] | None:
         if wanted not in (there := iterations(config.load_dir)):
             raise CheckpointError(f"{config.load_dir} has no checkpoint of step {wanted}; it has those of {there}")
         return config.load_dir, wanted
-    for directory in dict.fromkeys((config.save_dir, config.load_dir)):
+    for directory in _search(config):
         try:
             step = newest_step(directory)
         except CheckpointError as error:
@@ -62,6 +67,12 @@ def resume_origin(config: TrainConfig) -> tuple[str, int] | None:
             return directory, step
     _check_missing(config)
     return None
+
+
+def _search(config: TrainConfig) -> list[str]:
+    """Return the directories in which the checkpoint to resume from is looked for, in order."""
+    own_first = list(dict.fromkeys((config.save_dir, config.load_dir)))
+    return own_first[::-1] if is_ahead(config.load_dir, config.save_dir) else own_first
 
 
 def _check_missing(config: TrainConfig) -> None:
@@ -96,28 +107,52 @@ class Checkpoints:
         With --async-save the checkpoint is written when :meth:`finish` says so, or with ``wait`` when this returns.
 
         Raises:
-            CheckpointError: on every rank: this save failed, or the one before that was still being written.
+            SavedElsewhere: on every rank: this save failed, or the one before that was still being written, because of
+                the disk, and the state is in --emergency-save.
+            CheckpointError: on every rank: one of them failed, and the state is nowhere.
         """
-        self.finish()
+        with self.or_elsewhere(step, student, source, lambda: pending):
+            self.finish()
+            begin = save_checkpoint if self._saver is None else self._saver.start
+            begin(self._config.save_dir, step, **self._content(student, source, pending))
+            if self._saver is None:
+                self._delete_superseded(step)
+            elif wait:
+                self.finish()
+
+    @contextmanager
+    def or_elsewhere(
+        self, step: int, student: Student, source: PromptSource, pending: Callable[[], Pending | None]
+    ) -> Iterator[None]:
+        """Where the block, which saves, fails because of the disk, save the state after ``step`` steps in
+        --emergency-save, if that is given.  Collective; what is ``pending`` is asked only then.
+
+        Raises:
+            SavedElsewhere: on every rank: that was done.
+        """
+        try:
+            yield
+        except CheckpointError as error:
+            place = self._config.checkpoint.emergency_save
+            if not place or isinstance(error, SavedElsewhere) or not is_of_the_disk(str(error)):
+                raise
+            content = self._content(student, source, pending())
+            save_elsewhere(error, Path(place), Path(self._config.logging.run_dir), self._config.save_dir, step, content)
+
+    def _content(self, student: Student, source: PromptSource, pending: Pending | None) -> dict[str, Any]:
+        """Return the arguments of a save besides its place."""
         common: dict[str, Any] = {"weight_version": student.version, "cursor": dict(source.state_dict())}
         if pending is not None:
             common["pending"] = {"step": pending.step, "rollouts": encode_rollouts(pending.rollouts)}
-        begin = save_checkpoint if self._saver is None else self._saver.start
-        begin(
-            self._config.save_dir,
-            step,
-            student.sharded_state_dict(),
-            common,
-            arch=self._arch,
-            hf_sidecar=self._hf_dir,
-            make_vocab_size_divisible_by=student.groups.layout.make_vocab_size_divisible_by,
-            source=self._source,
-            record=self.record,
-        )
-        if self._saver is None:
-            self._delete_superseded(step)
-        elif wait:
-            self.finish()
+        return {
+            "sharded_state_dict": student.sharded_state_dict(),
+            "common": common,
+            "arch": self._arch,
+            "hf_sidecar": self._hf_dir,
+            "make_vocab_size_divisible_by": student.groups.layout.make_vocab_size_divisible_by,
+            "source": self._source,
+            "record": self.record,
+        }
 
     @property
     def in_writing(self) -> bool:
@@ -165,11 +200,23 @@ class Checkpoints:
         return self._origin
 
     def _mend(self) -> None:
-        if Path(self._config.save_dir).is_dir():
-            restore_replaced(Path(self._config.save_dir))
+        """Give a checkpoint its name back that a save had moved away when it ended.
+
+        Another job may be just between the two renames, on a file system that cannot exchange names: whoever mends
+        holds the lock of the run.
+        """
+        save_dir = Path(self._config.save_dir)
+        if save_dir.is_dir() and is_being_replaced(save_dir):
+            run_dir = Path(self._config.logging.run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock = RunLock(run_dir / LOCK_FILE)
+            try:
+                restore_replaced(save_dir)
+            finally:
+                lock.release()
 
     def _fall_back(self) -> Origin | None:
-        for directory in dict.fromkeys((self._config.save_dir, self._config.load_dir)):
+        for directory in on_rank_zero(lambda: _search(self._config), CheckpointError):
             if (choice := newest_whole(directory)) is not None:
                 if directory == self._config.save_dir and is_rank_zero():
                     set_aside(directory, choice)

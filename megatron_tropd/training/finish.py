@@ -21,12 +21,13 @@ from megatron_tropd.weights.files.hf_writer import write_hf_files
 
 
 def write_results(run: Run, arch: Architecture, hf_dir: Path) -> None:
-    """Export to RUN_DIR/hf_export and write RUN_DIR/report.html; collective over the world.
+    """Export to RUN_DIR/hf_export and write RUN_DIR/report.html; collective over the world.  A report that cannot be
+    written is a warning.
 
     ``hf_dir`` is the Hugging Face directory that the student, of ``arch``, came from.
 
     Raises:
-        RankFailure: on every rank, if rank 0 could not write or the export failed on any rank.
+        RankFailure: on every rank, if rank 0 could not write the export or it failed on any rank.
     """
     tensors = iter(run.export())
 
@@ -47,8 +48,14 @@ def _write(run: Run, arch: Architecture, hf_dir: Path, tensors: Iterator[tuple[s
     (run_dir / HF_EXPORT / CONFIG_FILE).unlink(missing_ok=True)  # of an earlier export: not whole until it is back
     write_hf_files(run_dir / HF_EXPORT, manifest, arch, tensors, verify=False)
     copy_sidecars(hf_dir, run_dir / HF_EXPORT, skip=[MANIFEST_FILE])
-    report = write_report(run_dir)
-    run.progress.message(f"student: {run_dir / HF_EXPORT}\nreport:  {report}")
+    run.progress.message(f"student: {run_dir / HF_EXPORT}")
+    try:
+        run.progress.message(f"report:  {write_report(run_dir)}")
+    except OSError as error:  # it is made of files that are there
+        run.progress.message(
+            f"warning: {error}; there is no report of this run.  Write it when there is room: "
+            f"python -m megatron_tropd.reporting.report {run_dir}"
+        )
 
 
 def _file_layout(hf_dir: Path) -> HfManifest | None:

@@ -11,6 +11,7 @@ from typing import Literal, NoReturn
 
 from torch import Tensor
 
+from megatron_tropd.checkpoints.elsewhere import SavedElsewhere
 from megatron_tropd.checkpoints.metadata import CheckpointError
 from megatron_tropd.data import guidance
 from megatron_tropd.data.packing import BatchPlan, count_regions
@@ -24,6 +25,7 @@ from megatron_tropd.training.rerun import Computed, compute, compute_twice_if_ba
 from megatron_tropd.training.run import Run
 from megatron_tropd.training.step import Batch, PackedUpdate, StepSums, pack_batch
 from megatron_tropd.training.stopping import Stopped
+from megatron_tropd.training.stream import Pending
 from megatron_tropd.training.student import Student
 from megatron_tropd.training.token_numbers import send_to_rank_zero
 from megatron_tropd.types import Counts, Rollout
@@ -48,7 +50,7 @@ def train(run: Run, start_step: int) -> None:
             _evaluate(run, report.step)  # before the save: a resumed run evaluates its start only if this is left out
             why = run.stopping.why()
         _end_step(run, report.step, why)
-    finish_save(run)
+    finish_save(run, last_step)
     if not run.logger.has_evaluation(last_step):
         _evaluate(run, last_step, whole=True)
     if why := run.stopping.why():
@@ -139,6 +141,8 @@ def _keeping_rollouts(run: Run, step: int) -> Iterator[None]:
     except ScorerError as error:
         try:
             _save_before_update(run, step)
+        except SavedElsewhere as saved:
+            raise ScorerError(f"{error}\n{saved}") from error
         except CheckpointError as not_saved:
             raise ScorerError(f"{error}\nThe rollouts of step {step + 1} are lost: {not_saved}") from error
         raise ScorerError(
@@ -261,7 +265,7 @@ def _diagnostics(run: Run, batch: Batch, plan: BatchPlan, step: int) -> dict[str
 def save_if_due(run: Run, step: int, *, now: bool = False) -> None:
     """Save a checkpoint if it is due after ``step`` or wanted ``now``, with the batch that was begun before the step's
     update; and make visible what --async-save has written."""
-    finish_save(run, wait=False)
+    finish_save(run, step, wait=False)
     if not (now or run.checkpoints.due(step)):
         return
     with run.progress.phase("generate"):
@@ -270,11 +274,18 @@ def save_if_due(run: Run, step: int, *, now: bool = False) -> None:
         run.checkpoints.save(step, run.student, run.source, run.stream.pending, wait=now)
 
 
-def finish_save(run: Run, *, wait: bool = True) -> None:
-    """Make the checkpoint visible that --async-save is writing; without ``wait`` only if it is written."""
-    if run.checkpoints.in_writing:
-        with run.progress.phase("save"):
-            run.checkpoints.finish(wait=wait)
+def finish_save(run: Run, step: int, *, wait: bool = True) -> None:
+    """Make the checkpoint visible that --async-save is writing; without ``wait`` only if it is written.  If it could
+    not be written, the state after ``step``, which is the newest, is what an emergency save holds."""
+    if not run.checkpoints.in_writing:
+        return
+
+    def pending() -> Pending | None:
+        run.stream.settle(run.student.version)
+        return run.stream.pending
+
+    with run.progress.phase("save"), run.checkpoints.or_elsewhere(step, run.student, run.source, pending):
+        run.checkpoints.finish(wait=wait)
 
 
 def push_weights(run: Run) -> dict[str, float]:

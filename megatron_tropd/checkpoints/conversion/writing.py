@@ -10,9 +10,11 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 
+from megatron_tropd.atomic_files import writing
 from megatron_tropd.checkpoints.conversion.workers import Workers
 from megatron_tropd.checkpoints.metadata import CheckpointError, FileRecord
 from megatron_tropd.checkpoints.state import COMMON_KEY
+from megatron_tropd.parallel.checkpoint_writers import write_object
 from megatron_tropd.parallel.exchange import gather_objects
 from megatron_tropd.parallel.fail_together import on_all_ranks, on_rank_zero
 from megatron_tropd.parallel.platform import COMMON_FILE
@@ -65,8 +67,9 @@ def finish(folder: Path, written: WrittenFile, tensors: dict[str, tuple[Index, t
 
 def write_plain_files(folder: Path) -> None:
     """Write the files besides the tensors that Megatron expects in a checkpoint that holds only weights."""
-    torch.save({COMMON_KEY: {}}, folder / COMMON_FILE)
-    save_config(CheckpointingConfig("torch_dist"), str(folder))
+    write_object({COMMON_KEY: {}}, folder / COMMON_FILE)
+    with writing(folder / "metadata.json"):
+        save_config(CheckpointingConfig("torch_dist"), str(folder))
 
 
 def write_file(folder: Path, workers: Workers, work: Callable[[ChunkFile], None]) -> WrittenFile:

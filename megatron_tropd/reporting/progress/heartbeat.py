@@ -115,7 +115,7 @@ class Heartbeat:
             self._complained = False
         except OSError as error:  # a full disk ends the run only when something that matters cannot be written
             if not self._complained:
-                self._say(f"warning: {self._path} cannot be written: {error}")
+                self._say(f"warning: {error}; the run goes on")
             self._complained = True
 
     def _say(self, text: str) -> None:

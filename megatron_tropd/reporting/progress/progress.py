@@ -28,6 +28,7 @@ from megatron_tropd.reporting.progress.heartbeat import Activity, GetCounts, Hea
 from megatron_tropd.reporting.progress.phase_clock import PhaseClock
 from megatron_tropd.reporting.progress.text import Eta
 from megatron_tropd.reports import EvalReport, StepReport
+from megatron_tropd.standard_streams import silence
 
 
 class NullProgress:
@@ -151,15 +152,7 @@ class Progress(NullProgress):
             event(self._display)
         except OSError:
             self._display = None
-            _silence(self._stream)
-
-
-def _silence(stream: TextIO) -> None:
-    """Redirect a lost standard output to the null device: flushing it at exit would give exit code 120."""
-    if stream is sys.stdout:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+            silence(self._stream)
 
 
 def _choose_display(

@@ -17,6 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from megatron_tropd.atomic_files import replacing, write_text
+
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 BLUE, RED, GREEN, PINK, ORANGE, SKY, YELLOW = PALETTE
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -73,9 +75,9 @@ def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     """Write ``name.svg`` (for pages) and ``name.png`` (for everything else)."""
     directory.mkdir(parents=True, exist_ok=True)
     path, png = directory / f"{name}.svg", directory / f"{name}.png"
-    path.write_text(svg(figure), encoding="utf-8")
-    with mpl.rc_context(_STYLE):
-        figure.savefig(png, dpi=144, facecolor="white")
+    write_text(path, svg(figure))
+    with mpl.rc_context(_STYLE), replacing(png) as temporary:
+        figure.savefig(temporary, format="png", dpi=144, facecolor="white")
     return [path, png]
 
 

@@ -7,6 +7,7 @@ Usage:
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron_tropd.reporting.report import sections
 from megatron_tropd.reporting.report.page import image, page, section
 from megatron_tropd.reporting.report.plots import FIGURES, make_plots
 from megatron_tropd.reporting.report.viewer import viewer
+from megatron_tropd.standard_streams import OutputError, open_closed, print_result
 
 
 def write_report(run_dir: Path) -> Path:
@@ -67,11 +69,14 @@ def _mapping(config_text: str) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command line."""
+    open_closed()
     parser = FlagParser(description="Write report.html of a run directory again.")
     parser.add_argument("run_dir", type=Path)
     run_dir = parser.parse_args().run_dir
     try:
-        print(write_report(run_dir))
+        print_result(str(write_report(run_dir)))
+    except OutputError as error:  # the report is written
+        sys.exit(error.exit_code)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

@@ -14,8 +14,10 @@ Shards are mapped into memory; only the rows of the responses that are asked for
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_tropd.atomic_files import replacing
+from megatron_tropd.atomic_files import replacing, writing
 from megatron_tropd.json_files import read_json_object, shown
 from megatron_tropd.types import TeacherScores
 
@@ -48,7 +50,8 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write ``manifest.json``."""
-        directory.mkdir(parents=True, exist_ok=True)
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(self), indent=2) + "\n"
         with replacing(directory / MANIFEST) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -93,7 +96,11 @@ def write_shard(path: Path, scored: Sequence[tuple[bytes, TeacherScores]]) -> No
     tensors["keys"] = torch.frombuffer(bytearray(b"".join(key for key, _ in scored)), dtype=torch.uint8).view(-1, 16)
     tensors["lengths"] = torch.tensor([len(scores.logprob) for _, scores in scored])
     with replacing(path) as temporary:
-        save_file(tensors, temporary)
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:  # of a disk its text has the number: "... (os error 28)"
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
 
 def shard_keys(path: Path) -> list[bytes]:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_tropd.atomic_files import replacing
+from megatron_tropd.atomic_files import replacing, writing
 from megatron_tropd.json_files import parse_json_object, printable, shown
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.models.hf_config import CONFIG_FILE, load_architecture
@@ -262,12 +262,14 @@ def copy_sidecars(source: str | Path, target: str | Path, *, skip: Iterable[str]
     ``config.json`` comes last and whole: a directory that has it has all the others.
     """
     target = Path(target)
-    target.mkdir(parents=True, exist_ok=True)
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
     skipped = set(skip)
     names = sorted(p.name for p in Path(source).iterdir() if is_sidecar(p) and p.name not in skipped)
     for name in names:
         if name != CONFIG_FILE:
-            shutil.copyfile(Path(source) / name, target / name)
+            with writing(target / name):
+                shutil.copyfile(Path(source) / name, target / name)
     if CONFIG_FILE in names:
         with replacing(target / CONFIG_FILE) as temporary:
             shutil.copyfile(Path(source) / CONFIG_FILE, temporary)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
 
+from megatron_tropd.atomic_files import writing
 from megatron_tropd.models.architecture import Architecture
 from megatron_tropd.weights.files.byte_ranges import sha256_of_range, tensor_bytes
 from megatron_tropd.weights.files.hf_checkpoint import INDEX_FILE
@@ -16,25 +20,42 @@ from megatron_tropd.weights.files.hf_manifest import HfManifest
 from megatron_tropd.weights.files.safetensors_header import HfCheckpointError
 
 TMP_SUFFIX = ".tmp"
+_NO_SYNC_OF_DIRECTORIES = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
+"""What file systems say that cannot do it, as some of networks and in user space: they order names themselves."""
 
 
 def fsync_path(path: str | Path) -> None:
-    """Make a file's bytes, or a directory's entries, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make a file's bytes, or a directory's entries where its file system can, durable.
+
+    Raises:
+        CannotWrite: they are not.
+    """
+    with writing(Path(path)):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            is_directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+            if not (is_directory and error.errno in _NO_SYNC_OF_DIRECTORIES):
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def replace_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old text or the new one, never a part."""
     temporary = path.with_name(path.name + TMP_SUFFIX)
-    with temporary.open("wb") as stream:
-        stream.write(text.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(text.encode())
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
     fsync_path(path.parent)
 
 
@@ -62,7 +83,7 @@ class HfWriter:
         """Write the headers and extend the files to their full size."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for file, header in self.manifest.headers.items():
-            with self._paths[file].open("wb") as stream:
+            with writing(self.directory / file), self._paths[file].open("wb") as stream:
                 stream.write(header.prefix)
                 stream.truncate(header.file_bytes)
 
@@ -72,7 +93,7 @@ class HfWriter:
         data = tensor_bytes(rows.to(info.dtype))
         for name in self.names(source):
             info = self.manifest.tensors[name]
-            with self._paths[info.file].open("r+b") as stream:
+            with writing(self.directory / info.file), self._paths[info.file].open("r+b") as stream:
                 stream.seek(info.offset + row * (info.nbytes // info.shape[0]))
                 stream.write(data)
         return data
@@ -93,8 +114,9 @@ class HfWriter:
     def publish(self) -> int:
         """Give every file its final name and write the index last; return the bytes of the safetensors files."""
         for file, path in self._paths.items():
-            fsync_path(path)
-            os.replace(path, self.directory / file)
+            with writing(self.directory / file):
+                fsync_path(path)
+                os.replace(path, self.directory / file)
         fsync_path(self.directory)
         if self.manifest.index_text is not None:
             replace_text(self.directory / INDEX_FILE, self.manifest.index_text)
@@ -103,7 +125,8 @@ class HfWriter:
     def discard(self) -> None:
         """Remove the files that have not been published."""
         for path in self._paths.values():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the error that led here matters more
+                path.unlink(missing_ok=True)
 
 
 def write_hf_files(

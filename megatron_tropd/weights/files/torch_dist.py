@@ -8,6 +8,7 @@ its chunks, and the byte range of each) and ``.distcp`` files, which hold each c
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -32,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_tropd.atomic_files import CannotWrite, cannot_write, writing
 from megatron_tropd.weights.coordinates.hf_shapes import Index
 from megatron_tropd.weights.files.byte_ranges import FileRanges
 from megatron_tropd.weights.files.torch_dist_chunk import ByteRange, TorchDistError, read_header
@@ -67,7 +69,10 @@ class ChunkFile:
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._name = f"__{rank}_0.distcp"
-        self._stream = (folder / self._name).open("wb")
+        self._path = folder / self._name
+        with writing(self._path):
+            self._stream = self._path.open("wb")
+        self._failed: CannotWrite | None = None
         self._digest = hashlib.sha256()
         self._written = 0
         self._chunks: list[Chunk] = []
@@ -76,7 +81,11 @@ class ChunkFile:
     def write(self, data: bytes | memoryview) -> int:
         """Append raw bytes (part of the file interface that ``torch.save`` uses)."""
         self._digest.update(data)
-        count = self._stream.write(data)
+        try:
+            count = self._stream.write(data)
+        except OSError as error:
+            self._failed = cannot_write(self._path, error)
+            raise self._failed from error
         self._written += count
         return count
 
@@ -91,7 +100,10 @@ class ChunkFile:
         offset = self._written
         if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
             tensor = tensor.clone()  # torch.save would write the whole storage of a view
-        torch.save(tensor, self)  # type: ignore[arg-type]  # write() and flush() are all it calls
+        try:
+            torch.save(tensor, self)  # type: ignore[arg-type]  # write() and flush() are all it calls
+        except RuntimeError as error:  # of its writer in C++, which does not tell of ours
+            raise self._failed or error from error
         self._chunks.append(Chunk(key=key, start=start, size=tuple(tensor.shape), span=self._since(offset)))
 
     def add_object(self, key: str, data: bytes) -> None:
@@ -102,9 +114,10 @@ class ChunkFile:
 
     def close(self) -> WrittenFile:
         """Make the file durable, close it and return what was written."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
+        with writing(self._path):
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
         return WrittenFile(
             name=self._name,
             nbytes=self._written,
@@ -115,7 +128,8 @@ class ChunkFile:
 
     def abandon(self) -> None:
         """Close the file without making it durable."""
-        self._stream.close()
+        with contextlib.suppress(OSError):  # it tries once more to write what could not be written
+            self._stream.close()
 
 
 def make_metadata(files: Iterable[WrittenFile], tensors: Mapping[str, tuple[Index, torch.dtype]]) -> Metadata:
@@ -138,7 +152,8 @@ def make_metadata(files: Iterable[WrittenFile], tensors: Mapping[str, tuple[Inde
 
 def write_metadata(folder: Path, metadata: Metadata) -> None:
     """Write ``.metadata``; the caller makes it durable."""
-    (folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
+    with writing(folder / METADATA_FILE):
+        (folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
