@@ -175,7 +175,7 @@ def parser() -> FlagParser:
     p.add_argument(
         "--kinds", nargs="+", choices=sorted(KINDS), default=sorted(KINDS), help="which faults (default: all)"
     )
-    p.add_argument("--unbroken", type=Path, help="folder of an earlier chaos run, whose unbroken run is compared with")
+    p.add_argument("--unbroken", type=Path, help="folder of an earlier chaos run whose unbroken run is used again")
     p.add_argument("--work", type=Path, default=Path("runs/chaos"), help="directory for all files")
     return p
 
