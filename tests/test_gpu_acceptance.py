@@ -280,6 +280,7 @@ def test_an_error_on_one_shard_is_the_error():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_every_section_runs_on_a_cpu(tmp_path):
     """The sections of the real command, in the order of a GPU, with tiny shapes."""
     words = ["tools/gpu_acceptance.py", "--device", "cpu", "--tiny", "--out", str(tmp_path), "--time-limit", "540"]

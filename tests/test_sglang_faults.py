@@ -87,6 +87,7 @@ def test_all_servers_are_killed_while_they_write(sglang):
     assert {engine.version for engine in sglang.engines} == {version}
 
 
+@pytest.mark.thorough
 def test_a_server_that_is_killed_before_a_probe_is_given_its_weights_again_and_asked_again(sglang):
     version = sglang.push()
     before = sglang.pool.counts.get("restarts", 0)

@@ -174,6 +174,7 @@ def test_a_row_on_several_nodes_has_servers_with_keys_on_each(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_node_that_is_lost_ends_the_job_and_the_same_command_resumes(world, tmp_path):
     nodes, run_dir = ["localhost", "127.0.0.1"], tmp_path / "run"
     _write_config(tmp_path, world, tensor_model_parallel_size=2, save_interval=2, train_iters=40)

@@ -60,7 +60,7 @@ def test_no_file_gets_the_number_of_a_closed_stream():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["> /dev/full", "| true"])
+@pytest.mark.parametrize("end", ["> /dev/full", pytest.param("| true", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize(
     "words",
     [["-m", "megatron_tropd.benchmark", "table", "RESULTS"], ["-m", "checkpoint_convert", "inspect", "MODEL"]],

@@ -240,6 +240,7 @@ def test_a_run_behind_a_router_has_the_losses_of_a_colocated_teacher(ranks, worl
     measured("loss and gradient norm with a teacher on servers behind a router (relative)", worst, TOLERANCE)
 
 
+@pytest.mark.thorough
 def test_the_command_starts_a_server_and_starts_it_anew_when_it_is_killed(ranks, world, tmp_path, measured):
     num_steps = 5
     here = ranks(2).run(reports_here, flags(world, tmp_path / "here", train_iters=num_steps))[0]

@@ -59,6 +59,7 @@ def _wait_for_step(metrics, jobs) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.thorough
 def test_teacher_and_a_server_on_the_second_machine(tmp_path):
     if reason := unavailable():
         pytest.skip(reason)
