@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megatron_tropd.atomic_files import write_text
+from megatron_tropd.atomic_files import CannotWrite, cannot_write, write_text
 from megatron_tropd.types import Counts
 
 FILE = "heartbeat.json"
@@ -115,7 +115,8 @@ class Heartbeat:
             self._complained = False
         except OSError as error:  # a full disk ends the run only when something that matters cannot be written
             if not self._complained:
-                self._say(f"warning: {error}; the run goes on")
+                told = error if isinstance(error, CannotWrite) else cannot_write(self._path, error)
+                self._say(f"warning: {told}; the run goes on")
             self._complained = True
 
     def _say(self, text: str) -> None:
