@@ -103,7 +103,7 @@ def test_a_teacher_that_gives_nan_ends_the_run_with_its_name(world, tmp_path):
     assert "torchrun exited with 1" in output
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("lag", [0, pytest.param(1, marks=pytest.mark.thorough)])
 def test_a_run_goes_on_from_rollouts_that_a_failing_teacher_did_not_score(world, tmp_path, measured, lag):
     whole = _dedicated(world, tmp_path / "whole", tmp_path, 1, 2, train_iters=4, rollout_lag=lag)
     argv = flags(

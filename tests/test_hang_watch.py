@@ -196,6 +196,7 @@ def test_a_stopped_rank_is_named(world, tmp_path, victim, measured):
 
 @pytest.mark.slow
 @pytest.mark.fault(number=5)
+@pytest.mark.thorough
 def test_a_job_whose_ranks_wait_for_ever_ends(world, tmp_path):
     """Rank 1 waits for a signal where it should judge an update; rank 0 waits for it in a collective."""
     argv = flags(world, tmp_path / "run", tensor_model_parallel_size=2, hang_timeout_minutes=0.5)

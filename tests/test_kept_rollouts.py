@@ -107,6 +107,7 @@ def test_a_run_goes_on_from_the_rollouts_that_it_could_not_score(
 
 
 @pytest.mark.fault(number=22)
+@pytest.mark.thorough
 def test_the_command_says_that_the_run_goes_on_from_them(world, tmp_path):
     with serving(world / "teacher", tmp_path / "servers", 1) as (server,):
         argv = _argv(world, tmp_path / "run", [server.url])

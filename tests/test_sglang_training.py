@@ -48,7 +48,14 @@ def _steps_with_a_killed_server(argv, run_dir, tmp_path):
 
 
 @needs_sglang
-@pytest.mark.parametrize("transport", ["auto", "planned", pytest.param("planned-shared", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "transport",
+    [
+        pytest.param("auto", marks=pytest.mark.thorough),
+        "planned",
+        pytest.param("planned-shared", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_run_on_a_server_that_is_killed_in_the_middle(world, tmp_path, transport):
     """The server comes back with the weights of the step; every step is made once, on tokens of its own weights."""
     run_dir, num_steps = tmp_path / "run", 5
@@ -71,6 +78,7 @@ def test_a_run_on_a_server_that_is_killed_in_the_middle(world, tmp_path, transpo
 
 
 @needs_sglang
+@pytest.mark.thorough
 def test_a_run_with_lag_on_a_server_that_is_killed_while_it_writes_the_next_batch(world, tmp_path):
     """What was not written yet is written by the weights that the trainer has when it asks for the batch."""
     run_dir, num_steps = tmp_path / "run", 8

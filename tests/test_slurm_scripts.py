@@ -114,7 +114,10 @@ def _steps(run_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "nodes", "ranks_per_node"),
-    [("one_node.sbatch", ["localhost"], 2), ("several_nodes.sbatch", ["localhost", "127.0.0.1"], 1)],
+    [
+        ("one_node.sbatch", ["localhost"], 2),
+        pytest.param("several_nodes.sbatch", ["localhost", "127.0.0.1"], 1, marks=pytest.mark.thorough),
+    ],
 )
 def test_a_job_trains(world, tmp_path, name, nodes, ranks_per_node):
     _write_config(tmp_path, world, tensor_model_parallel_size=2)
@@ -295,6 +298,7 @@ def _servers_of(job):
 
 @pytest.mark.slow
 @needs_sglang
+@pytest.mark.thorough
 def test_engines_on_a_node_of_their_own(world, tmp_path):
     """A real server on the second node, with keys, which ends with the job; no log shows a key."""
     _write_config(tmp_path, world)

@@ -50,6 +50,7 @@ def _work(fleet):
     return [fleet.loop.run(server._load()).work for server in fleet.fleet.servers]
 
 
+@pytest.mark.thorough
 def test_scores_are_right_and_both_servers_work(hf_dir, handles, router, tmp_path):
     rollouts = rollouts_to_score(24)
     with Fleet(hf_dir, tmp_path, **_behind(handles, router.url)) as fleet:

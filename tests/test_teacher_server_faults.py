@@ -35,9 +35,8 @@ def teacher_fleet(hf_dir, tmp_path_factory):
         yield fleet.up()
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGKILL, marks=pytest.mark.thorough), signal.SIGSTOP], ids=["killed", "stopped"]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_server_that_fails_in_the_middle_is_started_anew_and_nothing_is_lost(teacher_fleet, number):
     fleet = teacher_fleet.up().fleet
     before = dict(fleet.counts)
