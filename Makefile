@@ -3,7 +3,7 @@
 #                     (ENGINE=sglang: rollouts by the real SGLang server, whose environment is made first;
 #                     TEACHER=server: the teacher on such a server; TEACHER=dedicated: on two ranks of its own;
 #                     TEACHER=file: it scores the data's responses once, and the student learns from these scores)
-#   make test         the whole test suite, about half an hour
+#   make test         the whole test suite, about an hour
 # and besides: make check (lint, types, and all tests without ranks, servers or other processes: two to four minutes, the
 #   first time a minute longer, because mypy then reads torch),
 #   make test-megatron (the tests that touch Megatron-core, 5 minutes: for another version of it),
