@@ -40,7 +40,7 @@ def _cases():
                 yield pytest.param(name, call, error, id=f"{name}-{call}-{error}", marks=marks)
 
 
-@pytest.mark.parametrize(("name", "call", "error"), _cases())
+@pytest.mark.parametrize(("name", "call", "error"), [*_cases()])
 def test_a_file_that_cannot_be_written(disk, tmp_path, name, call, error):
     kind, found = KINDS[name], disk.run(disk_writers.attempt, name, tmp_path, call, ERRORS[error])
     assert found.failures, "nothing failed: the case tests nothing"

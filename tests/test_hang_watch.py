@@ -172,7 +172,7 @@ def world(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.thorough)])
 @pytest.mark.fault(number=5)
-def test_a_stopped_rank_is_named(world, tmp_path, victim, measured):
+def test_a_stopped_rank_is_named(world, tmp_path, victim, measured, seen):
     deadline_s = 12.0
     run_dir = tmp_path / "run"
     argv = flags(world, run_dir, train_iters=100000, tensor_model_parallel_size=2, save_interval=1,
@@ -184,6 +184,7 @@ def test_a_stopped_rank_is_named(world, tmp_path, victim, measured):
         rank.send_signal(signal.SIGSTOP)
         stopped = time.monotonic()
         wait_for(lambda: "Hang: " in job.output, job, timeout=120)
+        seen(detect_s=time.monotonic() - stopped)
         measured("a stopped rank: detection, in deadlines", (time.monotonic() - stopped) / deadline_s, 2.0)
         assert job.wait(timeout=120) == 1
     assert job.output.count("Hang: ") == 1 and f"Hang: rank {victim} no longer answers" in job.output, job.output

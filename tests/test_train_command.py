@@ -265,7 +265,7 @@ def test_converted_weights_are_not_a_run_to_go_on_with(world, tmp_path):
 
 
 @pytest.mark.fault(number=1)
-def test_killing_a_rank_ends_the_job_and_the_same_command_resumes(world, tmp_path):
+def test_killing_a_rank_ends_the_job_and_the_same_command_resumes(world, tmp_path, seen):
     """SIGKILL of one rank in the middle of a step: all end within a minute, the run goes on afterwards."""
     run_dir = tmp_path / "run"
     argv = flags(world, run_dir, train_iters=60, tensor_model_parallel_size=2, save_interval=5)
@@ -274,7 +274,8 @@ def test_killing_a_rank_ends_the_job_and_the_same_command_resumes(world, tmp_pat
         psutil.Process(job.pid).children()[0].kill()
         killed = time.monotonic()
         assert job.wait(timeout=60) != 0
-        assert time.monotonic() - killed < 60
+        seconds = time.monotonic() - killed
+    assert seconds < 60
     assert "Run the same command again: it resumes from the last checkpoint" in job.output, job.output[-3000:]
     assert "Signal 9 (SIGKILL) received" in job.output
     text = output_of(argv, tmp_path)
@@ -282,6 +283,7 @@ def test_killing_a_rank_ends_the_job_and_the_same_command_resumes(world, tmp_pat
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     numbers = [r["step"] for r in records if r["kind"] == "step"]
     assert numbers == list(range(1, 61)), "steps are missing or twice"
+    seen(detect_s=seconds, steps_lost=4)  # at most, with --save-interval 5
     assert steps >= 8 and (run_dir / "report.html").is_file()
     assert (run_dir / "hf_export" / "model.safetensors").is_file()
 
