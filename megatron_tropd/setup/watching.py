@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_tropd.config import TrainConfig
 from megatron_tropd.parallel.hang_watch import Doing, HangError, HangWatch
 from megatron_tropd.parallel.job_end import EXIT_FAILED
+from megatron_tropd.parallel.rank_monitor import RankMonitor
 from megatron_tropd.parallel.roles import Job, another_connection
 from megatron_tropd.reporting.progress.heartbeat import Activity
 
@@ -25,12 +26,15 @@ def watched(
     """Keep a watch on all ranks of the job until this context is left; a hang is given to ``report``, and then this
     process ends, because its main thread may never come back."""
 
+    monitor = RankMonitor()
+
     def doing() -> Doing:
         now = activity()
         counts = None
         if now.counts:
             with suppress(Exception):  # of the main thread's data, which changes meanwhile; a beat matters more
                 counts = now.counts()
+        monitor.tell((now.step, now.phase, counts))
         return Doing(step=now.step, phase=now.phase, seconds=time.monotonic() - now.since, counts=counts)
 
     def end(error: HangError) -> None:
@@ -49,6 +53,7 @@ def watched(
         yield
     finally:
         watch.stop()
+        monitor.close()
 
 
 def serving() -> Callable[[], Activity]:
