@@ -66,6 +66,7 @@ def test_a_job_downloads_its_models_once_and_records_their_commits(world, tmp_pa
     assert {"config.json", "tokenizer.json", "generation_config.json", "model.safetensors"} <= exported
 
 
+@pytest.mark.thorough
 def test_conversion_keeps_the_source_all_the_way(cache, tmp_path):
     environment = hub_environment(cache, offline=True)
     megatron, again, trained = tmp_path / "megatron", tmp_path / "again", "checkpoint_convert"
@@ -86,6 +87,7 @@ def test_conversion_of_a_name_that_is_not_there(tmp_path):
     assert done.stderr.count("\n") == 1 and not (tmp_path / "m").exists()
 
 
+@pytest.mark.thorough
 def test_evaluation_by_name(world, cache, tmp_path):
     def words(student):
         return _module(

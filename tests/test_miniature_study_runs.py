@@ -75,6 +75,7 @@ def tiny_networks(place, seeds):
         (directory / worlds.FACTS).write_text("{}")
 
 
+@pytest.mark.thorough
 def test_driver_runs_the_training_command_and_goes_on_where_it_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "PRELOADED", ["tests.warm_imports"])  # the server of this test session may run already
     place, said = driver.Place(root=tmp_path), []

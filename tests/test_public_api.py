@@ -121,6 +121,7 @@ def test_commands_are_functions_that_exist():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_tropd_convert(tmp_path):
     listed = _run("-m", "checkpoint_convert", "--help", check=True).stdout
     assert all(name in listed for name in ("hf-to-megatron", "megatron-to-hf", "megatron-to-megatron", "inspect"))
