@@ -81,6 +81,19 @@ def sglang(tmp_path_factory, ranks):
     servers.pool.close()
 
 
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory):
+    """A process whose system calls fail as it is told (tests/failing_disk.py)."""
+    from tests.failing_disk import FailingDisk, compile_library
+
+    library, why = compile_library(tmp_path_factory.mktemp("library"))
+    if library is None:
+        pytest.skip(why)
+    process = FailingDisk(library)
+    yield process
+    process.close()
+
+
 @pytest.fixture
 def measured():
     """``measured(claim, error, limit)``: fail above the limit, and print the worst error of each claim at

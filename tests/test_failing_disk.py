@@ -11,23 +11,13 @@ from megatron_tropd.checkpoints.directory import iterations
 from tests import disk_writers
 from tests.disk_saves import Case, curve, failing_saves, on_two_ranks
 from tests.disk_writers import KINDS
-from tests.failing_disk import FailingDisk, compile_library, failing, rule
+from tests.failing_disk import failing, rule
 from tests.tiny_run import flags, make_world
 from tests.torchrun_jobs import environment, output_of, own_tracebacks
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault(number=6)]
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
 ADVICE = {"ENOSPC": "free space there", "EIO": "the disk or the file server failed"}
-
-
-@pytest.fixture(scope="module")
-def disk(tmp_path_factory):
-    library, why = compile_library(tmp_path_factory.mktemp("library"))
-    if library is None:
-        pytest.skip(why)
-    process = FailingDisk(library)
-    yield process
-    process.close()
 
 
 def _cases():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -67,3 +69,15 @@ def test_a_text_that_takes_for_ever_follows_nothing():
 )  # fmt: skip
 def test_sentences(text, count):
     assert count_sentences(text) == count
+
+
+def test_the_tables_of_languages_are_read_before_a_question_has_its_time():
+    """They take a part of a second where the machine is idle, and more than a question has where it is not."""
+    code = (
+        "from megatron_tropd.grading import worker\n"
+        "import langdetect.detector_factory as tables\n"
+        "assert tables._factory is None\n"
+        "worker._task('follow')\n"
+        "assert tables._factory is not None"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_tropd.checkpoints.directory import iterations
 from tests.disk_saves import curve, on_two_ranks
-from tests.failing_disk import FailingDisk, compile_library, failing, rule
+from tests.failing_disk import failing, rule
 from tests.tiny_run import flags, make_world
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault(number=30)]
@@ -24,16 +24,6 @@ NO_LOCKS = [
         for number in (errno.ENOTSUP, errno.ENOSYS)
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def disk(tmp_path_factory):
-    library, why = compile_library(tmp_path_factory.mktemp("library"))
-    if library is None:
-        pytest.skip(why)
-    process = FailingDisk(library)
-    yield process
-    process.close()
 
 
 @pytest.fixture(scope="module")

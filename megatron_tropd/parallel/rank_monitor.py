@@ -23,14 +23,18 @@ class RankMonitor:
     """
 
     def __init__(self) -> None:
-        self._client = _connect()
+        self._client: Any = None
         self._last: object = None
 
     def tell(self, progress: object) -> None:
-        """Send a heartbeat if ``progress`` is not what it was at the last call."""
-        if self._client is None or progress == self._last:
+        """Send a heartbeat if ``progress``, which is not None, is not what it was at the last call."""
+        if progress == self._last:
             return
+        if self._last is None:  # connected only now: a monitor expects heartbeats of whoever has come to it
+            self._client = _connect()
         self._last = progress
+        if self._client is None:
+            return
         try:
             self._client.send_heartbeat()
         except Exception as error:  # of the package, or of its socket
