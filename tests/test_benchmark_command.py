@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import psutil
@@ -20,6 +19,7 @@ from megatron_tropd.benchmarks.protocol import BENCHMARKS
 from megatron_tropd.reporting.lock import RunLock
 from tests.benchmark_data import SAMPLES, SCRIPT, letter_of, write_all
 from tests.scripted_server import MODEL, Reply, serving
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = ROOT / ".venv-benchmark" / "bin" / "python"
@@ -55,13 +55,6 @@ def benchmark(*arguments_):
 
 def rows_of(output, name):
     return [json.loads(line) for line in (output / f"scores/{name}.jsonl").read_text().splitlines()]
-
-
-def wait_for(condition, seconds=300):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +143,7 @@ def test_a_killed_command_goes_on_without_asking_again(tmp_path):
         words = arguments(server, data, output, "aime24", "aime24=4")
         process = subprocess.Popen([sys.executable, "-m", "megatron_tropd.benchmark", *words], cwd=ROOT)
         assert server.held.wait(300)
-        wait_for(lambda: predictions.exists() and predictions.read_text().count("\n") == 7)
+        wait_for(lambda: predictions.read_text().count("\n") == 7, timeout=300)
         runners = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         process.wait()

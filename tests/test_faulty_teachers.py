@@ -23,6 +23,7 @@ from tests.hf_models import VOCAB_SIZE, make_hf_model, save_hf_checkpoint
 from tests.sglang_helpers import reference_logprobs
 from tests.sglang_replies import answer
 from tests.teacher_servers import Fleet, check_scores, model_of, rollouts_to_score, settings_of
+from tests.waiting import wait_for
 
 PATIENCE_S = 30.0
 MALFORMED = {**NOT_JSON, **SHAPES, **NUMBERS, **ANOTHER}
@@ -187,18 +188,11 @@ def test_a_teacher_that_comes_back_through_a_proxy_is_waited_for(hf_dir, tmp_pat
         for path, play in (("/model_info", "a page"), ("/server_info", "reset somewhere"), ("/generate", "503")):
             with server.playing("500", times=1):  # the fleet takes it for down
                 future = made.fleet.begin(rollouts_to_score(1, 20))[0]
-                _wait_for(lambda: server.played == 1)
+                wait_for(lambda: server.played == 1)
                 with server.playing(play, path, times=6):
-                    _wait_for(lambda: server.played >= 1)
+                    wait_for(lambda: server.played >= 1)
                     check_scores(rollouts_to_score(1, 20), [future])
         assert made.counts["given_up"] == 0
-
-
-def _wait_for(condition) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pyarrow.parquet
@@ -21,6 +20,7 @@ from megatron_tropd.generation.run import run
 from tests.hf_models import save_hf_checkpoint, save_tokenizer
 from tests.sglang_helpers import KEYS, STOP, greedy
 from tests.torchrun_jobs import environment
+from tests.waiting import wait_for
 from tests.warm import WarmJob
 
 BATCH = ("--max-batch-size", "4")
@@ -161,10 +161,7 @@ def test_killed_five_times_it_ends_with_the_rows_of_an_unbroken_run(model, tmp_p
     for _ in range(5):
         before = _written_so_far(save)
         with WarmJob(command, cwd=tmp_path, env=environment(), program="megatron_tropd.generate") as job:
-            deadline = time.monotonic() + 120
-            while _written_so_far(save) <= before and job.poll() is None:
-                assert time.monotonic() < deadline, job.output
-                time.sleep(0.005)
+            wait_for(lambda before=before: _written_so_far(save) > before, job)
             job.kill()
             job.wait(30)
             broken += job.poll() == -9

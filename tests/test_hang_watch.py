@@ -17,7 +17,8 @@ from megatron_tropd.parallel.hang_watch import Doing, HangWatch
 from megatron_tropd.types import Counts
 from tests.ranks import free_port
 from tests.tiny_run import flags, make_world
-from tests.torchrun_jobs import environment, start, wait_for, wait_for_steps
+from tests.torchrun_jobs import environment, start, wait_for_steps
+from tests.waiting import wait_for
 
 
 def _beat(rank, number, **changes):
@@ -113,13 +114,6 @@ def _watches(store, tmp_path, doing, **deadlines):
     return watches, errors
 
 
-def _until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
-
-
 def test_both_ranks_of_a_stuck_job_end_with_the_same_text_and_all_stacks(store, tmp_path):
     def stuck():
         return Doing(step=7, phase="push", seconds=3.0)
@@ -127,13 +121,13 @@ def test_both_ranks_of_a_stuck_job_end_with_the_same_text_and_all_stacks(store, 
     watches, errors = _watches(store, tmp_path, [stuck, stuck], stuck_s=0.8)
     for watch in watches:
         watch.start()
-    _until(lambda: len(errors) == 2)
+    wait_for(lambda: len(errors) == 2)
     assert str(errors[0]) == str(errors[1])
     assert "none has got on for" in str(errors[0]) and "ranks 0-1: in step 7, push" in str(errors[0])
     (stacks,) = tmp_path.glob("hang_*.txt")
     text = stacks.read_text()
     assert str(stacks) in str(errors[0]) and "rank 0\nthread MainThread" in text and "rank 1\n" in text
-    assert "in _until" in text
+    assert "in wait_for" in text
     for watch in watches:
         watch.stop()
 
@@ -148,10 +142,10 @@ def test_ranks_that_leave_one_after_the_other_are_no_hang(store, tmp_path):
     watches, errors = _watches(store, tmp_path, [works, works], silence_s=10.0, stuck_s=10.0)
     for watch in watches:
         watch.start()
-    _until(lambda: count[0] > 8)
+    wait_for(lambda: count[0] > 8)
     watches[1].stop()
     before = count[0]
-    _until(lambda: count[0] > before + 10)  # longer than the deadline
+    wait_for(lambda: count[0] > before + 10)  # longer than the deadline
     watches[0].stop()
     assert not errors and not list(tmp_path.iterdir())
 

@@ -16,20 +16,14 @@ from megatron_tropd.reporting.progress.heartbeat import Activity, Heartbeat, lin
 from megatron_tropd.reporting.progress.progress import Progress
 from megatron_tropd.types import Counts
 from tests.tiny_run import flags, make_world
-from tests.torchrun_jobs import environment, start, wait_for
+from tests.torchrun_jobs import environment, start
+from tests.waiting import wait_for
 
 TICK = 0.05
 
 
 def _read(directory):
     return json.loads((directory / "heartbeat.json").read_text())
-
-
-def _until(condition, timeout=20.0):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "what was waited for did not happen"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -43,12 +37,12 @@ def test_a_long_phase_is_in_the_log_and_in_the_file(tmp_path, log):
     with Progress(20, 11, 1, log, run_dir=tmp_path, heartbeat_interval=TICK) as progress:
         progress.begin_step(12)
         with progress.phase("generate", lambda: counts[-1]):
-            _until(lambda: "36 of 128" in (tmp_path / "log").read_text())
+            wait_for(lambda: "36 of 128" in (tmp_path / "log").read_text())
             counts.append(Counts(done=37, total=128, unit="prompts"))
-            _until(lambda: "37 of 128" in (tmp_path / "log").read_text())
-            _until(lambda: _read(tmp_path)["counts"]["done"] == 37)
+            wait_for(lambda: "37 of 128" in (tmp_path / "log").read_text())
+            wait_for(lambda: _read(tmp_path)["counts"]["done"] == 37)
             beat = _read(tmp_path)
-        _until(lambda: _read(tmp_path)["phase"] == "")
+        wait_for(lambda: _read(tmp_path)["phase"] == "")
         assert _read(tmp_path)["step"] == 12
     assert (beat["step"], beat["phase"], beat["interval"]) == (12, "generate", TICK)
     assert beat["counts"] == {"done": 37, "total": 128, "unit": "prompts"}
@@ -64,16 +58,16 @@ def test_nothing_is_said_of_short_phases(tmp_path, log):
         for _ in range(12):
             with progress.phase("train"):
                 time.sleep(0.1)
-        _until(lambda: _read(tmp_path)["seconds"] != first or _read(tmp_path)["phase"])
+        wait_for(lambda: _read(tmp_path)["seconds"] != first or _read(tmp_path)["phase"])
     assert (tmp_path / "log").read_text() == ""
 
 
 def test_the_phase_around_another_goes_on(tmp_path, log):
     with Progress(20, 0, 1, log, run_dir=tmp_path, heartbeat_interval=TICK) as progress, progress.phase("train"):
-        _until(lambda: _read(tmp_path)["seconds"] >= 0.3)
+        wait_for(lambda: _read(tmp_path)["seconds"] >= 0.3)
         with progress.phase("push"):
-            _until(lambda: _read(tmp_path)["phase"] == "push")
-        _until(lambda: _read(tmp_path)["phase"] == "train")
+            wait_for(lambda: _read(tmp_path)["phase"] == "push")
+        wait_for(lambda: _read(tmp_path)["phase"] == "train")
         assert _read(tmp_path)["seconds"] >= 0.3, "its seconds were forgotten"
 
 
@@ -90,9 +84,9 @@ def test_unchanged_counts_from_the_last_change(tmp_path):
     activity = Activity(step=1, phase="generate", since=time.monotonic(), counts=lambda: counts[-1])
     heartbeat = Heartbeat(tmp_path, TICK, lambda: activity, lambda _: None)
     heartbeat.start()
-    _until(lambda: _read(tmp_path)["unchanged"] >= 0.5)
+    wait_for(lambda: _read(tmp_path)["unchanged"] >= 0.5)
     counts.append(Counts(done=1, total=2, unit="responses"))
-    _until(lambda: _read(tmp_path)["unchanged"] < 0.3)
+    wait_for(lambda: _read(tmp_path)["unchanged"] < 0.3)
     assert _read(tmp_path)["seconds"] >= 0.5
     heartbeat.stop()
 
@@ -124,7 +118,7 @@ def test_a_lost_log_does_not_end_the_beats(tmp_path):
     activity = Activity(step=1, phase="save", since=time.monotonic() - 10)
     heartbeat = Heartbeat(tmp_path, TICK, lambda: activity, lost)
     heartbeat.start()
-    _until(lambda: _read(tmp_path)["seconds"] >= 10.3)
+    wait_for(lambda: _read(tmp_path)["seconds"] >= 10.3)
     heartbeat.stop()
 
 
@@ -185,7 +179,7 @@ def test_a_slow_phase_and_a_stopped_process_of_a_real_job(tmp_path):
     )  # fmt: skip
     with start(argv, tmp_path, environment(REWARD_GATE=str(gate))) as job:
         log = tmp_path / "log"
-        wait_for(lambda: log.exists() and "step 1, score: 1 s" in log.read_text(), job)
+        wait_for(lambda: "step 1, score: 1 s" in log.read_text(), job)
         rank = psutil.Process(_read(run_dir)["pid"])
         assert job.pid in [parent.pid for parent in rank.parents()], "the file names another process"
         old = _read(run_dir)

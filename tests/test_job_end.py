@@ -19,7 +19,8 @@ from megatron_tropd.parallel import job_end
 from megatron_tropd.parallel.job_end import End, JobEnd, Terminated, describe, is_consequence
 from megatron_tropd.parallel.print_once import RECORD
 from tests.ranks import free_port
-from tests.torchrun_jobs import output_from_imports_on, output_of, own_tracebacks, start, wait_for
+from tests.torchrun_jobs import output_from_imports_on, output_of, own_tracebacks, start
+from tests.waiting import wait_for
 
 MODULE = "tests.ending_job"
 

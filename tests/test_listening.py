@@ -19,6 +19,7 @@ from megatron_tropd.sglang.settings import ServerSettings
 from tests import torchrun_jobs
 from tests.listening_job import listening
 from tests.sglang_helpers import needs_sglang
+from tests.waiting import wait_for
 
 LOOPBACK_LAUNCH = ("--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--local-addr", "127.0.0.1")
 LOOPBACK_VARIABLES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -94,7 +95,7 @@ def test_the_file_in_which_a_servers_processes_meet_is_its_own_and_goes_with_it(
     for _ in range(2):
         server.start()
         process = SimpleNamespace(poll=server.exit_status)
-        torchrun_jobs.wait_for(lambda: server.log.read_text().endswith("600\n"), process, timeout=30)
+        wait_for(lambda: server.log.read_text().endswith("600\n"), process, timeout=30)
         variables = dict(line.partition("=")[::2] for line in Path(f"{python}.env").read_text().splitlines())
         seen.append(Path(variables["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"].removeprefix("file://")))
         assert variables["GLOO_SOCKET_IFNAME"] == "ib0" and seen[-1].read_bytes() == b""

@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,18 +15,12 @@ import psutil
 import pytest
 
 from megatron_tropd.reporting.records import read_records
+from tests.waiting import wait_for
 from tools.small_world import build
 from tools.study import driver, jobs, plan, results, worlds
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
-
-
-def wait_until(condition, timeout=120.0):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_jobs_end_with_a_driver_that_is_killed(tmp_path):
@@ -37,7 +30,7 @@ def test_jobs_end_with_a_driver_that_is_killed(tmp_path):
         "jobs.run_jobs([job], 1, print)"
     )
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT) as process:
-        wait_until((tmp_path / "log").is_file)  # the job runs
+        wait_for((tmp_path / "log").is_file)  # the job runs
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) >= 2  # the server and the job
         process.kill()

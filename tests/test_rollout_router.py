@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from dataclasses import replace
 
 import pytest
@@ -18,6 +17,7 @@ from tests.ranks import free_port
 from tests.routers import needs_router, routing
 from tests.sglang_helpers import KEYS, Student, check_rollouts, make_pool, params, requests_of
 from tests.teacher_servers import settings_of
+from tests.waiting import wait_for
 
 FLAG = "--rollout-router-url"
 
@@ -92,8 +92,7 @@ def test_a_server_that_is_killed_behind_it_loses_nothing(sglang, routed):
     requests = requests_of(12, samples=2, max_new=60)
 
     def work():
-        while not pool._fleet.router.prompts_in_flight:
-            time.sleep(0.005)
+        wait_for(lambda: pool._fleet.router.prompts_in_flight)
         os.killpg(sglang.engines[1].server.pid, signal.SIGKILL)
 
     killer = threading.Thread(target=work)

@@ -21,6 +21,7 @@ from megatron_tropd.reporting.lock import RunDirectoryBusyError, RunLock
 from megatron_tropd.reporting.lock_record import LockRecord, is_gone
 from megatron_tropd.reporting.run_directory import RunDirectory
 from tests.test_reporting_files import create, step_report
+from tests.waiting import wait_for
 
 ELSEWHERE = {"host": "elsewhere", "boot": "another kernel"}
 
@@ -92,13 +93,6 @@ def record_of(path: Path) -> LockRecord:
     record = LockRecord.read(path.read_text())
     assert record is not None
     return record
-
-
-def wait_for(condition, seconds=30.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def stop(process) -> None:

@@ -7,7 +7,6 @@ import platform
 import resource
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -18,6 +17,7 @@ from megatron_tropd.sandbox.machine import this_machine
 from megatron_tropd.sandbox.outcome import MIB
 from megatron_tropd.sandbox.watch import Watch
 from tests.sandbox_helpers import ROOT, SECRET, Mine, Nobodys, open_place
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.skipif(bool(this_machine().missing), reason=" ".join(this_machine().missing))
 USERS = [Mine] + [Nobodys] * (os.getuid() == 0)
@@ -258,12 +258,8 @@ def test_a_program_dies_with_its_parent():
         )
         parent.stdin.write("{\"source\": \"import time\\nopen('started', 'w').close()\\ntime.sleep(600)\"}\n")
         parent.stdin.flush()
-        deadline = time.monotonic() + 60
-        while not list(place.runs.rglob("started")) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: list(place.runs.rglob("started")))
         assert place.processes()
         parent.kill()
         parent.communicate()
-        while place.processes() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not place.processes()
+        wait_for(lambda: not place.processes())

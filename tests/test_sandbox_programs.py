@@ -20,6 +20,7 @@ from megatron_tropd.sandbox import run as runs
 from megatron_tropd.sandbox.directory import excess, remove
 from megatron_tropd.sandbox.machine import Machine, this_machine
 from tests.sandbox_helpers import ROOT
+from tests.waiting import wait_for
 
 confined = pytest.mark.skipif(bool(this_machine().missing), reason=" ".join(this_machine().missing))
 NUMPY = str(Path(importlib.util.find_spec("numpy").origin).parent.parent)
@@ -163,9 +164,7 @@ def test_an_interrupted_run_leaves_no_process(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: started.append(popen(*args, **more)) or started[0])
 
     def interrupt():
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.rglob("begun")) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: list(tmp_path.rglob("begun")))
         os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

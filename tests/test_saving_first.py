@@ -15,7 +15,8 @@ import pytest
 from megatron_tropd.parallel import job_end
 from megatron_tropd.parallel.job_end import End, JobEnd, describe
 from megatron_tropd.parallel.stop_request import StopRequest
-from tests.torchrun_jobs import start, wait_for
+from tests.torchrun_jobs import start
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 FAILED, SAVED = 5, 75
@@ -49,22 +50,15 @@ def _send(number):
     os.kill(os.getpid(), number)
 
 
-def _until_asked(request):
-    deadline = time.monotonic() + 60
-    while request.why is None:
-        assert time.monotonic() < deadline, "the signal asked for nothing"
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_asks_and_the_command_goes_on(number, capsys):
-    code, request = _run(lambda request: (_send(number), _until_asked(request)))
+    code, request = _run(lambda request: (_send(number), wait_for(lambda: request.why)))
     assert code == SAVED and request.why == number.name
     assert capsys.readouterr().err == f"{number.name}: the run saves, then ends; at most 60 s\n"
 
 
 def test_copies_of_a_signal_are_one(capsys):
-    code, request = _run(lambda request: (_send(signal.SIGTERM), _send(signal.SIGINT), _until_asked(request)))
+    code, request = _run(lambda request: (_send(signal.SIGTERM), _send(signal.SIGINT), wait_for(lambda: request.why)))
     assert code == SAVED and request.why in ("SIGTERM", "SIGINT")
     assert capsys.readouterr().err.count("the run saves") == 1
 
@@ -72,7 +66,9 @@ def test_copies_of_a_signal_are_one(capsys):
 @pytest.mark.fault(number=30)
 def test_a_second_signal_ends_it(capsys, monkeypatch):
     monkeypatch.setattr(job_end, "_SAME_S", 0.0)
-    code, _ = _run(lambda request: (_send(signal.SIGTERM), _until_asked(request), _send(signal.SIGINT), time.sleep(60)))
+    code, _ = _run(
+        lambda request: (_send(signal.SIGTERM), wait_for(lambda: request.why), _send(signal.SIGINT), time.sleep(60))
+    )
     assert code == FAILED and "ended by SIGINT, the second signal" in capsys.readouterr().err
 
 
@@ -98,14 +94,15 @@ def test_its_time_also_ends_a_main_thread_that_never_comes_back(capsys, monkeypa
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
         signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
 
+    def said():
+        printed.extend(line for line in capsys.readouterr().err.splitlines() if "not saved within" in line)
+        return printed
+
     def act(_):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # what has Terminated raised in this thread
         try:
             threading.Thread(target=interrupt).start()
-            deadline = time.monotonic() + 60
-            while not printed and time.monotonic() < deadline:
-                printed.extend(line for line in capsys.readouterr().err.splitlines() if "not saved within" in line)
-                time.sleep(0.02)
+            wait_for(said)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
 

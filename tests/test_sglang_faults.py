@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.sglang_helpers import PYTHON, check_rollouts, needs_sglang, params, reference_logprobs, requests_of
+from tests.waiting import wait_for
 
 
 def _kill_when_busy(sglang, victims) -> threading.Thread:
@@ -20,8 +20,7 @@ def _kill_when_busy(sglang, victims) -> threading.Thread:
 
     def work():
         for engine in victims:
-            while not engine.prompts_in_flight:
-                time.sleep(0.005)
+            wait_for(lambda engine=engine: engine.prompts_in_flight)
             os.killpg(engine.server.pid, signal.SIGKILL)
 
     thread = threading.Thread(target=work)
@@ -122,10 +121,7 @@ def test_a_server_ends_with_its_trainer_even_if_that_is_killed(tmp_path):
         leader = int(trainer.stdout.readline())
         assert Path(f"/proc/{leader}").exists()
         trainer.kill()
-    deadline = time.monotonic() + 60
-    while _alive(leader) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not _alive(leader)
+    wait_for(lambda: not _alive(leader))
 
 
 def _alive(pid: int) -> bool:

@@ -21,7 +21,8 @@ import yaml
 from tests.ranks import free_port
 from tests.sglang_helpers import KEYS, PYTHON, needs_sglang
 from tests.tiny_run import flags, make_world
-from tests.torchrun_jobs import command_of, wait_for, wait_for_steps
+from tests.torchrun_jobs import command_of, wait_for_steps
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 SLURM = ROOT / "examples" / "slurm"

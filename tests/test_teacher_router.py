@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import time
 
 import pytest
 
@@ -17,6 +16,7 @@ from tests.hf_models import VOCAB_SIZE, save_hf_checkpoint
 from tests.ranks import free_port
 from tests.routers import needs_router, routing
 from tests.teacher_servers import Fleet, check_scores, model_of, rollouts_to_score, serving, settings_of
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.servers, needs_router]
 
@@ -102,8 +102,7 @@ def test_a_router_that_is_killed_in_the_middle_is_named(hf_dir, handles, tmp_pat
         Fleet(hf_dir, tmp_path, **_behind(handles, mine.url, start_timeout_s=10.0)) as fleet,
     ):
         futures = fleet.up().begin(rollouts_to_score(300))
-        while fleet.fleet.router.received_bytes == 0:
-            time.sleep(0.001)
+        wait_for(lambda: fleet.fleet.router.received_bytes)
         mine.kill()
         errors = [future.exception(timeout=200) for future in futures]
         assert any(errors), "the router was killed too late"
@@ -135,9 +134,8 @@ def test_silence_of_all_servers_ends_a_request(hf_dir, handles, router, tmp_path
             os.killpg(handle.pid, signal.SIGSTOP)
         try:
             (future,) = fleet.begin(rollouts_to_score(1))
-            while not fleet.fleet.counts["retries"]:
-                assert not future.done()
-                time.sleep(0.05)
+            wait_for(lambda: fleet.fleet.counts["retries"] or future.done())
+            assert not future.done()
             assert all(server.last_error and not server.is_up for server in fleet.fleet.servers)
         finally:
             for handle in handles:
@@ -150,8 +148,7 @@ def test_a_server_that_is_killed_behind_the_router_loses_nothing(hf_dir, handles
     rollouts = rollouts_to_score(160)
     with Fleet(hf_dir, tmp_path, **_behind(handles, router.url)) as fleet:
         futures = fleet.up().begin(rollouts)
-        while fleet.fleet.router.received_bytes == 0:
-            time.sleep(0.001)
+        wait_for(lambda: fleet.fleet.router.received_bytes)
         os.killpg(handles[1].pid, signal.SIGKILL)
         check_scores(rollouts, futures)
         again = rollouts_to_score(8)

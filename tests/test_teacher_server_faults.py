@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from tests.hf_models import VOCAB_SIZE, make_hf_model, save_hf_checkpoint
 from tests.sglang_helpers import needs_sglang, reference_logprobs
 from tests.sglang_replies import FakeEngine, Reply, answer, http
 from tests.teacher_servers import Fleet, check_scores, model_of, rollouts_to_score, settings_of
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.servers, needs_sglang]
 
@@ -42,8 +42,7 @@ def test_a_server_that_fails_in_the_middle_is_started_anew_and_nothing_is_lost(t
     before = dict(fleet.counts)
     rollouts = rollouts_to_score(160)
     futures = teacher_fleet.begin(rollouts)
-    while not all(server.requests_in_flight for server in fleet.servers):
-        time.sleep(0.001)
+    wait_for(lambda: all(server.requests_in_flight for server in fleet.servers))
     os.killpg(fleet.servers[1].server.pid, number)
     check_scores(rollouts, futures)
     teacher_fleet.up()

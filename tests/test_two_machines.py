@@ -15,6 +15,7 @@ from tests.sglang_helpers import KEYS, PYTHON
 from tests.tiny_run import flags, make_world
 from tests.torchrun_jobs import command_of
 from tests.two_machines import Machine, two_machines, unavailable
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.servers]
 
@@ -53,10 +54,8 @@ def _left(machines) -> list[list[str]]:
 
 
 def _wait_for_step(metrics, jobs) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not _records(metrics):
-        assert time.monotonic() < deadline and all(job.poll() is None for job in jobs), "no step was made"
-        time.sleep(0.02)
+    wait_for(lambda: _records(metrics) or any(job.poll() is not None for job in jobs), timeout=TIMEOUT_S)
+    assert all(job.poll() is None for job in jobs), "no step was made"
 
 
 @pytest.mark.thorough

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
+from tests.waiting import wait_for
 from tests.warm import WarmJob
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,16 +75,6 @@ def own_tracebacks(text: str) -> int:
     """How many tracebacks are not torchrun's own: those of its main, and of what it says of a forked rank."""
     torchruns = ("errors.ChildFailedError: ", "multiprocessing.api.SignalException: ", "spawn.ProcessExitedException: ")
     return text.count("Traceback (most recent call last)") - sum(map(text.count, torchruns))
-
-
-def wait_for(condition, job, timeout: float = 300.0) -> None:
-    """Until ``condition()`` holds."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline and job.poll() is None:
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"what was waited for did not happen (exit code of the job: {job.poll()})")
 
 
 def wait_for_steps(metrics: Path, count: int, job, timeout: float = 150.0) -> int:
