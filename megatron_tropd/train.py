@@ -112,7 +112,7 @@ def _train(argv: Sequence[str], launch: Launch, job_end: JobEnd) -> int:
     from megatron_tropd.setup.run_spec import make_run_spec
     from megatron_tropd.setup.teacher_world import make_worker
     from megatron_tropd.setup.watching import serving, watched
-    from megatron_tropd.training.stopping import Stopped, stopped_file
+    from megatron_tropd.training.stopping import Stopped
 
     spec = make_run_spec(config, int(os.environ.get("WORLD_SIZE", "1")))
     job = job_of_environment(spec.roles)
@@ -129,9 +129,8 @@ def _train(argv: Sequence[str], launch: Launch, job_end: JobEnd) -> int:
                 job_end.saving_first(request, spec.config.checkpoint.grace_period),  # its trainer tells it to end
                 watched(spec.config, job, serving(), job_end.report),
             ):
-                worker.serve()
-                if stopped_file(spec.config).exists():  # written by the trainer before it told this rank to end
-                    raise Stopped("Stopped: the trainer, for which this rank scored, has saved and ended.")
+                if why := worker.serve():
+                    raise Stopped(f"Stopped by {why}: the trainer, for which this rank scored, has saved and ended.")
         dist.barrier()
     finally:
         if keeper is not None:

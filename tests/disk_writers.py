@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def stopped(folder: Path, number: int, said: list[str]) -> None:
 def stacks(folder: Path, number: int, said: list[str]) -> None:
     from megatron_tropd.parallel.hang_watch import HangWatch
 
-    (folder / str(number)).mkdir()
+    (folder / str(number)).mkdir(exist_ok=True)
     watch = HangWatch(
         0, 1, [0], lambda: None, lambda: None, silence_s=0, stuck_s=0, folder=folder / str(number), end=lambda error: None
     )  # fmt: skip
@@ -149,7 +149,7 @@ def converted(folder: Path, number: int, said: list[str]) -> None:
     from megatron_tropd.weights.files.torch_dist import ChunkFile, make_metadata, write_metadata
 
     folder = folder / str(number)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     file = ChunkFile(folder, 0)
     try:
         file.add("weight", (0, 0), torch.zeros(300, 300))
@@ -237,6 +237,23 @@ def evaluation(folder: Path, number: int, said: list[str]) -> None:
         raise OSError(errors.getvalue().removeprefix("error: "))
 
 
+def prepared_prompts(folder: Path, number: int, said: list[str], name: str = "prompts") -> None:
+    """``tools/prepare_prompts.py``, whose error is a message and exit code 1."""
+    import contextlib
+    import io
+
+    from tools.prepare_prompts import main
+
+    data = folder.parent / "questions.jsonl"
+    data.write_text(json.dumps({"prompt": [{"role": "user", "content": "What is 1 + 1?"}]}) + "\n")
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        code = main(["--prompt-data", str(data), "--save", str(folder / name.replace("prompts", f"prompts{number}"))])
+    if code:
+        assert code == 1, code
+        raise OSError(errors.getvalue().splitlines()[-1])
+
+
 RUN_DIRECTORY = ("config.yaml", "env.json", "teachers/math.yaml", "run.lock")
 """Written one after the other: what came before the one that fails is new."""
 KINDS: dict[str, Kind] = {
@@ -287,6 +304,16 @@ KINDS: dict[str, Kind] = {
                    named="scores-00000.safetensors"),
     "scores, manifest": Kind(write=manifest, files="*manifest*", named="manifest.json"),
     "benchmark": Kind(write=benchmark_scores, files="*aime24*", named="aime24.jsonl"),
+    "prepared prompts": Kind(
+        write=prepared_prompts, files="*prompts1*", calls=("open", "write", "fsync", "mkdir", "rename"), named="--save"
+    ),
+    "prepared prompts, one file": Kind(
+        write=partial(prepared_prompts, name="prompts.jsonl"), files="*/prompts1.*", calls=ATOMIC, named="--save"
+    ),
+    "prepared prompts, the last of several files": Kind(
+        write=partial(prepared_prompts, name="prompts.jsonl"), files="*/folder/prompts1.jsonl", calls=("rename",),
+        named="--save",
+    ),
     "evaluation": Kind(write=evaluation, files="*/scores[0-9].json", calls=WRITE, named="scores1.json"),
 }  # fmt: skip
 
@@ -331,5 +358,5 @@ def attempt(name: str, directory: Path, call: str, number: int) -> Outcome:
     after = _digests(folder)
     changed = sorted(n for n, digest in before.items() if after.get(n) != digest and n not in kind.rewrites)
     left = sorted(n for n in after if n.endswith((".tmp", f".{os.getpid()}")) or "/.tmp" in f"/{n}")
-    again = _error_of(lambda: kind.write(folder, 2, []))
+    again = _error_of(lambda: kind.write(folder, 1, []))
     return Outcome(failures=failed, error=error, said=said, changed=changed, left=left, again=again)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 
 import pytest
 
 from megatron_tropd.atomic_files import exchange
-from megatron_tropd.checkpoints import retention, save
-from megatron_tropd.checkpoints.directory import TRACKER_FILE, find_checkpoint, iterations, restore_replaced
+from megatron_tropd.checkpoints import save
+from megatron_tropd.checkpoints.directory import (
+    TRACKER_FILE,
+    find_checkpoint,
+    iterations,
+    read_metadata,
+    restore_replaced,
+)
+from megatron_tropd.checkpoints.integrity import check_sizes
 from megatron_tropd.checkpoints.retention import Retention, remove_superseded
 from megatron_tropd.cli import ConfigError
+from tests.failing_disk import failing, rule
 from tests.tiny_run import flags, make_world, train_here
 
 
@@ -83,20 +92,31 @@ def test_nothing_is_deleted_unless_the_new_one_is_whole(saved, damage):
     assert iterations(saved) == [1, 2, 3, 4]
 
 
-def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(saved, monkeypatch):
-    seen = []
+def _remove_on_failing_disk(save_dir, pattern, call):
+    """(warnings, failed calls, checkpoints that a reader then sees, warnings of a second try) of a disk that fails."""
+    with failing(rule(pattern, call, errno.EIO, count=1)) as failures:
+        warnings, failed = remove_superseded(save_dir, 4, Retention(last=1)), failures()
+        left = iterations(save_dir)
+    return warnings, failed, left, remove_superseded(save_dir, 4, Retention(last=1))
 
-    def refuse(path):
-        seen.append(path.name)
-        if "2.tmp-" in path.name:
-            raise PermissionError(13, "not yours", str(path))
-        shutil.rmtree(path)
 
-    monkeypatch.setattr(retention, "shutil", type("Refusing", (), {"rmtree": staticmethod(refuse)}))
-    (warning,) = remove_superseded(saved, 4, Retention(last=1))
-    assert "iter_0000002 was not deleted: " in warning and "not yours" in warning
-    assert iterations(saved) == [4], "no part of it is seen by a reader"
-    assert [name.split(".tmp-")[0] for name in seen] == ["iter_0000001", "iter_0000002", "iter_0000003"]
+@pytest.mark.fault(number=6)
+@pytest.mark.parametrize(
+    ("pattern", "call", "step", "left"),
+    [
+        ("*/iter_0000002.tmp-*", "rename", 2, [2, 4]),
+        ("*/checkpoints", "fsyncdir", 1, [4]),
+        ("*/iter_0000002.tmp-*.distcp", "unlink", 2, [4]),
+        ("*/iter_0000002.tmp-*", "unlink", 2, [4]),
+    ],
+    ids=["rename", "folder, fsync", "file", "folder"],
+)
+def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(disk, saved, pattern, call, step, left):
+    """A reader sees all of it or none, the others are deleted, and one that has kept its name is later."""
+    (warning,), failed, seen, again = disk.run(_remove_on_failing_disk, saved, pattern, call)
+    assert failed == 1 and f"iter_000000{step} was not deleted: " in warning and "Input/output error" in warning
+    assert seen == left and iterations(saved) == [4] and again == []
+    check_sizes(find_checkpoint(saved, 4), read_metadata(saved, 4))
 
 
 def test_an_interval_that_no_save_meets_is_refused(ranks, world, tmp_path):

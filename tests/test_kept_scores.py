@@ -106,6 +106,28 @@ def test_a_full_disk_is_said_once_and_ends_nothing(tmp_path):
         assert not list(tmp_path.iterdir())
         store.clear(step)
     assert len(said) == 1 and "scores of unfinished batches are not kept" in said[0]
+    store.show_failures()
+    assert len(said) == 1, "the first rank's own"
+
+
+def _batches_on_rank(folders):
+    """Three batches on this rank: what it says."""
+    import torch.distributed as dist
+
+    said = []
+    store = ScoreStore(folders[dist.get_rank()], said.append)
+    for step in range(3):
+        store.add(step, {0: (_key(step), b"scores")})
+        store.show_failures()
+        store.clear(step)
+    return said
+
+
+def test_the_first_rank_says_once_what_others_cannot_keep(ranks, tmp_path):
+    (tmp_path / "file").touch()
+    (said,), _ = ranks(2).run(_batches_on_rank, [tmp_path / "folder", tmp_path / "file"])
+    assert said.startswith("warning: scores of unfinished batches are not kept on 1 of 2 ranks; rank 1: "), said
+    assert str(tmp_path / "file") in said
 
 
 def test_scores_come_back_bit_by_bit_and_only_in_the_shape_that_is_asked_for():

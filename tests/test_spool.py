@@ -12,7 +12,8 @@ from megatron_tropd.rollout.engine import SamplingParams
 from megatron_tropd.training.spool import FOLDER, Spool
 from megatron_tropd.types import GenerationRequest, Rollout
 from tests.tiny_run import flags, make_world
-from tests.torchrun_jobs import output_of, start, wait_for
+from tests.torchrun_jobs import output_of, start
+from tests.waiting import wait_for
 
 REQUESTS = [
     GenerationRequest(prompt_uid=uid, sample_index=0, token_ids=(5, 6, uid), prompt_len=2, guidance_len=1,
@@ -103,6 +104,28 @@ def test_a_full_disk_is_said_once_and_ends_nothing(tmp_path):
     launch.spool.add({0: _rollout(0)})
     launch.spool.add({1: _rollout(1)})
     assert len(launch.said) == 1 and "unfinished rollouts are not kept" in launch.said[0]
+    launch.begin()
+    assert len(launch.said) == 1, "once a batch"
+
+
+def _batches_on_rank(folders):
+    """Three batches on this rank: what it says."""
+    import torch.distributed as dist
+
+    launch = _Launch(folders[dist.get_rank()])
+    for _ in range(3):
+        launch.begin()
+        launch.spool.add({0: _rollout(0)})
+    return launch.said
+
+
+def test_the_first_rank_says_what_others_cannot_keep(ranks, tmp_path):
+    (tmp_path / "file").touch()
+    said, silent = ranks(2).run(_batches_on_rank, [tmp_path / "folder", tmp_path / "file"])
+    assert [line.partition(str(tmp_path / "file"))[0] for line in said] == [
+        "warning: unfinished rollouts were not kept on 1 of 2 ranks; rank 1: "
+    ] * 2, said  # at the beginning of the next batch
+    assert [line.partition(": unfinished")[0] for line in silent] == ["warning"] * 5  # shown by no rank but the first
 
 
 @pytest.fixture(scope="module")

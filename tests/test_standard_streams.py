@@ -21,8 +21,9 @@ def _shell(words: list[str], end: str, **options) -> subprocess.CompletedProcess
     line = f"set -o pipefail; {shlex.join([sys.executable, '-W', 'ignore', *words])} {end}"
     if end.startswith("|"):  # the reader is gone before anything is printed
         line = f"exec 3> >(exec true); wait $!; {shlex.join([sys.executable, '-W', 'ignore', *words])} >&3"
+    buffered = {name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(
-        ["bash", "-c", line], cwd=options.pop("cwd", ROOT), env=environment(), stderr=subprocess.PIPE, text=True,
+        ["bash", "-c", line], cwd=options.pop("cwd", ROOT), env=buffered, stderr=subprocess.PIPE, text=True,
         timeout=300, check=False, **options,
     )  # fmt: skip
 
@@ -51,6 +52,13 @@ def test_what_was_asked_for_cannot_be_printed(end, code, message):
 def test_what_is_told_besides_does_not_end_the_work(end):
     done = _shell(["-c", RESULT + "tell('a'); tell('b'); print_result('done')"], f"{end} | grep -q done")
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("end", ENDS.values())
+def test_what_one_rank_prints_for_all_does_not_change_its_exit_code(end):
+    code = "from megatron_tropd.parallel.print_once import *; print_once('help', Importance.CAUSE, sys.stdout)"
+    done = _shell(["-c", RESULT + code], end)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_no_file_gets_the_number_of_a_closed_stream():

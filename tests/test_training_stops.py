@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
+from contextlib import closing
+from functools import partial
 
 import psutil
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from megatron_tropd.config import LoggingConfig, TrainConfig
 from megatron_tropd.parallel.stop_request import StopRequest
 from megatron_tropd.training.stopping import STOP_FILE, Stopping, stopped_file
+from tests.ranks import RankPool, serve
 from tests.tiny_run import flags, make_world
 from tests.torchrun_jobs import start, wait_for_steps
 
@@ -41,15 +45,13 @@ class _AtQuestion(Stopping):
 
 def _launch(argv, number=None):
     """On this rank: the text with which the run stopped; and its logged steps and weights when it did not."""
-    import torch.distributed as dist
-
     from megatron_tropd.cli import parse
     from megatron_tropd.setup.assemble import assemble, close
     from megatron_tropd.setup.run_spec import make_run_spec
     from megatron_tropd.training.loop import train
     from megatron_tropd.training.stopping import Stopped
 
-    assembled = assemble(make_run_spec(parse(argv), dist.get_world_size()))
+    assembled = assemble(make_run_spec(parse(argv), int(os.environ["WORLD_SIZE"])))
     run, text = assembled.run, ""
     if number:
         run = dataclasses.replace(run, stopping=_AtQuestion(run.config, number))
@@ -202,3 +204,30 @@ def test_what_a_dedicated_teachers_ranks_do(world, tmp_path, act):
     assert job.output.count("Stopped by ") == 1 and "Terminated" not in job.output, job.output
     assert "exitcode  : 1 " not in job.output, "the teacher's rank has the code of the others"
     assert (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").exists()
+
+
+def _trainer_or_teacher(argv):
+    """On the first rank of a job: the text with which the run stopped; on the other one, which scores: why it did."""
+    from megatron_tropd.cli import parse
+    from megatron_tropd.parallel.roles import TRAINER, job_of_environment
+    from megatron_tropd.setup.run_spec import make_run_spec
+    from megatron_tropd.setup.teacher_world import make_worker
+
+    spec = make_run_spec(parse(argv), int(os.environ["WORLD_SIZE"]))
+    job = job_of_environment(spec.roles)
+    return _launch(argv)[0] if job.role.name == TRAINER else make_worker(spec, job).serve()
+
+
+def test_a_dedicated_teacher_is_told_why_the_run_ended(world, tmp_path):
+    """Not by a file: none can be written here, and one may be seen late on another machine."""
+    argv = flags(world, tmp_path, teacher_placement="dedicated", teacher_world_size=1, exit_interval=2)
+    stopped_file(TrainConfig(logging=LoggingConfig(run_dir=str(tmp_path)))).mkdir()
+    with closing(RankPool(2, serve=partial(serve, teacher_ranks=1))) as pool:
+        text, why = pool.run(_trainer_or_teacher, argv)
+        assert text.startswith("Stopped by --exit-interval 2") and why == "--exit-interval 2"
+        pool.run(_new_names, 1)
+        assert pool.run(_trainer_or_teacher, argv) == ["", ""], "this launch makes the last step"
+
+
+def _new_names(number):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # names of the store are new, as after torchrun's restart

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_tropd.atomic_files import reason_of  # noqa: E402
 from megatron_tropd.data.reading.rows import PromptError  # noqa: E402
 from tools.prompt_preparation import report  # noqa: E402
 from tools.prompt_preparation.flags import parse  # noqa: E402
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("interrupted; nothing was saved")
         return 1
     except OSError as error:
-        _say(f"--save {settings.save} cannot be written ({error.strerror or error}); nothing was saved")
+        _say(f"--save {settings.save} cannot be written ({reason_of(error)}); nothing was saved")
         return 1
     return 0
 

@@ -127,6 +127,14 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def failures_elsewhere(here: str) -> str:
+    """Return how many ranks but the first one failed, and the first of their messages; nothing if none did.  Each gives
+    its own, an empty text for none.  Collective."""
+    _, *others = gather_objects(here)
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(others, 1) if text]
+    return f"on {len(failed)} of {len(others) + 1} ranks; {failed[0]}" if failed else ""
+
+
 def broadcast_object(value: Any) -> Any:
     """Return rank 0's ``value`` on every rank (small host objects); the other ranks' is ignored.  Collective."""
     if not dist.is_initialized():

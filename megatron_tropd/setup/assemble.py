@@ -29,6 +29,7 @@ from megatron_tropd.setup.same_configuration import check_same_configuration
 from megatron_tropd.setup.same_run import Origin, find_origin
 from megatron_tropd.setup.scorers import Keeping, make_scorers
 from megatron_tropd.setup.stored_scores import check_teacher_digest
+from megatron_tropd.setup.teacher_world import tell_teachers
 from megatron_tropd.teacher.kept_scores import ScoreStore
 from megatron_tropd.training.checkpointing import Checkpoints
 from megatron_tropd.training.evaluations import Evaluations
@@ -117,8 +118,12 @@ def assemble(
     sinks, and shows nothing.
     """
     config = spec.config
-    stopping = Stopping(config, request or StopRequest(), time.monotonic() if launched_s is None else launched_s)
-    check_same_configuration(config, job_of_environment(spec.roles))
+    job = job_of_environment(spec.roles)
+    stopping = Stopping(
+        config, request or StopRequest(), time.monotonic() if launched_s is None else launched_s,
+        partial(tell_teachers, job, config.parallel.distributed_timeout_s),
+    )  # fmt: skip
+    check_same_configuration(config, job)
     student = spec.models.student
     checkpoints = Checkpoints(config, student.arch, student.hf_dir, student.source)
     origin = find_origin(spec, checkpoints)

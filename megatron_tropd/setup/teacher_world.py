@@ -1,6 +1,8 @@
-"""Build what the ranks of a dedicated teacher run."""
+"""Build what the ranks of a dedicated teacher run, and tell them what the trainer's end means."""
 
 from __future__ import annotations
+
+from contextlib import suppress
 
 import torch.distributed as dist
 
@@ -11,7 +13,7 @@ from megatron_tropd.parallel.roles import TRAINER, Job, another_connection
 from megatron_tropd.setup.models import make_frozen
 from megatron_tropd.setup.run_spec import RunSpec
 from megatron_tropd.setup.same_configuration import check_same_configuration
-from megatron_tropd.teacher.dedicated.messages import inbox, outbox
+from megatron_tropd.teacher.dedicated.messages import inbox, outbox, stopping_message
 from megatron_tropd.teacher.dedicated.worker import Worker
 
 
@@ -35,3 +37,11 @@ def make_worker(spec: RunSpec, job: Job) -> Worker:
         Bridge(job, TRAINER, timeout_s=timeout_s),
         first=job.role.first,
     )
+
+
+def tell_teachers(job: Job, timeout_s: float, why: str) -> None:
+    """Tell the ranks of all dedicated teachers what asked the run, which has saved itself, to stop.  On one rank."""
+    for role in job.roles:
+        if role.name != TRAINER:
+            with suppress(dist.DistError):  # without the store the job ends anyhow, and what matters is saved
+                Mailbox(inbox(role.name), lambda: another_connection(timeout_s)).post(stopping_message(why))

@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from megatron_tropd.data.rollout_codec import encode_rollouts
-from megatron_tropd.parallel.exchange import gather_objects
+from megatron_tropd.parallel.exchange import failures_elsewhere, gather_objects
 from megatron_tropd.parallel.fail_together import is_rank_zero
 from megatron_tropd.parallel.groups import ModelGroups
 from megatron_tropd.record_files import RecordFile, read_record, read_records
@@ -51,7 +51,8 @@ class ScoreStore:
         self._files: dict[int, RecordFile | None] = {}
         """By step; None where one cannot be written."""
         self._trained = -1
-        self._warned = False
+        self._failure, self._shown = "", False
+        """The first of this rank, and whether all ranks were told; the first rank shows its own at once."""
 
     def empty(self) -> bool:
         """Whether no earlier launch left anything to find."""
@@ -92,9 +93,15 @@ class ScoreStore:
             except OSError as error:
                 file.delete()
                 self._files[step] = None
-                warned, self._warned = self._warned, True
-                if not warned:
-                    self.say(f"warning: scores of unfinished batches are not kept: {file.path}: {error}")
+                if not self._failure:
+                    self._failure = f"{file.path}: {error}"
+                    self.say(f"warning: scores of unfinished batches are not kept: {self._failure}")
+
+    def show_failures(self) -> None:
+        """Show the first failure of other ranks, once.  Collective."""
+        if not self._shown and (others := failures_elsewhere(self._failure)):
+            self.say(f"warning: scores of unfinished batches are not kept {others}")
+            self._shown = True
 
     def clear(self, step: int | None = None) -> None:
         """Delete what was kept, by earlier launches too: batch ``step`` is trained on, and only the scores of the next
@@ -168,6 +175,7 @@ class KeptScores:
         """See Scorer; the scorer is not called where everything is on disk."""
         if want.hidden:
             return self._scorer.scores(step, rollouts, want, destination)
+        self._store.show_failures()
         with self._lock:
             held = self._held.pop(step, {})
         # Of each its number of tokens with a top-k, None for all: every rank has to know what is sent.

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_tropd.data.rollout_codec import decode_rollouts, encode_rollouts
+from megatron_tropd.parallel.exchange import failures_elsewhere
 from megatron_tropd.parallel.fail_together import is_rank_zero, on_rank_zero
 from megatron_tropd.record_files import RecordFile, read_records
 from megatron_tropd.rollout.engine import SamplingParams
@@ -41,6 +42,8 @@ class Spool:
         self._folder, self._weights, self._settings, self._say = folder, weights, settings, say
         self._lock = threading.Lock()
         self._file: RecordFile | None = None
+        self._failure = ""
+        """Of this rank in the last batch; the first rank shows its own at once, and those of others at the next one."""
 
     def begin(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams, version: int
@@ -51,7 +54,10 @@ class Spool:
         rank = dist.get_rank() if dist.is_initialized() else 0
         with self._lock:
             self._forget()
+            failure, self._failure = self._failure, ""
             self._file = RecordFile(self._folder / f"{key}.{rank}.{time.time_ns():x}.rollouts")
+        if others := failures_elsewhere(failure):
+            self._say(f"warning: unfinished rollouts were not kept {others}")
         found = on_rank_zero(lambda: self._read(key, requests, sampling, version))
         if found:
             self._say(
@@ -69,7 +75,8 @@ class Spool:
                     (index, encode_rollouts([rollout]).numpy().tobytes()) for index, rollout in found.items()
                 )
             except OSError as error:
-                self._say(f"warning: unfinished rollouts are not kept: {self._file.path}: {error}")
+                self._failure = f"{self._file.path}: {error}"
+                self._say(f"warning: unfinished rollouts are not kept: {self._failure}")
                 self._forget()
 
     def clear(self) -> None:

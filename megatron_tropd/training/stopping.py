@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_tropd.config import TrainConfig
@@ -16,8 +17,6 @@ EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: the same command goes on."""
 STOP_FILE = "stop"
 """In the run directory.  Whoever makes it stops the run; the run deletes it."""
-
-
 STOPPED_FILE = "stopped"
 """In the run directory, from the end of a run that has stopped to its next start: what asked for it."""
 
@@ -35,10 +34,13 @@ class Stopping:
         config: of the run.
         request: what a signal to this rank asked for.
         started_s: when the run's time began, on the clock of ``time.monotonic``.
+        tell: tells the other worlds of the job what asked a run to stop that has saved; called on rank 0.
     """
 
-    def __init__(self, config: TrainConfig, request: StopRequest, started_s: float) -> None:
-        self._settings, self._request, self._started_s = config.checkpoint, request, started_s
+    def __init__(
+        self, config: TrainConfig, request: StopRequest, started_s: float, tell: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._settings, self._request, self._started_s, self._tell = config.checkpoint, request, started_s, tell
         self._file = Path(config.logging.run_dir) / STOP_FILE
         self._stopped = stopped_file(config)
 
@@ -68,15 +70,16 @@ class Stopping:
             _delete(self._stopped)
 
     def obeyed(self, why: str) -> None:
-        """Say by a file that the run has stopped, and delete the one that asked for it."""
+        """Say that the run has saved and stops, and delete the file that asked for it."""
         if is_rank_zero():
             with contextlib.suppress(OSError):  # the state is saved, which matters
                 self._stopped.write_text(f"{why}\n", encoding="utf-8")
             _delete(self._file)
+            self._tell(why)
 
 
 def stopped_file(config: TrainConfig) -> Path:
-    """Return the file that says, to other ranks and to job scripts, that the run has stopped."""
+    """Return the file that says to job scripts that the run has stopped."""
     return Path(config.logging.run_dir) / STOPPED_FILE
 
 

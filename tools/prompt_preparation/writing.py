@@ -162,11 +162,14 @@ def publish(directory: Path, settings: Settings) -> None:
 
     Raises:
         UsageError: something came there meanwhile.
-        OSError: it cannot be moved.
+        OSError: it cannot be moved; no part of it is left at its place.
     """
     check_free(settings)
-    for name, path in _places(settings).items():
-        os.rename(directory / name, path)
+    with contextlib.ExitStack() as undo:
+        for name, path in _places(settings).items():
+            os.rename(directory / name, path)
+            undo.callback(os.rename, path, directory / name)
+        undo.pop_all()
 
 
 def write_rows(directory: Path, settings: Settings, schema: pa.Schema, records: Iterable[Record], count: int) -> None:

@@ -4,6 +4,7 @@
                          deliver    the whole batch was sent: send the scores to these ranks
                          logprobs   score sequences that are no rollouts
                          table      send the rows of the output table
+                         stopping   the run has saved, and ends before its last step
                          stop
     teacher -> trainer   ready      the model is loaded
                          scored     which rank sends the scores of which rollout, and how many tokens of it have a top-k
@@ -67,6 +68,11 @@ def table_message(layout: ParallelLayout, first: int, padded_vocab_size: int) ->
     """Return the message ``table``: the student's layout, the job's rank of its rank 0, and the rows of its table."""
     values = {"layout": asdict(layout), "first": first, "padded_vocab_size": padded_vocab_size}
     return Message(kind="table", values=values)
+
+
+def stopping_message(why: str) -> Message:
+    """Return the message ``stopping``: what asked the run to."""
+    return Message(kind="stopping", values={"why": why})
 
 
 def layout_of(values: Mapping[str, Any]) -> ParallelLayout:

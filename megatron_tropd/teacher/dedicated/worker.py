@@ -60,10 +60,11 @@ class Worker:
         self._model, self._inbox, self._outbox, self._bridge, self._first = model, inbox, outbox, bridge, first
         self._batches: dict[int, _Batch] = {}
         self._busy_s = 0.0
+        self._stopped_by = ""
         self._since = time.perf_counter()
 
-    def serve(self) -> None:
-        """Answer messages until ``stop``."""
+    def serve(self) -> str:
+        """Answer messages until ``stop``; return what asked the run to stop, nothing where it came to its end."""
         self._reply(Message(kind="ready"))
         was_idle = True  # what came while it scored has waited long enough
         while True:
@@ -79,7 +80,7 @@ class Worker:
                     self._score(waiting[0])
             elif message.kind == "stop":
                 self._reply(Message(kind="stopped"))
-                return
+                return self._stopped_by
             else:
                 self._answer(message)
 
@@ -105,6 +106,8 @@ class Worker:
         elif message.kind == "table":
             student = Grid(layout=layout_of(values), first=values["first"])
             self._model.output_rows(student, values["padded_vocab_size"], first=self._first, link=self._bridge)
+        elif message.kind == "stopping":
+            self._stopped_by = values["why"]
         else:
             raise ValueError(f"the trainer asked for {message.kind!r}, which a teacher does not know")
 
