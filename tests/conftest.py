@@ -10,6 +10,7 @@ import tempfile
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tropd-tests-")  # tokens of test data, for all processes
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("SGLANG_CPU_FORK", "1")  # SGLang's servers start in half the CPU time (tools/sglang_cpu)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the pools are gloo; on a machine with a GPU the same tests run on its CPU
 
 import hypothesis
@@ -76,7 +77,10 @@ def sglang(tmp_path_factory, ranks):
     if not PYTHON.exists():
         pytest.skip(NO_SGLANG)
     ranks.close()  # whoever needs ranks from here on starts them anew
-    servers = start_servers(tmp_path_factory.mktemp("sglang"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_CPU_FORK", "0")  # these two start as on a GPU
+        servers = start_servers(tmp_path_factory.mktemp("sglang"))
+        servers.run(servers.pool._fleet.wait_until_up())
     yield servers
     servers.pool.close()
 
