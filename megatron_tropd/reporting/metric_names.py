@@ -83,7 +83,9 @@ METRICS: dict[str, MetricInfo] = {
         "Written tokens that the gate rejects although no top-k was sent for them; see `--teacher-topk-margin`.",
     ),
     "teacher/payload_bytes_per_token": _info(
-        "bytes", "Scores that the teacher sends to the ranks that train, by response token."
+        "bytes",
+        "Scores that the teacher sends to the ranks that train, by response token; 0 in the first step of a launch "
+        "that has them from an earlier one.",
     ),
     "teacher/entropy": _info(
         "nats", "Mean full-vocabulary entropy of the teacher over on-policy tokens; absent where a teacher has none."

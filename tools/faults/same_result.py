@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-_VARYING = ("engine/", "guard/", "memory/", "teacher/busy", "teacher/wait", "throughput/")
+_VARYING = ("engine/", "guard/", "memory/", "teacher/busy", "teacher/payload", "teacher/wait", "throughput/")
 """Metrics of a launch, of seconds or of what happened to it, and not of what it computed."""
 _OF_ANOTHER_RUN = (".metadata", "run.json", "checkpoint.json")
 """Files of a checkpoint that name the run's directory, or hold digests of those that do."""
