@@ -37,6 +37,14 @@ def test_a_plan_is_that_of_its_seed():
     assert drawn == set(KINDS)
 
 
+def test_a_folder_without_an_unbroken_run_is_refused_before_hours_of_work(tmp_path, capsys):
+    (tmp_path / "unbroken").mkdir()
+    with pytest.raises(SystemExit) as end:
+        chaos.main(["--unbroken", str(tmp_path), "--work", str(tmp_path / "work")])
+    assert end.value.code == 2 and f"--unbroken {tmp_path}: no unbroken run" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
 def _finished(run):
     """What a run of two steps leaves, in short."""
     final = run / "checkpoints" / "iter_0000002"

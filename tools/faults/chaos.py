@@ -175,7 +175,10 @@ def parser() -> FlagParser:
     p.add_argument(
         "--kinds", nargs="+", choices=sorted(KINDS), default=sorted(KINDS), help="which faults (default: all)"
     )
-    p.add_argument("--unbroken", type=Path, help="folder of an earlier chaos run whose unbroken run is used again")
+    p.add_argument(
+        "--unbroken", type=Path, metavar="WORK/seed_N_TIME",
+        help="folder of an earlier chaos run whose unbroken run is used again",
+    )  # fmt: skip
     p.add_argument("--work", type=Path, default=Path("runs/chaos"), help="directory for all files")
     return p
 
@@ -185,6 +188,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if not 1 <= options.save_interval <= options.every // 2:
         parser().error(f"--save-interval {options.save_interval} must be from 1 to {options.every // 2}")
+    if options.unbroken and not (options.unbroken / "unbroken.json").is_file():  # written last
+        parser().error(
+            f"--unbroken {options.unbroken}: no unbroken run that came to its end is in it; name the folder "
+            "seed_N_TIME that an earlier call made in its --work"
+        )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the job too
     work = options.work.resolve()
     common = [*quickstart_flags(work), "--train-iters", str(options.steps), *flags(options.save_interval)]
