@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import zlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tropd-tests-")  # tokens of test data, for all processes
@@ -27,6 +28,8 @@ hypothesis.settings.load_profile("suite")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 _MEASURED: dict[str, tuple[float, float]] = {}
+_SERVERS: list = []
+"""The shared SGLang servers while they run."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -81,8 +84,29 @@ def sglang(tmp_path_factory, ranks):
         patch.setenv("SGLANG_CPU_FORK", "0")  # these two start as on a GPU
         servers = start_servers(tmp_path_factory.mktemp("sglang"))
         servers.run(servers.pool._fleet.wait_until_up())
+    _SERVERS.append(servers)
     yield servers
-    servers.pool.close()
+    _close_servers()
+
+
+@pytest.hookimpl(trylast=True)  # after the fixtures of the test and of its file
+def pytest_runtest_teardown(item, nextitem):
+    """The shared servers end with the last test that needs them: idle ones take a tenth of the machine."""
+    if nextitem is not None and not _needs_servers(nextitem):
+        _close_servers()
+
+
+def _close_servers() -> None:
+    while _SERVERS:
+        _SERVERS.pop().pool.close()
+
+
+@pytest.fixture(autouse=True)
+def weights_of_this_test(request):
+    """On the shared servers a test has the same weights whatever ran before it."""
+    if "sglang" in request.fixturenames:
+        student = request.getfixturevalue("sglang").student
+        student.seed = 100 * zlib.crc32(f"{request.path.name}::{request.node.name}".encode())
 
 
 @pytest.fixture(scope="module")

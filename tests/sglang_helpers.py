@@ -30,11 +30,13 @@ class Student:
 
     model: torch.nn.Module
     version: int = 0
+    seed: int = 0
 
     def change(self) -> int:
         """New random weights; returns their version."""
         self.version += 1
-        self.model = make_hf_model("qwen3", seed=self.version)
+        self.seed += 1
+        self.model = make_hf_model("qwen3", seed=self.seed)
         return self.version
 
     def export(self):

@@ -91,6 +91,6 @@ def test_the_disk_is_full_when_it_saves(world, unbroken, tmp_path, seen):
     text = output_of(_argv(world, run_dir), tmp_path, env, "tests.ending_command")
     assert text.endswith("exited with 1") and "iter_0000002.tmp-" in text and "The job ends" in text, text
     assert "CheckpointError: cannot write" in text and "GB free, apart from quotas; a full one may" in text, text
-    assert own_tracebacks(text) == 0
+    assert own_tracebacks(text) == 0, text
     assert _tracked(run_dir) == "1", "the checkpoint before is still the newest"
     seen(recover_s=_goes_on(world, run_dir, tmp_path, unbroken), steps_lost=1)

@@ -128,7 +128,7 @@ def test_a_smaller_vocabulary_and_servers_of_somebody_else(sglang, measured):
 def _low_requests():
     return [
         replace(request, token_ids=tuple(range(3, 9)), prompt_len=6, guidance_len=0, max_new_tokens=40)
-        for request in requests_of(6)
+        for request in requests_of(24)  # some models stop early
     ]
 
 

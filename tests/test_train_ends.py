@@ -98,7 +98,7 @@ def test_an_error_on_one_rank(world, tmp_path, rank):
         and "communication with the other ranks failed" not in text
         and "ended by" not in text
     )
-    assert own_tracebacks(text) == 1 and "there is no checkpoint to go on from" in text
+    assert own_tracebacks(text) == 1 and "there is no checkpoint to go on from" in text, text
 
 
 def test_an_error_that_every_rank_has(world, tmp_path):
@@ -106,7 +106,7 @@ def test_an_error_that_every_rank_has(world, tmp_path):
                  reward_function="tests.reward_functions:not_a_number")  # fmt: skip
     text = output_of(argv, tmp_path)
     assert text.count("The job ends") == 1 and text.count("RewardError: rank 0: ") == 1, text
-    assert own_tracebacks(text) == 0
+    assert own_tracebacks(text) == 0, text
 
 
 def _ranks(job):
@@ -129,14 +129,14 @@ def _until(world, tmp_path, act):
 def test_a_killed_rank(world, tmp_path, victim):
     text = _until(world, tmp_path, lambda job: _ranks(job)[victim].kill())
     assert text.count("The job ends") == 1 and text.count(f"{CONTINUE}: it resumes from the last checkpoint") == 1, text
-    assert own_tracebacks(text) == 0
+    assert own_tracebacks(text) == 0, text
 
 
 def test_a_signal_that_does_not_wait_for_a_save(world, tmp_path):
     """tests/test_training_stops.py has those that do."""
     text = _until(world, tmp_path, lambda job: job.send_signal(signal.SIGQUIT))
     assert text.count("The job ends") == 1 and text.count("ended by SIGQUIT") == 1, text
-    assert f"{CONTINUE}: it resumes from the last checkpoint" in text and own_tracebacks(text) == 0
+    assert f"{CONTINUE}: it resumes from the last checkpoint" in text and own_tracebacks(text) == 0, text
 
 
 def test_help_is_printed_once_and_first(tmp_path):
