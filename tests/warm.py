@@ -76,11 +76,15 @@ def _run(program: str, words: list[str], cwd: str, env: dict[str, str]) -> None:
         stream.reconfigure(write_through=True)
     os.environ.clear()
     os.environ.update(env)
-    util.register_after_fork(_run, _exit_as_a_program)  # in the ranks
+    util.register_after_fork(_run, _be_a_program)  # in the ranks
     sys.exit(importlib.import_module(program).main(words))
 
 
-def _exit_as_a_program(_: object) -> None:
-    """multiprocessing leaves out the exit handlers of a forked process; a program's run, and only its own."""
+def _be_a_program(_: object) -> None:
+    """multiprocessing leaves out the exit handlers of a forked process; a program's run, and only its own.  Nor has a
+    program torchrun's handlers of signals, which would print tracebacks while it ends."""
     atexit._clear()
     util.Finalize(None, atexit._run_exitfuncs, exitpriority=0)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
