@@ -126,7 +126,9 @@ def test_a_server_that_is_busy_broken_or_silent_for_good_ends_the_run_by_name(se
             assert expected in text, (name, text)
             if tried:
                 counts = run.pool.counts
-                assert counts["reissued"] >= before["reissued"] + 4 and counts["restarts"] >= before["restarts"] + 3, name
+                assert counts["reissued"] >= before["reissued"] + 4 and counts["restarts"] >= before["restarts"] + 3, (
+                    name
+                )
             run.push()
             run.write()  # the same pool goes on when the server does
     seen(detect_s=longest)
