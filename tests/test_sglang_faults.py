@@ -37,6 +37,7 @@ def _generate_while_killing(sglang, victims, version):
     assert worst < 1e-5, "written by the weights that were pushed last"
 
 
+@pytest.mark.thorough
 @pytest.mark.fault(number=15)
 def test_one_of_two_servers_is_killed_while_it_writes_and_the_other_before_a_push(sglang):
     """The other one takes over; both dead are started before any is waited for, and the next push is whole on both."""

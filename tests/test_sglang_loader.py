@@ -90,6 +90,7 @@ def test_a_server_survives_what_is_no_request(sglang):
     sglang.run(engine.check_health())
 
 
+@pytest.mark.thorough
 def test_a_server_survives_a_trainer_that_has_left(sglang):
     """The store of its group is gone, so nobody can be told how a request ended."""
     sglang.push()
