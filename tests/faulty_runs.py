@@ -52,12 +52,12 @@ class Run:
         assert check_rollouts(rollouts, requests, self.student.model, version) < 1e-5
 
     @contextlib.contextmanager
-    def impatient(self):
-        """Servers are given up on after a third of a second of silence."""
+    def impatient(self, silence_s=0.3):
+        """Servers are given up on after so much silence."""
         engines = self.pool._fleet.engines
         for engine in engines:
-            usual, engine._settings = engine._settings, replace(engine._settings, request_timeout_s=0.3)
-            engine._watch._silence_s = 0.3
+            usual, engine._settings = engine._settings, replace(engine._settings, request_timeout_s=silence_s)
+            engine._watch._silence_s = silence_s
         yield
         for engine in engines:
             engine._settings = usual

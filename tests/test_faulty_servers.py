@@ -115,20 +115,15 @@ def test_a_server_that_is_busy_broken_or_silent_for_good_ends_the_run_by_name(se
         for name in [name for name in (*BUSY, *BROKEN, *SILENT) if "with Retry-After" not in name]:
             before = run.pool.counts
             run.forgive()
-            with run.impatient() if name in SILENT else contextlib.nullcontext(), server.playing(name):
+            with run.impatient(1.0) if name in SILENT else contextlib.nullcontext(), server.playing(name):
                 text, seconds = refusal(run.write)
             longest = max(longest, seconds)
-            tried = "failed 4 times, at last: " in text
-            # On a loaded machine the new start, which is no more patient, may be what fails.
-            assert server.url in text and (tried or name in SILENT) and seconds < 30, (name, text)
+            assert server.url in text and "failed 4 times, at last: " in text and seconds < 30, (name, text)
             said = {"429": "busy (HTTP 429)", "503": "busy (HTTP 503)", "500": "HTTP 500: oh"}
             expected = said.get(name[:3], "--sglang-request-timeout" if name in SILENT else "Error")
             assert expected in text, (name, text)
-            if tried:
-                counts = run.pool.counts
-                assert counts["reissued"] >= before["reissued"] + 4 and counts["restarts"] >= before["restarts"] + 3, (
-                    name
-                )
+            counts = run.pool.counts
+            assert counts["reissued"] >= before["reissued"] + 4 and counts["restarts"] >= before["restarts"] + 3, name
             run.push()
             run.write()  # the same pool goes on when the server does
     seen(detect_s=longest)

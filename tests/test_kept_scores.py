@@ -12,7 +12,7 @@ import torch
 from megatron_tropd.record_files import read_records
 from megatron_tropd.teacher.kept_scores import KeptScores, ScoreStore, _decode, _encode
 from megatron_tropd.types import Rollout, ScoreRequest, TeacherScores, TopkUse
-from tests.tiny_run import _sharpen, flags, make_world
+from tests.tiny_run import flags, make_world
 
 WANT = ScoreRequest(top_k=3, entropy=True)
 ROLLOUT = Rollout(
@@ -158,12 +158,7 @@ def test_a_key_has_all_that_scores_depend_on(tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    root = make_world(tmp_path_factory.mktemp("world"))
-    from tests.hf_models import save_hf_checkpoint
-
-    save_hf_checkpoint(root / "second", "qwen3", seed=9, num_hidden_layers=4)
-    _sharpen(root / "second")
-    return root
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 class _Counting:

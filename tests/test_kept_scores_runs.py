@@ -14,7 +14,7 @@ from megatron_tropd.training.spool import FOLDER
 from tests.ranks import RankPool, serve
 from tests.sglang_helpers import needs_sglang
 from tests.teacher_servers import serving
-from tests.tiny_run import _sharpen, flags, make_world
+from tests.tiny_run import add_second_teacher, flags, make_world
 
 pytestmark = pytest.mark.slow
 
@@ -22,10 +22,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = make_world(tmp_path_factory.mktemp("world"))
-    from tests.hf_models import save_hf_checkpoint
-
-    save_hf_checkpoint(root / "second", "qwen3", seed=9, num_hidden_layers=4)
-    _sharpen(root / "second")
+    add_second_teacher(root)
     return root
 
 

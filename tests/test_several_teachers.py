@@ -16,8 +16,7 @@ from megatron_tropd.teacher.several.shares import Shares
 from megatron_tropd.teacher_config import NamedTeacher, TeacherConfig
 from megatron_tropd.teacher_files import file_of_teacher
 from megatron_tropd.types import Rollout, ScoreRequest, TopkUse
-from tests.hf_models import save_hf_checkpoint
-from tests.tiny_run import _sharpen, flags, make_world, reports_here
+from tests.tiny_run import add_second_teacher, flags, make_world, reports_here
 from tests.torchrun_jobs import output_of
 
 STEPS = 3
@@ -48,8 +47,7 @@ def test_a_domain_is_scored_by_those_that_name_it_and_the_rest_by_the_others():
 def world(tmp_path_factory):
     """As of all tiny runs, with two teachers and two domains."""
     root = make_world(tmp_path_factory.mktemp("world"))
-    save_hf_checkpoint(root / "second", "qwen3", seed=9, num_hidden_layers=4)
-    _sharpen(root / "second")
+    add_second_teacher(root)
     rows = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
     for number, row in enumerate(rows):
         row["domain"] = ("math", "code", "code")[number % 3]

@@ -36,6 +36,12 @@ def make_world(
     return root
 
 
+def add_second_teacher(root: Path) -> None:
+    """Put another teacher, ``second``, into a world."""
+    save_hf_checkpoint(root / "second", "qwen3", seed=9, num_hidden_layers=4)
+    _sharpen(root / "second")
+
+
 def _sharpen(directory: Path) -> None:
     """Larger output weights: distributions that differ.  Nearly uniform ones agree, the loss is then a
     sum that cancels, and a relative comparison of it says nothing."""
